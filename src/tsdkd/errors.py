@@ -1,0 +1,34 @@
+"""Every error that a user can cause, with the exit code that the command line gives it.
+
+Each class is also the standard exception that a caller of the Python API would expect to catch.
+"""
+
+
+class TSDKDError(Exception):
+    """Base of all errors that tsdkd raises on bad input."""
+
+    exit_code = 2
+
+
+class ConfigError(TSDKDError, ValueError):
+    """A configuration that can't be run. `problems` lists all that was found, one line each."""
+
+    def __init__(self, problems: list[str]) -> None:
+        self.problems = problems
+        super().__init__("\n".join(problems))
+
+
+class DataError(TSDKDError, ValueError):
+    """A data set that is missing, empty, or has a row that can't be used."""
+
+
+class ModelError(TSDKDError, OSError):
+    """A model or tokenizer that can't be loaded."""
+
+
+class TokenizerMismatchError(TSDKDError, ValueError):
+    """Student and teacher don't share one token -> id map."""
+
+
+class OutputDirError(TSDKDError, FileExistsError):
+    """The output directory holds files that the run would overwrite."""

@@ -1,0 +1,172 @@
+"""The papers' losses as pure functions on logits: one number a token, no reduction over tokens.
+
+Shapes: ``[..., V]`` logits in, ``[...]`` nats out. Half-precision inputs are computed in float32, float64 stays
+float64. The teacher never receives a gradient. This is the readable specification: every faster path must equal it.
+
+TSD-KD is "Token-Selective Dual Knowledge Distillation" (ICLR 2026), EOPD is arXiv 2603.07079.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def _upcast(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _check_same_vocabulary(student_logits: Tensor, teacher_logits: Tensor) -> None:
+    if student_logits.shape != teacher_logits.shape:
+        raise ValueError(
+            f"student_logits and teacher_logits must have the same shape, found {tuple(student_logits.shape)} and "
+            f"{tuple(teacher_logits.shape)}; slice both to the ids that the two models share"
+        )
+
+
+def token_entropy(logits: Tensor) -> Tensor:
+    """Entropy of the next-token distribution (TSD-KD Eq. 10), differentiable.
+
+    Args:
+        logits: `[..., V]`.
+
+    Returns:
+        `[...]`, nats.
+    """
+    logps = _upcast(logits).log_softmax(-1)
+    return -(logps.exp() * logps).sum(-1)
+
+
+def _kl(logps: Tensor, other_logps: Tensor) -> Tensor:
+    return (logps.exp() * (logps - other_logps)).sum(-1)
+
+
+def generalized_jsd(student_logits: Tensor, teacher_logits: Tensor, beta: float) -> Tensor:
+    """Generalised Jensen-Shannon divergence (TSD-KD Eq. 1), with TRL's convention at the ends.
+
+    `beta KL(P||M) + (1 - beta) KL(Q||M)` with `M = beta P + (1 - beta) Q`, `P` the teacher's distribution and `Q` the
+    student's. `beta=0` is `KL(P||Q)` and `beta=1` is `KL(Q||P)`: the limits of the gradient, not of the value.
+
+    Args:
+        student_logits: `[..., V]`, receives the gradient.
+        teacher_logits: `[..., V]`.
+        beta: in [0, 1].
+
+    Returns:
+        `[...]`, nats.
+
+    Raises:
+        ValueError: shapes differ, or `beta` is outside [0, 1].
+    """
+    _check_same_vocabulary(student_logits, teacher_logits)
+    if not 0.0 <= beta <= 1.0:
+        raise ValueError(f"beta must be in [0, 1], found {beta}")
+    student = _upcast(student_logits).log_softmax(-1)
+    teacher = _upcast(teacher_logits.detach()).log_softmax(-1)
+    if beta == 0.0:
+        return _kl(teacher, student)
+    if beta == 1.0:
+        return _kl(student, teacher)
+    mixture = torch.logaddexp(teacher + math.log(beta), student + math.log1p(-beta))
+    return beta * _kl(teacher, mixture) + (1.0 - beta) * _kl(student, mixture)
+
+
+def plackett_luce_nll(student_logits: Tensor, teacher_logits: Tensor, top_k: int = 10) -> Tensor:
+    """Negative log-likelihood of the teacher's ranking of the student's candidates (TSD-KD Eq. 4).
+
+    The candidates are the student's `top_k` tokens. The teacher orders them by its own logits, best first (ties keep
+    the student's order); each placement is a softmax over the candidates *not yet placed*.
+
+    Args:
+        student_logits: `[..., V]`; the gradient reaches the `top_k` candidates only.
+        teacher_logits: `[..., V]`.
+        top_k: number of candidates, at most V are used.
+
+    Returns:
+        `[...]`, nats.
+
+    Raises:
+        ValueError: shapes differ, or `top_k` is below 1.
+    """
+    _check_same_vocabulary(student_logits, teacher_logits)
+    if top_k < 1:
+        raise ValueError(f"top_k must be at least 1, found {top_k}")
+    k = min(top_k, student_logits.shape[-1])
+    scores, candidates = _upcast(student_logits).topk(k, dim=-1)
+    preference = teacher_logits.detach().gather(-1, candidates)
+    ranking = preference.argsort(dim=-1, descending=True, stable=True)
+    ranked = scores.gather(-1, ranking)
+    placed = torch.ones(k, k, dtype=torch.bool, device=ranked.device).tril(-1)
+    # [j, l]: l against j. Differences first: a large common offset would cost float32 its digits
+    against = (ranked.unsqueeze(-2) - ranked.unsqueeze(-1)).masked_fill(placed, float("-inf"))
+    return against.logsumexp(-1).sum(-1)
+
+
+def clipped_policy_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, clip_epsilon: float = 0.2) -> Tensor:
+    """PPO's clipped surrogate, `max(-r A, -clip(r, 1 - eps, 1 + eps) A)` with `r = exp(logps - old_logps)`.
+
+    Args:
+        logps: `[...]`, log-probabilities of the sampled tokens under the student; receives the gradient.
+        old_logps: `[...]`, under the policy that sampled them.
+        advantages: `[...]`.
+        clip_epsilon: half-width of the trust interval.
+
+    Returns:
+        `[...]`.
+    """
+    ratio = (_upcast(logps) - _upcast(old_logps.detach())).exp()
+    advantages = _upcast(advantages.detach())
+    clipped = ratio.clamp(1.0 - clip_epsilon, 1.0 + clip_epsilon)
+    return torch.maximum(-ratio * advantages, -clipped * advantages)
+
+
+def clipped_reverse_kl(logps: Tensor, old_logps: Tensor, teacher_logps: Tensor, clip_epsilon: float = 0.2) -> Tensor:
+    """Clipped reverse KL on the sampled tokens (EOPD Eq. 8), advantage `teacher_logps - old_logps`.
+
+    Args:
+        logps: `[...]`, log-probabilities of the sampled tokens under the student; receives the gradient.
+        old_logps: `[...]`, under the policy that sampled them.
+        teacher_logps: `[...]`, under the teacher.
+        clip_epsilon: half-width of the trust interval.
+
+    Returns:
+        `[...]`, nats.
+    """
+    return clipped_policy_loss(logps, old_logps, _upcast(teacher_logps) - _upcast(old_logps), clip_epsilon)
+
+
+def forward_kl_on(student_logps: Tensor, teacher_logps: Tensor) -> Tensor:
+    """Forward KL over a subset of the vocabulary (EOPD Eq. 10).
+
+    The teacher is renormalised on the subset, the student is not: its log-probabilities are of the full softmax.
+
+    Args:
+        student_logps: `[..., K]`, the student's log-probabilities at the subset's ids; receives the gradient.
+        teacher_logps: `[..., K]`, the teacher's at the same ids.
+
+    Returns:
+        `[...]`, nats.
+    """
+    teacher = _upcast(teacher_logps.detach()).log_softmax(-1)
+    return _kl(teacher, _upcast(student_logps))
+
+
+def topk_forward_kl(student_logits: Tensor, teacher_logits: Tensor, top_k: int = 16) -> Tensor:
+    """Forward KL over the teacher's `top_k` tokens (EOPD Eq. 10).
+
+    Args:
+        student_logits: `[..., V]`, receives the gradient.
+        teacher_logits: `[..., V]`.
+        top_k: size of the subset, at most V are used.
+
+    Returns:
+        `[...]`, nats.
+
+    Raises:
+        ValueError: shapes differ, or `top_k` is below 1.
+    """
+    _check_same_vocabulary(student_logits, teacher_logits)
+    if top_k < 1:
+        raise ValueError(f"top_k must be at least 1, found {top_k}")
+    values, ids = _upcast(teacher_logits.detach()).topk(min(top_k, teacher_logits.shape[-1]), dim=-1)
+    return forward_kl_on(_upcast(student_logits).log_softmax(-1).gather(-1, ids), values)
