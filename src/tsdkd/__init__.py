@@ -1,0 +1,34 @@
+"""tsdkd: distil the reasoning of a large language model into a small one, on-policy and token-selectively."""
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config import EOPDConfig, TSDKDConfig
+    from .eopd_trainer import EOPDTrainer
+    from .errors import ConfigError, DataError, ModelError, OutputDirError, TokenizerMismatchError, TSDKDError
+    from .tsd_kd_trainer import TSDKDTrainer
+
+__version__ = version("tsdkd")
+__all__ = [
+    "ConfigError",
+    "DataError",
+    "EOPDConfig",
+    "EOPDTrainer",
+    "ModelError",
+    "OutputDirError",
+    "TSDKDConfig",
+    "TSDKDError",
+    "TSDKDTrainer",
+    "TokenizerMismatchError",
+]
+
+_HOMES = {"TSDKDConfig": "config", "EOPDConfig": "config", "TSDKDTrainer": "tsd_kd_trainer", "EOPDTrainer": "eopd_trainer"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use, so that `tsdkd --help` needs no torch."""
+    if name not in __all__:
+        raise AttributeError(f"module 'tsdkd' has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES.get(name, 'errors')}", __name__), name)

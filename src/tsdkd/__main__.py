@@ -1,0 +1,8 @@
+"""`python -m tsdkd`, and `accelerate launch -m tsdkd`."""
+
+import sys
+
+from .cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

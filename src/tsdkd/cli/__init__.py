@@ -1,0 +1,47 @@
+"""The command line: one small module a command. The only place that catches our errors and prints them."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.metadata import version
+
+from ..errors import TSDKDError
+
+_COMMANDS = {
+    "train": "distil a student: tsdkd train --config FILE [--key value ...]",
+    "demo": "watch a tiny student learn from a tiny teacher, on a CPU, in minutes",
+    "configs": "list the configurations that ship with tsdkd",
+}
+_EXAMPLES = """examples:
+  tsdkd demo
+  tsdkd train --config qwen25_14b_to_1p5b.yaml --output_dir student
+  tsdkd train --config my.yaml --learning_rate 1e-6 --dry_run
+  accelerate launch --num_processes 8 -m tsdkd train --config my.yaml
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command. Returns the exit code: 0, 2 for bad input, 130 when interrupted."""
+    parser = argparse.ArgumentParser(
+        prog="tsdkd",
+        description="On-policy, token-selective distillation of LLM reasoning (TSD-KD, EOPD).",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"tsdkd {version('tsdkd')}")
+    commands = parser.add_subparsers(dest="command", metavar="command", required=True)
+    for name, text in _COMMANDS.items():
+        commands.add_parser(name, help=text, add_help=False)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    command = parser.parse_args(argv[:1]).command
+    try:
+        return int(import_module(f".{command}", __name__).main(argv[1:]))
+    except TSDKDError as error:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(*(f"tsdkd {command}: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"\ntsdkd {command}: interrupted", file=sys.stderr)
+        return 130

@@ -1,0 +1,19 @@
+"""`tsdkd configs`: what ships with the package."""
+
+import argparse
+from collections.abc import Sequence
+
+from ..presets import preset_paths
+
+
+def main(argv: Sequence[str]) -> int:
+    """List the presets: name and the first comment line."""
+    parser = argparse.ArgumentParser(prog="tsdkd configs", description="List the configurations that ship with tsdkd.")
+    parser.add_argument("--path", action="store_true", help="print each file's path, to copy it from")
+    args = parser.parse_args(argv)
+    paths = preset_paths()
+    width = max(len(path.name) for path in paths)
+    for path in paths:
+        first = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+        print(path if args.path else f"{path.name:<{width}}  {first}")
+    return 0

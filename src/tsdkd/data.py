@@ -1,0 +1,188 @@
+"""Prompts in any usual shape -> token ids and lengths, before training starts.
+
+A row is `prompt` (a string or messages), `messages` (the last assistant turn is the completion), or `prompt` +
+`completion`. Lengths, never a comparison with the pad token, say later what is prompt and what is completion.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset, load_dataset
+from datasets.exceptions import DatasetNotFoundError
+from transformers import PreTrainedTokenizerBase
+
+from .config import TokenSelectiveConfig
+from .errors import DataError
+
+_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+def load_rows(name: str, config: str | None, split: str, field: str = "dataset_name") -> Dataset:
+    """A split of a local file, a local folder or a hub data set.
+
+    Raises:
+        DataError: missing, unreadable, without this split, or empty.
+    """
+    path = Path(name)
+    try:
+        if path.is_file():
+            if path.suffix not in _FORMATS:
+                raise DataError(f"{field}: {name} must end in {', '.join(_FORMATS)}, found {path.suffix or 'no ending'!r}")
+            rows = load_dataset(_FORMATS[path.suffix], data_files=str(path), split="train")
+        elif not path.exists() and (path.suffix in _FORMATS or path.is_absolute() or name.startswith(".")):
+            raise DataError(f"{field}: there is no file {name!r}")
+        else:
+            rows = load_dataset(name, config, split=split)
+    except DataError:
+        raise
+    except (DatasetNotFoundError, ConnectionError, FileNotFoundError) as error:
+        raise DataError(f"{field}: {name!r} is no local file, and the hub doesn't have it or can't be reached") from error
+    except Exception as error:  # the readers raise whatever their formats raise
+        reason = " ".join(str(error.__cause__ or error).split())[:300]
+        raise DataError(f"{field}: {name} (split {split}) can't be read: {reason}") from error
+    if len(rows) == 0:
+        raise DataError(f"{field}: {name} has no rows")
+    return rows
+
+
+def prepare_rows(
+    rows: Dataset, template: PreTrainedTokenizerBase, args: TokenSelectiveConfig, context: int, needs_completion: bool
+) -> Dataset:
+    """Tokenise, and drop the prompts that leave no room for a completion.
+
+    Args:
+        rows: see the module's first lines; `answer`, if there, is kept.
+        template: the tokenizer whose chat template renders the prompts.
+        args: column names, template settings, length limits.
+        context: the longest sequence that both models take, tokens.
+        needs_completion: whether every row must have one (`lmbda` below 1).
+
+    Returns:
+        Columns `index` (row number in `rows`), `prompt_ids`, `completion_ids` (empty without one), `limit` (the most
+        tokens that a completion may have) and, if given, `answer`. `dropped` of them are gone: `len(rows)` tells.
+
+    Raises:
+        DataError: a row without a usable prompt, or no row left.
+    """
+    shape = _shape(rows, args)
+    total = min(args.max_length or context, context)
+
+    def tokenize(row: dict[str, Any], index: int) -> dict[str, Any]:
+        prompt, completion = _split_row(row, index, shape)
+        prompt_ids = _prompt_ids(prompt, index, template, args)
+        if not prompt_ids:
+            raise DataError(f"row {index}: the tokenizer makes no token of the prompt {str(prompt)[:60]!r}")
+        if completion is None and needs_completion:
+            raise DataError(f"row {index}: no completion, but lmbda is {args.lmbda}: only lmbda 1 trains on prompts alone")
+        limit = min(args.max_new_tokens, total - len(prompt_ids))
+        ids = [] if completion is None else _completion_ids(completion, template)
+        return {"index": index, "prompt_ids": prompt_ids, "completion_ids": ids[: max(limit, 0)], "limit": limit}
+
+    removed = [c for c in rows.column_names if c != "answer"]
+    with PartialState().main_process_first():
+        tokenized = rows.map(
+            tokenize, with_indices=True, remove_columns=removed, num_proc=args.dataset_num_proc, desc="Tokenizing"
+        )
+        kept = tokenized.filter(lambda limits: [limit >= 1 for limit in limits], batched=True, input_columns="limit")
+    if len(kept) == 0:
+        shortest = min(total - limit for limit in tokenized["limit"])
+        raise DataError(
+            f"all {len(rows)} prompts leave no room for a completion: the shortest has {shortest} tokens, the limit of "
+            f"prompt and completion is {total} (max_length, or the models' context)"
+        )
+    return kept
+
+
+def _shape(rows: Dataset, args: TokenSelectiveConfig) -> tuple[str, str | None]:
+    """The columns of prompt and completion; (\"messages\", None) for conversations."""
+    columns = rows.column_names
+    for field in ("prompt_column", "completion_column"):
+        name = getattr(args, field)
+        if name is not None and name not in columns:
+            raise DataError(f"{field}: the data set has no column {name!r}, it has {', '.join(columns)}")
+    completion = args.completion_column or ("completion" if "completion" in columns else None)
+    prompt = args.prompt_column or ("prompt" if "prompt" in columns else None)
+    if prompt is not None:
+        return prompt, completion
+    if "messages" in columns:
+        return "messages", None
+    raise DataError(f"the data set has no column 'prompt' or 'messages', it has {', '.join(columns)}; set prompt_column")
+
+
+def _split_row(row: dict[str, Any], index: int, shape: tuple[str, str | None]) -> tuple[Any, str | None]:
+    prompt_column, completion_column = shape
+    prompt = row[prompt_column]
+    if prompt_column == "messages" and prompt:
+        if prompt[-1].get("role") == "assistant":
+            return prompt[:-1], str(prompt[-1].get("content"))
+        return prompt, None
+    completion = row[completion_column] if completion_column else None
+    if isinstance(completion, list):
+        if len(completion) != 1 or completion[0].get("role") != "assistant":
+            raise DataError(f"row {index}: {completion_column} must be a string or one assistant message")
+        completion = completion[0].get("content")
+    if completion is not None and not isinstance(completion, str):
+        raise DataError(f"row {index}: {completion_column} must be a string, found {type(completion).__name__}")
+    return prompt, completion
+
+
+def _prompt_ids(
+    prompt: Any, index: int, template: PreTrainedTokenizerBase, args: TokenSelectiveConfig
+) -> list[int]:
+    if isinstance(prompt, str) and prompt.strip():
+        if args.chat_template_source == "none" or template.chat_template is None:
+            return list(template(prompt)["input_ids"])
+        prompt = [{"role": "user", "content": prompt}]
+    elif not (isinstance(prompt, list) and prompt and all(isinstance(m, dict) and m.get("content") for m in prompt)):
+        found = "nothing" if not prompt else repr(prompt)[:60]
+        raise DataError(f"row {index}: no prompt: expected a string or a list of messages, found {found}")
+    if template.chat_template is None:
+        raise DataError(f"row {index}: the prompt is a list of messages, but the tokenizer has no chat template")
+    kwargs = args.chat_template_kwargs or {}
+    try:
+        return list(template.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False, **kwargs))
+    except Exception as error:  # a template is a program; it raises what it likes
+        raise DataError(f"row {index}: the chat template refuses the prompt: {' '.join(str(error).split())}") from error
+
+
+def _completion_ids(completion: str, template: PreTrainedTokenizerBase) -> list[int]:
+    """The completion ends its turn: without the end token a student never learns to stop."""
+    ids = list(template(completion, add_special_tokens=False)["input_ids"])
+    return ids if template.eos_token_id is None else [*ids, template.eos_token_id]
+
+
+def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Rows as lists; only `index` is a tensor, `[B]`, so that libraries can tell the batch size."""
+    batch: dict[str, Any] = {key: [row[key] for row in rows] for key in rows[0]}
+    batch["index"] = torch.tensor(batch["index"])
+    return batch
+
+
+def pad_sequences(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
+    """Prompt + completion, padded on the right.
+
+    Returns:
+        `input_ids`, `attention_mask` `[B, S]`; `prompt_lengths`, `completion_lengths` `[B]`, all int64.
+    """
+    sequences = [[*p, *c] for p, c in zip(prompts, completions, strict=True)]
+    width = max(len(s) for s in sequences)
+    return {
+        "input_ids": torch.tensor([s + [0] * (width - len(s)) for s in sequences]),
+        "attention_mask": torch.tensor([[1] * len(s) + [0] * (width - len(s)) for s in sequences]),
+        "prompt_lengths": torch.tensor([len(p) for p in prompts]),
+        "completion_lengths": torch.tensor([len(c) for c in completions]),
+    }
+
+
+def completion_mask(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The positions whose *next* token belongs to the completion.
+
+    Returns:
+        `[B, S - 1]` bool: where true, the logits there predict a completion token.
+    """
+    position = torch.arange(1, batch["input_ids"].shape[1], device=batch["input_ids"].device)
+    start = batch["prompt_lengths"].unsqueeze(-1)
+    return (position >= start) & (position < start + batch["completion_lengths"].unsqueeze(-1))

@@ -1,0 +1,121 @@
+"""The demo task "chains": arithmetic modulo 10 on two interleaved chains of one to three operations.
+
+    prompt      a 3 +4 *2 ; d 5 -2 ; find a - d
+    completion  so a 3 +4 = 7 . then d 5 -2 = 3 ; thus a 7 *2 = 4 ; so a 4 - d 3 = 1 . answer 1
+
+Every step takes the next operation of one chain; "." ends a step, ";" a step that finishes its chain. Words are
+separated by single spaces and each is one token. A solution is free in two places, and only there: which unfinished
+chain moves next, and the connective that opens the step. Everything else follows from what is already written.
+"""
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+from zlib import crc32
+
+PAD, EOS, UNK, USER, ASSISTANT = SPECIAL_TOKENS = ("<pad>", "<eos>", "<unk>", "<user>", "<sol>")
+CONNECTIVES = {"so": 0.4, "then": 0.3, "thus": 0.2, "next": 0.1}
+DIGITS = tuple("0123456789")
+NAMES = tuple("abcdefghijkl")
+OPERATIONS = tuple(f"{sign}{n}" for sign, first in (("+", 1), ("-", 1), ("*", 2)) for n in range(first, 10))
+VOCABULARY = (*SPECIAL_TOKENS, *DIGITS, *OPERATIONS, *NAMES, *CONNECTIVES, "+", "-", "=", ".", ";", "find", "answer")
+
+MAX_OPERATIONS = 3
+MAX_PROMPT_TOKENS = 18  # with <user> and <sol>
+MAX_COMPLETION_TOKENS = 54  # with <eos>
+
+Split = Literal["train", "held_out"]
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A named start value and the operations to apply to it, in order."""
+
+    name: str
+    start: int
+    operations: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return " ".join((self.name, str(self.start), *self.operations))
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Two chains in the order of the question `find first sign second`; the prompt may list them the other way."""
+
+    prompt: str
+    answer: str
+    first: Chain
+    second: Chain
+    sign: str
+
+
+def apply(value: int, operation: str) -> int:
+    """The result of one operation such as "+4" or "*2", modulo 10."""
+    sign, number = operation[0], int(operation[1:])
+    return {"+": value + number, "-": value - number, "*": value * number}[sign] % 10
+
+
+def final_value(chain: Chain) -> int:
+    """The value of a chain after all of its operations."""
+    value = chain.start
+    for operation in chain.operations:
+        value = apply(value, operation)
+    return value
+
+
+def make_problem(rng: random.Random) -> Problem:
+    """Draw two chains with different names, and the question."""
+    chains = [
+        Chain(name, rng.randrange(10), tuple(rng.choices(OPERATIONS, k=rng.randint(1, MAX_OPERATIONS))))
+        for name in rng.sample(NAMES, 2)
+    ]
+    sign = rng.choice("+-")
+    first, second = rng.sample(chains, 2)
+    prompt = f"{chains[0]} ; {chains[1]} ; find {first.name} {sign} {second.name}"
+    answer = apply(final_value(first), f"{sign}{final_value(second)}")
+    return Problem(prompt, str(answer), first, second, sign)
+
+
+def sample_solution(problem: Problem, rng: random.Random) -> str:
+    """Draw one correct solution: a fair choice of the chain to advance, a weighted choice of each connective."""
+    values = {chain: chain.start for chain in (problem.first, problem.second)}
+    todo = {chain: list(chain.operations) for chain in values}
+    steps = []
+    while unfinished := [chain for chain in values if todo[chain]]:
+        chain = rng.choice(unfinished)
+        operation = todo[chain].pop(0)
+        result = apply(values[chain], operation)
+        end = "." if todo[chain] else ";"
+        steps.append(f"{_connective(rng)} {chain.name} {values[chain]} {operation} = {result} {end}")
+        values[chain] = result
+    left, right = (f"{chain.name} {value}" for chain, value in values.items())
+    steps.append(f"{_connective(rng)} {left} {problem.sign} {right} = {problem.answer} .")
+    return " ".join((*steps, "answer", problem.answer))
+
+
+def _connective(rng: random.Random) -> str:
+    return rng.choices(list(CONNECTIVES), list(CONNECTIVES.values()))[0]
+
+
+def is_correct(completion: str, answer: str) -> bool:
+    """Whether the word after the last "answer" of the completion is the answer."""
+    _, found, after = f" {completion} ".rpartition(" answer ")
+    return bool(found) and after.split()[:1] == [answer]
+
+
+def split_of(prompt: str) -> Split:
+    """The split that owns a prompt, a function of its text alone: no seed can draw a held-out prompt for training."""
+    return "held_out" if crc32(prompt.encode()) % 8 == 0 else "train"
+
+
+def iter_problems(seed: int, split: Split) -> Iterator[tuple[Problem, str]]:
+    """An endless reproducible stream of distinct problems of one split, each with one sampled solution."""
+    rng = random.Random(seed)
+    seen: set[str] = set()
+    while True:
+        problem = make_problem(rng)
+        if split_of(problem.prompt) == split and problem.prompt not in seen:
+            seen.add(problem.prompt)
+            yield problem, sample_solution(problem, rng)

@@ -1,0 +1,295 @@
+"""One flat YAML and command-line flags -> typed, checked arguments; all problems of both reported together."""
+
+import difflib
+import json
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from enum import Enum
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+import yaml
+from trl import ModelConfig
+
+from .config import METHODS, DataArguments, TokenSelectiveConfig, check_values, default_of
+from .errors import ConfigError
+from .presets import find_preset, preset_names
+
+_UNSUPPORTED_MODEL = {"load_in_8bit", "load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_quant_storage"}
+_UNSUPPORTED_MODEL |= {"use_bnb_nested_quant", "lora_task_type"}
+_PATHS = ("model_name_or_path", "teacher_model_name_or_path", "dataset_name", "eval_dataset_name")
+
+
+@dataclass
+class RunArguments:
+    """A run as the user asked for it.
+
+    Attributes:
+        method: "tsd-kd" or "eopd".
+        training: the method's configuration.
+        model: TRL's model arguments (student, LoRA).
+        data: where the prompts come from.
+        given: the values that the file and the flags set, by name.
+        notes: what the user should be told before the run.
+    """
+
+    method: str
+    training: TokenSelectiveConfig
+    model: ModelConfig
+    data: DataArguments
+    given: dict[str, Any]
+    notes: list[str]
+
+
+def parse_run(config: str | None, flags: Sequence[str]) -> RunArguments:
+    """Read `config` (a path or a preset's name) and the flags that override it.
+
+    Raises:
+        ConfigError: with every problem found, one line each.
+    """
+    problems: list[str] = []
+    from_file = read_yaml(config) if config is not None else {}
+    from_flags = _read_flags(flags, problems)
+    given = {**from_file, **from_flags}
+    method = given.pop("method", "tsd-kd")
+    if method not in METHODS:
+        problems.append(f"method: must be one of {', '.join(METHODS)}, found {method!r}{_nearest(str(method), METHODS)}")
+        raise ConfigError(problems)
+    notes = _drop_other_methods(given, method, from_file, from_flags)
+
+    classes = (METHODS[method], ModelConfig, DataArguments)
+    hints = {}
+    for cls in reversed(classes):
+        hints |= {n: h for n, h in typing.get_type_hints(cls).items() if not n.startswith("_")}
+    values = {f.name: default_of(cls, f.name) for cls in classes for f in fields(cls) if f.name in hints}
+    for key, raw in list(given.items()):
+        if key not in hints or key in _UNSUPPORTED_MODEL:
+            problems.append(_unknown_key(key, method, [h for h in hints if h not in _UNSUPPORTED_MODEL]))
+            continue
+        try:
+            given[key] = values[key] = coerce(_locate(raw) if key in _PATHS else raw, hints[key])
+        except ValueError as error:
+            problems.append(f"{key}: {error}")
+    problems += _missing(given, values)
+    for cls in classes:
+        problems += check_values(cls, values)
+    if problems:
+        raise ConfigError(list(dict.fromkeys(problems)))
+    return _build(method, values, given, notes)
+
+
+def _build(method: str, values: dict[str, Any], given: dict[str, Any], notes: list[str]) -> RunArguments:
+    def build(cls: type) -> Any:
+        return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in given})
+
+    try:
+        return RunArguments(method, build(METHODS[method]), build(ModelConfig), build(DataArguments), given, notes)
+    except ConfigError:
+        raise
+    except (ValueError, TypeError, ImportError) as error:  # what transformers checks itself
+        raise ConfigError([" ".join(str(error).split())]) from error
+
+
+def read_yaml(config: str) -> dict[str, Any]:
+    """The flat mapping in a YAML file.
+
+    Raises:
+        ConfigError: missing, unreadable, not YAML, not a mapping, or a key twice.
+    """
+    path = Path(config) if Path(config).exists() else find_preset(config)
+    if path is None:
+        nearest = _nearest(config, preset_names())
+        raise ConfigError([f"--config: no file and no shipped preset is called {config!r}{nearest}; see `tsdkd configs`"])
+    try:
+        text = path.read_text(encoding="utf-8")
+        loaded = yaml.load(text, Loader=_UniqueKeyLoader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError([f"--config: {config} can't be read: {getattr(error, 'strerror', None) or 'not UTF-8 text'}"]) from error
+    except yaml.YAMLError as error:
+        raise ConfigError([f"--config: {config} is not valid YAML: {' '.join(str(error).split())}"]) from error
+    if not isinstance(loaded, dict):
+        found = "an empty file" if loaded is None else f"a {type(loaded).__name__}"
+        raise ConfigError([f"--config: {config} must hold a mapping of keys to values, found {found}"])
+    return {str(key): value for key, value in loaded.items()}
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """A key given twice is an error: YAML's silent last-one-wins has cost people runs."""
+
+
+def _unique_mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen = set()
+    for key_node, _ in node.value:
+        if key_node.value in seen:
+            raise yaml.YAMLError(f"key {key_node.value!r} is given twice, line {key_node.start_mark.line + 1}")
+        seen.add(key_node.value)
+    return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
+
+
+_UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
+
+
+def _read_flags(flags: Sequence[str], problems: list[str]) -> dict[str, Any]:
+    """`--key value`, `--key=value`, `--key` (true), `--key a b` (a list); dashes in keys count as underscores."""
+    given: dict[str, Any] = {}
+    current: str | None = None
+    for token in flags:
+        if token.startswith("--"):
+            name, equals, value = token[2:].partition("=")
+            current = name.replace("-", "_")
+            given[current] = [value] if equals else []
+        elif current is None:
+            problems.append(f"{token!r}: expected a --key before it")
+        else:
+            given[current].append(token)
+    return {k: True if not v else v[0] if len(v) == 1 else v for k, v in given.items()}
+
+
+def _drop_other_methods(
+    given: dict[str, Any], method: str, from_file: dict[str, Any], from_flags: dict[str, Any]
+) -> list[str]:
+    """With `--method` on the command line, the file's options of the method it was written for are left out."""
+    if "method" not in from_flags or from_file.get("method", "tsd-kd") == method:
+        return []
+    own = {f.name for f in fields(METHODS[method])}
+    others = {f.name for cls in METHODS.values() for f in fields(cls)} - own
+    dropped = sorted(k for k in given if k in (others | {"beta"}) and k not in from_flags)
+    for key in dropped:
+        del given[key]
+    written_for = from_file.get("method", "tsd-kd")
+    return [f"note: {', '.join(dropped)} of the file belong to method {written_for} and are left out"] if dropped else []
+
+
+def _unknown_key(key: str, method: str, known: Sequence[str]) -> str:
+    owners = [name for name, cls in METHODS.items() if any(f.name == key for f in fields(cls))]
+    if owners:
+        return f"{key}: belongs to method {', '.join(owners)}, this run's method is {method}"
+    return f"{key}: unknown key{_nearest(key, known)}"
+
+
+def _nearest(word: str, known: Sequence[str] | dict[str, Any]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
+def _missing(given: dict[str, Any], values: dict[str, Any]) -> list[str]:
+    needed = {
+        "model_name_or_path": "the student",
+        "teacher_model_name_or_path": "the teacher",
+        "dataset_name": "the prompts",
+        "output_dir": "where the student is saved",
+    }
+    return [f"{key}: missing, it names {what}" for key, what in needed.items() if key not in given or values[key] is None]
+
+
+def _locate(value: Any) -> Any:
+    """`tsdkd://demo/student` is a file that ships with the package."""
+    if isinstance(value, str) and value.startswith("tsdkd://"):
+        return str(resources.files("tsdkd").joinpath(value.removeprefix("tsdkd://")))
+    return value
+
+
+def coerce(value: Any, hint: Any) -> Any:
+    """`value` (from YAML, or a string from a flag) as the type that a field declares.
+
+    Raises:
+        ValueError: saying what was expected and found.
+    """
+    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    if value is None or (isinstance(value, str) and value.lower() in ("none", "null") and types.NoneType in options):
+        if types.NoneType in options:
+            return None
+        raise ValueError(f"expected {_describe(options)}, found nothing")
+    errors = []
+    for option in sorted(options, key=_specificity):
+        try:
+            return _coerce_one(value, option)
+        except ValueError as error:
+            errors.append(str(error))
+    chosen = next((e for e in errors if e), None)
+    raise ValueError(chosen or f"expected {_describe(options)}, found {value!r}")
+
+
+def _specificity(option: Any) -> int:
+    """Strings take anything, so they are tried last."""
+    return 1 if option is str else 0
+
+
+def _coerce_one(value: Any, option: Any) -> Any:
+    origin = get_origin(option) or option
+    if origin is Literal:
+        choices = get_args(option)
+        if value in choices:
+            return value
+        names = [str(c) for c in choices]
+        raise ValueError(f"must be one of {', '.join(names)}, found {value!r}{_nearest(str(value), names)}")
+    if isinstance(origin, type) and issubclass(origin, Enum):
+        choices = [str(c.value) for c in origin]
+        if isinstance(value, bool) and not value and "no" in choices:
+            return "no"  # YAML 1.1 reads an unquoted no as false
+        if value in choices:
+            return value
+        raise ValueError(f"must be one of {', '.join(choices)}, found {value!r}{_nearest(str(value), choices)}")
+    converters = {bool: _to_bool, int: _to_int, float: _to_float, str: _to_str, dict: _to_dict, list: _to_list}
+    if origin not in converters:
+        raise ValueError("")
+    return converters[origin](value)
+
+
+def _to_bool(value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str) and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    raise ValueError("")
+
+
+def _to_int(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, str)):
+        raise ValueError("")
+    try:
+        return int(value)
+    except ValueError:
+        raise ValueError("") from None
+
+
+def _to_float(value: Any) -> float:
+    # PyYAML reads 5e-6 as a string
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise ValueError("")
+    try:
+        return float(value)
+    except ValueError:
+        raise ValueError("") from None
+
+
+def _to_str(value: Any) -> str:
+    if isinstance(value, (dict, list)):
+        raise ValueError("")
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _to_dict(value: Any) -> dict[str, Any]:
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"is not valid JSON ({error.msg}), found {value!r}") from None
+    if not isinstance(value, dict):
+        raise ValueError("")
+    return value
+
+
+def _to_list(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        raise ValueError("")
+    return list(value) if isinstance(value, (list, tuple)) else [str(value)]
+
+
+def _describe(options: Sequence[Any]) -> str:
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "a string", dict: "a mapping"}
+    texts = [names.get(get_origin(o) or o, "a list" if get_origin(o) is list else "") for o in options]
+    return " or ".join(t for t in texts if t) or "another value"

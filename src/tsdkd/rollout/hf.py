@@ -1,0 +1,112 @@
+"""Rollouts with a transformers model: batched, KV-cached, finished sequences leave the batch.
+
+`model.generate` can't seed each prompt by itself, keeps finished rows in the batch, and takes whatever the checkpoint's
+generation config says (Qwen2.5 ships a repetition penalty); this loop samples from the softmax and nothing else.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from . import Completion
+
+
+@torch.no_grad()
+def sample(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    limits: Sequence[int],
+    generators: Sequence[torch.Generator] | None,
+    *,
+    stop_ids: set[int],
+    vocab_size: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+) -> list[Completion]:
+    """Sample one completion for each prompt.
+
+    Args:
+        model: in eval mode, unwrapped.
+        prompts: token ids, none empty, of any lengths.
+        limits: each completion's maximum length, tokens, at least 1.
+        generators: one a prompt (see `prompt_generator`); None decodes greedily.
+        stop_ids: tokens that end a completion.
+        vocab_size: only ids below it are sampled (the ids that student and teacher share).
+        temperature: divides the logits.
+        top_p: nucleus mass.
+
+    Returns:
+        Completions in the order of `prompts`.
+    """
+    device = next(model.parameters()).device
+    longest = max(limits)
+    uniform = None
+    if generators is not None:
+        # one uniform number a token, drawn beforehand: the same on every device, whatever else is in the batch
+        uniform = torch.stack([torch.rand(longest, dtype=torch.float64, generator=g) for g in generators]).to(device)
+    stop = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device)
+    limit = torch.tensor(limits, device=device)
+    rows = torch.arange(len(prompts), device=device)  # the prompts that are still in the batch
+    growing = torch.ones(len(prompts), dtype=torch.bool, device=device)
+    sampled = torch.zeros(len(prompts), longest, dtype=torch.long, device=device)
+    lengths = torch.zeros(len(prompts), dtype=torch.long, device=device)
+    stopped = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+
+    input_ids, attention_mask = _left_pad(prompts, device)
+    position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+    cache = None
+    for t in range(longest):
+        output = model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        cache = output.past_key_values
+        logits = output.logits[:, -1, :vocab_size].float() / temperature
+        next_ids = _choose(logits, None if uniform is None else uniform[rows, t], top_p)
+        now = rows[growing]
+        sampled[now, t] = next_ids[growing]
+        lengths[now] = t + 1
+        stopped[now] = torch.isin(next_ids[growing], stop)
+        growing = growing & ~stopped[rows] & (limit[rows] > t + 1)
+        left = int(growing.sum())
+        if left == 0:
+            break
+        if left <= 0.875 * len(rows):  # not at every finish: selecting copies the whole cache
+            keep = growing.nonzero().squeeze(-1)
+            rows, next_ids, growing = rows[keep], next_ids[keep], growing[keep]
+            attention_mask, position_ids = attention_mask[keep], position_ids[keep]
+            cache.batch_select_indices(keep)
+        input_ids = next_ids.unsqueeze(-1)
+        attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(rows), 1)], dim=-1)
+        position_ids = position_ids[:, -1:] + 1
+
+    ids, counts = sampled.tolist(), lengths.tolist()
+    return [Completion(ids[i][: counts[i]], flag) for i, flag in enumerate(stopped.tolist())]
+
+
+def _left_pad(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    width = max(len(p) for p in prompts)
+    ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    return ids, mask
+
+
+def _choose(logits: Tensor, uniform: Tensor | None, top_p: float) -> Tensor:
+    """Greedy, or the token at which the cumulative distribution passes `uniform` (`[B]` float64 in [0, 1))."""
+    if uniform is None:
+        return logits.argmax(-1)
+    probs = logits.double().softmax(-1)
+    if top_p < 1.0:
+        ordered, order = probs.sort(-1, descending=True, stable=True)
+        outside = ordered.cumsum(-1) - ordered >= top_p  # the nucleus always holds the first token
+        probs = probs.masked_fill(torch.zeros_like(outside).scatter(-1, order, outside), 0.0)
+    cumulative = probs.cumsum(-1)
+    target = (uniform * cumulative[:, -1]).unsqueeze(-1)
+    index = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+    return index.clamp(max=logits.shape[-1] - 1)

@@ -1,0 +1,128 @@
+"""Tiny models of four families that share one word-level tokenizer, built once a session."""
+
+import json
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+torch.set_num_threads(1)
+
+WORDS = [f"w{i}" for i in range(56)]
+SPECIAL = ["<pad>", "<eos>", "<user>", "<assistant>"]
+TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} {% endfor %}"
+    "{% if add_generation_prompt %}<assistant> {% endif %}"
+)
+
+
+def build_tokenizer(words: list[str] = WORDS, pad_token: str = "<pad>") -> PreTrainedTokenizerFast:
+    """A word-level tokenizer with a chat template."""
+    vocabulary = {word: i for i, word in enumerate(SPECIAL + words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token=pad_token)
+    fast.chat_template = TEMPLATE
+    return fast
+
+
+def build_model(family: str, seed: int = 0, rows: int = 64, hidden: int = 32) -> torch.nn.Module:
+    """A float32 model of a family, with `rows` logits and weights large enough for confident distributions."""
+    common = {
+        "vocab_size": rows,
+        "hidden_size": hidden,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "max_position_embeddings": 128,
+        "bos_token_id": None,
+        "eos_token_id": 1,
+        "pad_token_id": 0,
+        "initializer_range": 0.2,
+    }
+    config = {
+        "gemma2": lambda: Gemma2Config(**common, final_logit_softcapping=4.0, sliding_window=8, query_pre_attn_scalar=16),
+        "llama": lambda: LlamaConfig(**common, tie_word_embeddings=False),
+        "qwen2": lambda: Qwen2Config(**common, tie_word_embeddings=True),
+        "qwen3": lambda: Qwen3Config(**common, tie_word_embeddings=False),
+    }[family]()
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.generation_config.eos_token_id = 1
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def saved_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """`saved_model(family, seed, rows, pad_token)` -> a folder with model and tokenizer, made on first use."""
+    made: dict[tuple, str] = {}
+
+    def make(family: str = "qwen3", seed: int = 0, rows: int = 64, pad_token: str = "<pad>", hidden: int = 32) -> str:
+        key = (family, seed, rows, pad_token, hidden)
+        if key not in made:
+            folder = str(tmp_path_factory.mktemp(f"{family}-{seed}-{rows}"))
+            build_model(family, seed, rows, hidden).save_pretrained(folder)
+            build_tokenizer(pad_token=pad_token).save_pretrained(folder)
+            made[key] = folder
+        return made[key]
+
+    return make
+
+
+def make_rows(count: int = 24, seed: int = 0, completion_words: tuple[int, int] = (3, 12)) -> list[dict[str, str]]:
+    """Rows with `prompt`, `completion` and `answer`, of several lengths."""
+    rng = random.Random(seed)
+    return [
+        {
+            "prompt": " ".join(rng.choices(WORDS, k=rng.randint(2, 9))),
+            "completion": " ".join(rng.choices(WORDS, k=rng.randint(*completion_words))),
+            "answer": str(rng.randint(0, 9)),
+        }
+        for _ in range(count)
+    ]
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> str:
+    """Write rows as JSON lines; returns the path as a string."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def rows_file(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """24 rows as JSONL."""
+    return write_jsonl(tmp_path_factory.mktemp("data") / "rows.jsonl", make_rows())
+
+
+QUIET = {
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "save_strategy": "no",
+}
+"""Training arguments that every test takes: float32 on the CPU, nothing reported."""
+
+
+def flags(**values: object) -> list[str]:
+    """Keyword arguments as command-line flags."""
+    return [text for key, value in values.items() for text in (f"--{key}", str(value))]

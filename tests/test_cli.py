@@ -1,0 +1,135 @@
+"""The command line end to end, on tiny models: invariance, resume, processes, presets, what is printed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import flags, make_rows, write_jsonl
+from safetensors.torch import load_file
+
+from tsdkd.cli import main
+from tsdkd.presets import preset_paths
+
+METHODS = ["tsd-kd", "eopd"]
+SGD = {"optim": "sgd", "max_grad_norm": 0, "lr_scheduler_type": "constant", "learning_rate": 0.5, "warmup_steps": 0}
+COMMON = {"use_cpu": "true", "bf16": "false", "gradient_checkpointing": "false", "disable_tqdm": "true"}
+COMMON |= {"max_length": 64, "max_new_tokens": 12, "logging_steps": 1, "seed": 7}
+
+
+def run_flags(saved_model, rows_file, folder, **values):
+    names = {
+        "model_name_or_path": saved_model("qwen3", 0),
+        "teacher_model_name_or_path": saved_model("qwen3", 1),
+        "dataset_name": rows_file,
+        "output_dir": folder,
+    }
+    return ["train", *flags(**{**names, **COMMON, **values})]
+
+
+def weights(folder) -> torch.Tensor:
+    return torch.cat([t.flatten().double() for _, t in sorted(load_file(Path(folder) / "model.safetensors").items())])
+
+
+def losses(folder) -> list[float]:
+    (state,) = Path(folder).glob("checkpoint-*/trainer_state.json")
+    return [entry["loss"] for entry in json.loads(state.read_text())["log_history"] if "loss" in entry]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_any_split_of_the_batch_gives_the_same_gradient_and_loss(method, saved_model, rows_file, tmp_path):
+    """8 x 1, 4 x 2, 1 x 8, and 2 processes x 4, by SGD: the change of the weights is the gradient."""
+    before = weights(saved_model("qwen3", 0))
+    extra = {"rollout_batch_size": 8} if method == "eopd" else {}
+    gradients, logged = {}, {}
+    for name, (batch, accumulation) in {"8x1": (8, 1), "4x2": (4, 2), "1x8": (1, 8), "2p4": (4, 1)}.items():
+        folder = tmp_path / name
+        split = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation, "max_steps": 1}
+        command = run_flags(saved_model, rows_file, folder, method=method, **SGD, **split, **extra)
+        if name == "2p4":
+            launch_two_processes(command)
+        else:
+            assert main(command) == 0
+        gradients[name], logged[name] = before - weights(folder), losses(folder)
+    for name, gradient in gradients.items():
+        assert (gradient - gradients["8x1"]).norm() <= 1e-6 * gradients["8x1"].norm(), name
+        assert logged[name] == pytest.approx(logged["8x1"], rel=1e-6), name
+
+
+def launch_two_processes(command: list[str]) -> None:
+    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--num_processes", "2"]
+    launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    environment = {"OMP_NUM_THREADS": "1", "ACCELERATE_TORCH_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(
+        [sys.executable, *launcher, "-m", "tsdkd", *command],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.count("saved the student") == 1
+
+
+@pytest.mark.parametrize(
+    "method, extra, stop",
+    [
+        ("tsd-kd", {"adaptive_opener": "true"}, 4),
+        ("eopd", {"rollout_batch_size": 12}, 4),  # in the middle of a rollout that serves three steps
+        ("eopd", {"rollout_batch_size": 12}, 6),
+    ],
+)
+def test_resume_in_the_middle_of_an_epoch_is_bitwise(method, extra, stop, saved_model, tmp_path):
+    data = write_jsonl(tmp_path / "rows.jsonl", make_rows(24))
+    split = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "learning_rate": 0.01}
+    split |= {"save_steps": stop, "num_train_epochs": 2, "method": method, **extra}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert main(run_flags(saved_model, data, whole, **split)) == 0
+    assert main(run_flags(saved_model, data, parts, **split)) == 0
+    for folder in parts.glob("checkpoint-*"):  # as if it had been killed after the first save
+        if folder.name != f"checkpoint-{stop}":
+            for file in folder.iterdir():
+                file.unlink()
+            folder.rmdir()
+    (parts / "model.safetensors").unlink()
+    torch.manual_seed(123)
+    assert main([*run_flags(saved_model, data, parts, **split), "--resume_from_checkpoint", "true"]) == 0
+    assert torch.equal(weights(parts), weights(whole))
+
+
+def test_help_answers_without_torch():
+    code = "import sys; from tsdkd.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+    code += "print(sorted({'torch', 'transformers', 'trl'} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.rstrip().endswith("[]")
+    assert "train" in result.stdout
+
+
+def test_configs_lists_every_preset(capsys):
+    assert main(["configs"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == [path.name for path in preset_paths()]
+
+
+@pytest.mark.parametrize("preset", [path.name for path in preset_paths()])
+def test_every_preset_loads(preset, saved_model, rows_file, capsys, tmp_path, monkeypatch):
+    """With the tiny pair and local rows in the place of the hub's; everything else as shipped."""
+    monkeypatch.chdir(tmp_path)
+    local = {"model_name_or_path": saved_model("qwen3", 0), "teacher_model_name_or_path": saved_model("qwen3", 1)}
+    local |= {"dataset_name": rows_file, "dataset_train_split": "train", "use_cpu": "true", "bf16": "false"}
+    local |= {"prompt_column": "prompt", "completion_column": "completion", "dataset_config": "null"}
+    local |= {"num_train_epochs": 1, "gradient_accumulation_steps": 1}
+    assert main(["train", "--config", preset, "--dry_run", *flags(**local)]) == 0
+    assert "optimizer steps" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+def test_method_on_the_command_line_leaves_out_the_other_methods_options(saved_model, rows_file, tmp_path, capsys):
+    config = tmp_path / "run.yaml"
+    config.write_text("method: tsd-kd\nalpha: 0.5\nbeta: 0.7\n")
+    command = [*run_flags(saved_model, rows_file, tmp_path / "out", method="eopd"), "--config", str(config)]
+    assert main([*command, "--dry_run"]) == 0
+    assert "alpha, beta" in capsys.readouterr().out
