@@ -59,7 +59,9 @@ def build_model(family: str, seed: int = 0, rows: int = 64, hidden: int = 32) ->
         "initializer_range": 0.2,
     }
     config = {
-        "gemma2": lambda: Gemma2Config(**common, final_logit_softcapping=4.0, sliding_window=8, query_pre_attn_scalar=16),
+        "gemma2": lambda: Gemma2Config(
+            **common, final_logit_softcapping=4.0, sliding_window=8, query_pre_attn_scalar=16
+        ),
         "llama": lambda: LlamaConfig(**common, tie_word_embeddings=False),
         "qwen2": lambda: Qwen2Config(**common, tie_word_embeddings=True),
         "qwen3": lambda: Qwen3Config(**common, tie_word_embeddings=False),

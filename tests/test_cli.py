@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import flags, make_rows, write_jsonl
 from safetensors.torch import load_file
 
+from conftest import flags, make_rows, write_jsonl
 from tsdkd.cli import main
 from tsdkd.presets import preset_paths
 

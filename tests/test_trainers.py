@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import pytest
-import reference
 import torch
-from conftest import QUIET, build_model, build_tokenizer, make_rows
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import reference
+from conftest import QUIET, build_model, build_tokenizer, make_rows
 from tsdkd import EOPDConfig, EOPDTrainer, TokenizerMismatchError, TSDKDConfig, TSDKDTrainer
 from tsdkd.rollout import prompt_generator
 from tsdkd.rollout.hf import sample
@@ -247,10 +247,16 @@ def test_gradients_equal_the_objectives_own(trainer_class, config_class, saved_m
     """The SGD step is -lr times the gradient of the logged loss (no hidden factor): checked along its direction."""
     student, teacher, data = saved_model("llama", 0), saved_model("llama", 1), rows()
     rate = 1.0
-    extra = {"rollout_batch_size": 6} if config_class is EOPDConfig else {"gate": False, "alpha": 0.0, "entropy_weight": 0.0}
+    extra = (
+        {"rollout_batch_size": 6}
+        if config_class is EOPDConfig
+        else {"gate": False, "alpha": 0.0, "entropy_weight": 0.0}
+    )
     trainer = train(trainer_class, config(config_class, tmp_path, learning_rate=rate, **extra), student, teacher, data)
     before = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
-    gradient = [(b - a).detach().double() / rate for a, b in zip(trainer.model.parameters(), before.parameters(), strict=True)]
+    gradient = [
+        (b - a).detach().double() / rate for a, b in zip(trainer.model.parameters(), before.parameters(), strict=True)
+    ]
     sequences = on_policy_sequences(student, data, 64)
     teacher_logits = response_logits(AutoModelForCausalLM.from_pretrained(teacher), sequences, 64)
     tokens = [completion for _, completion in sequences]
@@ -306,7 +312,7 @@ def test_loaded_models_work_as_paths_do(saved_model, tmp_path):
 def test_different_tokenizers_are_refused(saved_model, tmp_path):
     words = [f"w{i}" for i in range(56)]
     words[7], words[8] = words[8], words[7]
-    with pytest.raises(TokenizerMismatchError, match="11.*w7.*w8"):
+    with pytest.raises(TokenizerMismatchError, match=r"11.*w7.*w8"):
         TSDKDTrainer(
             model=saved_model("qwen3", 0),
             teacher_model=saved_model("qwen3", 1),

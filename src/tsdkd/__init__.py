@@ -24,7 +24,12 @@ __all__ = [
     "TokenizerMismatchError",
 ]
 
-_HOMES = {"TSDKDConfig": "config", "EOPDConfig": "config", "TSDKDTrainer": "tsd_kd_trainer", "EOPDTrainer": "eopd_trainer"}
+_HOMES = {
+    "TSDKDConfig": "config",
+    "EOPDConfig": "config",
+    "TSDKDTrainer": "tsd_kd_trainer",
+    "EOPDTrainer": "eopd_trainer",
+}
 
 
 def __getattr__(name: str) -> Any:

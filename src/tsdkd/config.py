@@ -51,7 +51,7 @@ class TokenSelectiveConfig(GKDConfig):
     log_completions: bool = _option(False, "Print a table of completions at every logging step.")
     log_term_gradients: int = _option(100, "Log each term's gradient norm every so many steps; 0 is never.")
 
-    _VALID_DICT_FIELDS = GKDConfig._VALID_DICT_FIELDS + ["chat_template_kwargs"]
+    _VALID_DICT_FIELDS = [*GKDConfig._VALID_DICT_FIELDS, "chat_template_kwargs"]
 
     def __post_init__(self) -> None:
         problems = check_values(type(self), vars(self))
@@ -233,15 +233,25 @@ _POINTLESS = {
     "log_completions": (lambda v: v["lmbda"] == 0, "lmbda is 0: nothing is generated"),
     "chat_template_kwargs": (lambda v: v["chat_template_source"] == "none", "chat_template_source is none"),
 }
-_LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters")
-_LORA += ("lora_modules_to_save", "use_rslora", "use_dora")
+_LORA = (
+    "lora_r",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_target_modules",
+    "lora_target_parameters",
+    "lora_modules_to_save",
+    "use_rslora",
+    "use_dora",
+)
 
 
 def default_of(cls: type, name: str) -> Any:
     """The default of a dataclass field (None where there is none)."""
     for f in fields(cls):
         if f.name == name:
-            return f.default if f.default is not MISSING else f.default_factory() if callable(f.default_factory) else None
+            return (
+                f.default if f.default is not MISSING else f.default_factory() if callable(f.default_factory) else None
+            )
     raise KeyError(name)
 
 

@@ -30,7 +30,9 @@ def load_rows(name: str, config: str | None, split: str, field: str = "dataset_n
     try:
         if path.is_file():
             if path.suffix not in _FORMATS:
-                raise DataError(f"{field}: {name} must end in {', '.join(_FORMATS)}, found {path.suffix or 'no ending'!r}")
+                raise DataError(
+                    f"{field}: {name} must end in {', '.join(_FORMATS)}, found {path.suffix or 'no ending'!r}"
+                )
             rows = load_dataset(_FORMATS[path.suffix], data_files=str(path), split="train")
         elif not path.exists() and (path.suffix in _FORMATS or path.is_absolute() or name.startswith(".")):
             raise DataError(f"{field}: there is no file {name!r}")
@@ -39,7 +41,9 @@ def load_rows(name: str, config: str | None, split: str, field: str = "dataset_n
     except DataError:
         raise
     except (DatasetNotFoundError, ConnectionError, FileNotFoundError) as error:
-        raise DataError(f"{field}: {name!r} is no local file, and the hub doesn't have it or can't be reached") from error
+        raise DataError(
+            f"{field}: {name!r} is no local file, and the hub doesn't have it or can't be reached"
+        ) from error
     except Exception as error:  # the readers raise whatever their formats raise
         reason = " ".join(str(error.__cause__ or error).split())[:300]
         raise DataError(f"{field}: {name} (split {split}) can't be read: {reason}") from error
@@ -62,7 +66,7 @@ def prepare_rows(
 
     Returns:
         Columns `index` (row number in `rows`), `prompt_ids`, `completion_ids` (empty without one), `limit` (the most
-        tokens that a completion may have) and, if given, `answer`. `dropped` of them are gone: `len(rows)` tells.
+        tokens that a completion may have) and, if given, `answer`.
 
     Raises:
         DataError: a row without a usable prompt, or no row left.
@@ -76,7 +80,9 @@ def prepare_rows(
         if not prompt_ids:
             raise DataError(f"row {index}: the tokenizer makes no token of the prompt {str(prompt)[:60]!r}")
         if completion is None and needs_completion:
-            raise DataError(f"row {index}: no completion, but lmbda is {args.lmbda}: only lmbda 1 trains on prompts alone")
+            raise DataError(
+                f"row {index}: no completion, but lmbda is {args.lmbda}: only lmbda 1 trains on prompts alone"
+            )
         limit = min(args.max_new_tokens, total - len(prompt_ids))
         ids = [] if completion is None else _completion_ids(completion, template)
         return {"index": index, "prompt_ids": prompt_ids, "completion_ids": ids[: max(limit, 0)], "limit": limit}
@@ -90,8 +96,12 @@ def prepare_rows(
     if len(kept) == 0:
         shortest = min(total - limit for limit in tokenized["limit"])
         raise DataError(
-            f"all {len(rows)} prompts leave no room for a completion: the shortest has {shortest} tokens, the limit of "
-            f"prompt and completion is {total} (max_length, or the models' context)"
+            f"all {len(rows)} prompts leave no room for a completion: the shortest has {shortest} tokens, the limit "
+            f"of prompt and completion is {total} (max_length, or the models' context)"
+        )
+    if len(kept) < len(rows) and PartialState().is_main_process:
+        print(
+            f"dropped {len(rows) - len(kept)} of {len(rows)} prompts: they leave no room for a completion", flush=True
         )
     return kept
 
@@ -109,7 +119,9 @@ def _shape(rows: Dataset, args: TokenSelectiveConfig) -> tuple[str, str | None]:
         return prompt, completion
     if "messages" in columns:
         return "messages", None
-    raise DataError(f"the data set has no column 'prompt' or 'messages', it has {', '.join(columns)}; set prompt_column")
+    raise DataError(
+        f"the data set has no column 'prompt' or 'messages', it has {', '.join(columns)}; set prompt_column"
+    )
 
 
 def _split_row(row: dict[str, Any], index: int, shape: tuple[str, str | None]) -> tuple[Any, str | None]:
@@ -129,9 +141,7 @@ def _split_row(row: dict[str, Any], index: int, shape: tuple[str, str | None]) -
     return prompt, completion
 
 
-def _prompt_ids(
-    prompt: Any, index: int, template: PreTrainedTokenizerBase, args: TokenSelectiveConfig
-) -> list[int]:
+def _prompt_ids(prompt: Any, index: int, template: PreTrainedTokenizerBase, args: TokenSelectiveConfig) -> list[int]:
     if isinstance(prompt, str) and prompt.strip():
         if args.chat_template_source == "none" or template.chat_template is None:
             return list(template(prompt)["input_ids"])
@@ -141,11 +151,13 @@ def _prompt_ids(
         raise DataError(f"row {index}: no prompt: expected a string or a list of messages, found {found}")
     if template.chat_template is None:
         raise DataError(f"row {index}: the prompt is a list of messages, but the tokenizer has no chat template")
-    kwargs = args.chat_template_kwargs or {}
+    kwargs: Any = args.chat_template_kwargs or {}
     try:
         return list(template.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False, **kwargs))
     except Exception as error:  # a template is a program; it raises what it likes
-        raise DataError(f"row {index}: the chat template refuses the prompt: {' '.join(str(error).split())}") from error
+        raise DataError(
+            f"row {index}: the chat template refuses the prompt: {' '.join(str(error).split())}"
+        ) from error
 
 
 def _completion_ids(completion: str, template: PreTrainedTokenizerBase) -> list[int]:

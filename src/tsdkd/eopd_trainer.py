@@ -1,6 +1,6 @@
 """`EOPDTrainer`: one rollout, one query of the teacher, several optimizer steps (Algorithm 1)."""
 
-from typing import Any
+from dataclasses import fields
 
 import torch
 from torch import Tensor, nn
@@ -36,22 +36,21 @@ class EOPDTrainer(TokenSelectiveTrainer):
     _tag_names = ["tsdkd", "eopd"]
 
     def _make_objective(self) -> EOPDObjective:
-        names = ("entropy_threshold", "forward_kl_placement", "forward_kl_random_ratio", "clip_epsilon")
-        names += ("entropy_bonus", "advantage_shaping")
-        return EOPDObjective(**{name: getattr(self.args, name) for name in names})
+        return EOPDObjective(**{f.name: getattr(self.args, f.name) for f in fields(EOPDObjective)})
 
-    def _count_steps_per_rollout(self) -> int:
-        size = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        if self.args.rollout_batch_size % size:
+    @staticmethod
+    def _count_steps_per_rollout(args: EOPDConfig) -> int:
+        size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        if args.rollout_batch_size % size:
             raise ConfigError(
                 [
-                    f"rollout_batch_size: must be a multiple of the mini-batch, found {self.args.rollout_batch_size}; "
-                    f"the mini-batch is {self.args.per_device_train_batch_size} (per_device_train_batch_size) x "
-                    f"{self.args.gradient_accumulation_steps} (gradient_accumulation_steps) x {self.args.world_size} "
-                    f"(processes) = {size}"
+                    f"rollout_batch_size: must be a multiple of the mini-batch, found {args.rollout_batch_size}; the "
+                    f"mini-batch is {args.per_device_train_batch_size} (per_device_train_batch_size) x "
+                    f"{args.gradient_accumulation_steps} (gradient_accumulation_steps) x {args.world_size} (processes)"
+                    f" = {size}"
                 ]
             )
-        return self.args.rollout_batch_size // size
+        return args.rollout_batch_size // size
 
     @torch.no_grad()
     def _annotate(self, model: nn.Module, batch: Batch, step: int, mode: str) -> None:
@@ -65,7 +64,7 @@ class EOPDTrainer(TokenSelectiveTrainer):
             teacher_logits = self._teacher_logits(batch, mask, mode)
         model.train(was_training)
         teacher_logps = teacher_logits.float().log_softmax(-1)
-        topk_logps, topk_ids = teacher_logps.topk(min(self.args.forward_kl_top_k, self.vocab_size), dim=-1)
+        topk_logps, topk_ids = teacher_logps.topk(min(self.args.forward_kl_top_k, self.pair.shared_vocab_size), dim=-1)
         batch["answers"] = vars(
             TeacherAnswers(
                 old_logps=old_logps,
@@ -83,7 +82,6 @@ class EOPDTrainer(TokenSelectiveTrainer):
         numbers = [torch.rand(n, generator=g) for g, n in zip(generators, lengths, strict=True)]
         return torch.cat(numbers).to(batch["input_ids"].device)
 
-    def _micro_batch_objective(self, student_logits: Tensor, batch: Batch, mask: Tensor, training: bool) -> ObjectiveOutput:
+    def _micro_batch_objective(self, student_logits: Tensor, batch: Batch, mask: Tensor, mode: str) -> ObjectiveOutput:
         sampled = batch["input_ids"][:, 1:][mask]
-        answers: dict[str, Any] = batch["answers"]
-        return self.objective(student_logits, sampled, TeacherAnswers(**answers), training=training)
+        return self.objective(student_logits, sampled, TeacherAnswers(**batch["answers"]))

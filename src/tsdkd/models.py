@@ -1,42 +1,96 @@
 """The pair: student and teacher, their tokenizers' identity, the vocabulary they share, where a completion stops."""
 
 import os
+from dataclasses import dataclass
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
+from .config import TokenSelectiveConfig
 from .errors import ModelError, TokenizerMismatchError
 
 
-def _load(loader: Any, name: str, field: str, what: str, **kwargs: Any) -> Any:
-    """`loader.from_pretrained`, its many exceptions turned into one line that names the setting."""
-    try:
-        return loader.from_pretrained(name, **kwargs)
-    except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
-        if os.path.isdir(name):
-            reason = " ".join(str(error).split())[:300]
-        elif os.path.exists(name):
-            reason = "it is a file, expected a folder or a hub name"
-        else:
-            reason = "no such folder here, and the hub doesn't have it or can't be reached"
-        raise ModelError(f"{field}: no {what} in {name!r}: {reason}") from error
+@dataclass
+class Pair:
+    """Student and teacher as far as they are known without their weights.
+
+    Attributes:
+        student_config, teacher_config: the models' configurations.
+        tokenizer, teacher_tokenizer: the same token -> id map, maybe with different chat templates.
+        template: the one whose chat template renders the prompts.
+    """
+
+    student_config: PretrainedConfig
+    teacher_config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    teacher_tokenizer: PreTrainedTokenizerBase
+    template: PreTrainedTokenizerBase
+
+    @property
+    def context(self) -> int:
+        """The longest sequence, tokens, that both models take."""
+        configs = (self.student_config.get_text_config(), self.teacher_config.get_text_config())
+        limits = [getattr(c, "max_position_embeddings", None) for c in configs]
+        return min((limit for limit in limits if limit), default=2**31)
+
+    @property
+    def vocab_sizes(self) -> tuple[int, int]:
+        """How many ids the student and the teacher have logits for."""
+        return self.student_config.get_text_config().vocab_size, self.teacher_config.get_text_config().vocab_size
+
+    @property
+    def shared_vocab_size(self) -> int:
+        """How many ids both have logits for: one tokenizer often comes with differently padded vocabularies
+        (Qwen2.5: 152064 rows at 14B, 151936 at 1.5B)."""
+        return min(self.vocab_sizes)
 
 
-def load_config(name: str, field: str, **kwargs: Any) -> PretrainedConfig:
-    """A model's configuration. Raises `ModelError`."""
-    return _load(AutoConfig, name, field, "model", **kwargs)
+def resolve_pair(
+    student: str | PreTrainedModel,
+    teacher: str | PreTrainedModel,
+    args: TokenSelectiveConfig,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Pair:
+    """Configurations and tokenizers of a pair, checked, without loading weights.
+
+    Raises:
+        ModelError: one of them can't be loaded.
+        TokenizerMismatchError: the tokenizers differ.
+    """
+    ours = ("model_name_or_path", _hub_kwargs(args, args.model_init_kwargs))
+    theirs = ("teacher_model_name_or_path", _hub_kwargs(args, args.teacher_model_init_kwargs))
+    student_config, teacher_config = (
+        _load(AutoConfig, model, field, "model", **kwargs) if isinstance(model, str) else model.config
+        for model, (field, kwargs) in ((student, ours), (teacher, theirs))
+    )
+    if tokenizer is None:
+        tokenizer = _load(AutoTokenizer, name_of(student), ours[0], "tokenizer", **ours[1])
+    if teacher_tokenizer is None:
+        # a teacher built in memory has no tokenizer of its own to compare with
+        name = name_of(teacher)
+        teacher_tokenizer = _load(AutoTokenizer, name, theirs[0], "tokenizer", **theirs[1]) if name else tokenizer
+    check_same_tokenizer(tokenizer, teacher_tokenizer)
+    template = teacher_tokenizer if args.chat_template_source == "teacher" else tokenizer
+    return Pair(student_config, teacher_config, tokenizer, teacher_tokenizer, template)
 
 
-def load_tokenizer(name: str, field: str, **kwargs: Any) -> PreTrainedTokenizerBase:
-    """A model's tokenizer. Raises `ModelError`."""
-    return _load(AutoTokenizer, name, field, "tokenizer", **kwargs)
+def load_teacher(teacher: str, args: TokenSelectiveConfig) -> PreTrainedModel:
+    """The teacher, in its checkpoint's dtype unless `teacher_model_init_kwargs` says otherwise.
 
-
-def load_teacher(name: str, trust_remote_code: bool = False, **kwargs: Any) -> PreTrainedModel:
-    """The teacher, in its checkpoint's dtype unless `kwargs` has a `dtype`. Raises `ModelError`."""
-    kwargs = {"dtype": "auto", "trust_remote_code": trust_remote_code, **kwargs}
-    return _load(AutoModelForCausalLM, name, "teacher_model", "model", **kwargs)
+    Raises:
+        ModelError: it can't be loaded.
+    """
+    kwargs = {"dtype": "auto", "trust_remote_code": args.trust_remote_code, **(args.teacher_model_init_kwargs or {})}
+    return _load(AutoModelForCausalLM, teacher, "teacher_model_name_or_path", "model", **kwargs)
 
 
 def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
@@ -51,23 +105,9 @@ def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTo
     ours_by_id, theirs_by_id = ({i: t for t, i in vocab.items()} for vocab in (ours, theirs))
     first = min(i for i in ours_by_id.keys() | theirs_by_id.keys() if ours_by_id.get(i) != theirs_by_id.get(i))
     raise TokenizerMismatchError(
-        f"teacher_model: its tokenizer is not the student's: id {first} is {ours_by_id.get(first)!r} for the student "
-        f"and {theirs_by_id.get(first)!r} for the teacher; choose a teacher with the same tokenizer"
+        f"teacher_model_name_or_path: its tokenizer is not the student's: id {first} is {ours_by_id.get(first)!r} for "
+        f"the student and {theirs_by_id.get(first)!r} for the teacher; choose a teacher with the same tokenizer"
     )
-
-
-def shared_vocab_size(student: PretrainedConfig, teacher: PretrainedConfig) -> int:
-    """Number of ids that both models have logits for.
-
-    One tokenizer often comes with differently padded vocabularies (Qwen2.5: 152064 rows at 14B, 151936 at 1.5B).
-    """
-    return min(student.get_text_config().vocab_size, teacher.get_text_config().vocab_size)
-
-
-def context_length(*configs: PretrainedConfig) -> int:
-    """The longest sequence, tokens, that all models take."""
-    limits = [getattr(c.get_text_config(), "max_position_embeddings", None) for c in configs]
-    return min((limit for limit in limits if limit), default=2**31)
 
 
 def stop_token_ids(*sources: GenerationConfig | PreTrainedTokenizerBase | None) -> set[int]:
@@ -77,3 +117,27 @@ def stop_token_ids(*sources: GenerationConfig | PreTrainedTokenizerBase | None) 
         eos = getattr(source, "eos_token_id", None)
         ids |= set(eos) if isinstance(eos, (list, tuple)) else set() if eos is None else {eos}
     return ids
+
+
+def name_of(model: str | PreTrainedModel) -> str:
+    """The path or hub id that a model was loaded from; empty for one built in memory."""
+    return model if isinstance(model, str) else getattr(model.config, "_name_or_path", "") or ""
+
+
+def _hub_kwargs(args: TokenSelectiveConfig, init_kwargs: dict[str, Any] | None) -> dict[str, Any]:
+    revision = (init_kwargs or {}).get("revision")
+    return {"trust_remote_code": args.trust_remote_code, **({"revision": revision} if revision else {})}
+
+
+def _load(loader: Any, name: str, field: str, what: str, **kwargs: Any) -> Any:
+    """`loader.from_pretrained`, its many exceptions turned into one line that names the setting."""
+    try:
+        return loader.from_pretrained(name, **kwargs)
+    except Exception as error:  # OSError, ValueError, KeyError, safetensors' and tokenizers' own, ...
+        if os.path.isdir(name):
+            reason = " ".join(str(error).split())[:300]
+        elif os.path.exists(name):
+            reason = "it is a file, expected a folder or a hub name"
+        else:
+            reason = "no such folder here, and the hub doesn't have it or can't be reached"
+        raise ModelError(f"{field}: no {what} in {name!r}: {reason}") from error

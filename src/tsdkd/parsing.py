@@ -56,12 +56,14 @@ def parse_run(config: str | None, flags: Sequence[str]) -> RunArguments:
     given = {**from_file, **from_flags}
     method = given.pop("method", "tsd-kd")
     if method not in METHODS:
-        problems.append(f"method: must be one of {', '.join(METHODS)}, found {method!r}{_nearest(str(method), METHODS)}")
+        problems.append(
+            f"method: must be one of {', '.join(METHODS)}, found {method!r}{_nearest(str(method), METHODS)}"
+        )
         raise ConfigError(problems)
     notes = _drop_other_methods(given, method, from_file, from_flags)
 
     classes = (METHODS[method], ModelConfig, DataArguments)
-    hints = {}
+    hints: dict[str, Any] = {}
     for cls in reversed(classes):
         hints |= {n: h for n, h in typing.get_type_hints(cls).items() if not n.startswith("_")}
     values = {f.name: default_of(cls, f.name) for cls in classes for f in fields(cls) if f.name in hints}
@@ -102,12 +104,16 @@ def read_yaml(config: str) -> dict[str, Any]:
     path = Path(config) if Path(config).exists() else find_preset(config)
     if path is None:
         nearest = _nearest(config, preset_names())
-        raise ConfigError([f"--config: no file and no shipped preset is called {config!r}{nearest}; see `tsdkd configs`"])
+        raise ConfigError(
+            [f"--config: no file and no shipped preset is called {config!r}{nearest}; see `tsdkd configs`"]
+        )
     try:
         text = path.read_text(encoding="utf-8")
         loaded = yaml.load(text, Loader=_UniqueKeyLoader)
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError([f"--config: {config} can't be read: {getattr(error, 'strerror', None) or 'not UTF-8 text'}"]) from error
+        raise ConfigError(
+            [f"--config: {config} can't be read: {getattr(error, 'strerror', None) or 'not UTF-8 text'}"]
+        ) from error
     except yaml.YAMLError as error:
         raise ConfigError([f"--config: {config} is not valid YAML: {' '.join(str(error).split())}"]) from error
     if not isinstance(loaded, dict):
@@ -160,7 +166,9 @@ def _drop_other_methods(
     for key in dropped:
         del given[key]
     written_for = from_file.get("method", "tsd-kd")
-    return [f"note: {', '.join(dropped)} of the file belong to method {written_for} and are left out"] if dropped else []
+    return (
+        [f"note: {', '.join(dropped)} of the file belong to method {written_for} and are left out"] if dropped else []
+    )
 
 
 def _unknown_key(key: str, method: str, known: Sequence[str]) -> str:
@@ -182,7 +190,9 @@ def _missing(given: dict[str, Any], values: dict[str, Any]) -> list[str]:
         "dataset_name": "the prompts",
         "output_dir": "where the student is saved",
     }
-    return [f"{key}: missing, it names {what}" for key, what in needed.items() if key not in given or values[key] is None]
+    return [
+        f"{key}: missing, it names {what}" for key, what in needed.items() if key not in given or values[key] is None
+    ]
 
 
 def _locate(value: Any) -> Any:
@@ -221,22 +231,21 @@ def _specificity(option: Any) -> int:
 def _coerce_one(value: Any, option: Any) -> Any:
     origin = get_origin(option) or option
     if origin is Literal:
-        choices = get_args(option)
-        if value in choices:
-            return value
-        names = [str(c) for c in choices]
-        raise ValueError(f"must be one of {', '.join(names)}, found {value!r}{_nearest(str(value), names)}")
+        return _one_of(value, list(get_args(option)))
     if isinstance(origin, type) and issubclass(origin, Enum):
-        choices = [str(c.value) for c in origin]
-        if isinstance(value, bool) and not value and "no" in choices:
-            return "no"  # YAML 1.1 reads an unquoted no as false
-        if value in choices:
-            return value
-        raise ValueError(f"must be one of {', '.join(choices)}, found {value!r}{_nearest(str(value), choices)}")
+        # YAML 1.1 reads an unquoted no as false
+        return _one_of("no" if value is False else value, [choice.value for choice in origin])
     converters = {bool: _to_bool, int: _to_int, float: _to_float, str: _to_str, dict: _to_dict, list: _to_list}
     if origin not in converters:
         raise ValueError("")
     return converters[origin](value)
+
+
+def _one_of(value: Any, choices: list[Any]) -> Any:
+    if value in choices:
+        return value
+    names = [str(choice) for choice in choices]
+    raise ValueError(f"must be one of {', '.join(names)}, found {value!r}{_nearest(str(value), names)}")
 
 
 def _to_bool(value: Any) -> bool:

@@ -1,8 +1,8 @@
 """The wiring of a run: parse -> check -> plan -> train -> save. The program's table of contents."""
 
 import dataclasses
+import math
 import os
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,13 @@ import yaml
 from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
-from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 from trl import get_peft_config
 
 from .config import METHODS, DataArguments, TokenSelectiveConfig
 from .data import load_rows, prepare_rows
 from .errors import ConfigError, OutputDirError
-from .models import check_same_tokenizer, context_length, load_config, load_tokenizer, shared_vocab_size
+from .models import Pair, resolve_pair
 from .parsing import RunArguments, parse_run
 from .trainer import TokenSelectiveTrainer
 
@@ -55,22 +54,15 @@ def build_trainer(arguments: RunArguments, **kwargs: Any) -> TokenSelectiveTrain
     from . import EOPDTrainer, TSDKDTrainer
 
     training, model = arguments.training, arguments.model
-    student, teacher = _tokenizers(arguments)
-    check_same_tokenizer(student, teacher)
     train_rows, eval_rows = _load_data(arguments.data, training)
-    if training.model_init_kwargs is None:
-        training.model_init_kwargs = {"revision": model.model_revision, "dtype": model.dtype}
-        if model.attn_implementation:
-            training.model_init_kwargs["attn_implementation"] = model.attn_implementation
+    _set_model_kwargs(arguments)
     trainer_class = {"tsd-kd": TSDKDTrainer, "eopd": EOPDTrainer}[arguments.method]
     trainer = trainer_class(
-        model=model.model_name_or_path,
-        teacher_model=training.teacher_model_name_or_path,
+        model=str(model.model_name_or_path),
+        teacher_model=str(training.teacher_model_name_or_path),
         args=training,
         train_dataset=train_rows,
         eval_dataset=eval_rows,
-        processing_class=student,
-        teacher_processing_class=teacher,
         peft_config=_peft_config(arguments),
         **kwargs,
     )
@@ -80,53 +72,57 @@ def build_trainer(arguments: RunArguments, **kwargs: Any) -> TokenSelectiveTrain
 
 def plan(arguments: RunArguments) -> None:
     """Print the resolved configuration and what the run would do, without loading weights or writing anything."""
-    training, model = arguments.training, arguments.model
+    training = arguments.training
     checkpoint = check_output_dir(training)
-    student, teacher = _tokenizers(arguments)
-    check_same_tokenizer(student, teacher)
-    trust = training.trust_remote_code
-    configs = [
-        load_config(model.model_name_or_path, "model_name_or_path", revision=model.model_revision, trust_remote_code=trust),
-        load_config(training.teacher_model_name_or_path, "teacher_model_name_or_path", trust_remote_code=trust),
-    ]
-    template = teacher if training.chat_template_source == "teacher" else student
-    context = context_length(*configs)
-    counts, example, budget = {}, "", 0
-    for name, rows in zip(("train", "eval"), _load_data(arguments.data, training), strict=True):
-        if rows is not None:
-            prepared = prepare_rows(rows, template, training, context, needs_completion=training.lmbda < 1)
-            counts[name] = (len(rows), len(prepared))
-            if name == "train":
-                example, budget = template.decode(prepared[0]["prompt_ids"]), sum(prepared["limit"])
+    train_rows, eval_rows = _load_data(arguments.data, training)
+    _set_model_kwargs(arguments)
+    pair = resolve_pair(str(arguments.model.model_name_or_path), str(training.teacher_model_name_or_path), training)
+    prepared = {
+        name: prepare_rows(rows, pair.template, training, pair.context, needs_completion=training.lmbda < 1)
+        for name, rows in (("train", train_rows), ("eval", eval_rows))
+        if rows is not None
+    }
     console = Console()
-    console.print(yaml.safe_dump(_resolved(arguments), sort_keys=True, allow_unicode=True), markup=False, highlight=False)
-    console.print(_plan_table(arguments, configs, counts, budget, checkpoint))
+    console.print(
+        yaml.safe_dump(_resolved(arguments), sort_keys=True, allow_unicode=True), markup=False, highlight=False
+    )
+    console.print(_plan_table(arguments, pair, prepared, checkpoint))
+    example = pair.template.decode(prepared["train"][0]["prompt_ids"])
     console.print("first prompt, as the student sees it:", example, sep="\n", markup=False, highlight=False)
 
 
-def _plan_table(arguments: RunArguments, configs: list[Any], counts: dict, budget: int, checkpoint: str | None) -> Table:
-    training, model = arguments.training, arguments.model
-    global_batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
-    used = counts["train"][1]
-    steps_per_epoch = -(-used // global_batch)
-    steps = training.max_steps if training.max_steps > 0 else int(steps_per_epoch * training.num_train_epochs)
-    sizes = [c.get_text_config().vocab_size for c in configs]
+def _plan_table(arguments: RunArguments, pair: Pair, prepared: dict[str, Dataset], checkpoint: str | None) -> Table:
+    training = arguments.training
+    batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
+    prompts = len(prepared["train"])
+    steps_per_epoch = -(-prompts // batch)
+    steps = training.max_steps if training.max_steps > 0 else math.ceil(steps_per_epoch * training.num_train_epochs)
+    tokens_per_step = sum(prepared["train"]["limit"]) / prompts * min(batch, prompts)
+    student, teacher = pair.student_config, pair.teacher_config
     rows = {
         "method": arguments.method,
-        "student": f"{model.model_name_or_path} ({configs[0].model_type}, {sizes[0]} logits)",
-        "teacher": f"{training.teacher_model_name_or_path} ({configs[1].model_type}, {sizes[1]} logits)",
-        "shared vocabulary": str(shared_vocab_size(*configs)),
-        **{f"{n} prompts": f"{kept} ({all_ - kept} of {all_} dropped: no room)" for n, (all_, kept) in counts.items()},
-        "global batch": f"{training.per_device_train_batch_size} x {training.gradient_accumulation_steps} accumulated x "
-        f"{training.world_size} processes = {global_batch}",
+        "student": f"{arguments.model.model_name_or_path} ({student.model_type}, {pair.vocab_sizes[0]} logits)",
+        "teacher": f"{training.teacher_model_name_or_path} ({teacher.model_type}, {pair.vocab_sizes[1]} logits)",
+        "shared vocabulary": str(pair.shared_vocab_size),
+        **{f"{name} prompts": str(len(rows)) for name, rows in prepared.items()},
+        "global batch": f"{training.per_device_train_batch_size} x {training.gradient_accumulation_steps} accumulated "
+        f"x {training.world_size} processes = {batch}",
         "optimizer steps": f"{steps} ({steps_per_epoch} an epoch)",
-        "completion tokens": f"at most {round(budget / used * min(global_batch, used)):,} a step",
+        "completion tokens": f"at most {round(tokens_per_step):,} a step",
         "output": f"{training.output_dir}{f', resuming from {checkpoint}' if checkpoint else ''}",
     }
     table = Table(title="Plan", show_header=False)
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def _set_model_kwargs(arguments: RunArguments) -> None:
+    """TRL's model arguments, as the trainer takes them."""
+    model = arguments.model
+    chosen = {"revision": model.model_revision, "dtype": model.dtype, "attn_implementation": model.attn_implementation}
+    given = arguments.training.model_init_kwargs or {}
+    arguments.training.model_init_kwargs = {**{k: v for k, v in chosen.items() if v is not None}, **given}
 
 
 def check_output_dir(training: TokenSelectiveConfig) -> str | None:
@@ -153,21 +149,10 @@ def check_output_dir(training: TokenSelectiveConfig) -> str | None:
         raise OutputDirError(f"output_dir: {folder} holds files that aren't tsdkd's ({present[0]}, …); choose another")
     if present:
         raise OutputDirError(
-            f"output_dir: {folder} holds an earlier run; continue it with --resume_from_checkpoint true, or choose another"
+            f"output_dir: {folder} holds an earlier run; continue it with --resume_from_checkpoint true, or choose "
+            "another"
         )
     return None
-
-
-def _tokenizers(arguments: RunArguments) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
-    training, model = arguments.training, arguments.model
-    trust = training.trust_remote_code
-    student = load_tokenizer(
-        str(model.model_name_or_path), "model_name_or_path", revision=model.model_revision, trust_remote_code=trust
-    )
-    revision = (training.teacher_model_init_kwargs or {}).get("revision", "main")
-    return student, load_tokenizer(
-        str(training.teacher_model_name_or_path), "teacher_model_name_or_path", revision=revision, trust_remote_code=trust
-    )
 
 
 def _load_data(data: DataArguments, training: TokenSelectiveConfig) -> tuple[Dataset, Dataset | None]:
@@ -175,8 +160,13 @@ def _load_data(data: DataArguments, training: TokenSelectiveConfig) -> tuple[Dat
     evaluates = str(getattr(training.eval_strategy, "value", training.eval_strategy)) != "no" or training.eval_on_start
     if not evaluates:
         return rows, None
-    name, field = data.eval_dataset_name or data.dataset_name, "eval_dataset_name" if data.eval_dataset_name else "dataset_name"
-    return rows, load_rows(str(name), None if data.eval_dataset_name else data.dataset_config, data.dataset_test_split, field)
+    name, field = (
+        data.eval_dataset_name or data.dataset_name,
+        "eval_dataset_name" if data.eval_dataset_name else "dataset_name",
+    )
+    return rows, load_rows(
+        str(name), None if data.eval_dataset_name else data.dataset_config, data.dataset_test_split, field
+    )
 
 
 def _peft_config(arguments: RunArguments) -> Any:
@@ -226,6 +216,3 @@ def _write_run_file(arguments: RunArguments) -> None:
 def _say(text: str) -> None:
     if int(os.environ.get("RANK", "0")) == 0:
         print(text, flush=True)
-
-
-warnings.filterwarnings("ignore", message=".*`lmbda=1.0`, `temperature=1.0`.*")

@@ -43,7 +43,9 @@ def top_entropy_mask(student_entropy: Tensor, mask: Tensor, ratio: float = 0.1) 
     # 0.28 * 25 is 7.000000000000001: without the margin the ceiling takes an eighth token
     count = (mask.sum(-1).double() * ratio - 1e-9).ceil().clamp(min=1)
     order = student_entropy.detach().masked_fill(~mask, float("-inf")).argsort(dim=-1, descending=True, stable=True)
-    rank = torch.empty_like(order).scatter_(-1, order, torch.arange(mask.shape[-1], device=mask.device).expand_as(order))
+    rank = torch.empty_like(order).scatter_(
+        -1, order, torch.arange(mask.shape[-1], device=mask.device).expand_as(order)
+    )
     return mask & (rank < count.unsqueeze(-1))
 
 

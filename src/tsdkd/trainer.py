@@ -5,9 +5,8 @@ exists, refuses pairs with differently padded vocabularies, and samples from the
 """
 
 import time
-from collections import defaultdict, deque
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,16 +26,9 @@ from .answers import is_correct
 from .completions import CompletionSample, print_completions
 from .config import TokenSelectiveConfig
 from .data import collate, completion_mask, pad_sequences, prepare_rows
-from .errors import ConfigError, DataError
-from .models import (
-    check_same_tokenizer,
-    context_length,
-    load_config,
-    load_teacher,
-    load_tokenizer,
-    shared_vocab_size,
-    stop_token_ids,
-)
+from .errors import ConfigError
+from .metrics import RunningMeans
+from .models import load_teacher, name_of, resolve_pair, stop_token_ids
 from .objectives import ObjectiveOutput
 from .rollout import Completion, prompt_generator
 from .rollout.hf import sample
@@ -67,6 +59,7 @@ class TokenSelectiveTrainer(GKDTrainer):
     config_class: type[TokenSelectiveConfig]
     loss_is_scaled_for_ga = True
     unit: str  # what the loss is a mean of: "responses" or "tokens"
+    objective: Any
 
     def __init__(
         self,
@@ -82,36 +75,17 @@ class TokenSelectiveTrainer(GKDTrainer):
         optimizers: tuple[Any, Any] = (None, None),
         peft_config: Any | None = None,
     ) -> None:
-        args = args or self.config_class(f"{Path(_name_of(model)).name}-{self._name}")
-        trust = args.trust_remote_code
-        init_kwargs = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
-        teacher_kwargs = args.teacher_model_init_kwargs if isinstance(args.teacher_model_init_kwargs, dict) else {}
-        revisions = [{"revision": kw["revision"]} if "revision" in kw else {} for kw in (init_kwargs, teacher_kwargs)]
-        student_config = (
-            load_config(model, "model", trust_remote_code=trust, **revisions[0]) if isinstance(model, str) else model.config
-        )
-        tokenizer = processing_class or load_tokenizer(
-            _name_of(model), "model", trust_remote_code=trust, **revisions[0]
-        )
-        teacher_tokenizer = teacher_processing_class or self._find_teacher_tokenizer(
-            teacher_model, tokenizer, trust_remote_code=trust, **revisions[1]
-        )
-        check_same_tokenizer(tokenizer, teacher_tokenizer)
-        if isinstance(teacher_model, str):
-            teacher_model = load_teacher(teacher_model, trust, **teacher_kwargs)
-
-        self._template = teacher_tokenizer if args.chat_template_source == "teacher" else tokenizer
-        self._context = context_length(student_config, teacher_model.config)
-        if args.chat_template_source == "teacher":
-            tokenizer.chat_template = teacher_tokenizer.chat_template  # it is saved with the student
+        args = args or self.config_class(f"{Path(name_of(model)).name}-{self._name}")
+        self.steps_per_rollout = self._count_steps_per_rollout(args)
+        self.pair = resolve_pair(model, teacher_model, args, processing_class, teacher_processing_class)
         train_dataset = self._tokenized(train_dataset, args)
-        if isinstance(eval_dataset, dict):
-            eval_dataset = {name: self._tokenized(rows, args) for name, rows in eval_dataset.items()}
-        elif eval_dataset is not None:
+        if eval_dataset is not None:
             eval_dataset = self._tokenized(eval_dataset, args)
+        if isinstance(teacher_model, str):
+            teacher_model = load_teacher(teacher_model, args)
 
         # `GKDTrainer.__init__` would refuse differently padded vocabularies: its parent's is called, and what it does
-        # besides is done below
+        # besides is done here
         args.dataset_kwargs = {"skip_prepare_dataset": True}
         super(GKDTrainer, self).__init__(
             model,
@@ -119,20 +93,15 @@ class TokenSelectiveTrainer(GKDTrainer):
             data_collator=collate,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            processing_class=tokenizer,
+            processing_class=self.pair.tokenizer,
             callbacks=callbacks,
             optimizers=optimizers,
             peft_config=peft_config,
         )
         if args.disable_dropout:
             disable_dropout_in_model(self.model)
-        self.vocab_size = shared_vocab_size(self.model.config, teacher_model.config)
-        sources = [self.model.generation_config, tokenizer]
-        if args.chat_template_source == "teacher":
-            sources += [teacher_model.generation_config, teacher_tokenizer]
-        self.stop_ids = {i for i in stop_token_ids(*sources) if i < self.vocab_size}
-        self.model.generation_config.eos_token_id = sorted(self.stop_ids) or None  # the saved student stops there too
-        self.teacher_name = _name_of(teacher_model)
+        self.stop_ids = self._stop_ids(teacher_model)
+        self.teacher_name = name_of(teacher_model)
         teacher_model.requires_grad_(False).eval()
         if self.is_deepspeed_enabled:
             self.teacher_model = prepare_deepspeed(teacher_model, self.accelerator)
@@ -140,11 +109,10 @@ class TokenSelectiveTrainer(GKDTrainer):
             self.teacher_model = self.accelerator.prepare_model(teacher_model, evaluation_mode=True)
 
         self.objective = self._make_objective()
-        self.steps_per_rollout = self._count_steps_per_rollout()
+        self.means = {mode: RunningMeans(self.accelerator) for mode in ("train", "eval")}
         self._windows: deque[list[Batch]] = deque()  # rolled out, not yet trained on
         self._already_rolled_out = 0  # batches that the data loader will yield again after a resume
         self._first_of_step = False
-        self._sums: dict[str, dict[str, list[float]]] = {"train": defaultdict(_zeros), "eval": defaultdict(_zeros)}
         self._samples: list[CompletionSample] = []
 
     # What a method decides
@@ -152,34 +120,36 @@ class TokenSelectiveTrainer(GKDTrainer):
     def _make_objective(self) -> Any:
         raise NotImplementedError
 
-    def _micro_batch_objective(self, student_logits: Tensor, batch: Batch, mask: Tensor, training: bool) -> ObjectiveOutput:
+    def _micro_batch_objective(self, student_logits: Tensor, batch: Batch, mask: Tensor, mode: str) -> ObjectiveOutput:
         raise NotImplementedError
 
     def _annotate(self, model: nn.Module, batch: Batch, step: int, mode: str) -> None:
         """Add to a rolled-out micro-batch what must be known before the student changes."""
 
-    def _count_steps_per_rollout(self) -> int:
+    @staticmethod
+    def _count_steps_per_rollout(args: Any) -> int:
         return 1
 
     # Construction
 
-    @staticmethod
-    def _find_teacher_tokenizer(
-        teacher: str | PreTrainedModel, fallback: PreTrainedTokenizerBase, **kwargs: Any
-    ) -> PreTrainedTokenizerBase:
-        name = _name_of(teacher)
-        if not isinstance(teacher, str) and not name:
-            return fallback  # a model built in memory: nothing to compare with
-        return load_tokenizer(name, "teacher_model", **kwargs)
-
-    def _tokenized(self, rows: Dataset, args: TokenSelectiveConfig) -> Dataset:
+    def _tokenized(
+        self, rows: Dataset | dict[str, Dataset], args: TokenSelectiveConfig
+    ) -> Dataset | dict[str, Dataset]:
+        if isinstance(rows, dict):
+            return {name: self._tokenized(part, args) for name, part in rows.items()}
         if "prompt_ids" in rows.column_names:
             return rows
-        prepared = prepare_rows(rows, self._template, args, self._context, needs_completion=args.lmbda < 1)
-        if len(prepared) < len(rows) and args.process_index == 0:
-            dropped = len(rows) - len(prepared)
-            print(f"dropped {dropped} of {len(rows)} prompts: they leave no room for a completion", flush=True)
-        return prepared
+        return prepare_rows(rows, self.pair.template, args, self.pair.context, needs_completion=args.lmbda < 1)
+
+    def _stop_ids(self, teacher: PreTrainedModel) -> set[int]:
+        """Where a completion ends. The saved student gets them, and the template it was trained with, too."""
+        sources = [self.model.generation_config, self.pair.tokenizer]
+        if self.args.chat_template_source == "teacher":
+            sources += [teacher.generation_config, self.pair.teacher_tokenizer]
+            self.pair.tokenizer.chat_template = self.pair.teacher_tokenizer.chat_template
+        ids = {i for i in stop_token_ids(*sources) if i < self.pair.shared_vocab_size}
+        self.model.generation_config.eos_token_id = sorted(ids) or None
+        return ids
 
     # Rollouts
 
@@ -193,17 +163,16 @@ class TokenSelectiveTrainer(GKDTrainer):
             steps = max(1, min(self.steps_per_rollout, self.state.max_steps - self.state.global_step))
             size = self.args.gradient_accumulation_steps
             rows = list(islice(epoch_iterator, num_batches if steps == 1 else size * steps))
-            batches = self._roll_out(self.model_wrapped, rows, self.state.global_step)
+            batches = self._roll_out(self.model_wrapped, rows, self.state.global_step, "train")
             self._windows.extend(batches[i : i + size] for i in range(0, len(batches), size))
         if not self._windows:
             return [], None
         window = self._windows.popleft()
-        lengths = torch.cat([batch["completion_lengths"] for batch in window])
-        count = (lengths > 0).sum() if self.unit == "responses" else lengths.sum()
         self._first_of_step = True
-        return window, self.accelerator.reduce(count.to(device), reduction="sum")
+        count = torch.tensor(sum(self._count_units(batch) for batch in window), device=device)
+        return window, self.accelerator.reduce(count, reduction="sum")
 
-    def _roll_out(self, model: nn.Module, rows: list[Batch], step: int, mode: str = "train") -> list[Batch]:
+    def _roll_out(self, model: nn.Module, rows: list[Batch], step: int, mode: str) -> list[Batch]:
         """Collated rows -> padded micro-batches with the student's or the data set's completions."""
         if not rows:
             return []
@@ -213,10 +182,7 @@ class TokenSelectiveTrainer(GKDTrainer):
             completions = self._generate(model, rows, prompts, step, mode)
         else:
             completions = [Completion(ids, True) for batch in rows for ids in batch["completion_ids"]]
-        self._add(mode, "completions/mean_length", sum(len(c.ids) for c in completions), len(completions))
-        answers = [a for batch in rows for a in batch.get("answer", [])]
-        if on_policy and (mode == "eval" and answers or self.args.log_completions):
-            self._read_completions(prompts, completions, answers, mode)
+        self.means[mode].add("completions/mean_length", sum(len(c.ids) for c in completions), len(completions))
 
         batches, position = [], 0
         for batch in rows:
@@ -232,107 +198,103 @@ class TokenSelectiveTrainer(GKDTrainer):
         self, model: nn.Module, rows: list[Batch], prompts: list[list[int]], step: int, mode: str
     ) -> list[Completion]:
         indices = [int(i) for batch in rows for i in batch["index"]]
-        limits = [limit for batch in rows for limit in batch["limit"]]
         generators = [prompt_generator(self.args.seed, step, index) for index in indices]
-        start = time.perf_counter()
         was_training = model.training
         model.eval()
+        start = time.perf_counter()
         with unwrap_model_for_generation(
             model, self.accelerator, gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs
         ) as unwrapped:
             completions = sample(
                 unwrapped,
                 prompts,
-                limits,
+                [limit for batch in rows for limit in batch["limit"]],
                 generators,
                 stop_ids=self.stop_ids,
-                vocab_size=self.vocab_size,
+                vocab_size=self.pair.shared_vocab_size,
                 temperature=self.args.temperature,
                 top_p=self.args.top_p,
             )
+        seconds = time.perf_counter() - start
         model.train(was_training)
-        tokens = sum(len(c.ids) for c in completions)
-        self._add(mode, "speed/rollout_tokens_per_second", tokens, time.perf_counter() - start)
-        self._add(mode, "completions/eos_share", sum(c.stopped for c in completions), len(completions))
+        means = self.means[mode]
+        means.add("speed/rollout_tokens_per_second", sum(len(c.ids) for c in completions), seconds)
+        means.add("completions/eos_share", sum(c.stopped for c in completions), len(completions))
+        self._read_completions(prompts, completions, [a for b in rows for a in b.get("answer", [])], mode)
         return completions
 
     def _read_completions(
         self, prompts: list[list[int]], completions: list[Completion], answers: list[str], mode: str
     ) -> None:
-        texts = self.processing_class.batch_decode([c.ids for c in completions], skip_special_tokens=True)
+        """Accuracy (evaluation only: decoding costs) and the table of completions."""
+        wanted = completions if mode == "eval" and answers else completions[:5] if self.args.log_completions else []
+        decode = self.pair.tokenizer.decode
+        texts = [decode(c.ids, skip_special_tokens=True) for c in wanted]
         if mode == "eval" and answers:
             right = sum(is_correct(text, str(answer)) for text, answer in zip(texts, answers, strict=True))
-            self._add(mode, "accuracy", right, len(answers))
-        shown = list(zip(prompts, completions, texts, strict=True))[:5]
-        self._samples = [
-            CompletionSample(self.processing_class.decode(p), text, len(c.ids), c.stopped) for p, c, text in shown
-        ]
+            self.means[mode].add("accuracy", right, len(answers))
+        if self.args.log_completions:
+            shown = list(zip(prompts, wanted, texts, strict=False))[:5]
+            self._samples = [CompletionSample(decode(p), text, len(c.ids), c.stopped) for p, c, text in shown]
 
     # Loss
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | None = None) -> Tensor:
         """One micro-batch, forward and backward. `GKDTrainer`'s own would roll out again."""
-        teacher_before = self._sums["train"]["speed/teacher_tokens_per_second"][1]
-        start = time.perf_counter()
-        loss = super(GKDTrainer, self).training_step(model, inputs, num_items_in_batch)
-        self._synchronize()
-        teacher = self._sums["train"]["speed/teacher_tokens_per_second"][1] - teacher_before
-        seconds = time.perf_counter() - start - teacher
-        self._add("train", "speed/student_tokens_per_second", float(inputs["attention_mask"].sum()), seconds)
-        return loss
+        tokens = float(inputs["attention_mask"].sum())
+        with self.means["train"].rate(
+            "speed/student_tokens_per_second", tokens, excluding="speed/teacher_tokens_per_second"
+        ):
+            return super(GKDTrainer, self).training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Tensor | None = None
     ) -> Tensor:
         """This process's share of the global mean, times the number of processes (DDP and ZeRO average gradients)."""
-        training = num_items_in_batch is not None
+        mode = "eval" if num_items_in_batch is None else "train"
         mask = completion_mask(inputs)
-        student_logits = self._logits(model, inputs, mask)
-        output = self._micro_batch_objective(student_logits, inputs, mask, training)
-        mode = "train" if training else "eval"
+        output = self._micro_batch_objective(self._logits(model, inputs, mask), inputs, mask, mode)
+        units = self._count_units(inputs)
         for name, (total, count) in output.metrics.items():
-            self._add(mode, name, total.item(), count.item())
-        lengths = inputs["completion_lengths"]
-        local = int((lengths > 0).sum() if self.unit == "responses" else lengths.sum())
+            self.means[mode].add(name, total.item(), count.item())
         for name, term in output.terms.items():
-            self._add(mode, f"loss/{name}", term.item(), local)
-        if not training:
-            self._add(mode, "loss", output.loss.item(), local)
-            return output.loss / max(local, 1)
-        self._log_term_gradients(model, output, local)
+            self.means[mode].add(f"loss/{name}", term.item(), units)
+        if num_items_in_batch is None:
+            self.means[mode].add("loss", output.loss.item(), units)
+            return output.loss / max(units, 1)
+        self._log_term_gradients(model, output, units)
         return output.loss * (self.accelerator.num_processes / num_items_in_batch.clamp(min=1))
+
+    def _count_units(self, batch: Batch) -> int:
+        lengths = batch["completion_lengths"]
+        return int((lengths > 0).sum() if self.unit == "responses" else lengths.sum())
 
     def _logits(self, model: nn.Module, batch: Batch, mask: Tensor) -> Tensor:
         """`[N, V]`: the logits that predict the completion's tokens, over the shared ids, temperature applied."""
         output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-        logits = output.logits[:, :-1][mask][:, : self.vocab_size]
+        logits = output.logits[:, :-1][mask][:, : self.pair.shared_vocab_size]
         return logits if self.args.temperature == 1.0 else logits / self.args.temperature
 
     @torch.no_grad()
-    def _teacher_logits(self, batch: Batch, mask: Tensor, mode: str = "train") -> Tensor:
-        start = time.perf_counter()
-        logits = self._logits(self.teacher_model, batch, mask)
-        self._synchronize()
-        self._add(
-            mode, "speed/teacher_tokens_per_second", float(batch["attention_mask"].sum()), time.perf_counter() - start
-        )
-        return logits
+    def _teacher_logits(self, batch: Batch, mask: Tensor, mode: str) -> Tensor:
+        with self.means[mode].rate("speed/teacher_tokens_per_second", float(batch["attention_mask"].sum())):
+            return self._logits(self.teacher_model, batch, mask)
 
-    def _log_term_gradients(self, model: nn.Module, output: ObjectiveOutput, local: int) -> None:
+    def _log_term_gradients(self, model: nn.Module, output: ObjectiveOutput, units: int) -> None:
         """Gradient norm of each weighted term, as if this micro-batch were the batch."""
         every = self.args.log_term_gradients
         first, self._first_of_step = self._first_of_step, False
         sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled  # no whole gradient to look at
-        if not (first and every and self.state.global_step % every == 0) or sharded:
+        if sharded or not (first and every and self.state.global_step % every == 0):
             return
         parameters = [p for p in model.parameters() if p.requires_grad]
         for name, term in output.terms.items():
-            weighted = output.weights[name] * term / max(local, 1)
+            weighted = output.weights[name] * term / max(units, 1)
             gradients = torch.autograd.grad(weighted, parameters, retain_graph=True, allow_unused=True)
             norms = [g.float().norm() for g in gradients if g is not None]
-            self._add("train", f"grad_norm/{name}", float(torch.stack(norms).norm()) if norms else 0.0, 1)
+            self.means["train"].add(f"grad_norm/{name}", float(torch.stack(norms).norm()) if norms else 0.0, 1)
 
-    # Evaluation
+    # Evaluation and logging
 
     def evaluate(
         self,
@@ -341,17 +303,14 @@ class TokenSelectiveTrainer(GKDTrainer):
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """The same terms on held-out prompts, and accuracy where rows carry an `answer`."""
-        if isinstance(eval_dataset, dict):
-            eval_dataset = {name: self._tokenized(rows, self.args) for name, rows in eval_dataset.items()}
-        elif isinstance(eval_dataset, Dataset):
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
             eval_dataset = self._tokenized(eval_dataset, self.args)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
-        """Trainer's loop; its metrics become sums over all processes divided once."""
-        self._sums["eval"].clear()
+        """Trainer's loop; its metrics become sums over all processes, divided once."""
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        output.metrics.update({f"{metric_key_prefix}_{k}": v for k, v in self._drain("eval").items()})
+        output.metrics.update({f"{metric_key_prefix}_{k}": v for k, v in self.means["eval"].drain().items()})
         return output
 
     def prediction_step(
@@ -362,34 +321,13 @@ class TokenSelectiveTrainer(GKDTrainer):
             (batch,) = self._roll_out(model, [inputs], _EVAL_STEP, "eval")
             return self.compute_loss(model, batch), None, None
 
-    # Logging
-
-    def _add(self, mode: str, name: str, total: float, count: float) -> None:
-        sums = self._sums[mode][name]
-        sums[0] += total
-        sums[1] += count
-
-    def _drain(self, mode: str) -> dict[str, float]:
-        """Sum over count of every metric, over all processes; those with no count are left out."""
-        names = sorted(self._sums[mode])
-        if not names:
-            return {}
-        local = torch.tensor([self._sums[mode][n] for n in names], dtype=torch.float64, device=self.accelerator.device)
-        self._sums[mode].clear()
-        sums = self.accelerator.reduce(local, reduction="sum").tolist()
-        return {name: total / count for name, (total, count) in zip(names, sums, strict=True) if count > 0}
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the method's metrics to a training log line."""
         if "loss" in logs:
-            logs.update(self._drain("train"))
+            logs.update(self.means["train"].drain())
             if self._samples and self.accelerator.is_main_process:
                 print_completions(self._samples, self.state.global_step)
         super().log(logs, start_time)
-
-    def _synchronize(self) -> None:
-        if self.accelerator.device.type == "cuda":
-            torch.cuda.synchronize()
 
     # Checkpoints
 
@@ -428,27 +366,15 @@ class TokenSelectiveTrainer(GKDTrainer):
         """Write README.md into the output directory: method, teacher, data, both papers."""
         if not self.is_world_process_zero():
             return
+        names = [n for n in vars(self.objective) if hasattr(self.args, n)]
+        names += ["learning_rate", "lr_scheduler_type", "num_train_epochs", "temperature", "lmbda", "max_new_tokens"]
         model_card.write(
             Path(self.args.output_dir) / "README.md",
             method=self._name,
             model_name=model_name or Path(self.args.output_dir).name,
-            student=getattr(self.model.config, "_name_or_path", ""),
+            student=name_of(self.model),
             teacher=self.teacher_name,
             dataset=dataset_name or getattr(self, "dataset_name", None) or self.train_dataset.info.dataset_name or "",
             tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
-            settings=self._card_settings(),
+            settings={name: getattr(getattr(self.args, name), "value", getattr(self.args, name)) for name in names},
         )
-
-    def _card_settings(self) -> Mapping[str, Any]:
-        names = ["learning_rate", "lr_scheduler_type", "num_train_epochs", "temperature", "lmbda", "max_new_tokens"]
-        own = [n for n in vars(self.objective) if hasattr(self.args, n)]
-        values = {name: getattr(self.args, name) for name in [*own, *names]}
-        return {name: getattr(value, "value", value) for name, value in values.items()}
-
-
-def _zeros() -> list[float]:
-    return [0.0, 0.0]
-
-
-def _name_of(model: str | PreTrainedModel) -> str:
-    return model if isinstance(model, str) else getattr(model.config, "_name_or_path", "") or ""

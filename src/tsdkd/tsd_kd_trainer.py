@@ -1,5 +1,7 @@
 """`TSDKDTrainer`: the teacher answers with full logits, one micro-batch at a time."""
 
+from dataclasses import fields
+
 from torch import Tensor
 
 from .config import TSDKDConfig
@@ -27,11 +29,9 @@ class TSDKDTrainer(TokenSelectiveTrainer):
     _tag_names = ["tsdkd", "tsd-kd"]
 
     def _make_objective(self) -> TSDKDObjective:
-        names = ("alpha", "beta", "indirect_top_k", "opener_ratio", "adaptive_opener", "gate", "gate_temperature")
-        names += ("entropy_weight", "entropy_ratio", "indirect_reduction")
+        names = [f.name for f in fields(TSDKDObjective) if f.name != "window"]
         return TSDKDObjective(**{name: getattr(self.args, name) for name in names})
 
-    def _micro_batch_objective(self, student_logits: Tensor, batch: Batch, mask: Tensor, training: bool) -> ObjectiveOutput:
-        mode = "train" if training else "eval"
-        teacher_logits = self._teacher_logits(batch, mask, mode).to(student_logits.device)
-        return self.objective(student_logits, teacher_logits, mask, training=training)
+    def _micro_batch_objective(self, student_logits: Tensor, batch: Batch, mask: Tensor, mode: str) -> ObjectiveOutput:
+        teacher_logits = self._teacher_logits(batch, mask, mode)
+        return self.objective(student_logits, teacher_logits, mask, training=mode == "train")

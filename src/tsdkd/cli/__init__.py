@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import version
@@ -34,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
     for name, text in _COMMANDS.items():
         commands.add_parser(name, help=text, add_help=False)
+    # transformers 5.18+ tells TRL, not the user, that it calls gradient checkpointing by its old name
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*is deprecated", category=FutureWarning)
     argv = list(sys.argv[1:] if argv is None else argv)
     command = parser.parse_args(argv[:1]).command
     try:

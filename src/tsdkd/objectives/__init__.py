@@ -26,7 +26,10 @@ class ObjectiveOutput:
     @property
     def loss(self) -> Tensor:
         """The weighted sum of the terms' sums, scalar."""
-        return sum((self.weights[name] * term for name, term in self.terms.items()), start=next(iter(self.terms.values())) * 0.0)
+        return sum(
+            (self.weights[name] * term for name, term in self.terms.items()),
+            start=next(iter(self.terms.values())) * 0.0,
+        )
 
 
 def mean_of(values: Tensor) -> tuple[Tensor, Tensor]:

@@ -47,16 +47,13 @@ class EOPDObjective:
 
     unit = "tokens"
 
-    def __call__(
-        self, student_logits: Tensor, sampled_ids: Tensor, answers: TeacherAnswers, *, training: bool = True
-    ) -> ObjectiveOutput:
+    def __call__(self, student_logits: Tensor, sampled_ids: Tensor, answers: TeacherAnswers) -> ObjectiveOutput:
         """Sums over the tokens of a micro-batch.
 
         Args:
             student_logits: `[N, V]`, temperature applied.
             sampled_ids: `[N]`, the response tokens.
             answers: the stored answers for the same N tokens.
-            training: unused, EOPD has no state.
         """
         logps_NV = student_logits.float().log_softmax(-1)
         logps = logps_NV.gather(-1, sampled_ids.unsqueeze(-1)).squeeze(-1)

@@ -56,7 +56,9 @@ class TSDKDObjective:
         terms = {"direct": (share * jsd * (gate if self.gate else 1.0)).sum()}
         weights = {"direct": 1.0}
 
-        opener = opener_mask(entropy, mask, self._opener_ratio(student_entropy.detach(), teacher_entropy, mask, training))
+        opener = opener_mask(
+            entropy, mask, self._opener_ratio(student_entropy.detach(), teacher_entropy, mask, training)
+        )
         if self.alpha != 0:
             terms["indirect"] = self._indirect(student_logits, teacher_logits, mask, opener)
             weights["indirect"] = self.alpha
@@ -73,7 +75,11 @@ class TSDKDObjective:
         """Eq. 5 summed over responses; a response's positions are averaged, summed, or divided by its length."""
         inside = opener[mask]
         nll = plackett_luce_nll(student_logits[inside], teacher_logits[inside], self.indirect_top_k)
-        divisor = {"mean": opener.sum(-1), "sum": torch.ones_like(opener[:, 0], dtype=torch.long), "length": mask.sum(-1)}
+        divisor = {
+            "mean": opener.sum(-1),
+            "sum": torch.ones_like(opener[:, 0], dtype=torch.long),
+            "length": mask.sum(-1),
+        }
         per_row = divisor[self.indirect_reduction].clamp(min=1).unsqueeze(-1).expand_as(mask)
         return (nll / per_row[opener]).sum()
 
@@ -105,7 +111,9 @@ class TSDKDObjective:
     ) -> dict[str, tuple[Tensor, Tensor]]:
         inside = opener[mask]
         present = mask.any(-1)
-        agreement = student_logits[inside].argmax(-1) == self._teacher_choice(student_logits[inside], teacher_logits[inside])
+        agreement = student_logits[inside].argmax(-1) == self._teacher_choice(
+            student_logits[inside], teacher_logits[inside]
+        )
         return {
             "opener/length": mean_of(opener.sum(-1)[present]),
             "opener/share": mean_of((opener.sum(-1) / mask.sum(-1).clamp(min=1))[present]),

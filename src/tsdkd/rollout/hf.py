@@ -1,7 +1,7 @@
 """Rollouts with a transformers model: batched, KV-cached, finished sequences leave the batch.
 
-`model.generate` can't seed each prompt by itself, keeps finished rows in the batch, and takes whatever the checkpoint's
-generation config says (Qwen2.5 ships a repetition penalty); this loop samples from the softmax and nothing else.
+`model.generate` can't seed each prompt by itself, keeps finished rows in the batch, and takes whatever the
+checkpoint's generation config says (Qwen2.5 ships a repetition penalty); this loop samples from the softmax alone.
 """
 
 from collections.abc import Sequence
@@ -103,7 +103,7 @@ def _choose(logits: Tensor, uniform: Tensor | None, top_p: float) -> Tensor:
         return logits.argmax(-1)
     probs = logits.double().softmax(-1)
     if top_p < 1.0:
-        ordered, order = probs.sort(-1, descending=True, stable=True)
+        ordered, order = probs.sort(dim=-1, descending=True, stable=True)
         outside = ordered.cumsum(-1) - ordered >= top_p  # the nucleus always holds the first token
         probs = probs.masked_fill(torch.zeros_like(outside).scatter(-1, order, outside), 0.0)
     cumulative = probs.cumsum(-1)
