@@ -1,0 +1,38 @@
+"""`tsdkd demo`."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+_EPILOG = """examples:
+  tsdkd demo
+  tsdkd demo --method eopd
+  tsdkd demo --alpha 0 --entropy_weight 0 --gate false     (plain GKD)
+Any key of `tsdkd train` works; the configuration is the shipped demo.yaml."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Evaluate, distil and evaluate again, on the embedded task."""
+    parser = argparse.ArgumentParser(
+        prog="tsdkd demo",
+        description="Watch a tiny student learn reasoning from a tiny teacher: on a CPU, without any download.",
+        epilog=_EPILOG,
+        usage="tsdkd demo [--method tsd-kd|eopd] [--key value ...]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    _, flags = parser.parse_known_args(argv)
+
+    from .. import run  # torch from here on
+    from ..demo import show
+
+    if not any(flag.split("=")[0] in ("--output_dir", "--output-dir") for flag in flags):
+        flags += ["--output_dir", str(_free_folder(Path("runs/demo")))]
+    show.show(run.parse("demo.yaml", flags))
+    return 0
+
+
+def _free_folder(folder: Path) -> Path:
+    """`folder`, or `folder-2`, `folder-3`, ...: a demo is run more than once."""
+    candidates = (folder.with_name(f"{folder.name}-{n}") if n > 1 else folder for n in range(1, 10_000))
+    return next(c for c in candidates if not c.exists())

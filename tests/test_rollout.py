@@ -1,0 +1,256 @@
+"""Rollouts: exactly the model's distribution, whatever else is in the batch and whatever the ambient RNG did."""
+
+import math
+import random
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from conftest import build_model
+from tsdkd.rollout import Completion, prompt_generator
+from tsdkd.rollout.hf import sample
+
+FAMILIES = ("gemma2", "llama", "qwen2", "qwen3")
+WIDTHS = (3, 1, 21, 8, 13, 2, 9, 7)  # below, at and above gemma2's sliding window of 8
+PROMPTS = [[random.Random(i).randrange(4, 60) for _ in range(width)] for i, width in enumerate(WIDTHS)]
+LIMITS = (18, 30, 25, 18, 1, 30, 24, 2)
+ROWS = 64
+every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+def generators(indices: Sequence[int], seed: int = 0, step: int = 0) -> list[torch.Generator]:
+    return [prompt_generator(seed, step, i) for i in indices]
+
+
+def draw(model: Any, indices: Sequence[int], limits: Sequence[int] | None = None, **options: Any) -> list[Completion]:
+    """Sample for PROMPTS[i], i in `indices`, each with its own generator and its own limit."""
+    own = {"stop_ids": {1, 7, 23}, "vocab_size": ROWS}
+    seeds = {key: options.pop(key) for key in ("seed", "step") if key in options}
+    limits = [LIMITS[i] for i in indices] if limits is None else limits
+    return sample(model, [PROMPTS[i] for i in indices], limits, generators(indices, **seeds), **{**own, **options})
+
+
+def next_probs(model: Any, ids: list[int], temperature: float = 1.0, vocab_size: int = ROWS) -> Tensor:
+    """The next token's distribution after `ids`, by one plain forward pass, in float64."""
+    with torch.no_grad():
+        logits = model(torch.tensor([ids])).logits[0, -1, :vocab_size].double()
+    return (logits / temperature).softmax(-1)
+
+
+def excess(counts: Counter[Any], probs: dict[Any, float]) -> float:
+    """Pearson's chi-square as a number of standard deviations above its mean; cells expected below 5 are pooled."""
+    draws = sum(counts.values())
+    assert set(counts) <= {cell for cell, p in probs.items() if p > 0}, "drawn, though it has no probability"
+    cells = [(counts[cell], draws * p) for cell, p in probs.items() if draws * p >= 5]
+    rest = (draws - sum(n for n, _ in cells), draws - sum(e for _, e in cells))
+    cells += [rest] if rest[1] > 1e-6 else []
+    statistic = sum((n - e) ** 2 / e for n, e in cells)
+    freedom = max(len(cells) - 1, 1)
+    return (statistic - freedom) / math.sqrt(2 * freedom)
+
+
+def build(family: str) -> Any:
+    """`build_model`, or a GPT-2: with absolute positions a row that is shifted by its padding shows."""
+    if family != "gpt2":
+        return build_model(family)
+    torch.manual_seed(0)
+    size = {"vocab_size": ROWS, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128, "initializer_range": 0.5}
+    return GPT2LMHeadModel(GPT2Config(**size, eos_token_id=1, bos_token_id=1)).eval()
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "gpt2"])
+def test_greedy_equals_generate_on_each_prompt_alone(family: str) -> None:
+    model = build(family)
+
+    def alone(prompt: list[int], limit: int, stop: list[int]) -> list[int]:
+        ids = torch.tensor([prompt])
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=limit,
+            eos_token_id=stop or None,
+            pad_token_id=0,
+        )
+        return out[0, len(prompt) :].tolist()
+
+    model.generation_config.eos_token_id = None
+    free = [alone(p, n, []) for p, n in zip(PROMPTS, LIMITS, strict=True)]
+    stop = sorted({free[0][3], free[2][10], free[5][0]})  # rows end at different lengths, so the batch shrinks
+    expected = [alone(p, n, stop) for p, n in zip(PROMPTS, LIMITS, strict=True)]
+    got = sample(model, PROMPTS, LIMITS, None, stop_ids=set(stop), vocab_size=ROWS)
+    assert [c.ids for c in got] == expected
+    assert [c.stopped for c in got] == [ids[-1] in stop for ids in expected]
+    assert len({len(ids) for ids in expected}) >= 4 and len({c.stopped for c in got}) == 2
+    assert [c.ids for c in sample(model, PROMPTS, LIMITS, None, stop_ids=set(), vocab_size=ROWS)] == free
+
+
+@every_family
+def test_a_completion_depends_on_its_own_prompt_only(family: str) -> None:
+    model = build_model(family, seed=1)
+    everything = range(len(PROMPTS))
+    together = draw(model, everything)
+    assert len({len(c.ids) for c in together}) >= 4, "all rows end together: nothing is tested"
+    assert [draw(model, [i])[0] for i in everything] == together
+    backwards = draw(model, list(reversed(everything)))
+    assert list(reversed(backwards)) == together
+    assert draw(model, [6, 2, 3]) == [together[i] for i in (6, 2, 3)]
+
+
+def test_a_longer_neighbour_does_not_change_the_draws() -> None:
+    """The longest limit of the batch decides how many numbers are drawn beforehand."""
+    model = build_model("qwen3", seed=2)
+    for limit in (1, 2, 15, 16, 17, 24):
+        (short,) = draw(model, [2], [limit], stop_ids=set())
+        beside = draw(model, [2, 0], [limit, 40], stop_ids=set())
+        assert short.ids == beside[0].ids
+        assert len(short.ids) == limit and len(beside[1].ids) == 40
+
+
+def test_ambient_rng_is_neither_read_nor_advanced() -> None:
+    model = build_model("llama", seed=3)
+    results = []
+    for ambient in (0, 12345):
+        torch.manual_seed(ambient)
+        before = torch.get_rng_state()
+        results.append(draw(model, range(len(PROMPTS)), top_p=0.9))
+        assert torch.equal(torch.get_rng_state(), before)
+    assert results[0] == results[1]
+
+
+def test_seed_step_and_index_decide_the_draw() -> None:
+    model = build_model("qwen2", seed=4)
+
+    def completion(seed: int, step: int, index: int) -> tuple[int, ...]:
+        generator = prompt_generator(seed, step, index)
+        return tuple(sample(model, PROMPTS[:1], [16], [generator], stop_ids=set(), vocab_size=ROWS)[0].ids)
+
+    keys = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (2, 0, 0), (0, 0, 2), (42, 7, 3), (42, 3, 7)]
+    draws = [completion(*key) for key in keys]
+    assert len(set(draws)) == len(keys)
+    assert [completion(*key) for key in keys] == draws
+
+
+def test_keys_give_distinct_streams() -> None:
+    keys = [(s, t, i, u) for s in range(4) for t in range(5) for i in range(20) for u in range(3)]
+    first = {float(torch.rand(1, dtype=torch.float64, generator=prompt_generator(*key))) for key in keys}
+    assert len(first) == len(keys)
+
+
+@every_family
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_frequencies_match_the_softmax(family: str, temperature: float) -> None:
+    model = build_model(family, seed=5)
+    prompt, draws = PROMPTS[0], 6000
+    options: dict[str, Any] = {"stop_ids": {1}, "vocab_size": ROWS, "temperature": temperature}
+    got = sample(model, [prompt] * draws, [1] * draws, generators(range(draws)), **options)
+    counts = Counter(c.ids[0] for c in got)
+    probs = dict(enumerate(next_probs(model, prompt, temperature).tolist()))
+    assert excess(counts, probs) < 5
+    other = dict(enumerate(next_probs(model, prompt, 1.7 - temperature).tolist()))
+    assert excess(counts, other) > 20, "the draws can't tell the two temperatures apart: nothing is tested"
+
+
+@pytest.mark.parametrize("varies", ["seed", "step", "index"])
+def test_consecutive_tokens_are_jointly_right_whatever_part_of_the_key_varies(varies: str) -> None:
+    """Two tokens over a vocabulary of five: twenty-five cells, so related generators would show."""
+    model, prompt, draws, size = build_model("qwen3", seed=6), PROMPTS[5], 5000, 5
+    keys = [{"seed": 3, "step": 4, "index": 5, varies: i} for i in range(draws)]
+    rng = [prompt_generator(**key) for key in keys]
+    got = sample(model, [prompt] * draws, [2] * draws, rng, stop_ids=set(), vocab_size=size)
+    first = next_probs(model, prompt, vocab_size=size).tolist()
+    second = [next_probs(model, [*prompt, a], vocab_size=size).tolist() for a in range(size)]
+    probs = {(a, b): first[a] * second[a][b] for a in range(size) for b in range(size)}
+    assert excess(Counter((c.ids[0], c.ids[1]) for c in got), probs) < 5
+
+
+@pytest.mark.parametrize("top_p", [0.3, 0.6, 0.9])
+def test_top_p_keeps_exactly_the_nucleus(top_p: float) -> None:
+    model, prompt, draws, size = build_model("qwen2", seed=7), PROMPTS[3], 5000, 12
+    probs = next_probs(model, prompt, 1.3, size)
+    nucleus, mass = [], 0.0
+    for token in sorted(range(size), key=lambda v: -float(probs[v])):
+        if mass >= top_p:
+            break
+        nucleus.append(token)
+        mass += float(probs[token])
+    assert 1 <= len(nucleus) < size and float(probs[nucleus].min()) * draws > 20 * mass
+    options: dict[str, Any] = {"stop_ids": set(), "vocab_size": size, "temperature": 1.3, "top_p": top_p}
+    got = sample(model, [prompt] * draws, [1] * draws, generators(range(draws)), **options)
+    counts = Counter(c.ids[0] for c in got)
+    assert set(counts) == set(nucleus)
+    assert excess(counts, {v: float(probs[v]) / mass for v in nucleus}) < 5
+
+
+@pytest.mark.parametrize(("top_p", "kept"), [(1e-9, 1), (0.25, 1), (0.5, 2), (0.51, 3), (0.75, 3), (1.0, 4)])
+def test_top_p_at_the_edge_of_a_token(top_p: float, kept: int) -> None:
+    """Four equally likely tokens: the smallest set whose mass reaches top_p."""
+    model = build_model("llama")
+    torch.nn.init.zeros_(model.get_output_embeddings().weight)
+    options: dict[str, Any] = {"stop_ids": set(), "vocab_size": 4, "top_p": top_p}
+    got = sample(model, [PROMPTS[0]] * 200, [1] * 200, generators(range(200)), **options)
+    assert len({c.ids[0] for c in got}) == kept
+
+
+@pytest.mark.parametrize("greedy", [True, False])
+@pytest.mark.parametrize("size", [1, 10, 60])
+def test_ids_outside_the_shared_vocabulary_are_never_sampled(size: int, greedy: bool) -> None:
+    model = build_model("qwen3", seed=8)
+    model.get_output_embeddings().weight.data[size:] *= 3  # what lies outside would often win
+    prompts, limits = PROMPTS * 8, list(LIMITS) * 8
+    rng = None if greedy else generators(range(len(prompts)))
+    inside = sample(model, prompts, limits, rng, stop_ids=set(), vocab_size=size, temperature=2.0)
+    assert all(0 <= token < size for c in inside for token in c.ids)
+    rng = None if greedy else generators(range(len(prompts)))
+    all_ids = sample(model, prompts, limits, rng, stop_ids=set(), vocab_size=ROWS, temperature=2.0)
+    assert any(token >= size for c in all_ids for token in c.ids), "nothing is tested"
+
+
+@every_family
+def test_stop_token_ends_a_completion_and_limits_are_each_row_s_own(family: str) -> None:
+    model = build_model(family, seed=9)
+    stop, count = {1, 9, 17, 30}, 96
+    prompts = [PROMPTS[i % len(PROMPTS)] for i in range(count)]
+    limits = [1 + i % 14 for i in range(count)]
+    got = sample(model, prompts, limits, generators(range(count)), stop_ids=stop, vocab_size=ROWS, temperature=2.0)
+    for completion, limit in zip(got, limits, strict=True):
+        assert 1 <= len(completion.ids) <= limit
+        assert not stop & set(completion.ids[:-1])
+        assert completion.stopped == (completion.ids[-1] in stop)
+        assert completion.stopped or len(completion.ids) == limit
+    at_limit = [c.stopped for c, limit in zip(got, limits, strict=True) if len(c.ids) == limit]
+    early = [c for c, limit in zip(got, limits, strict=True) if len(c.ids) < limit]
+    assert set(at_limit) == {True, False} and early, "one of the three ways to end doesn't occur"
+
+
+def test_the_checkpoint_s_generation_config_has_no_effect() -> None:
+    plain, tuned = build_model("qwen2", seed=10), build_model("qwen2", seed=10)
+    settings = {"repetition_penalty": 5.0, "top_k": 1, "top_p": 0.1, "temperature": 0.01, "do_sample": False}
+    settings |= {"max_new_tokens": 2, "eos_token_id": list(range(60)), "no_repeat_ngram_size": 1, "min_new_tokens": 9}
+    for name, value in settings.items():
+        setattr(tuned.generation_config, name, value)
+    everything = range(len(PROMPTS))
+    assert draw(tuned, everything) == draw(plain, everything)
+    options: dict[str, Any] = {"stop_ids": {1}, "vocab_size": ROWS}
+    assert sample(tuned, PROMPTS, LIMITS, None, **options) == sample(plain, PROMPTS, LIMITS, None, **options)
+
+
+def test_finished_rows_leave_the_batch() -> None:
+    model = build_model("qwen3", seed=11)
+    forwarded: list[int] = []
+    model.register_forward_pre_hook(lambda m, _, kw: forwarded.append(len(kw["input_ids"])), with_kwargs=True)
+    limits = [2] * 15 + [40]
+    sample(model, [PROMPTS[0]] * 16, limits, generators(range(16)), stop_ids=set(), vocab_size=ROWS)
+    assert len(forwarded) == 40 and sum(forwarded) < 2 * sum(limits)
+
+
+def test_weights_get_no_gradient_and_the_mode_stays() -> None:
+    model = build_model("llama", seed=12)
+    draw(model, [0, 1])
+    assert not model.training
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
