@@ -4,15 +4,19 @@ Field names, defaults and help follow TRL and transformers; the methods' own def
 configuration that can't be run raises one `ConfigError` that lists every problem.
 """
 
+import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
+
+from transformers import SchedulerType
 
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", message=".*trl.experimental.*")
     from trl.experimental.gkd import GKDConfig
 
+from .coercion import coerce
 from .errors import ConfigError
 
 
@@ -39,13 +43,15 @@ class TokenSelectiveConfig(GKDConfig):
     temperature: float = _option(1.0, "Divides student and teacher logits, in rollouts and in the loss.")
     lmbda: float = _option(1.0, "Share of optimizer steps on the student's own completions; 0 never generates.")
     learning_rate: float = _option(5e-6, "Initial learning rate of AdamW.")
-    lr_scheduler_type: str = _option("cosine", "Learning rate schedule.")
+    lr_scheduler_type: SchedulerType | str = _option("cosine", "Learning rate schedule.")
     logging_nan_inf_filter: bool = _option(False, "Hide non-finite losses in the log. Off: a diverged run shows.")
     top_p: float = _option(1.0, "Nucleus mass of the rollouts.")
     chat_template_source: Literal["student", "teacher", "none"] = _option(
         "student", "Whose chat template renders the prompts; 'none' takes string prompts as they are."
     )
-    chat_template_kwargs: dict[str, Any] | str | None = _option(None, "Keyword arguments of the chat template.")
+    model_init_kwargs: dict[str, Any] | None = _option(None, "Keyword arguments of the student's from_pretrained.")
+    teacher_model_init_kwargs: dict[str, Any] | None = _option(None, "Keyword arguments of the teacher's.")
+    chat_template_kwargs: dict[str, Any] | None = _option(None, "Keyword arguments of the chat template.")
     prompt_column: str | None = _option(None, "Column of the prompt, if it is not 'prompt' or 'messages'.")
     completion_column: str | None = _option(None, "Column of the completion, if it is not 'completion'.")
     log_completions: bool = _option(False, "Print a table of completions at every logging step.")
@@ -54,11 +60,25 @@ class TokenSelectiveConfig(GKDConfig):
     _VALID_DICT_FIELDS = [*GKDConfig._VALID_DICT_FIELDS, "chat_template_kwargs"]
 
     def __post_init__(self) -> None:
-        problems = check_values(type(self), vars(self))
+        problems = self._coerce_own() or check_values(type(self), vars(self))
         if problems:
             raise ConfigError(problems)
         super().__post_init__()
         self.remove_unused_columns = False
+
+    def _coerce_own(self) -> list[str]:
+        hints = get_type_hints(type(self))
+        problems = []
+        for name in own_fields(type(self)):
+            try:
+                setattr(self, name, coerce(getattr(self, name), hints[name]))
+            except ValueError as error:
+                problems.append(f"{name}: {error}")
+        return problems
+
+    def steps_per_rollout(self) -> int:
+        """Optimizer steps that one rollout serves."""
+        return 1
 
 
 @dataclass
@@ -121,6 +141,20 @@ class EOPDConfig(TokenSelectiveConfig):
     advantage_shaping: float = _option(0.0, "Coefficient of advantage shaping; 0 is off.")
     rollout_batch_size: int = _option(128, "Prompts in one rollout, over all processes.")
 
+    def steps_per_rollout(self) -> int:
+        """Optimizer steps that one rollout serves. Raises `ConfigError` where they aren't whole."""
+        size = self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
+        if self.rollout_batch_size % size:
+            raise ConfigError(
+                [
+                    f"rollout_batch_size: must be a multiple of the mini-batch, found {self.rollout_batch_size}; the "
+                    f"mini-batch is {self.per_device_train_batch_size} (per_device_train_batch_size) x "
+                    f"{self.gradient_accumulation_steps} (gradient_accumulation_steps) x {self.world_size} (processes)"
+                    f" = {size}"
+                ]
+            )
+        return self.rollout_batch_size // size
+
 
 @dataclass
 class DataArguments:
@@ -170,6 +204,14 @@ UNSUPPORTED = {
     "batch_eval_metrics": "the logged terms are fixed",
     "label_names": "the collator has no labels",
     "prediction_loss_only": "the logged terms are fixed",
+    "use_liger_kernel": "TRL deprecates it; its fused loss would replace the model's forward",
+    "liger_kernel_config": "TRL deprecates it; its fused loss would replace the model's forward",
+    "torch_compile": "rollouts change their shape at every token",
+    "torch_compile_backend": "rollouts change their shape at every token",
+    "torch_compile_mode": "rollouts change their shape at every token",
+    "fsdp": "shard with DeepSpeed ZeRO, through accelerate",
+    "fsdp_config": "shard with DeepSpeed ZeRO, through accelerate",
+    "parallelism_config": "shard with DeepSpeed ZeRO, through accelerate",
 }
 
 _POSITIVE = (lambda v: v > 0, "must be greater than 0")
@@ -178,7 +220,17 @@ _NOT_NEGATIVE = (lambda v: v >= 0, "must be at least 0")
 _SHARE = (lambda v: 0 <= v <= 1, "must be in [0, 1]")
 _POSITIVE_SHARE = (lambda v: 0 < v <= 1, "must be in (0, 1]")
 
-_RANGES = {
+_LOG_LEVELS = ("debug", "info", "warning", "error", "critical", "passive")
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+_CHECKPOINTING = {"use_reentrant", "preserve_rng_state", "determinism_check", "debug", "early_stop", "selective"}
+_RESERVED = {"add_generation_prompt", "tokenize", "return_dict", "return_tensors", "padding", "truncation"}
+
+
+def _only(allowed: set[str]) -> tuple[Callable[[Any], bool], str]:
+    return (lambda v: set(v) <= allowed), f"must have no other keys than {', '.join(sorted(allowed))}"
+
+
+_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "alpha": _NOT_NEGATIVE,
     "beta": _SHARE,
     "indirect_top_k": (lambda v: v >= 2, "must be at least 2 (one candidate has no ranking)"),
@@ -212,7 +264,20 @@ _RANGES = {
     "save_steps": _POSITIVE,
     "eval_steps": _POSITIVE,
     "save_total_limit": _AT_LEAST_ONE,
-    "seed": _NOT_NEGATIVE,
+    "seed": (lambda v: 0 <= v < 2**32, "must be at least 0 and below 2**32"),
+    "dataloader_num_workers": _NOT_NEGATIVE,
+    "eval_delay": _NOT_NEGATIVE,
+    "neftune_noise_alpha": _POSITIVE,
+    "adam_beta1": (lambda v: 0 <= v < 1, "must be in [0, 1)"),
+    "adam_beta2": (lambda v: 0 <= v < 1, "must be in [0, 1)"),
+    "adam_epsilon": _POSITIVE,
+    "log_level": (lambda v: v in _LOG_LEVELS, f"must be one of {', '.join(_LOG_LEVELS)}"),
+    "dtype": (lambda v: v in _DTYPES, f"must be one of {', '.join(_DTYPES)}"),
+    "gradient_checkpointing_kwargs": _only(_CHECKPOINTING),
+    "chat_template_kwargs": (
+        lambda v: not _RESERVED & set(v),
+        f"must leave out {', '.join(sorted(_RESERVED))}: they are tsdkd's to set",
+    ),
     "lora_r": _AT_LEAST_ONE,
     "lora_alpha": _AT_LEAST_ONE,
     "lora_dropout": (lambda v: 0 <= v < 1, "must be in [0, 1)"),
@@ -245,6 +310,12 @@ _LORA = (
 )
 
 
+def own_fields(cls: type) -> list[str]:
+    """The fields that tsdkd declares, or gives a type or default of its own."""
+    declared = [c.__annotations__ for c in cls.__mro__ if c.__module__ == __name__]
+    return list(dict.fromkeys(name for annotations in declared for name in annotations))
+
+
 def default_of(cls: type, name: str) -> Any:
     """The default of a dataclass field (None where there is none)."""
     for f in fields(cls):
@@ -263,10 +334,10 @@ def check_values(cls: type, values: Mapping[str, Any]) -> list[str]:
     for name in sorted(names & set(_RANGES)):
         valid, text = _RANGES[name]
         value = values.get(name)
-        if isinstance(value, float) and value != value:
-            problems.append(f"{name}: {text}, found nan")
-        elif value is not None and not valid(value):
+        if value is not None and not valid(value):
             problems.append(f"{name}: {text}, found {value!r}")
+        elif isinstance(value, float) and not math.isfinite(value):
+            problems.append(f"{name}: must be finite, found {value!r}")
     for name in sorted(changed & set(UNSUPPORTED)):
         problems.append(f"{name}: not supported here ({UNSUPPORTED[name]})")
     for name in sorted(changed & set(_POINTLESS)):

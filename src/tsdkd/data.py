@@ -21,7 +21,7 @@ _FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parqu
 
 
 def load_rows(name: str, config: str | None, split: str, field: str = "dataset_name") -> Dataset:
-    """A split of a local file, a local folder or a hub data set.
+    """A split of a local folder or a hub data set; a local file has only the split "train".
 
     Raises:
         DataError: missing, unreadable, without this split, or empty.
@@ -33,6 +33,8 @@ def load_rows(name: str, config: str | None, split: str, field: str = "dataset_n
                 raise DataError(
                     f"{field}: {name} must end in {', '.join(_FORMATS)}, found {path.suffix or 'no ending'!r}"
                 )
+            if split != "train":
+                raise DataError(f"{field}: {name} is a single file, it has no split {split!r}")
             rows = load_dataset(_FORMATS[path.suffix], data_files=str(path), split="train")
         elif not path.exists() and (path.suffix in _FORMATS or path.is_absolute() or name.startswith(".")):
             raise DataError(f"{field}: there is no file {name!r}")
@@ -107,7 +109,7 @@ def prepare_rows(
 
 
 def _shape(rows: Dataset, args: TokenSelectiveConfig) -> tuple[str, str | None]:
-    """The columns of prompt and completion; (\"messages\", None) for conversations."""
+    """The columns of prompt and completion."""
     columns = rows.column_names
     for field in ("prompt_column", "completion_column"):
         name = getattr(args, field)
@@ -117,38 +119,54 @@ def _shape(rows: Dataset, args: TokenSelectiveConfig) -> tuple[str, str | None]:
     prompt = args.prompt_column or ("prompt" if "prompt" in columns else None)
     if prompt is not None:
         return prompt, completion
-    if "messages" in columns:
-        return "messages", None
-    raise DataError(
-        f"the data set has no column 'prompt' or 'messages', it has {', '.join(columns)}; set prompt_column"
-    )
+    if "messages" not in columns:
+        raise DataError(
+            f"the data set has no column 'prompt' or 'messages', it has {', '.join(columns)}; set prompt_column"
+        )
+    if args.completion_column:
+        raise DataError("completion_column: no use beside messages, whose last assistant turn is the completion")
+    return "messages", None
 
 
 def _split_row(row: dict[str, Any], index: int, shape: tuple[str, str | None]) -> tuple[Any, str | None]:
+    """Prompt (string or messages) and completion. The last assistant turn of a conversation is its completion."""
     prompt_column, completion_column = shape
     prompt = row[prompt_column]
-    if prompt_column == "messages" and prompt:
-        if prompt[-1].get("role") == "assistant":
-            return prompt[:-1], str(prompt[-1].get("content"))
-        return prompt, None
     completion = row[completion_column] if completion_column else None
     if isinstance(completion, list):
-        if len(completion) != 1 or completion[0].get("role") != "assistant":
+        _check_messages(completion, index, completion_column)
+        if len(completion) != 1 or completion[0]["role"] != "assistant":
             raise DataError(f"row {index}: {completion_column} must be a string or one assistant message")
-        completion = completion[0].get("content")
+        completion = completion[0]["content"]
     if completion is not None and not isinstance(completion, str):
         raise DataError(f"row {index}: {completion_column} must be a string, found {type(completion).__name__}")
+    if not isinstance(prompt, str) or prompt_column == "messages" or not prompt.strip():
+        if not prompt or not isinstance(prompt, list):
+            found = "nothing" if not prompt or not str(prompt).strip() else repr(prompt)[:60]
+            raise DataError(f"row {index}: no prompt: {prompt_column} must be a string or messages, found {found}")
+        _check_messages(prompt, index, prompt_column)
+        if completion is None and prompt[-1]["role"] == "assistant":
+            prompt, completion = prompt[:-1], prompt[-1]["content"]
+            if not prompt:
+                raise DataError(f"row {index}: no prompt: {prompt_column} has only an assistant turn")
     return prompt, completion
 
 
+def _check_messages(messages: list[Any], index: int, column: str | None) -> None:
+    for message in messages:
+        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+            found = f"{message.get('role')}: no content" if isinstance(message, dict) else repr(message)
+            what = "completion" if isinstance(message, dict) and message.get("role") == "assistant" else "prompt"
+            raise DataError(
+                f"row {index}: no {what}: {column} must hold messages, each with role and content, found {found[:60]}"
+            )
+
+
 def _prompt_ids(prompt: Any, index: int, template: PreTrainedTokenizerBase, args: TokenSelectiveConfig) -> list[int]:
-    if isinstance(prompt, str) and prompt.strip():
+    if isinstance(prompt, str):
         if args.chat_template_source == "none" or template.chat_template is None:
             return list(template(prompt)["input_ids"])
         prompt = [{"role": "user", "content": prompt}]
-    elif not (isinstance(prompt, list) and prompt and all(isinstance(m, dict) and m.get("content") for m in prompt)):
-        found = "nothing" if not prompt else repr(prompt)[:60]
-        raise DataError(f"row {index}: no prompt: expected a string or a list of messages, found {found}")
     if template.chat_template is None:
         raise DataError(f"row {index}: the prompt is a list of messages, but the tokenizer has no chat template")
     kwargs: Any = args.chat_template_kwargs or {}

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from .config import EOPDConfig
 from .data import completion_mask
-from .errors import ConfigError
 from .losses import token_entropy
 from .objectives import ObjectiveOutput
 from .objectives.eopd import EOPDObjective, TeacherAnswers
@@ -37,20 +36,6 @@ class EOPDTrainer(TokenSelectiveTrainer):
 
     def _make_objective(self) -> EOPDObjective:
         return EOPDObjective(**{f.name: getattr(self.args, f.name) for f in fields(EOPDObjective)})
-
-    @staticmethod
-    def _count_steps_per_rollout(args: EOPDConfig) -> int:
-        size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        if args.rollout_batch_size % size:
-            raise ConfigError(
-                [
-                    f"rollout_batch_size: must be a multiple of the mini-batch, found {args.rollout_batch_size}; the "
-                    f"mini-batch is {args.per_device_train_batch_size} (per_device_train_batch_size) x "
-                    f"{args.gradient_accumulation_steps} (gradient_accumulation_steps) x {args.world_size} (processes)"
-                    f" = {size}"
-                ]
-            )
-        return args.rollout_batch_size // size
 
     @torch.no_grad()
     def _annotate(self, model: nn.Module, batch: Batch, step: int, mode: str) -> None:

@@ -1,7 +1,9 @@
 """The pair: student and teacher, their tokenizers' identity, the vocabulary they share, where a completion stops."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from transformers import (
@@ -13,9 +15,13 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from trl.trainer.utils import create_model_from_path
 
 from .config import TokenSelectiveConfig
 from .errors import ModelError, TokenizerMismatchError
+
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
+_INIT_KWARGS = {"model_name_or_path": "model_init_kwargs", "teacher_model_name_or_path": "teacher_model_init_kwargs"}
 
 
 @dataclass
@@ -69,18 +75,32 @@ def resolve_pair(
     ours = ("model_name_or_path", _hub_kwargs(args, args.model_init_kwargs))
     theirs = ("teacher_model_name_or_path", _hub_kwargs(args, args.teacher_model_init_kwargs))
     student_config, teacher_config = (
-        _load(AutoConfig, model, field, "model", **kwargs) if isinstance(model, str) else model.config
+        _load(AutoConfig.from_pretrained, model, field, "model", **kwargs) if isinstance(model, str) else model.config
         for model, (field, kwargs) in ((student, ours), (teacher, theirs))
     )
     if tokenizer is None:
-        tokenizer = _load(AutoTokenizer, name_of(student), ours[0], "tokenizer", **ours[1])
+        tokenizer = _load_tokenizer(name_of(student), ours[0], **ours[1])
     if teacher_tokenizer is None:
         # a teacher built in memory has no tokenizer of its own to compare with
         name = name_of(teacher)
-        teacher_tokenizer = _load(AutoTokenizer, name, theirs[0], "tokenizer", **theirs[1]) if name else tokenizer
+        teacher_tokenizer = _load_tokenizer(name, theirs[0], **theirs[1]) if name else tokenizer
     check_same_tokenizer(tokenizer, teacher_tokenizer)
+    _check_tokens_fit(tokenizer, student_config, ours[0])
+    _check_tokens_fit(teacher_tokenizer, teacher_config, theirs[0])
     template = teacher_tokenizer if args.chat_template_source == "teacher" else tokenizer
     return Pair(student_config, teacher_config, tokenizer, teacher_tokenizer, template)
+
+
+def load_student(student: str, args: TokenSelectiveConfig) -> PreTrainedModel:
+    """The student, in float32 unless `model_init_kwargs` says otherwise, as TRL's trainers load it.
+
+    Raises:
+        ModelError: it can't be loaded.
+    """
+    kwargs = {"trust_remote_code": args.trust_remote_code, "device_map": None, **(args.model_init_kwargs or {})}
+    model = _load(create_model_from_path, student, "model_name_or_path", "model", args.model_init_kwargs, **kwargs)
+    args.model_init_kwargs = None  # used up: TRL warns where a loaded model comes with them
+    return model
 
 
 def load_teacher(teacher: str, args: TokenSelectiveConfig) -> PreTrainedModel:
@@ -90,7 +110,8 @@ def load_teacher(teacher: str, args: TokenSelectiveConfig) -> PreTrainedModel:
         ModelError: it can't be loaded.
     """
     kwargs = {"dtype": "auto", "trust_remote_code": args.trust_remote_code, **(args.teacher_model_init_kwargs or {})}
-    return _load(AutoModelForCausalLM, teacher, "teacher_model_name_or_path", "model", **kwargs)
+    load, field = AutoModelForCausalLM.from_pretrained, "teacher_model_name_or_path"
+    return _load(load, teacher, field, "model", args.teacher_model_init_kwargs, **kwargs)
 
 
 def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
@@ -129,15 +150,30 @@ def _hub_kwargs(args: TokenSelectiveConfig, init_kwargs: dict[str, Any] | None) 
     return {"trust_remote_code": args.trust_remote_code, **({"revision": revision} if revision else {})}
 
 
-def _load(loader: Any, name: str, field: str, what: str, **kwargs: Any) -> Any:
-    """`loader.from_pretrained`, its many exceptions turned into one line that names the setting."""
+def _load(load: Callable[..., Any], name: str, field: str, what: str, shown: Any = None, **kwargs: Any) -> Any:
+    """`load(name)`, its many exceptions turned into one line that names the setting."""
     try:
-        return loader.from_pretrained(name, **kwargs)
+        return load(name, **kwargs)
     except Exception as error:  # OSError, ValueError, KeyError, safetensors' and tokenizers' own, ...
         if os.path.isdir(name):
-            reason = " ".join(str(error).split())[:300]
+            reason = " ".join(str(error).split())[:300] + (f" (with {_INIT_KWARGS[field]} {shown})" if shown else "")
         elif os.path.exists(name):
             reason = "it is a file, expected a folder or a hub name"
         else:
             reason = "no such folder here, and the hub doesn't have it or can't be reached"
         raise ModelError(f"{field}: no {what} in {name!r}: {reason}") from error
+
+
+def _load_tokenizer(name: str, field: str, **kwargs: Any) -> PreTrainedTokenizerBase:
+    folder = Path(name)
+    if folder.is_dir() and not any(next(folder.glob(pattern), None) for pattern in _TOKENIZER_FILES):
+        # transformers would make one up from the model type
+        raise ModelError(f"{field}: no tokenizer in {name!r}: the folder has no tokenizer files")
+    return _load(AutoTokenizer.from_pretrained, name, field, "tokenizer", **kwargs)
+
+
+def _check_tokens_fit(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, field: str) -> None:
+    """An id beyond the embedding would be an index error in the middle of training."""
+    largest, rows = max(tokenizer.get_vocab().values()), config.get_text_config().vocab_size
+    if largest >= rows:
+        raise ModelError(f"{field}: its tokenizer has {largest + 1} ids, but the model only {rows} embeddings")

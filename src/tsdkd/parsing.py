@@ -1,19 +1,17 @@
 """One flat YAML and command-line flags -> typed, checked arguments; all problems of both reported together."""
 
-import difflib
-import json
-import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from enum import Enum
+from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any
 
 import yaml
 from trl import ModelConfig
 
+from .coercion import coerce, nearest
 from .config import METHODS, DataArguments, TokenSelectiveConfig, check_values, default_of
 from .errors import ConfigError
 from .presets import find_preset, preset_names
@@ -55,9 +53,9 @@ def parse_run(config: str | None, flags: Sequence[str]) -> RunArguments:
     from_flags = _read_flags(flags, problems)
     given = {**from_file, **from_flags}
     method = given.pop("method", "tsd-kd")
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         problems.append(
-            f"method: must be one of {', '.join(METHODS)}, found {method!r}{_nearest(str(method), METHODS)}"
+            f"method: must be one of {', '.join(METHODS)}, found {method!r}{nearest(str(method), METHODS)}"
         )
         raise ConfigError(problems)
     notes = _drop_other_methods(given, method, from_file, from_flags)
@@ -75,7 +73,7 @@ def parse_run(config: str | None, flags: Sequence[str]) -> RunArguments:
             given[key] = values[key] = coerce(_locate(raw) if key in _PATHS else raw, hints[key])
         except ValueError as error:
             problems.append(f"{key}: {error}")
-    problems += _missing(given, values)
+    problems += _missing(given)
     for cls in classes:
         problems += check_values(cls, values)
     if problems:
@@ -84,15 +82,27 @@ def parse_run(config: str | None, flags: Sequence[str]) -> RunArguments:
 
 
 def _build(method: str, values: dict[str, Any], given: dict[str, Any], notes: list[str]) -> RunArguments:
-    def build(cls: type) -> Any:
-        return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in given})
+    def build(cls: type, left_out: str = "") -> Any:
+        return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in given and f.name != left_out})
 
+    classes = (METHODS[method], ModelConfig, DataArguments)
     try:
-        return RunArguments(method, build(METHODS[method]), build(ModelConfig), build(DataArguments), given, notes)
+        training, model, data = (build(cls) for cls in classes)
     except ConfigError:
         raise
-    except (ValueError, TypeError, ImportError) as error:  # what transformers checks itself
-        raise ConfigError([" ".join(str(error).split())]) from error
+    except Exception as error:  # what transformers, TRL and accelerate check themselves
+        culprits = [key for key in given if all(_works(partial(build, cls, key)) for cls in classes)]
+        where = f"{', '.join(culprits)}: " if culprits else ""
+        raise ConfigError([where + " ".join(str(error).split())]) from error
+    return RunArguments(method, training, model, data, given, notes)
+
+
+def _works(build: Callable[[], Any]) -> bool:
+    try:
+        build()
+    except Exception:
+        return False
+    return True
 
 
 def read_yaml(config: str) -> dict[str, Any]:
@@ -101,20 +111,23 @@ def read_yaml(config: str) -> dict[str, Any]:
     Raises:
         ConfigError: missing, unreadable, not YAML, not a mapping, or a key twice.
     """
-    path = Path(config) if Path(config).exists() else find_preset(config)
-    if path is None:
-        nearest = _nearest(config, preset_names())
-        raise ConfigError(
-            [f"--config: no file and no shipped preset is called {config!r}{nearest}; see `tsdkd configs`"]
-        )
     try:
-        text = path.read_text(encoding="utf-8")
-        loaded = yaml.load(text, Loader=_UniqueKeyLoader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            [f"--config: {config} can't be read: {getattr(error, 'strerror', None) or 'not UTF-8 text'}"]
-        ) from error
-    except yaml.YAMLError as error:
+        path = Path(config) if Path(config).exists() else find_preset(config)
+        if path is None:
+            raise ConfigError(
+                [
+                    f"--config: no file and no shipped preset is called {config!r}{nearest(config, preset_names())}; "
+                    "see `tsdkd configs`"
+                ]
+            )
+        loaded = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+    except OSError as error:
+        raise ConfigError([f"--config: {config} can't be read: {error.strerror}"]) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError([f"--config: {config} can't be read: it isn't UTF-8 text"]) from error
+    except (yaml.YAMLError, ValueError, TypeError) as error:
+        if isinstance(error, ConfigError):
+            raise
         raise ConfigError([f"--config: {config} is not valid YAML: {' '.join(str(error).split())}"]) from error
     if not isinstance(loaded, dict):
         found = "an empty file" if loaded is None else f"a {type(loaded).__name__}"
@@ -148,7 +161,8 @@ def _read_flags(flags: Sequence[str], problems: list[str]) -> dict[str, Any]:
             current = name.replace("-", "_")
             given[current] = [value] if equals else []
         elif current is None:
-            problems.append(f"{token!r}: expected a --key before it")
+            hint = f"; did you mean --config {token}?" if token.endswith((".yaml", ".yml")) else ""
+            problems.append(f"{token!r}: expected a --key before it{hint}")
         else:
             given[current].append(token)
     return {k: True if not v else v[0] if len(v) == 1 else v for k, v in given.items()}
@@ -175,24 +189,17 @@ def _unknown_key(key: str, method: str, known: Sequence[str]) -> str:
     owners = [name for name, cls in METHODS.items() if any(f.name == key for f in fields(cls))]
     if owners:
         return f"{key}: belongs to method {', '.join(owners)}, this run's method is {method}"
-    return f"{key}: unknown key{_nearest(key, known)}"
+    return f"{key}: unknown key{nearest(key, known)}"
 
 
-def _nearest(word: str, known: Sequence[str] | dict[str, Any]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f", did you mean {close[0]!r}?" if close else ""
-
-
-def _missing(given: dict[str, Any], values: dict[str, Any]) -> list[str]:
+def _missing(given: dict[str, Any]) -> list[str]:
     needed = {
         "model_name_or_path": "the student",
         "teacher_model_name_or_path": "the teacher",
         "dataset_name": "the prompts",
         "output_dir": "where the student is saved",
     }
-    return [
-        f"{key}: missing, it names {what}" for key, what in needed.items() if key not in given or values[key] is None
-    ]
+    return [f"{key}: missing, it names {what}" for key, what in needed.items() if given.get(key) in (None, "")]
 
 
 def _locate(value: Any) -> Any:
@@ -200,105 +207,3 @@ def _locate(value: Any) -> Any:
     if isinstance(value, str) and value.startswith("tsdkd://"):
         return str(resources.files("tsdkd").joinpath(value.removeprefix("tsdkd://")))
     return value
-
-
-def coerce(value: Any, hint: Any) -> Any:
-    """`value` (from YAML, or a string from a flag) as the type that a field declares.
-
-    Raises:
-        ValueError: saying what was expected and found.
-    """
-    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    if value is None or (isinstance(value, str) and value.lower() in ("none", "null") and types.NoneType in options):
-        if types.NoneType in options:
-            return None
-        raise ValueError(f"expected {_describe(options)}, found nothing")
-    errors = []
-    for option in sorted(options, key=_specificity):
-        try:
-            return _coerce_one(value, option)
-        except ValueError as error:
-            errors.append(str(error))
-    chosen = next((e for e in errors if e), None)
-    raise ValueError(chosen or f"expected {_describe(options)}, found {value!r}")
-
-
-def _specificity(option: Any) -> int:
-    """Strings take anything, so they are tried last."""
-    return 1 if option is str else 0
-
-
-def _coerce_one(value: Any, option: Any) -> Any:
-    origin = get_origin(option) or option
-    if origin is Literal:
-        return _one_of(value, list(get_args(option)))
-    if isinstance(origin, type) and issubclass(origin, Enum):
-        # YAML 1.1 reads an unquoted no as false
-        return _one_of("no" if value is False else value, [choice.value for choice in origin])
-    converters = {bool: _to_bool, int: _to_int, float: _to_float, str: _to_str, dict: _to_dict, list: _to_list}
-    if origin not in converters:
-        raise ValueError("")
-    return converters[origin](value)
-
-
-def _one_of(value: Any, choices: list[Any]) -> Any:
-    if value in choices:
-        return value
-    names = [str(choice) for choice in choices]
-    raise ValueError(f"must be one of {', '.join(names)}, found {value!r}{_nearest(str(value), names)}")
-
-
-def _to_bool(value: Any) -> bool:
-    if isinstance(value, bool):
-        return value
-    if isinstance(value, str) and value.lower() in ("true", "false"):
-        return value.lower() == "true"
-    raise ValueError("")
-
-
-def _to_int(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, str)):
-        raise ValueError("")
-    try:
-        return int(value)
-    except ValueError:
-        raise ValueError("") from None
-
-
-def _to_float(value: Any) -> float:
-    # PyYAML reads 5e-6 as a string
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        raise ValueError("")
-    try:
-        return float(value)
-    except ValueError:
-        raise ValueError("") from None
-
-
-def _to_str(value: Any) -> str:
-    if isinstance(value, (dict, list)):
-        raise ValueError("")
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _to_dict(value: Any) -> dict[str, Any]:
-    if isinstance(value, str) and value.lstrip().startswith("{"):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"is not valid JSON ({error.msg}), found {value!r}") from None
-    if not isinstance(value, dict):
-        raise ValueError("")
-    return value
-
-
-def _to_list(value: Any) -> list[Any]:
-    if isinstance(value, dict):
-        raise ValueError("")
-    return list(value) if isinstance(value, (list, tuple)) else [str(value)]
-
-
-def _describe(options: Sequence[Any]) -> str:
-    names = {bool: "true or false", int: "a whole number", float: "a number", str: "a string", dict: "a mapping"}
-    texts = [names.get(get_origin(o) or o, "a list" if get_origin(o) is list else "") for o in options]
-    return " or ".join(t for t in texts if t) or "another value"

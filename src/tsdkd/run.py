@@ -7,16 +7,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
+from transformers import get_scheduler
 from transformers.trainer_utils import get_last_checkpoint
 from trl import get_peft_config
 
-from .config import METHODS, DataArguments, TokenSelectiveConfig
+from .config import METHODS, DataArguments, TokenSelectiveConfig, own_fields
 from .data import load_rows, prepare_rows
-from .errors import ConfigError, OutputDirError
+from .errors import ConfigError, DataError, OutputDirError, TSDKDError
 from .models import Pair, resolve_pair
 from .parsing import RunArguments, parse_run
 from .trainer import TokenSelectiveTrainer
@@ -49,30 +51,76 @@ def train(arguments: RunArguments) -> TokenSelectiveTrainer:
     return trainer
 
 
-def build_trainer(arguments: RunArguments, **kwargs: Any) -> TokenSelectiveTrainer:
-    """Check tokenizers and data, load both models. Raises `TSDKDError`."""
+def build_trainer(arguments: RunArguments) -> TokenSelectiveTrainer:
+    """Check tokenizers and data, load both models. Raises `TSDKDError`, with nothing written."""
     from . import EOPDTrainer, TSDKDTrainer
 
     training, model = arguments.training, arguments.model
     train_rows, eval_rows = _load_data(arguments.data, training)
     _set_model_kwargs(arguments)
-    trainer_class = {"tsd-kd": TSDKDTrainer, "eopd": EOPDTrainer}[arguments.method]
-    trainer = trainer_class(
-        model=str(model.model_name_or_path),
-        teacher_model=str(training.teacher_model_name_or_path),
-        args=training,
-        train_dataset=train_rows,
-        eval_dataset=eval_rows,
-        peft_config=_peft_config(arguments),
-        **kwargs,
-    )
+    folder = Path(str(training.output_dir))
+    existed = folder.exists()
+    try:
+        trainer = {"tsd-kd": TSDKDTrainer, "eopd": EOPDTrainer}[arguments.method](
+            model=str(model.model_name_or_path),
+            teacher_model=str(training.teacher_model_name_or_path),
+            args=training,
+            train_dataset=train_rows,
+            eval_dataset=eval_rows,
+            peft_config=_peft_config(arguments),
+        )
+        _rehearse(trainer)
+    except Exception as error:
+        if not existed and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()  # transformers makes it before it checks everything
+        if isinstance(error, TSDKDError):
+            raise
+        raise ConfigError([_blame(error, arguments.given)]) from error
     trainer.dataset_name = arguments.data.dataset_name
     return trainer
+
+
+def _rehearse(trainer: TokenSelectiveTrainer) -> None:
+    """Build what training will build, so that what fails there fails before anything is written."""
+    args = trainer.args
+    if len(trainer.get_train_dataloader()) == 0:
+        raise ConfigError(["dataloader_drop_last: the data set is smaller than one batch, nothing would be left"])
+    try:
+        optimizer_class, kwargs = trainer.get_optimizer_cls_and_kwargs(args, trainer.model)
+        kwargs = {k: v for k, v in kwargs.items() if k not in ("params", "model", "optimizer_dict")}
+        optimizer = optimizer_class([torch.nn.Parameter(torch.zeros(1))], **kwargs)
+    except Exception as error:
+        raise ConfigError([f"optim, optim_args: {error}"]) from error
+    schedule = {"num_warmup_steps": 0, "num_training_steps": 10, "scheduler_specific_kwargs": args.lr_scheduler_kwargs}
+    try:
+        get_scheduler(args.lr_scheduler_type, optimizer, **schedule)
+    except Exception as error:
+        raise ConfigError([f"lr_scheduler_type, lr_scheduler_kwargs: {error}"]) from error
+
+
+def _blame(error: Exception, given: dict[str, Any]) -> str:
+    """One line for an exception of a library, with the keys whose name or value it mentions."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    plain = text.replace("-", "_")
+
+    def words(value: Any) -> list[str]:
+        if isinstance(value, dict):
+            return [w for item in value.items() for part in item for w in words(part)]
+        return [w for part in value for w in words(part)] if isinstance(value, list) else [str(value)]
+
+    named = [key for key in given if key in plain]
+    named = named or [
+        k for k, v in given.items() if any(len(w) > 2 and w.replace("-", "_") in plain for w in words(v))
+    ]
+    if given.get("push_to_hub") and not named:
+        named = ["push_to_hub"]
+    return (f"{', '.join(named)}: " if named else "the trainer can't be built: ") + text[:500]
 
 
 def plan(arguments: RunArguments) -> None:
     """Print the resolved configuration and what the run would do, without loading weights or writing anything."""
     training = arguments.training
+    training.steps_per_rollout()
     checkpoint = check_output_dir(training)
     train_rows, eval_rows = _load_data(arguments.data, training)
     _set_model_kwargs(arguments)
@@ -130,43 +178,57 @@ def check_output_dir(training: TokenSelectiveConfig) -> str | None:
 
     Raises:
         OutputDirError: the directory has files that a run would mix with or overwrite.
-        ConfigError: there is nothing to resume from.
+        ConfigError: there is nothing, or nothing whole, to resume from.
     """
-    folder, resume = Path(str(training.output_dir)), training.resume_from_checkpoint
-    if resume and str(resume).lower() not in ("true", "false"):
-        if not Path(resume, "trainer_state.json").is_file():
-            raise ConfigError([f"resume_from_checkpoint: {resume} is not a checkpoint (it has no trainer_state.json)"])
-        return str(resume)
-    if folder.exists() and not folder.is_dir():
-        raise OutputDirError(f"output_dir: {folder} is a file, expected a folder")
+    folder = Path(str(training.output_dir))
+    resume = str(training.resume_from_checkpoint or "false")
+    for place in (folder, *folder.parents):
+        if place.exists() and not place.is_dir():
+            raise OutputDirError(f"output_dir: {place} is a file, expected a folder")
     present = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
-    if str(resume).lower() == "true":
-        checkpoint = get_last_checkpoint(str(folder)) if present else None
-        if checkpoint is None:
-            raise ConfigError([f"resume_from_checkpoint: {folder} has no checkpoint to resume from"])
-        return str(checkpoint)
     if present and RUN_FILE not in present:
         raise OutputDirError(f"output_dir: {folder} holds files that aren't tsdkd's ({present[0]}, …); choose another")
-    if present:
-        raise OutputDirError(
-            f"output_dir: {folder} holds an earlier run; continue it with --resume_from_checkpoint true, or choose "
-            "another"
-        )
-    return None
+    if resume.lower() == "false":
+        if present:
+            raise OutputDirError(
+                f"output_dir: {folder} holds an earlier run; continue it with --resume_from_checkpoint true, or "
+                "choose another"
+            )
+        return None
+    checkpoint = resume
+    if resume.lower() == "true":
+        checkpoint = (get_last_checkpoint(str(folder)) if present else None) or ""
+        if not checkpoint:
+            raise ConfigError([f"resume_from_checkpoint: {folder} has no checkpoint to resume from"])
+    _check_checkpoint(Path(checkpoint), training.process_index)
+    return checkpoint
+
+
+def _check_checkpoint(checkpoint: Path, process_index: int) -> None:
+    """transformers would go on without an optimizer state, and fail late without weights."""
+    needed = ["trainer_state.json", f"tsdkd_state_{process_index}.pt"]
+    if not any(checkpoint.glob("global_step*")):  # DeepSpeed keeps weights and optimizer there
+        needed += ["optimizer.pt", "scheduler.pt", "*model*.safetensors*"]
+    missing = [pattern for pattern in needed if not next(checkpoint.glob(pattern), None)]
+    if missing:
+        found = "is not complete" if checkpoint.is_dir() else "is not a folder"
+        raise ConfigError([f"resume_from_checkpoint: {checkpoint} {found}: it has no {', '.join(missing)}"])
 
 
 def _load_data(data: DataArguments, training: TokenSelectiveConfig) -> tuple[Dataset, Dataset | None]:
-    rows = load_rows(str(data.dataset_name), data.dataset_config, data.dataset_train_split)
-    evaluates = str(getattr(training.eval_strategy, "value", training.eval_strategy)) != "no" or training.eval_on_start
-    if not evaluates:
+    name, is_file = str(data.dataset_name), Path(str(data.dataset_name)).is_file()
+    if is_file and data.dataset_config:
+        raise DataError(f"dataset_config: {data.dataset_config!r} has no effect, dataset_name is a single file")
+    field = "dataset_train_split" if is_file and data.dataset_train_split != "train" else "dataset_name"
+    rows = load_rows(name, data.dataset_config, data.dataset_train_split, field)
+    if str(getattr(training.eval_strategy, "value", training.eval_strategy)) == "no" and not training.eval_on_start:
         return rows, None
-    name, field = (
-        data.eval_dataset_name or data.dataset_name,
-        "eval_dataset_name" if data.eval_dataset_name else "dataset_name",
-    )
-    return rows, load_rows(
-        str(name), None if data.eval_dataset_name else data.dataset_config, data.dataset_test_split, field
-    )
+    if data.eval_dataset_name:
+        split = "train" if Path(data.eval_dataset_name).is_file() else data.dataset_test_split
+        return rows, load_rows(data.eval_dataset_name, None, split, "eval_dataset_name")
+    if is_file:
+        raise DataError(f"eval_dataset_name: missing, and {name} is a single file without a split to evaluate on")
+    return rows, load_rows(name, data.dataset_config, data.dataset_test_split)
 
 
 def _peft_config(arguments: RunArguments) -> Any:
@@ -178,17 +240,10 @@ def _peft_config(arguments: RunArguments) -> Any:
 
 def _resolved(arguments: RunArguments) -> dict[str, Any]:
     """Every of our keys, and every key of transformers and TRL that was set."""
-    own = {f.name for f in dataclasses.fields(METHODS[arguments.method])} & set(_own_keys(arguments.method))
-    values = {name: getattr(arguments.training, name) for name in own}
+    values = {name: getattr(arguments.training, name) for name in own_fields(METHODS[arguments.method])}
     values |= {k: v for k, v in arguments.given.items() if k != "hub_token"}
     plain = {k: getattr(v, "value", v) for k, v in values.items()}
     return {"method": arguments.method, **plain}
-
-
-def _own_keys(method: str) -> list[str]:
-    """The keys that tsdkd declares or gives a default of its own."""
-    declared = [c.__annotations__ for c in METHODS[method].__mro__ if c.__module__ == "tsdkd.config"]
-    return list(dict.fromkeys(name for annotations in declared for name in annotations))
 
 
 def print_keys() -> None:
@@ -198,7 +253,7 @@ def print_keys() -> None:
         table.add_column(column, overflow="fold")
     for method, cls in METHODS.items():
         by_name = {f.name: f for f in dataclasses.fields(cls)}
-        for name in _own_keys(method):
+        for name in own_fields(cls):
             table.add_row(method, name, str(by_name[name].default), by_name[name].metadata.get("help", ""))
     for f in dataclasses.fields(DataArguments):
         table.add_row("both", f.name, str(f.default), f.metadata["help"])

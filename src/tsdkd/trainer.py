@@ -28,7 +28,7 @@ from .config import TokenSelectiveConfig
 from .data import collate, completion_mask, pad_sequences, prepare_rows
 from .errors import ConfigError
 from .metrics import RunningMeans
-from .models import load_teacher, name_of, resolve_pair, stop_token_ids
+from .models import load_student, load_teacher, name_of, resolve_pair, stop_token_ids
 from .objectives import ObjectiveOutput
 from .rollout import Completion, prompt_generator
 from .rollout.hf import sample
@@ -76,11 +76,13 @@ class TokenSelectiveTrainer(GKDTrainer):
         peft_config: Any | None = None,
     ) -> None:
         args = args or self.config_class(f"{Path(name_of(model)).name}-{self._name}")
-        self.steps_per_rollout = self._count_steps_per_rollout(args)
+        self.steps_per_rollout = args.steps_per_rollout()
         self.pair = resolve_pair(model, teacher_model, args, processing_class, teacher_processing_class)
         train_dataset = self._tokenized(train_dataset, args)
         if eval_dataset is not None:
             eval_dataset = self._tokenized(eval_dataset, args)
+        if isinstance(model, str):
+            model = load_student(model, args)
         if isinstance(teacher_model, str):
             teacher_model = load_teacher(teacher_model, args)
 
@@ -125,10 +127,6 @@ class TokenSelectiveTrainer(GKDTrainer):
 
     def _annotate(self, model: nn.Module, batch: Batch, step: int, mode: str) -> None:
         """Add to a rolled-out micro-batch what must be known before the student changes."""
-
-    @staticmethod
-    def _count_steps_per_rollout(args: Any) -> int:
-        return 1
 
     # Construction
 

@@ -1,0 +1,121 @@
+"""Values from YAML, flags and keyword arguments as the types that dataclass fields declare."""
+
+import difflib
+import json
+import types
+from collections.abc import Iterable, Sequence
+from enum import Enum
+from typing import Any, Literal, Union, get_args, get_origin
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """ ", did you mean ...?" where something known is close to `word`, else nothing."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
+def coerce(value: Any, hint: Any) -> Any:
+    """`value` (from YAML, or a string from a flag) as the type that a field declares.
+
+    Raises:
+        ValueError: saying what was expected and found.
+    """
+    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    if any(isinstance(o, type) and issubclass(o, Enum) for o in options):
+        options = tuple(o for o in options if o is not str)  # the names of the choices are its strings
+    optional = types.NoneType in options
+    if isinstance(value, str) and optional and (value == "null" or (value.lower() == "none" and str not in options)):
+        value = None  # how a flag says it; `report_to none` means the word
+    if value is None:
+        if optional:
+            return None
+        raise ValueError(f"expected {_describe(options)}, found nothing")
+    errors = []
+    for option in sorted(options, key=_specificity):
+        try:
+            return _coerce_one(value, option)
+        except ValueError as error:
+            errors.append(str(error))
+    chosen = next((e for e in errors if e), None)
+    raise ValueError(chosen or f"expected {_describe(options)}, found {value!r}")
+
+
+def _specificity(option: Any) -> int:
+    """Strings take anything, so they are tried last."""
+    return 1 if option is str else 0
+
+
+def _coerce_one(value: Any, option: Any) -> Any:
+    origin = get_origin(option) or option
+    if origin is Literal:
+        return _one_of(value, list(get_args(option)))
+    if isinstance(origin, type) and issubclass(origin, Enum):
+        # YAML 1.1 reads an unquoted no as false
+        return _one_of("no" if value is False else value, [choice.value for choice in origin])
+    converters = {bool: _to_bool, int: _to_int, float: _to_float, str: _to_str, dict: _to_dict, list: _to_list}
+    if origin not in converters:
+        raise ValueError("")
+    return converters[origin](value)
+
+
+def _one_of(value: Any, choices: list[Any]) -> Any:
+    if value in choices:
+        return value
+    names = [str(choice) for choice in choices]
+    raise ValueError(f"must be one of {', '.join(names)}, found {value!r}{nearest(str(value), names)}")
+
+
+def _to_bool(value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str) and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    raise ValueError("")
+
+
+def _to_int(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, str)):
+        raise ValueError("")
+    try:
+        return int(value)
+    except ValueError:
+        raise ValueError("") from None
+
+
+def _to_float(value: Any) -> float:
+    # PyYAML reads 5e-6 as a string
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise ValueError("")
+    try:
+        return float(value)
+    except ValueError:
+        raise ValueError("") from None
+
+
+def _to_str(value: Any) -> str:
+    if isinstance(value, (dict, list)):
+        raise ValueError("")
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _to_dict(value: Any) -> dict[str, Any]:
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"is not valid JSON ({error.msg}), found {value!r}") from None
+    if not isinstance(value, dict):
+        raise ValueError("")
+    return value
+
+
+def _to_list(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        raise ValueError("")
+    return list(value) if isinstance(value, (list, tuple)) else [str(value)]
+
+
+def _describe(options: Sequence[Any]) -> str:
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "a string", dict: "a mapping"}
+    texts = [names.get(get_origin(o) or o, "a list" if get_origin(o) is list else "") for o in options]
+    return " or ".join(t for t in texts if t) or "another value"
