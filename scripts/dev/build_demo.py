@@ -40,6 +40,7 @@ from transformers import (
 )
 
 from tsdkd.demo import task
+from tsdkd.demo.accuracy import measure
 
 CHAT_TEMPLATE = (
     "{%- for message in messages %}"
@@ -51,7 +52,6 @@ CHAT_TEMPLATE = (
 )
 BATCH_SIZE = 32
 MUON_LR, ADAMW_LR = 0.02, 4e-3
-SAMPLES = 8  # for avg@8 and pass@8
 TRAIN_ROWS, TEST_ROWS = 4096, 512
 TRAIN_SEED, TEST_SEED = 1, 2
 MAX_POSITIONS = 128
@@ -206,43 +206,14 @@ def fit(
             print(f"  step {step:4d}  loss {loss.item():.4f}  {time.perf_counter() - start:.0f} s", flush=True)
 
 
-@torch.no_grad()
-def complete(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: list[str], samples: int
-) -> list[str]:
-    """`samples` completions a prompt at temperature 1, or one greedy completion when `samples` is 0."""
-    chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    batch = tokenizer.apply_chat_template(
-        chats, add_generation_prompt=True, padding=True, return_dict=True, return_tensors="pt"
-    )
-    how = {"num_return_sequences": samples} if samples else {"do_sample": False, "top_k": None, "top_p": None}
-    output = model.generate(**batch, **how, max_new_tokens=task.MAX_COMPLETION_TOKENS + 10)
-    return tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-
-
-def accuracies(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rows: list[Row]) -> dict[str, float]:
-    """Percent of the problems solved: greedily, by the average sample, by at least one of eight samples."""
-    torch.manual_seed(0)
-    model.eval()
-    prompts = [row["prompt"] for row in rows]
-    greedy = complete(model, tokenizer, prompts, 0)
-    sampled = complete(model, tokenizer, prompts, SAMPLES)
-    greedy_hits = torch.tensor([task.is_correct(text, row["answer"]) for text, row in zip(greedy, rows, strict=True)])
-    answers = [row["answer"] for row in rows for _ in range(SAMPLES)]
-    hits = torch.tensor([task.is_correct(text, answer) for text, answer in zip(sampled, answers, strict=True)])
-    hits = hits.view(len(rows), SAMPLES)
-    scores = {"greedy": greedy_hits, f"avg@{SAMPLES}": hits, f"pass@{SAMPLES}": hits.any(dim=1)}
-    return {name: 100 * score.float().mean().item() for name, score in scores.items()}
-
-
 def load(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """What a user loads, in float32, which is faster than bfloat16 on a CPU."""
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), AutoTokenizer.from_pretrained(path)
 
 
 def report(label: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rows: list[Row]) -> None:
-    scores = accuracies(model, tokenizer, rows)
-    print(f"{label}: " + "  ".join(f"{name} {value:.1f}" for name, value in scores.items()), flush=True)
+    accuracy = measure(model, tokenizer, rows)
+    print(f"{label}: greedy {accuracy.greedy:.1f}  avg@8 {accuracy.avg:.1f}  pass@8 {accuracy.best:.1f}", flush=True)
 
 
 def build_data(output_dir: Path) -> None:

@@ -1,0 +1,82 @@
+"""TRL is pinned to a minor series; these are its and transformers' internals that tsdkd overrides or calls.
+
+If one of them moves, a run could train on something else without any error. This fails instead, and says what moved.
+"""
+
+import inspect
+
+import pytest
+import transformers
+import trl
+from transformers import Trainer
+from trl.experimental.gkd import GKDTrainer
+from trl.models.utils import unwrap_model_for_generation
+from trl.trainer.sft_trainer import SFTTrainer
+from trl.trainer.utils import create_model_from_path
+
+from tsdkd.trainer import TokenSelectiveTrainer
+
+OVERRIDDEN = [
+    "get_batch_samples",
+    "training_step",
+    "compute_loss",
+    "evaluate",
+    "evaluation_loop",
+    "prediction_step",
+    "log",
+    "_save_rng_state",
+    "_load_optimizer_and_scheduler",
+    "save_model",
+    "create_model_card",
+]
+CALLED = {
+    "_run_epoch": ["self.get_batch_samples(epoch_iterator, num_batches, self.args.device)", "self.training_step("],
+    "training_step": ["self.loss_is_scaled_for_ga", "num_items_in_batch=num_items_in_batch", "scale_wrt_gas"],
+    "_save_checkpoint": ["self._save_rng_state(output_dir)"],
+    "_prepare_for_training": ["self._load_optimizer_and_scheduler(resume_from_checkpoint)"],
+    "_maybe_log_save_evaluate": ['logs["loss"]', "nested_gather(tr_loss"],
+}
+
+
+def test_the_series_we_are_pinned_to():
+    assert trl.__version__.startswith("1.16."), "TRL's minor series changed: read its GKDTrainer and SFTTrainer again"
+
+
+@pytest.mark.parametrize("name", OVERRIDDEN)
+def test_what_we_override_still_exists(name):
+    theirs = getattr(GKDTrainer, name, None)
+    assert theirs is not None, f"TRL {trl.__version__} has no {name} any more: our override is never called"
+    ours = inspect.signature(getattr(TokenSelectiveTrainer, name)).parameters
+    takes_anything = any(p.kind is p.VAR_KEYWORD for p in ours.values())
+    theirs_names = [
+        n for n, p in inspect.signature(theirs).parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
+    missing = [n for n in theirs_names if n not in ours]
+    assert takes_anything or not missing, f"{name} now takes {missing}, which our override would refuse"
+
+
+@pytest.mark.parametrize("name", CALLED)
+def test_transformers_still_calls_us_there(name):
+    source = inspect.getsource(getattr(Trainer, name))
+    for text in CALLED[name]:
+        assert text in source, f"transformers {transformers.__version__}: Trainer.{name} no longer has {text!r}"
+
+
+def test_the_gkd_constructor_does_nothing_new():
+    """We call its parent's constructor instead; what it does besides is repeated by hand."""
+    source = inspect.getsource(GKDTrainer.__init__)
+    attributes = {line.split("=")[0].strip() for line in source.splitlines() if line.strip().startswith("self.")}
+    known = {"self.teacher_model", "self.lmbda", "self.beta", "self.temperature", "self.seq_kd"}
+    known |= {"self.generation_config", "self.generation_kwargs", "self.generation_config.eos_token_id"}
+    known |= {"self.model.generation_config.eos_token_id is not None", "self.model.generation_config.eos_token_id"}
+    assert attributes <= known, f"GKDTrainer now also sets {attributes - known}"
+
+
+def test_helpers_keep_their_arguments():
+    assert {"model", "accelerator", "gradient_checkpointing_kwargs"} <= set(
+        inspect.signature(unwrap_model_for_generation).parameters
+    )
+    assert "model_id" in inspect.signature(create_model_from_path).parameters
+    assert {"model", "args", "data_collator", "peft_config", "processing_class"} <= set(
+        inspect.signature(SFTTrainer.__init__).parameters
+    )
