@@ -100,6 +100,16 @@ def test_resume_in_the_middle_of_an_epoch_is_bitwise(method, extra, stop, saved_
     assert torch.equal(weights(parts), weights(whole))
 
 
+def test_resuming_a_finished_run_trains_no_more(saved_model, rows_file, tmp_path, capsys):
+    command = run_flags(saved_model, rows_file, tmp_path / "out", max_steps=2, save_steps=2, learning_rate=0.1)
+    assert main(command) == 0
+    before = weights(tmp_path / "out")
+    (tmp_path / "out" / "model.safetensors").unlink()  # killed between the last checkpoint and the final save
+    assert main([*command, "--resume_from_checkpoint", "true"]) == 0
+    assert torch.equal(weights(tmp_path / "out"), before)
+    assert [p.name for p in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]
+
+
 def test_help_answers_without_torch():
     code = "import sys; from tsdkd.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
     code += "print(sorted({'torch', 'transformers', 'trl'} & set(sys.modules)))"

@@ -12,7 +12,7 @@ import yaml
 from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
-from transformers import get_scheduler
+from transformers import TrainerState, get_scheduler
 from transformers.trainer_utils import get_last_checkpoint
 from trl import get_peft_config
 
@@ -45,7 +45,11 @@ def train(arguments: RunArguments) -> TokenSelectiveTrainer:
     checkpoint = check_output_dir(arguments.training)
     trainer = build_trainer(arguments)
     _write_run_file(arguments)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    if checkpoint and _is_finished(checkpoint, trainer):
+        _say(f"{checkpoint} is the end of the run: nothing left to train")
+        trainer._load_from_checkpoint(checkpoint)
+    else:
+        trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     _say(f"saved the student to {arguments.training.output_dir}")
     return trainer
@@ -78,6 +82,18 @@ def build_trainer(arguments: RunArguments) -> TokenSelectiveTrainer:
         raise ConfigError([_blame(error, arguments.given)]) from error
     trainer.dataset_name = arguments.data.dataset_name
     return trainer
+
+
+def _is_finished(checkpoint: str, trainer: TokenSelectiveTrainer) -> bool:
+    """transformers takes one more step when it resumes a run that has ended."""
+    state = TrainerState.load_from_json(str(Path(checkpoint, "trainer_state.json")))
+    return state.global_step >= _total_steps(len(trainer.get_train_dataloader()), trainer.args)
+
+
+def _total_steps(batches: int, training: TokenSelectiveConfig) -> int:
+    """Optimizer steps of a run whose data loader yields so many batches an epoch."""
+    per_epoch = max(1, math.ceil(batches / training.gradient_accumulation_steps))
+    return training.max_steps if training.max_steps > 0 else math.ceil(per_epoch * training.num_train_epochs)
 
 
 def _rehearse(trainer: TokenSelectiveTrainer) -> None:
@@ -143,8 +159,7 @@ def _plan_table(arguments: RunArguments, pair: Pair, prepared: dict[str, Dataset
     training = arguments.training
     batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
     prompts = len(prepared["train"])
-    steps_per_epoch = -(-prompts // batch)
-    steps = training.max_steps if training.max_steps > 0 else math.ceil(steps_per_epoch * training.num_train_epochs)
+    batches = math.ceil(prompts / (training.per_device_train_batch_size * training.world_size))
     tokens_per_step = sum(prepared["train"]["limit"]) / prompts * min(batch, prompts)
     student, teacher = pair.student_config, pair.teacher_config
     rows = {
@@ -155,7 +170,7 @@ def _plan_table(arguments: RunArguments, pair: Pair, prepared: dict[str, Dataset
         **{f"{name} prompts": str(len(rows)) for name, rows in prepared.items()},
         "global batch": f"{training.per_device_train_batch_size} x {training.gradient_accumulation_steps} accumulated "
         f"x {training.world_size} processes = {batch}",
-        "optimizer steps": f"{steps} ({steps_per_epoch} an epoch)",
+        "optimizer steps": str(_total_steps(batches, training)),
         "completion tokens": f"at most {round(tokens_per_step):,} a step",
         "output": f"{training.output_dir}{f', resuming from {checkpoint}' if checkpoint else ''}",
     }
