@@ -2,7 +2,7 @@
 
     python scripts/dev/build_demo.py                     # build everything, print the accuracies
     python scripts/dev/build_demo.py --evaluate DIR ...  # only print the accuracies of model folders
-    python scripts/dev/build_demo.py --control --steps 220 --learning_rate 3e-3
+    python scripts/dev/build_demo.py --control            # the demo's schedule
 
 Teacher and student are pre-trained on sampled solutions: the teacher on 32,000 problems, each once, the student on
 1,536, each 15 times, which is all it can learn from them. The control shows that: it goes on with the student's
@@ -163,12 +163,12 @@ def collate(rows: list[Row], tokenizer: PreTrainedTokenizerFast) -> dict[str, to
     }
 
 
-def batches(rows: list[Row], seed: int) -> Iterator[list[Row]]:
+def batches(rows: list[Row], seed: int, size: int = BATCH_SIZE) -> Iterator[list[Row]]:
     """Whole batches for ever: the first pass in the given order, every later one shuffled."""
     rng, rows = random.Random(seed), list(rows)
     while True:
-        for start in range(0, len(rows) - BATCH_SIZE + 1, BATCH_SIZE):
-            yield rows[start : start + BATCH_SIZE]
+        for start in range(0, len(rows) - size + 1, size):
+            yield rows[start : start + size]
         rng.shuffle(rows)
 
 
@@ -238,7 +238,7 @@ def build_pretrained(name: str, output_dir: Path) -> None:
     (output_dir / name / "model.safetensors").chmod(0o644)  # safetensors writes it for the owner alone
 
 
-def control(output_dir: Path, steps: int, learning_rate: float, seed: int) -> None:
+def control(output_dir: Path, steps: int, batch_size: int, learning_rate: float, seed: int) -> None:
     """Go on with the student's supervised pre-training on its own rows, and compare before and after."""
     recipe, test = RECIPES["student"], read_jsonl(output_dir / "test.jsonl")
     model, tokenizer = load(output_dir / "student")
@@ -246,7 +246,7 @@ def control(output_dir: Path, steps: int, learning_rate: float, seed: int) -> No
     rows = pretraining_rows(recipe)
     random.Random(seed).shuffle(rows)
     adamw = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
-    fit(model, tokenizer, batches(rows, seed), [adamw], steps)
+    fit(model, tokenizer, batches(rows, seed, batch_size), [adamw], steps)
     with tempfile.TemporaryDirectory() as folder:  # rounded to bfloat16, as the shipped models are
         model.to(torch.bfloat16).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -259,8 +259,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--only", choices=[*RECIPES, "data"], help="build this part alone")
     parser.add_argument("--evaluate", type=Path, nargs="+", metavar="DIR", help="print accuracies of these models")
     parser.add_argument("--control", action="store_true", help="continue the student's own SFT instead of building")
-    parser.add_argument("--steps", type=int, default=220, help="control: optimizer steps of %(default)s x 32 rows")
-    parser.add_argument("--learning_rate", type=float, default=3e-3, help="control: peak of the cosine")
+    parser.add_argument("--steps", type=int, default=200, help="control: optimizer steps")
+    parser.add_argument("--batch_size", type=int, default=64, help="control: rows a step")
+    parser.add_argument("--learning_rate", type=float, default=6e-3, help="control: peak of the cosine")
     parser.add_argument("--seed", type=int, default=0, help="control: order of the rows")
     return parser.parse_args()
 
@@ -270,7 +271,7 @@ def main() -> None:
     output_dir: Path = arguments.output_dir
     torch.set_num_threads(1)
     if arguments.control:
-        control(output_dir, arguments.steps, arguments.learning_rate, arguments.seed)
+        control(output_dir, arguments.steps, arguments.batch_size, arguments.learning_rate, arguments.seed)
         return
     folders = arguments.evaluate
     if folders is None:
