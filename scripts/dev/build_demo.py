@@ -259,7 +259,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--only", choices=[*RECIPES, "data"], help="build this part alone")
     parser.add_argument("--evaluate", type=Path, nargs="+", metavar="DIR", help="print accuracies of these models")
     parser.add_argument("--control", action="store_true", help="continue the student's own SFT instead of building")
-    parser.add_argument("--steps", type=int, default=200, help="control: optimizer steps")
+    parser.add_argument("--steps", type=int, default=180, help="control: optimizer steps")
     parser.add_argument("--batch_size", type=int, default=64, help="control: rows a step")
     parser.add_argument("--learning_rate", type=float, default=6e-3, help="control: peak of the cosine")
     parser.add_argument("--seed", type=int, default=0, help="control: order of the rows")
