@@ -74,20 +74,18 @@ def _to_bool(value: Any) -> bool:
 
 
 def _to_int(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, str)):
-        raise ValueError("")
-    try:
-        return int(value)
-    except ValueError:
-        raise ValueError("") from None
+    return int(_numeral(value, int))
 
 
 def _to_float(value: Any) -> float:
-    # PyYAML reads 5e-6 as a string
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+    return _numeral(value, float)  # also strings: PyYAML reads 5e-6 as one
+
+
+def _numeral(value: Any, kind: type[int] | type[float]) -> float:
+    if isinstance(value, bool) or not isinstance(value, (kind, int, str)):
         raise ValueError("")
     try:
-        return float(value)
+        return kind(value)
     except ValueError:
         raise ValueError("") from None
 
