@@ -8,7 +8,8 @@ _EPILOG = """examples:
   tsdkd demo
   tsdkd demo --method eopd
   tsdkd demo --alpha 0 --entropy_weight 0 --gate false     (plain GKD)
-Any key of `tsdkd train` works; the configuration is the shipped demo.yaml."""
+Any key of `tsdkd train` works; the configurations are the shipped demo.yaml and demo_eopd.yaml."""
+_CONFIGS = {"tsd-kd": "demo.yaml", "eopd": "demo_eopd.yaml"}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -21,14 +22,15 @@ def main(argv: Sequence[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    _, flags = parser.parse_known_args(argv)
+    parser.add_argument("--method", choices=_CONFIGS, default="tsd-kd", help="default: %(default)s")
+    args, flags = parser.parse_known_args(argv)
 
     from .. import run  # torch from here on
     from ..demo import show
 
     if not any(flag.split("=")[0] in ("--output_dir", "--output-dir") for flag in flags):
         flags += ["--output_dir", str(_free_folder(Path("runs/demo")))]
-    show.show(run.parse("demo.yaml", flags))
+    show.show(run.parse(_CONFIGS[args.method], flags))
     return 0
 
 
