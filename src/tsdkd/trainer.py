@@ -253,10 +253,15 @@ class TokenSelectiveTrainer(GKDTrainer):
         mask = completion_mask(inputs)
         output = self._micro_batch_objective(self._logits(model, inputs, mask), inputs, mask, mode)
         units = self._count_units(inputs)
-        for name, (total, count) in output.metrics.items():
-            self.means[mode].add(name, total.item(), count.item())
-        for name, term in output.terms.items():
-            self.means[mode].add(f"loss/{name}", term.item(), units)
+        # one transfer to the host for all of them: each would wait for the device
+        sums = [value for pair in output.metrics.values() for value in pair] + [
+            t.detach() for t in output.terms.values()
+        ]
+        numbers = iter(torch.stack([value.double() for value in sums]).tolist())
+        for name in output.metrics:
+            self.means[mode].add(name, next(numbers), next(numbers))
+        for name in output.terms:
+            self.means[mode].add(f"loss/{name}", next(numbers), units)
         if num_items_in_batch is None:
             self.means[mode].add("loss", output.loss.item(), units)
             return output.loss / max(units, 1)
