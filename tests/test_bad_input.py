@@ -203,6 +203,12 @@ CONFIGS: dict[str, tuple[dict[str, Any], tuple[str, ...], list[Say]]] = {
     "negative seed": ({"seed": -1}, (), [("seed", "-1", "at least 0")]),
     "negative workers": ({"dataloader_num_workers": -1}, (), [("dataloader_num_workers", "-1")]),
     "negative logging": ({"log_term_gradients": -1}, (), [("log_term_gradients", "-1")]),
+    "chunk of nothing": ({"head_chunk_gib": 0}, (), [("head_chunk_gib", "0", "greater than 0")]),
+    "chunk without fused head": (
+        {"fused_head": False, "head_chunk_gib": 0.5},
+        (),
+        [("head_chunk_gib", "0.5", "no effect", "fused_head")],
+    ),
     "adam's beta": ({"adam_beta1": 1.5}, (), [("adam_beta1", "1.5")]),
     "clip of 1": ({**EOPD, "clip_epsilon": 1.0}, (), [("clip_epsilon", "1.0", "(0, 1)")]),
     "negative threshold": ({**EOPD, "entropy_threshold": -0.5}, (), [("entropy_threshold", "-0.5", "at least 0")]),

@@ -38,6 +38,10 @@ class TokenSelectiveConfig(GKDConfig):
         log_completions: print some completions, as a table, at every logging step.
         log_term_gradients: every how many optimizer steps the gradient norm of each term is logged (on the first
             micro-batch of the step); 0 is never.
+        fused_head: compute the loss from hidden states, a chunk of tokens at a time. False: from whole logits, for
+            models whose logits are more than a scaled, soft-capped projection.
+        head_chunk_gib: GiB for the logits of one chunk; the numbers don't depend on it. By default 0.25 on a CPU and
+            1 on a GPU.
     """
 
     temperature: float = _option(1.0, "Divides student and teacher logits, in rollouts and in the loss.")
@@ -56,6 +60,8 @@ class TokenSelectiveConfig(GKDConfig):
     completion_column: str | None = _option(None, "Column of the completion, if it is not 'completion'.")
     log_completions: bool = _option(False, "Print a table of completions at every logging step.")
     log_term_gradients: int = _option(100, "Log each term's gradient norm every so many steps; 0 is never.")
+    fused_head: bool = _option(True, "Compute the loss from hidden states, without whole logits.")
+    head_chunk_gib: float | None = _option(None, "GiB for the logits of one chunk; none: 0.25 on a CPU, 1 on a GPU.")
 
     _VALID_DICT_FIELDS = [*GKDConfig._VALID_DICT_FIELDS, "chat_template_kwargs"]
 
@@ -251,6 +257,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "max_new_tokens": _AT_LEAST_ONE,
     "max_length": (lambda v: v >= 2, "must be at least 2 (a prompt and a completion token)"),
     "log_term_gradients": _NOT_NEGATIVE,
+    "head_chunk_gib": _POSITIVE,
     "learning_rate": _POSITIVE,
     "weight_decay": _NOT_NEGATIVE,
     "warmup_steps": _NOT_NEGATIVE,
@@ -296,6 +303,7 @@ _POINTLESS = {
     "forward_kl_random_ratio": (lambda v: v["forward_kl_placement"] != "random", "forward_kl_placement is not random"),
     "top_p": (lambda v: v["lmbda"] == 0, "lmbda is 0: nothing is generated"),
     "log_completions": (lambda v: v["lmbda"] == 0, "lmbda is 0: nothing is generated"),
+    "head_chunk_gib": (lambda v: not v["fused_head"], "fused_head is false"),
     "chat_template_kwargs": (lambda v: v["chat_template_source"] == "none", "chat_template_source is none"),
 }
 _LORA = (

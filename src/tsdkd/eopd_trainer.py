@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 from .config import EOPDConfig
 from .data import completion_mask
-from .losses import token_entropy
 from .objectives import ObjectiveOutput
 from .objectives.eopd import EOPDObjective, TeacherAnswers
 from .rollout import prompt_generator
+from .statistics import Head, Request
 from .trainer import Batch, TokenSelectiveTrainer
 
 _PLACEMENT = 1  # stream of `prompt_generator`
@@ -44,19 +44,18 @@ class EOPDTrainer(TokenSelectiveTrainer):
         sampled = batch["input_ids"][:, 1:][mask].unsqueeze(-1)
         was_training = model.training
         model.eval()
-        with self.compute_loss_context_manager():
-            old_logps = self._logits(model, batch, mask).float().log_softmax(-1).gather(-1, sampled).squeeze(-1)
-            teacher_logits = self._teacher_logits(batch, mask, mode)
+        student = self.heads.ask(model, batch, mask, lambda head: head(Request(ids=sampled)))
         model.train(was_training)
-        teacher_logps = teacher_logits.float().log_softmax(-1)
-        topk_logps, topk_ids = teacher_logps.topk(min(self.args.forward_kl_top_k, self.pair.shared_vocab_size), dim=-1)
+        with self.means[mode].rate("speed/teacher_tokens_per_second", float(batch["attention_mask"].sum())):
+            wanted = Request(entropy=True, top_k=self.args.forward_kl_top_k, ids=sampled)
+            teacher = self.heads.ask(self.teacher_model, batch, mask, lambda head: head(wanted))
         batch["answers"] = vars(
             TeacherAnswers(
-                old_logps=old_logps,
-                teacher_logps=teacher_logps.gather(-1, sampled).squeeze(-1),
-                teacher_entropy=token_entropy(teacher_logits),
-                topk_ids=topk_ids,
-                topk_logps=topk_logps,
+                old_logps=student.logps.squeeze(-1),
+                teacher_logps=teacher.logps.squeeze(-1),
+                teacher_entropy=teacher.entropy,
+                topk_ids=teacher.top_ids,
+                topk_logps=teacher.top_logps,
                 random_uniform=self._placement_numbers(batch, step),
             )
         )
@@ -67,6 +66,10 @@ class EOPDTrainer(TokenSelectiveTrainer):
         numbers = [torch.rand(n, generator=g) for g, n in zip(generators, lengths, strict=True)]
         return torch.cat(numbers).to(batch["input_ids"].device)
 
-    def _micro_batch_objective(self, student_logits: Tensor, batch: Batch, mask: Tensor, mode: str) -> ObjectiveOutput:
-        sampled = batch["input_ids"][:, 1:][mask]
-        return self.objective(student_logits, sampled, TeacherAnswers(**batch["answers"]))
+    def _objective_output(
+        self, model: nn.Module, batch: Batch, mask: Tensor, mode: str, own_in_forward: bool
+    ) -> ObjectiveOutput:
+        def question(head: Head) -> ObjectiveOutput:
+            return self.objective(head, batch["input_ids"][:, 1:][mask], TeacherAnswers(**batch["answers"]))
+
+        return self.heads.ask(model, batch, mask, question, own_in_forward=own_in_forward)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 
-def _upcast(x: Tensor) -> Tensor:
+def upcast(x: Tensor) -> Tensor:
+    """Half precision becomes float32, anything else stays."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
@@ -33,7 +34,7 @@ def token_entropy(logits: Tensor) -> Tensor:
     Returns:
         `[...]`, nats.
     """
-    logps = _upcast(logits).log_softmax(-1)
+    logps = upcast(logits).log_softmax(-1)
     return -(logps.exp() * logps).sum(-1)
 
 
@@ -61,8 +62,8 @@ def generalized_jsd(student_logits: Tensor, teacher_logits: Tensor, beta: float)
     _check_same_vocabulary(student_logits, teacher_logits)
     if not 0.0 <= beta <= 1.0:
         raise ValueError(f"beta must be in [0, 1], found {beta}")
-    student = _upcast(student_logits).log_softmax(-1)
-    teacher = _upcast(teacher_logits.detach()).log_softmax(-1)
+    student = upcast(student_logits).log_softmax(-1)
+    teacher = upcast(teacher_logits.detach()).log_softmax(-1)
     if beta == 0.0:
         return _kl(teacher, student)
     if beta == 1.0:
@@ -92,7 +93,7 @@ def plackett_luce_nll(student_logits: Tensor, teacher_logits: Tensor, top_k: int
     if top_k < 1:
         raise ValueError(f"top_k must be at least 1, found {top_k}")
     k = min(top_k, student_logits.shape[-1])
-    scores, candidates = _upcast(student_logits).topk(k, dim=-1)
+    scores, candidates = upcast(student_logits).topk(k, dim=-1)
     preference = teacher_logits.detach().gather(-1, candidates)
     ranking = preference.argsort(dim=-1, descending=True, stable=True)
     ranked = scores.gather(-1, ranking)
@@ -114,8 +115,8 @@ def clipped_policy_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, cl
     Returns:
         `[...]`.
     """
-    ratio = (_upcast(logps) - _upcast(old_logps.detach())).exp()
-    advantages = _upcast(advantages.detach())
+    ratio = (upcast(logps) - upcast(old_logps.detach())).exp()
+    advantages = upcast(advantages.detach())
     clipped = ratio.clamp(1.0 - clip_epsilon, 1.0 + clip_epsilon)
     return torch.maximum(-ratio * advantages, -clipped * advantages)
 
@@ -132,7 +133,7 @@ def clipped_reverse_kl(logps: Tensor, old_logps: Tensor, teacher_logps: Tensor, 
     Returns:
         `[...]`, nats.
     """
-    return clipped_policy_loss(logps, old_logps, _upcast(teacher_logps) - _upcast(old_logps), clip_epsilon)
+    return clipped_policy_loss(logps, old_logps, upcast(teacher_logps) - upcast(old_logps), clip_epsilon)
 
 
 def forward_kl_on(student_logps: Tensor, teacher_logps: Tensor) -> Tensor:
@@ -147,8 +148,8 @@ def forward_kl_on(student_logps: Tensor, teacher_logps: Tensor) -> Tensor:
     Returns:
         `[...]`, nats.
     """
-    teacher = _upcast(teacher_logps.detach()).log_softmax(-1)
-    return _kl(teacher, _upcast(student_logps))
+    teacher = upcast(teacher_logps.detach()).log_softmax(-1)
+    return _kl(teacher, upcast(student_logps))
 
 
 def topk_forward_kl(student_logits: Tensor, teacher_logits: Tensor, top_k: int = 16) -> Tensor:
@@ -168,5 +169,5 @@ def topk_forward_kl(student_logits: Tensor, teacher_logits: Tensor, top_k: int =
     _check_same_vocabulary(student_logits, teacher_logits)
     if top_k < 1:
         raise ValueError(f"top_k must be at least 1, found {top_k}")
-    values, ids = _upcast(teacher_logits.detach()).topk(min(top_k, teacher_logits.shape[-1]), dim=-1)
-    return forward_kl_on(_upcast(student_logits).log_softmax(-1).gather(-1, ids), values)
+    values, ids = upcast(teacher_logits.detach()).topk(min(top_k, teacher_logits.shape[-1]), dim=-1)
+    return forward_kl_on(upcast(student_logits).log_softmax(-1).gather(-1, ids), values)

@@ -27,6 +27,7 @@ from .completions import CompletionSample, print_completions
 from .config import TokenSelectiveConfig
 from .data import collate, completion_mask, pad_sequences, prepare_rows
 from .errors import ConfigError
+from .heads import Heads, Teacher
 from .metrics import RunningMeans
 from .models import load_student, load_teacher, name_of, resolve_pair, stop_token_ids
 from .objectives import ObjectiveOutput
@@ -110,6 +111,7 @@ class TokenSelectiveTrainer(GKDTrainer):
         else:
             self.teacher_model = self.accelerator.prepare_model(teacher_model, evaluation_mode=True)
 
+        self.heads = Heads(self.accelerator, args, self.pair.shared_vocab_size)
         self.objective = self._make_objective()
         self.means = {mode: RunningMeans(self.accelerator) for mode in ("train", "eval")}
         self._windows: deque[list[Batch]] = deque()  # rolled out, not yet trained on
@@ -122,7 +124,9 @@ class TokenSelectiveTrainer(GKDTrainer):
     def _make_objective(self) -> Any:
         raise NotImplementedError
 
-    def _micro_batch_objective(self, student_logits: Tensor, batch: Batch, mask: Tensor, mode: str) -> ObjectiveOutput:
+    def _objective_output(
+        self, model: nn.Module, batch: Batch, mask: Tensor, mode: str, own_in_forward: bool
+    ) -> ObjectiveOutput:
         raise NotImplementedError
 
     def _annotate(self, model: nn.Module, batch: Batch, step: int, mode: str) -> None:
@@ -251,7 +255,8 @@ class TokenSelectiveTrainer(GKDTrainer):
         """This process's share of the global mean, times the number of processes (DDP and ZeRO average gradients)."""
         mode = "eval" if num_items_in_batch is None else "train"
         mask = completion_mask(inputs)
-        output = self._micro_batch_objective(self._logits(model, inputs, mask), inputs, mask, mode)
+        log_terms = mode == "train" and self._logs_term_gradients()
+        output = self._objective_output(model, inputs, mask, mode, own_in_forward=not log_terms)
         units = self._count_units(inputs)
         # one transfer to the host for all of them: each would wait for the device
         sums = [value for pair in output.metrics.values() for value in pair] + [
@@ -265,31 +270,27 @@ class TokenSelectiveTrainer(GKDTrainer):
         if num_items_in_batch is None:
             self.means[mode].add("loss", output.loss.item(), units)
             return output.loss / max(units, 1)
-        self._log_term_gradients(model, output, units)
+        if log_terms:
+            self._log_term_gradients(model, output, units)
         return output.loss * (self.accelerator.num_processes / num_items_in_batch.clamp(min=1))
 
     def _count_units(self, batch: Batch) -> int:
         lengths = batch["completion_lengths"]
         return int((lengths > 0).sum() if self.unit == "responses" else lengths.sum())
 
-    def _logits(self, model: nn.Module, batch: Batch, mask: Tensor) -> Tensor:
-        """`[N, V]`: the logits that predict the completion's tokens, over the shared ids, temperature applied."""
-        output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-        logits = output.logits[:, :-1][mask][:, : self.pair.shared_vocab_size]
-        return logits if self.args.temperature == 1.0 else logits / self.args.temperature
-
     @torch.no_grad()
-    def _teacher_logits(self, batch: Batch, mask: Tensor, mode: str) -> Tensor:
+    def _teacher(self, batch: Batch, mask: Tensor, mode: str) -> Teacher:
         with self.means[mode].rate("speed/teacher_tokens_per_second", float(batch["attention_mask"].sum())):
-            return self._logits(self.teacher_model, batch, mask)
+            return self.heads.teacher(self.teacher_model, batch, mask)
 
-    def _log_term_gradients(self, model: nn.Module, output: ObjectiveOutput, units: int) -> None:
-        """Gradient norm of each weighted term, as if this micro-batch were the batch."""
+    def _logs_term_gradients(self) -> bool:
         every = self.args.log_term_gradients
         first, self._first_of_step = self._first_of_step, False
         sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled  # no whole gradient to look at
-        if sharded or not (first and every and self.state.global_step % every == 0):
-            return
+        return not sharded and first and every > 0 and self.state.global_step % every == 0
+
+    def _log_term_gradients(self, model: nn.Module, output: ObjectiveOutput, units: int) -> None:
+        """Gradient norm of each weighted term, as if this micro-batch were the batch."""
         parameters = [p for p in model.parameters() if p.requires_grad]
         for name, term in output.terms.items():
             weighted = output.weights[name] * term / max(units, 1)

@@ -1,12 +1,13 @@
-"""`TSDKDTrainer`: the teacher answers with full logits, one micro-batch at a time."""
+"""`TSDKDTrainer`: the teacher answers one micro-batch at a time, over the whole vocabulary."""
 
 from dataclasses import fields
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .config import TSDKDConfig
 from .objectives import ObjectiveOutput
 from .objectives.tsd_kd import TSDKDObjective
+from .statistics import Head
 from .trainer import Batch, TokenSelectiveTrainer
 
 
@@ -32,6 +33,10 @@ class TSDKDTrainer(TokenSelectiveTrainer):
         names = [f.name for f in fields(TSDKDObjective) if f.name != "window"]
         return TSDKDObjective(**{name: getattr(self.args, name) for name in names})
 
-    def _micro_batch_objective(self, student_logits: Tensor, batch: Batch, mask: Tensor, mode: str) -> ObjectiveOutput:
-        teacher_logits = self._teacher_logits(batch, mask, mode)
-        return self.objective(student_logits, teacher_logits, mask, training=mode == "train")
+    def _objective_output(
+        self, model: nn.Module, batch: Batch, mask: Tensor, mode: str, own_in_forward: bool
+    ) -> ObjectiveOutput:
+        def question(head: Head) -> ObjectiveOutput:
+            return self.objective(head, mask, training=mode == "train")
+
+        return self.heads.ask(model, batch, mask, question, self._teacher(batch, mask, mode), own_in_forward)

@@ -1,7 +1,7 @@
 """What a method is: which terms it has and how they add up. One file a method, defaults from its paper.
 
-An objective sees the tokens of one micro-batch and returns *sums*; the trainer divides once, by a count over the
-global batch, so that any split into micro-batches and processes gives the same update.
+An objective asks a head (`tsdkd.statistics`) about the tokens of one micro-batch and returns *sums*. The trainer
+divides once, by a count over the global batch: any split into micro-batches and processes gives the same update.
 """
 
 from dataclasses import dataclass
@@ -14,22 +14,17 @@ class ObjectiveOutput:
     """Sums of one micro-batch.
 
     Attributes:
-        terms: each term's sum over the objective's unit (responses or tokens), scalar, differentiable.
+        loss: the weighted sum of the terms, scalar, differentiable.
+        terms: each term's sum over the objective's unit (responses or tokens), scalar; differentiable where the head
+            doesn't differentiate own-token losses by itself.
         weights: each term's factor in the loss.
         metrics: name -> (sum, count), scalars without gradient; what is logged is sum / count.
     """
 
+    loss: Tensor
     terms: dict[str, Tensor]
     weights: dict[str, float]
     metrics: dict[str, tuple[Tensor, Tensor]]
-
-    @property
-    def loss(self) -> Tensor:
-        """The weighted sum of the terms' sums, scalar."""
-        return sum(
-            (self.weights[name] * term for name, term in self.terms.items()),
-            start=next(iter(self.terms.values())) * 0.0,
-        )
 
 
 def mean_of(values: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..losses import clipped_policy_loss, forward_kl_on, token_entropy
+from ..losses import clipped_policy_loss, forward_kl_on
+from ..statistics import Head, OwnTokenLoss, Request, TokenStatistics
 from . import ObjectiveOutput, mean_of
 
 
@@ -30,6 +31,10 @@ class TeacherAnswers:
     topk_logps: Tensor
     random_uniform: Tensor
 
+    def of(self, rows: slice) -> "TeacherAnswers":
+        """Those of some of the N tokens."""
+        return TeacherAnswers(**{name: value[rows] for name, value in vars(self).items()})
+
 
 @dataclass
 class EOPDObjective:
@@ -47,34 +52,48 @@ class EOPDObjective:
 
     unit = "tokens"
 
-    def __call__(self, student_logits: Tensor, sampled_ids: Tensor, answers: TeacherAnswers) -> ObjectiveOutput:
+    def __call__(self, head: Head, sampled_ids: Tensor, answers: TeacherAnswers) -> ObjectiveOutput:
         """Sums over the tokens of a micro-batch.
 
         Args:
-            student_logits: `[N, V]`, temperature applied.
+            head: answers about the student's distributions at the N response tokens.
             sampled_ids: `[N]`, the response tokens.
             answers: the stored answers for the same N tokens.
         """
-        logps_NV = student_logits.float().log_softmax(-1)
-        logps = logps_NV.gather(-1, sampled_ids.unsqueeze(-1)).squeeze(-1)
-        with torch.set_grad_enabled(self.entropy_bonus != 0 and torch.is_grad_enabled()):
-            entropy = token_entropy(student_logits)
+        own = OwnTokenLoss(self._weights(), lambda tokens, rows: self._terms(tokens, answers.of(rows)))
+        ids = torch.cat([sampled_ids.unsqueeze(-1), answers.topk_ids], dim=-1)
+        tokens = head(Request(entropy=True, ids=ids), own)
+        return ObjectiveOutput(tokens.own_loss, tokens.own_terms, own.weights, self._metrics(tokens, answers))
 
+    def _weights(self) -> dict[str, float]:
+        weights = {"reverse_kl": 1.0}
+        if self.forward_kl_placement != "none":
+            weights["forward_kl"] = 1.0
+        if self.entropy_bonus != 0:
+            weights["entropy"] = -self.entropy_bonus
+        return weights
+
+    def _terms(self, tokens: TokenStatistics, answers: TeacherAnswers) -> dict[str, Tensor]:
+        """Each term of each token: all of EOPD depends on a token's own statistics only."""
+        logps, topk_logps = tokens.logps[:, 0], tokens.logps[:, 1:]
+        terms = {
+            "reverse_kl": clipped_policy_loss(
+                logps, answers.old_logps, self._advantages(tokens, answers), self.clip_epsilon
+            )
+        }
+        if self.forward_kl_placement != "none":
+            terms["forward_kl"] = forward_kl_on(topk_logps, answers.topk_logps) * self._placement(answers)
+        if self.entropy_bonus != 0:
+            terms["entropy"] = tokens.entropy
+        return terms
+
+    def _advantages(self, tokens: TokenStatistics, answers: TeacherAnswers) -> Tensor:
         advantages = answers.teacher_logps - answers.old_logps
         if self.advantage_shaping != 0:
             # Eq. 11 of EOPD, kappa = 2
-            advantages = advantages + torch.minimum(self.advantage_shaping * entropy.detach(), advantages.abs() / 2)
-        forward_kl = forward_kl_on(logps_NV.gather(-1, answers.topk_ids), answers.topk_logps)
-
-        terms = {"reverse_kl": clipped_policy_loss(logps, answers.old_logps, advantages, self.clip_epsilon).sum()}
-        weights = {"reverse_kl": 1.0}
-        if self.forward_kl_placement != "none":
-            terms["forward_kl"] = (forward_kl * self._placement(answers)).sum()
-            weights["forward_kl"] = 1.0
-        if self.entropy_bonus != 0:
-            terms["entropy"] = entropy.sum()
-            weights["entropy"] = -self.entropy_bonus
-        return ObjectiveOutput(terms, weights, self._metrics(logps, advantages, forward_kl, entropy, answers))
+            shaping = self.advantage_shaping * tokens.entropy.detach()
+            advantages = advantages + torch.minimum(shaping, advantages.abs() / 2)
+        return advantages
 
     def _placement(self, answers: TeacherAnswers) -> Tensor:
         if self.forward_kl_placement == "all":
@@ -83,19 +102,20 @@ class EOPDObjective:
             return answers.random_uniform < self.forward_kl_random_ratio
         return answers.teacher_entropy > self.entropy_threshold
 
-    def _metrics(
-        self, logps: Tensor, advantages: Tensor, forward_kl: Tensor, entropy: Tensor, answers: TeacherAnswers
-    ) -> dict[str, tuple[Tensor, Tensor]]:
-        ratio = (logps.detach() - answers.old_logps).exp()
+    @torch.no_grad()
+    def _metrics(self, tokens: TokenStatistics, answers: TeacherAnswers) -> dict[str, tuple[Tensor, Tensor]]:
+        advantages = self._advantages(tokens, answers)
+        ratio = (tokens.logps[:, 0] - answers.old_logps).exp()
         too_high = (ratio > 1 + self.clip_epsilon) & (advantages > 0)
         too_low = (ratio < 1 - self.clip_epsilon) & (advantages < 0)
         uncertain = answers.teacher_entropy > self.entropy_threshold
+        forward_kl = forward_kl_on(tokens.logps[:, 1:], answers.topk_logps)
         return {
             "policy/clip_fraction": mean_of(too_high | too_low),
             "policy/ratio": mean_of(ratio),
             "uncertain/share": mean_of(uncertain),
             "uncertain/forward_kl": mean_of(forward_kl[uncertain]),
-            "entropy/student": mean_of(entropy),
+            "entropy/student": mean_of(tokens.entropy),
             "entropy/teacher": mean_of(answers.teacher_entropy),
         }
 

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..losses import generalized_jsd, plackett_luce_nll, token_entropy
+from ..losses import plackett_luce_nll
 from ..selection import adaptive_opener_ratio, entropy_gap_gate, opener_mask, top_entropy_mask
+from ..statistics import Head, OwnTokenLoss, Request, TokenStatistics
 from . import ObjectiveOutput, mean_of
 
 
@@ -33,48 +34,47 @@ class TSDKDObjective:
 
     unit = "responses"
 
-    def __call__(
-        self, student_logits: Tensor, teacher_logits: Tensor, mask: Tensor, *, training: bool = True
-    ) -> ObjectiveOutput:
+    def __call__(self, head: Head, mask: Tensor, *, training: bool = True) -> ObjectiveOutput:
         """Sums over the responses of a micro-batch.
 
         Args:
-            student_logits: `[N, V]`, the N response tokens of `mask` in row order, temperature applied.
-            teacher_logits: `[N, V]`.
+            head: answers about the N response tokens of `mask`, in row order.
             mask: `[B, T]` bool with N true entries, a row a response.
             training: whether the adaptive opener's window moves on.
         """
-        lengths = mask.sum(-1, keepdim=True)
-        share = (1.0 / lengths.clamp(min=1)).expand_as(mask)[mask]  # a token's weight in its response's mean
-        with torch.set_grad_enabled(self.entropy_weight != 0 and torch.is_grad_enabled()):
-            student_entropy = token_entropy(student_logits)
-        teacher_entropy = token_entropy(teacher_logits.detach())
-        entropy = student_entropy.new_zeros(mask.shape).masked_scatter(mask, student_entropy.detach())
-
-        gate = entropy_gap_gate(student_entropy, teacher_entropy, self.gate_temperature)
-        jsd = generalized_jsd(student_logits, teacher_logits, self.beta)
-        terms = {"direct": (share * jsd * (gate if self.gate else 1.0)).sum()}
-        weights = {"direct": 1.0}
-
-        opener = opener_mask(
-            entropy, mask, self._opener_ratio(student_entropy.detach(), teacher_entropy, mask, training)
+        share = (1.0 / mask.sum(-1, keepdim=True).clamp(min=1)).expand_as(mask)[mask]  # weight in a response's mean
+        direct = OwnTokenLoss(
+            {"direct": 1.0}, lambda t, rows: {"direct": share[rows] * t.jsd * (self._gate(t) if self.gate else 1.0)}
         )
+        tokens = head(
+            Request(
+                entropy=True,
+                teacher_entropy=True,
+                jsd_beta=self.beta,
+                top_k=self.indirect_top_k if self.alpha != 0 else 0,
+            ),
+            direct,
+        )
+        loss, terms, weights = tokens.own_loss, dict(tokens.own_terms), dict(direct.weights)
+        entropy = tokens.entropy.new_zeros(mask.shape).masked_scatter(mask, tokens.entropy.detach())
+        opener = opener_mask(entropy, mask, self._opener_ratio(tokens, mask, training))
         if self.alpha != 0:
-            terms["indirect"] = self._indirect(student_logits, teacher_logits, mask, opener)
-            weights["indirect"] = self.alpha
+            terms["indirect"], weights["indirect"] = self._indirect(tokens, mask, opener), self.alpha
+            loss = loss + self.alpha * terms["indirect"]
         if self.entropy_weight != 0:
             uncertain = top_entropy_mask(entropy, mask, self.entropy_ratio)
             per_response = (uncertain / uncertain.sum(-1, keepdim=True).clamp(min=1))[mask]
-            terms["entropy"] = (per_response * student_entropy).sum()
-            weights["entropy"] = self.entropy_weight
+            terms["entropy"], weights["entropy"] = (per_response * tokens.entropy).sum(), self.entropy_weight
+            loss = loss + self.entropy_weight * terms["entropy"]
+        return ObjectiveOutput(loss, terms, weights, self._metrics(tokens, mask, opener))
 
-        metrics = self._metrics(student_logits, teacher_logits, mask, opener, gate, student_entropy, teacher_entropy)
-        return ObjectiveOutput(terms, weights, metrics)
+    def _gate(self, tokens: TokenStatistics) -> Tensor:
+        return entropy_gap_gate(tokens.entropy, tokens.teacher_entropy, self.gate_temperature)
 
-    def _indirect(self, student_logits: Tensor, teacher_logits: Tensor, mask: Tensor, opener: Tensor) -> Tensor:
+    def _indirect(self, tokens: TokenStatistics, mask: Tensor, opener: Tensor) -> Tensor:
         """Eq. 5 summed over responses; a response's positions are averaged, summed, or divided by its length."""
         inside = opener[mask]
-        nll = plackett_luce_nll(student_logits[inside], teacher_logits[inside], self.indirect_top_k)
+        nll = plackett_luce_nll(tokens.top_logits[inside], tokens.teacher_top_logits[inside], self.indirect_top_k)
         divisor = {
             "mean": opener.sum(-1),
             "sum": torch.ones_like(opener[:, 0], dtype=torch.long),
@@ -83,12 +83,11 @@ class TSDKDObjective:
         per_row = divisor[self.indirect_reduction].clamp(min=1).unsqueeze(-1).expand_as(mask)
         return (nll / per_row[opener]).sum()
 
-    def _opener_ratio(
-        self, student_entropy: Tensor, teacher_entropy: Tensor, mask: Tensor, training: bool
-    ) -> float | Tensor:
+    def _opener_ratio(self, tokens: TokenStatistics, mask: Tensor, training: bool) -> float | Tensor:
         if not self.adaptive_opener:
             return self.opener_ratio
-        gap = student_entropy.new_zeros(mask.shape).masked_scatter(mask, student_entropy - teacher_entropy)
+        difference = tokens.entropy.detach() - tokens.teacher_entropy
+        gap = difference.new_zeros(mask.shape).masked_scatter(mask, difference)
         lengths = mask.sum(-1)
         difficulty = torch.sigmoid(gap.double().sum(-1) / lengths.clamp(min=1))
         window = self.window if training else self.window.copy()
@@ -99,34 +98,21 @@ class TSDKDObjective:
             ratios.append(adaptive_opener_ratio(sum(window) / len(window)) if window else self.opener_ratio)
         return torch.tensor(ratios, dtype=torch.float64, device=mask.device)
 
-    def _metrics(
-        self,
-        student_logits: Tensor,
-        teacher_logits: Tensor,
-        mask: Tensor,
-        opener: Tensor,
-        gate: Tensor,
-        student_entropy: Tensor,
-        teacher_entropy: Tensor,
-    ) -> dict[str, tuple[Tensor, Tensor]]:
-        inside = opener[mask]
+    @torch.no_grad()
+    def _metrics(self, tokens: TokenStatistics, mask: Tensor, opener: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         present = mask.any(-1)
-        agreement = student_logits[inside].argmax(-1) == self._teacher_choice(
-            student_logits[inside], teacher_logits[inside]
-        )
-        return {
+        metrics = {
             "opener/length": mean_of(opener.sum(-1)[present]),
             "opener/share": mean_of((opener.sum(-1) / mask.sum(-1).clamp(min=1))[present]),
-            "opener/top1_agreement": mean_of(agreement),
-            "gate": mean_of(gate),
-            "entropy/student": mean_of(student_entropy),
-            "entropy/teacher": mean_of(teacher_entropy),
+            "gate": mean_of(self._gate(tokens)),
+            "entropy/student": mean_of(tokens.entropy),
+            "entropy/teacher": mean_of(tokens.teacher_entropy),
         }
-
-    def _teacher_choice(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-        """The teacher's favourite among the student's candidates."""
-        candidates = student_logits.topk(min(self.indirect_top_k, student_logits.shape[-1]), dim=-1).indices
-        return candidates.gather(-1, teacher_logits.gather(-1, candidates).argmax(-1, keepdim=True)).squeeze(-1)
+        if self.alpha != 0:
+            # candidates are sorted: the student's favourite is the first
+            favourite = tokens.teacher_top_logits[opener[mask]].argmax(-1)
+            metrics["opener/top1_agreement"] = mean_of(favourite == 0)
+        return metrics
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs to continue."""

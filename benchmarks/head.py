@@ -1,0 +1,195 @@
+"""The fused head against its peers: one loss and its backward pass, time and extra peak memory, side by side.
+
+    python benchmarks/head.py [--sizes qwen2.5 gemma2 small] [--tokens 512 1024] [--dtypes float32 bfloat16]
+
+Inputs are random hidden states and heads of two models, responses of 512 tokens. `TSD-KD` is the complete loss, its
+three terms on; the peers compute only a JSD with beta 0.9. The floor is four bare matrix products: both projections
+and the two gradients of the student's. Contestants take turns in one process, the time is the median of the turns.
+Extra peak memory (gradients included, inputs not) is measured in a process of its own.
+"""
+
+import argparse
+import gc
+import importlib.util
+import json
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from tsdkd.fused import FusedHead, Projection
+from tsdkd.objectives.tsd_kd import TSDKDObjective
+from tsdkd.statistics import LogitsHead
+
+SIZES = {  # vocabulary, student's and teacher's hidden size
+    "qwen2.5": (151936, 1536, 5120),  # 1.5B and 14B
+    "gemma2": (256000, 2304, 3584),  # 2B and 9B
+    "small": (32768, 512, 1024),
+}
+RESPONSE = 512
+BETA = 0.9
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class Contest:
+    """The inputs of one size, and each contestant as a function of nothing."""
+
+    def __init__(self, size: str, tokens: int, dtype: str) -> None:
+        vocabulary, hidden, teacher_hidden = SIZES[size]
+        make = torch.Generator(DEVICE).manual_seed(0)
+
+        def normal(*shape: int, std: float = 1.0) -> torch.Tensor:
+            empty = torch.empty(*shape, dtype=getattr(torch, dtype), device=DEVICE)
+            return empty.normal_(std=std, generator=make)
+
+        self.hidden, self.teacher_hidden = normal(tokens, hidden), normal(tokens, teacher_hidden)
+        self.weight, self.teacher_weight = (normal(vocabulary, h, std=1.5 * h**-0.5) for h in (hidden, teacher_hidden))
+        self.hidden.requires_grad_()
+        self.weight.requires_grad_()
+        self.mask = torch.ones(max(1, tokens // RESPONSE), min(tokens, RESPONSE), dtype=torch.bool, device=DEVICE)
+
+    def contestants(self) -> dict[str, Callable[[], None]]:
+        """Name -> one loss with its backward pass."""
+        found = {
+            "TSD-KD, fused head": self.fused,
+            "TSD-KD, whole logits": self.whole,
+            "JSD, TRL's chunked": self.trl_chunked,
+            "JSD, TRL's GKDTrainer": self.trl_gkd,
+            "four matrix products": self.floor,
+        }
+        if DEVICE == "cuda" and importlib.util.find_spec("liger_kernel"):
+            found["JSD, Liger's fused"] = self.liger
+        return found
+
+    def fused(self) -> None:
+        head = FusedHead(self.hidden, Projection(self.weight), self.teacher_hidden, Projection(self.teacher_weight))
+        TSDKDObjective()(head, self.mask).loss.backward()
+
+    def logits(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.hidden @ self.weight.t(), self.teacher_hidden @ self.teacher_weight.t()
+
+    def whole(self) -> None:
+        TSDKDObjective()(LogitsHead(*self.logits()), self.mask).loss.backward()
+
+    def trl_chunked(self) -> None:
+        from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+        divergence, _ = ChunkedDivergenceFunction.apply(
+            self.hidden, self.weight, None, self.teacher_hidden, self.teacher_weight, None, BETA
+        )
+        divergence.mean().backward()
+
+    def trl_gkd(self) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from trl.experimental.gkd import GKDTrainer
+        student, teacher = self.logits()
+        GKDTrainer.generalized_jsd_loss(student.unsqueeze(0), teacher.unsqueeze(0), beta=BETA).backward()
+
+    def liger(self) -> None:
+        from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+        loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=BETA, compiled=False)
+        labels = torch.zeros(len(self.hidden), dtype=torch.long, device=DEVICE)
+        loss(self.hidden, self.weight, self.teacher_hidden, self.teacher_weight, labels).backward()
+
+    @torch.no_grad()
+    def floor(self) -> None:
+        gradient, _ = self.logits()
+        self.hidden.grad, self.weight.grad = gradient @ self.weight, gradient.t() @ self.hidden
+
+    def forget(self) -> None:
+        """Drop the gradients."""
+        self.hidden.grad = self.weight.grad = None
+        gc.collect()
+
+
+def seconds(work: Callable[[], None]) -> float:
+    """Wall time, the device's work included."""
+    start = time.perf_counter()
+    work()
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def times(contest: Contest, repeats: int) -> dict[str, float]:
+    """The median seconds of each contestant, after one turn that isn't counted."""
+    taken: dict[str, list[float]] = {name: [] for name in contest.contestants()}
+    for _ in range(repeats + 1):
+        for name, work in contest.contestants().items():
+            taken[name].append(seconds(work))
+            contest.forget()
+    return {name: statistics.median(values[1:]) for name, values in taken.items()}
+
+
+def resident_peak() -> float:
+    """This process's peak resident memory, GiB."""
+    (line,) = (text for text in Path("/proc/self/status").read_text().splitlines() if text.startswith("VmHWM"))
+    return int(line.split()[1]) / 2**20
+
+
+def extra_gib(contest: Contest, name: str) -> float:
+    """Peak memory of one turn above what the inputs take."""
+    work = contest.contestants()[name]
+    if DEVICE == "cuda":
+        work()  # kernels are compiled
+        contest.forget()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        return (torch.cuda.max_memory_allocated() - before) / 2**30
+    Path("/proc/self/clear_refs").write_text("5")  # sets the peak to what is resident now
+    before = resident_peak()
+    work()
+    return resident_peak() - before
+
+
+def alone(*arguments: str) -> float:
+    """`extra_gib` in a process of its own."""
+    command = [sys.executable, __file__, "--memory-of", *arguments]
+    return float(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+
+
+def table(size: str, tokens: int, dtype: str, repeats: int) -> None:
+    """Measure and print one size."""
+    print(f"\n### {size}: V {SIZES[size][0]}, H {SIZES[size][1]}/{SIZES[size][2]}, {tokens} tokens, {dtype}\n")
+    print("| | seconds | ours / its | GiB | ours / its | over the floor |\n|---|---|---|---|---|---|")
+    contest = Contest(size, tokens, dtype)
+    taken = times(contest, repeats)
+    del contest
+    memory = {name: alone(size, str(tokens), dtype, name) for name in taken}
+    ours = next(iter(taken))
+    floor = taken["four matrix products"]
+    for name, value in taken.items():
+        ratios = f"{taken[ours] / value:.2f} | {memory[name]:.2f} | {memory[ours] / memory[name]:.2f}"
+        print(f"| {name} | {value:.2f} | {ratios} | {value / floor:.2f} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--tokens", nargs="+", type=int, default=[512, 1024])
+    parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--memory-of", nargs=4, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.memory_of:
+        size, tokens, dtype, name = arguments.memory_of
+        print(json.dumps(extra_gib(Contest(size, int(tokens), dtype), name)))
+        return
+    machine = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    print(f"torch {torch.__version__}, {machine}")
+    for size in arguments.sizes:
+        for dtype in arguments.dtypes:
+            for tokens in arguments.tokens:
+                table(size, tokens, dtype, arguments.repeats)
+
+
+if __name__ == "__main__":
+    main()

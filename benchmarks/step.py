@@ -1,0 +1,224 @@
+"""A whole on-policy training step against TRL's `GKDTrainer` and `DistillationTrainer`, split into its parts.
+
+    python benchmarks/step.py [--pairs demo large] [--repeats 3] [--steps 4] [--threads N]
+
+Our step is TSD-KD with its three terms, the peers' is a JSD with beta 0.9: same pair, prompts, batch, limits, float32.
+`demo` is the embedded pair (32 responses); `large` has random weights, 60M and 250M parameters, the Qwen2.5 vocabulary
+(8 responses of 64 tokens). The trainers take turns, each turn's first step isn't counted; figures are medians of the
+turns, in seconds a step. `head` is from the student's last hidden states to their gradient: projections, loss, and the
+way back.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import resources
+from typing import Any
+
+import torch
+from datasets import Dataset, load_dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, TrainerCallback
+from trl import DistillationConfig, DistillationTrainer
+
+from tsdkd import TSDKDConfig, TSDKDTrainer
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from trl.experimental.gkd import GKDConfig, GKDTrainer
+
+DEMO = resources.files("tsdkd").joinpath("demo")
+STUDENT, TEACHER = str(DEMO.joinpath("student")), str(DEMO.joinpath("teacher"))
+PARTS = ("rollout", "teacher", "student", "head", "optimizer")
+COMMON: dict[str, Any] = {
+    "learning_rate": 1e-6,
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "disable_tqdm": True,
+    "report_to": "none",
+    "save_strategy": "no",
+    "logging_strategy": "no",
+    "temperature": 1.0,
+    "beta": 0.9,
+}
+SHAPES = {"demo": (32, 64), "large": (8, 64)}  # responses, their limit in tokens
+
+
+def random_model(hidden: int, layers: int) -> torch.nn.Module:
+    """Qwen2 with its own vocabulary, tied."""
+    config = Qwen2Config(
+        vocab_size=151936,
+        hidden_size=hidden,
+        intermediate_size=4 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=hidden // 64,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+    torch.manual_seed(hidden)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def models(pair: str) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """Student and teacher, new."""
+    if pair == "large":
+        return random_model(256, 20), random_model(768, 14)
+    return tuple(AutoModelForCausalLM.from_pretrained(n, dtype=torch.float32) for n in (STUDENT, TEACHER))
+
+
+class Clock(TrainerCallback):
+    """Where a step's time goes; the first step isn't counted."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.rolling = False
+        self.steps = 0
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] += time.perf_counter() - start
+
+    def wrap(self, owner: Any, method: str, name: str) -> None:
+        """Time a method as a part."""
+        inner = getattr(owner, method)
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            self.rolling, before = name == "rollout", self.rolling
+            with self.part(name):
+                result = inner(*args, **kwargs)
+            self.rolling = before
+            return result
+
+        setattr(owner, method, timed)
+
+    def watch(self, student: torch.nn.Module, teacher: torch.nn.Module, accelerator: Any) -> None:
+        """Teacher and student by hooks on their backbones, the head as what lies between."""
+
+        def after_student(module: Any, args: Any, output: Any) -> None:
+            if not self.rolling and torch.is_grad_enabled():
+                self.hidden_at, self.teacher_then = time.perf_counter(), self.seconds["teacher"]
+                output.last_hidden_state.register_hook(at_gradient)
+
+        def at_gradient(gradient: torch.Tensor) -> None:
+            self.gradient_at = time.perf_counter()
+            inside = self.seconds["teacher"] - self.teacher_then
+            self.seconds["head"] += self.gradient_at - self.hidden_at - inside
+
+        backward = accelerator.backward
+
+        def timed_backward(*args: Any, **kwargs: Any) -> None:
+            backward(*args, **kwargs)
+            self.seconds["student"] += time.perf_counter() - self.gradient_at
+
+        accelerator.backward = timed_backward
+        self.wrap(teacher.base_model, "forward", "teacher")
+        student.base_model.register_forward_hook(after_student)
+        inner = student.base_model.forward
+
+        def student_forward(*args: Any, **kwargs: Any) -> Any:
+            if self.rolling or not torch.is_grad_enabled():
+                return inner(*args, **kwargs)
+            with self.part("student"):
+                return inner(*args, **kwargs)
+
+        student.base_model.forward = student_forward
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        self.wrap(optimizer, "step", "optimizer")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        now = time.perf_counter()
+        if state.global_step == 1:
+            self.seconds.clear()
+            self.start = now
+        else:
+            self.steps += 1
+            self.total = (now - self.start) / self.steps
+
+    def result(self) -> dict[str, float]:
+        """Seconds a step: in all, and of each part."""
+        return {"step": self.total, **{name: self.seconds[name] / self.steps for name in PARTS}}
+
+
+def trainers(pair: str, rows: Dataset, folder: str, steps: int) -> dict[str, Any]:
+    """Name -> a function that makes the trainer and the object whose method is its rollout."""
+    responses, limit = SHAPES[pair]
+    common = {**COMMON, "output_dir": folder, "max_steps": steps + 1, "per_device_train_batch_size": responses}
+    tokenizer = AutoTokenizer.from_pretrained(STUDENT)
+    chats = [[{"role": "user", "content": row["prompt"]}] for row in rows]
+    answers = [[{"role": "assistant", "content": row["completion"]}] for row in rows]
+    data = {
+        GKDTrainer: Dataset.from_dict({"messages": [c + a for c, a in zip(chats, answers, strict=True)]}),
+        DistillationTrainer: Dataset.from_dict({"prompt": chats}),
+        TSDKDTrainer: rows,
+    }
+
+    def make(trainer_class: Any, args: Any, clock: Clock) -> Any:
+        student, teacher = models(pair)
+        trainer = trainer_class(
+            model=student,
+            teacher_model=teacher,
+            args=args,
+            train_dataset=data[trainer_class],
+            processing_class=tokenizer,
+            callbacks=[clock],
+        )
+        clock.watch(student, teacher, trainer.accelerator)
+        clock.wrap(trainer, "generate_on_policy_outputs" if trainer_class is GKDTrainer else "_generate", "rollout")
+        return trainer
+
+    gkd = {"max_new_tokens": limit, "max_length": 128, "lmbda": 1.0}
+    return {
+        "TSD-KD, tsdkd": lambda clock: make(TSDKDTrainer, TSDKDConfig(**common, **gkd, log_term_gradients=0), clock),
+        "JSD, GKDTrainer": lambda clock: make(GKDTrainer, GKDConfig(**common, **gkd), clock),
+        "JSD, DistillationTrainer": lambda clock: make(
+            DistillationTrainer, DistillationConfig(**common, max_completion_length=limit), clock
+        ),
+    }
+
+
+def table(pair: str, rows: Dataset, repeats: int, steps: int) -> None:
+    """Measure and print one pair."""
+    found: dict[str, list[dict[str, float]]] = defaultdict(list)
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(repeats):
+            for name, make in trainers(pair, rows, folder, steps).items():
+                clock = Clock()
+                make(clock).train()
+                found[name].append(clock.result())
+    medians = {name: {key: statistics.median(r[key] for r in runs) for key in runs[0]} for name, runs in found.items()}
+    ours = next(iter(medians.values()))["step"]
+    print(f"\n### {pair} pair: {SHAPES[pair][0]} responses of at most {SHAPES[pair][1]} tokens\n")
+    print(f"| | step | ours / its | {' | '.join(PARTS)} |\n|{'---|' * (3 + len(PARTS))}")
+    for name, parts in medians.items():
+        print(f"| {name} | {parts['step']:.3f} | {ours / parts['step']:.2f} |", end="")
+        print("".join(f" {parts[part]:.3f} |" for part in PARTS), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    rows = load_dataset("json", data_files=str(DEMO.joinpath("train.jsonl")), split="train").select(range(512))
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} CPU threads")
+    for pair in arguments.pairs:
+        table(pair, rows, arguments.repeats, arguments.steps)
+
+
+if __name__ == "__main__":
+    main()

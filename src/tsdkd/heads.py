@@ -1,0 +1,181 @@
+"""From a model and a micro-batch to the head that an objective asks: the backbone runs, the logits are never whole."""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any, TypeVar
+from weakref import WeakSet
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from trl.models.utils import _ForwardRedirection
+from trl.trainer.utils import maybe_gather_lm_head_ctx
+
+from .config import TokenSelectiveConfig
+from .errors import ModelError
+from .fused import FusedHead, Projection
+from .fused.head import compute_dtype
+from .statistics import Head, LogitsHead
+
+Answer = TypeVar("Answer")
+_WHOLE = "set fused_head: false, which computes whole logits"
+
+
+class Heads:
+    """Runs the pair's models, as they are wrapped for training, up to their heads.
+
+    Args:
+        accelerator: knows the wrappers and the precision.
+        args: fused_head, head_chunk_gib, temperature.
+        vocab_size: ids that both models have.
+    """
+
+    def __init__(self, accelerator: Accelerator, args: TokenSelectiveConfig, vocab_size: int) -> None:
+        self.accelerator, self.args, self.vocab_size = accelerator, args, vocab_size
+        self._redirect = _ForwardRedirection()
+        self._proven: WeakSet[nn.Module] = WeakSet()
+
+    @torch.no_grad()
+    def teacher(self, model: nn.Module, batch: dict[str, Tensor], mask: Tensor) -> "Teacher":
+        """The teacher's part of a head for `ask`: hidden states or logits at the N true positions of `mask`."""
+        if not self.args.fused_head:
+            return Teacher(model, self._logits(model, batch, mask))
+        unwrapped = self.accelerator.unwrap_model(model)
+        return Teacher(unwrapped, self._redirect(model, unwrapped, self._hidden, unwrapped, batch, mask))
+
+    def ask(
+        self,
+        model: nn.Module,
+        batch: dict[str, Tensor],
+        mask: Tensor,
+        question: Callable[[Head], Answer],
+        teacher: "Teacher | None" = None,
+        own_in_forward: bool = True,
+    ) -> Answer:
+        """`question` of the head over the model's predictions at the N true positions of `mask` `[B, S - 1]`.
+
+        The answer is a dataclass: `TokenStatistics` or `ObjectiveOutput`.
+
+        Raises:
+            ModelError: the fused head doesn't give the model's own logits.
+        """
+        if not self.args.fused_head:
+            states = None if teacher is None else teacher.states
+            return question(LogitsHead(self._logits(model, batch, mask), states))
+        unwrapped = self.accelerator.unwrap_model(model)
+        kind: list[type[Answer]] = []
+
+        def at_the_head(hidden: Tensor) -> dict[str, Any]:
+            with ExitStack() as stack:
+                answer = question(self._fused(stack, unwrapped, hidden, teacher, own_in_forward))
+            kind.append(type(answer))
+            return vars(answer)  # DDP and DeepSpeed look for tensors in plain containers only
+
+        def inside() -> dict[str, Any]:
+            hidden = self._hidden(unwrapped, batch, mask)
+            with self.accelerator.autocast():
+                return self._as_output_layer(unwrapped, at_the_head, hidden)
+
+        # as the wrapper's forward: DDP arms its gradient reduction there
+        fields = self._redirect(model, unwrapped, inside)
+        return kind[0](**fields)
+
+    def _fused(
+        self, stack: ExitStack, model: PreTrainedModel, hidden: Tensor, teacher: "Teacher | None", own_in_forward: bool
+    ) -> FusedHead:
+        second: tuple[Any, ...] = ()
+        if teacher is not None:
+            layer = _output_layer(teacher.model)
+            stack.enter_context(maybe_gather_lm_head_ctx(layer.weight, layer.bias))
+            second = (teacher.states, projection_of(teacher.model))
+        return FusedHead(
+            hidden,
+            projection_of(model),
+            *second,
+            vocab_size=self.vocab_size,
+            temperature=self.args.temperature,
+            chunk_gib=self.args.head_chunk_gib,
+            own_in_forward=own_in_forward,
+        )
+
+    def _as_output_layer(self, model: PreTrainedModel, function: Callable[[Tensor], Any], hidden: Tensor) -> Any:
+        """`function(hidden)` as the forward of the model's output layer: under ZeRO-3 its weight is then gathered,
+        here and in the backward pass, and the gradient lands in the shard."""
+        layer = _output_layer(model)
+        return self._redirect(layer, layer, function, hidden)
+
+    def _logits(self, model: nn.Module, batch: dict[str, Tensor], mask: Tensor) -> Tensor:
+        """`[N, V]`, over the shared ids, temperature applied."""
+        output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+        logits = output.logits[:, :-1][mask][:, : self.vocab_size]
+        return logits if self.args.temperature == 1.0 else logits / self.args.temperature
+
+    def _hidden(self, model: PreTrainedModel, batch: dict[str, Tensor], mask: Tensor) -> Tensor:
+        """`[N, H]`, the last hidden states."""
+        with self.accelerator.autocast():
+            if model not in self._proven:
+                self._prove(model, batch["input_ids"][:1, :8])
+                self._proven.add(model)
+            return _backbone(model, batch["input_ids"], batch["attention_mask"])[:, :-1][mask]
+
+    @torch.no_grad()
+    def _prove(self, model: PreTrainedModel, ids: Tensor) -> None:
+        """Once a model: a head that forgets a scale would train on other distributions, without any error."""
+        was_training = model.training
+        model.eval()
+        expected = model(input_ids=ids, use_cache=False).logits
+        try:
+            hidden = _backbone(model, ids, torch.ones_like(ids))
+        except (AttributeError, TypeError) as error:
+            raise ModelError(f"{_name(model)}: its backbone gives no last hidden states; {_WHOLE}") from error
+
+        def logits(hidden: Tensor) -> Tensor:
+            projection = projection_of(model)
+            return projection.cut(len(projection.weight), dtype).logits(hidden.to(dtype))
+
+        dtype = compute_dtype(hidden)
+        found = self._as_output_layer(model, logits, hidden)
+        model.train(was_training)
+        tolerance = max(1e-3, 16 * torch.finfo(dtype).eps) * float(expected.abs().max())
+        same_shape = found.shape == expected.shape
+        difference = float((found - expected).abs().max()) if same_shape else float("inf")
+        if not difference <= tolerance:
+            raise ModelError(
+                f"{_name(model)}: its logits are not its output layer's (they differ by {difference:.3g}, more than "
+                f"{tolerance:.3g}): it does something else with them than a scale or a soft cap; {_WHOLE}"
+            )
+
+
+class Teacher:
+    """The teacher's unwrapped model with its hidden states `[N, H]`, or its logits `[N, V]` without the fused head."""
+
+    def __init__(self, model: Any, states: Tensor) -> None:
+        self.model, self.states = model, states
+
+
+def projection_of(model: PreTrainedModel) -> Projection:
+    """A model's output layer, with the scale and soft cap that its configuration names."""
+    layer, config = _output_layer(model), model.config.get_text_config()
+    divisor = getattr(config, "logits_scaling", None)  # Granite; HyperCLOVA X multiplies by it
+    if divisor is not None:
+        scale = divisor if config.model_type == "hyperclovax" else 1.0 / divisor
+    else:
+        names = ("logit_scale", "output_multiplier", "lm_head_multiplier")
+        scale = next((s for name in names if (s := getattr(config, name, None)) is not None), 1.0)
+    return Projection(layer.weight, layer.bias, scale, getattr(config, "final_logit_softcapping", None))
+
+
+def _output_layer(model: PreTrainedModel) -> Any:
+    layer = model.get_output_embeddings()
+    copies = getattr(layer, "modules_to_save", None)  # peft's trained copy of a whole layer
+    return layer if copies is None else copies[layer.active_adapter]
+
+
+def _backbone(model: Any, ids: Tensor, attention_mask: Tensor) -> Tensor:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return base.base_model(input_ids=ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+
+
+def _name(model: Any) -> str:
+    return type(model.get_base_model() if hasattr(model, "get_base_model") else model).__name__

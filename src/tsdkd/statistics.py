@@ -1,0 +1,141 @@
+"""What an objective can ask about each token of a micro-batch, and the answers from whole logits.
+
+An objective states a `Request`; a head answers it with `TokenStatistics`. `LogitsHead` is the readable specification;
+`tsdkd.fused.FusedHead` gives the same numbers and gradients from hidden states.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .losses import generalized_jsd, token_entropy, upcast
+
+
+@dataclass(frozen=True)
+class Request:
+    """The statistics that are wanted of N tokens; what isn't asked for costs nothing.
+
+    Attributes:
+        entropy: of the student's distribution.
+        teacher_entropy: of the teacher's.
+        jsd_beta: beta of the generalised JSD, in [0, 1]; the ends are the two KL divergences.
+        top_k: how many of the student's largest logits, with the teacher's logits at the same ids.
+        ids: `[N, K]`, tokens whose log-probabilities under the student are wanted.
+    """
+
+    entropy: bool = False
+    teacher_entropy: bool = False
+    jsd_beta: float | None = None
+    top_k: int = 0
+    ids: Tensor | None = None
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether a teacher's whole distribution is needed."""
+        return self.teacher_entropy or self.jsd_beta is not None
+
+
+@dataclass
+class TokenStatistics:
+    """The answers, float32 (float64 where the models are). What wasn't asked for is None.
+
+    Attributes:
+        entropy: `[N]`, nats; differentiable.
+        teacher_entropy: `[N]`, nats.
+        jsd: `[N]`, nats; differentiable.
+        top_ids: `[N, k]`, the student's candidates, best first.
+        top_logits: `[N, k]`, their logits; differentiable.
+        top_logps: `[N, k]`, their log-probabilities, nats; no gradient.
+        teacher_top_logits: `[N, k]`, the teacher's logits at the same ids (None without a teacher).
+        logps: `[N, K]`, log-probabilities of the requested ids, nats; differentiable.
+        own_terms: sums of the own-token losses.
+        own_loss: their weighted sum, differentiable.
+    """
+
+    entropy: Any = None
+    teacher_entropy: Any = None
+    jsd: Any = None
+    top_ids: Any = None
+    top_logits: Any = None
+    top_logps: Any = None
+    teacher_top_logits: Any = None
+    logps: Any = None
+    own_terms: dict[str, Tensor] = field(default_factory=dict)
+    own_loss: Any = None
+
+
+@dataclass(frozen=True)
+class OwnTokenLoss:
+    """Losses of a token that depend on its own statistics only, so that a head may evaluate them chunk by chunk.
+
+    Attributes:
+        weights: each term's factor in the loss.
+        losses: `(statistics of some tokens, which: a slice of the N) -> {term: [n] losses}`.
+    """
+
+    weights: dict[str, float]
+    losses: Callable[[TokenStatistics, slice], dict[str, Tensor]]
+
+    def add_to(self, statistics: TokenStatistics) -> None:
+        """Fill in `own_terms` and `own_loss` from the statistics of all tokens."""
+        statistics.own_terms = {name: v.sum() for name, v in self.losses(statistics, slice(None)).items()}
+        statistics.own_loss = self.weigh(statistics.own_terms)
+
+    def weigh(self, terms: dict[str, Tensor]) -> Tensor:
+        """The weighted sum of the terms."""
+        return torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
+
+
+class Head(Protocol):
+    """Answers an objective's request about the N completion tokens of a micro-batch."""
+
+    def __call__(self, request: Request, own: OwnTokenLoss | None = None) -> TokenStatistics: ...
+
+
+@dataclass(frozen=True)
+class LogitsHead:
+    """Answers from whole logits, by autograd.
+
+    Attributes:
+        student_logits: `[N, V]`, temperature applied.
+        teacher_logits: `[N, V]`, or None where only the student is asked about.
+    """
+
+    student_logits: Tensor
+    teacher_logits: Tensor | None = None
+
+    def __call__(self, request: Request, own: OwnTokenLoss | None = None) -> TokenStatistics:
+        """Raises `ValueError` where the request needs a teacher and there is none."""
+        check_request(request, self.teacher_logits is not None)
+        student = upcast(self.student_logits)
+        teacher: Any = None if self.teacher_logits is None else self.teacher_logits.detach()
+        answer = TokenStatistics()
+        if request.entropy:
+            answer.entropy = token_entropy(student)
+        if request.teacher_entropy:
+            answer.teacher_entropy = token_entropy(teacher)
+        if request.jsd_beta is not None:
+            answer.jsd = generalized_jsd(student, teacher, request.jsd_beta)
+        if request.top_k:
+            answer.top_logits, answer.top_ids = student.topk(min(request.top_k, student.shape[-1]), dim=-1)
+            answer.top_logps = student.detach().log_softmax(-1).gather(-1, answer.top_ids)
+            if teacher is not None:
+                answer.teacher_top_logits = upcast(teacher.gather(-1, answer.top_ids))
+        if request.ids is not None:
+            answer.logps = student.log_softmax(-1).gather(-1, request.ids)
+        if own is not None:
+            own.add_to(answer)
+        return answer
+
+
+def check_request(request: Request, has_teacher: bool) -> None:
+    """Raises `ValueError` for a request that can't be answered."""
+    if request.needs_teacher and not has_teacher:
+        raise ValueError("the request needs the teacher's distribution (teacher_entropy or jsd_beta), there is none")
+    if request.jsd_beta is not None and not 0.0 <= request.jsd_beta <= 1.0:
+        raise ValueError(f"jsd_beta must be in [0, 1], found {request.jsd_beta}")
+    if request.top_k < 0:
+        raise ValueError(f"top_k must be at least 0, found {request.top_k}")
