@@ -108,8 +108,8 @@ class LogitsHead:
     teacher_logits: Tensor | None = None
 
     def __call__(self, request: Request, own: OwnTokenLoss | None = None) -> TokenStatistics:
-        """Raises `ValueError` where the request needs a teacher and there is none."""
-        check_request(request, self.teacher_logits is not None)
+        """Raises `ValueError` for a request that can't be answered, as where it needs a teacher and there is none."""
+        check_request(request, len(self.student_logits), self.teacher_logits is not None)
         student = upcast(self.student_logits)
         teacher: Any = None if self.teacher_logits is None else self.teacher_logits.detach()
         answer = TokenStatistics()
@@ -131,11 +131,13 @@ class LogitsHead:
         return answer
 
 
-def check_request(request: Request, has_teacher: bool) -> None:
-    """Raises `ValueError` for a request that can't be answered."""
+def check_request(request: Request, count: int, has_teacher: bool) -> None:
+    """Raises `ValueError` for a request that can't be answered of `count` tokens."""
     if request.needs_teacher and not has_teacher:
         raise ValueError("the request needs the teacher's distribution (teacher_entropy or jsd_beta), there is none")
     if request.jsd_beta is not None and not 0.0 <= request.jsd_beta <= 1.0:
         raise ValueError(f"jsd_beta must be in [0, 1], found {request.jsd_beta}")
+    if request.ids is not None and (request.ids.ndim != 2 or len(request.ids) != count):
+        raise ValueError(f"ids must be [{count}, K], a row a token, found {list(request.ids.shape)}")
     if request.top_k < 0:
         raise ValueError(f"top_k must be at least 0, found {request.top_k}")

@@ -64,8 +64,8 @@ class FusedHead:
         self.chunk = self._tokens_in(chunk_gib * 2**30)
 
     def __call__(self, request: Request, own: OwnTokenLoss | None = None) -> TokenStatistics:
-        """The statistics of all N tokens. Raises `ValueError` where a teacher is needed and there is none."""
-        check_request(request, self.teacher is not None)
+        """The statistics of all N tokens. Raises `ValueError` for a request that can't be answered."""
+        check_request(request, len(self.hidden), self.teacher is not None)
         inputs = (self.hidden, self.projection.weight, self.projection.bias)
         has_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
         in_forward = own if has_gradient and self.own_in_forward else None

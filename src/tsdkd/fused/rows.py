@@ -174,7 +174,8 @@ def logits_gradient_(
         constant -= entropy * student.entropy
     if jsd is not None:
         jsd = jsd * (1.0 if beta in (0.0, 1.0) else 1.0 - beta)
-        constant += jsd if beta == 0.0 else -jsd * student_kl
+        if beta == 0.0:
+            constant += jsd
 
     for rows, columns, (logq, logp, q, p, gradient) in tiles:
         torch.exp(student.logps(rows, columns, logq), out=q)
@@ -188,7 +189,8 @@ def logits_gradient_(
         if jsd is not None and beta != 0.0:
             if beta != 1.0:
                 _log_mixture(q, p, beta, logp)
-            gradient.addcmul_(logq.sub_(logp), jsd[rows].unsqueeze(-1))
+            # the KL comes off before the factor: where one token has all the mass the two must cancel exactly
+            gradient.addcmul_(logq.sub_(logp).sub_(student_kl[rows].unsqueeze(-1)), jsd[rows].unsqueeze(-1))
         gradient.mul_(q)
         if jsd is not None and beta == 0.0:
             gradient.addcmul_(p, jsd[rows].unsqueeze(-1), value=-1.0)

@@ -109,7 +109,8 @@ class Scan:
         found = torch.autograd.grad(answer.own_loss, list(leaves.values()), allow_unused=True)
         upstream = dict(zip(leaves, found, strict=True))
         self._add_sparse(self.gradients, rows, answer.top_ids, answer.top_logits, upstream.pop("top_logits", None))
-        self._add_dense(self.gradients, rows, Upstream(**upstream), student, teacher, hidden, tiles)
+        if any(g is not None for g in upstream.values()):
+            self._add_dense(self.gradients, rows, Upstream(**upstream), student, teacher, hidden, tiles)
 
     def _project(self, rows: slice | Tensor) -> tuple[Tensor, Tensor, Tiles]:
         hidden = self.inputs[0][rows].to(self.student.weight.dtype)
