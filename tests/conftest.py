@@ -3,6 +3,8 @@
 import json
 import os
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +14,7 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -128,3 +131,24 @@ QUIET = {
 def flags(**values: object) -> list[str]:
     """Keyword arguments as command-line flags."""
     return [text for key, value in values.items() for text in (f"--{key}", str(value))]
+
+
+def weights(folder: str | Path) -> torch.Tensor:
+    """All weights of a saved model as one float64 vector."""
+    return torch.cat([t.flatten().double() for _, t in sorted(load_file(Path(folder) / "model.safetensors").items())])
+
+
+def launch(launcher: list[str], command: list[str]) -> str:
+    """Run `tsdkd command` over CPU processes by `accelerate launch`; returns what it printed."""
+    environment = {"OMP_NUM_THREADS": "1", "ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"}
+    # DeepSpeed compiles its communication at the first run, with the ninja beside this Python
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    result = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", *launcher, "-m", "tsdkd", *command],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout

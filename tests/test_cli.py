@@ -1,16 +1,14 @@
 """The command line end to end, on tiny models: invariance, resume, processes, presets, what is printed."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from conftest import flags, make_rows, write_jsonl
+from conftest import flags, launch, make_rows, weights, write_jsonl
 from tsdkd.cli import main
 from tsdkd.presets import preset_paths
 
@@ -28,10 +26,6 @@ def run_flags(saved_model, rows_file, folder, **values):
         "output_dir": folder,
     }
     return ["train", *flags(**{**names, **COMMON, **values})]
-
-
-def weights(folder) -> torch.Tensor:
-    return torch.cat([t.flatten().double() for _, t in sorted(load_file(Path(folder) / "model.safetensors").items())])
 
 
 def losses(folder) -> list[float]:
@@ -60,18 +54,9 @@ def test_any_split_of_the_batch_gives_the_same_gradient_and_loss(method, saved_m
 
 
 def launch_two_processes(command: list[str]) -> None:
-    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--num_processes", "2"]
+    launcher = ["--multi_gpu", "--num_machines", "1", "--num_processes", "2"]
     launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    environment = {"OMP_NUM_THREADS": "1", "ACCELERATE_TORCH_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    result = subprocess.run(
-        [sys.executable, *launcher, "-m", "tsdkd", *command],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.count("saved the student") == 1
+    assert launch(launcher, command).count("saved the student") == 1
 
 
 @pytest.mark.parametrize(

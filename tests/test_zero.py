@@ -1,16 +1,11 @@
 """DeepSpeed ZeRO over two processes: sharded parameters, the head's weight among them, take the same step."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
-from conftest import flags
+from conftest import flags, launch, weights
 from tsdkd.cli import main
 
 pytest.importorskip("deepspeed")
@@ -18,10 +13,6 @@ pytest.importorskip("deepspeed")
 RUN = {"use_cpu": "true", "bf16": "false", "disable_tqdm": "true", "max_length": 64, "max_new_tokens": 12, "seed": 7}
 RUN |= {"optim": "sgd", "max_grad_norm": 0, "lr_scheduler_type": "constant", "learning_rate": 0.1, "warmup_steps": 0}
 RUN |= {"gradient_checkpointing": "true", "max_steps": 2, "save_strategy": "no", "report_to": "none"}
-
-
-def weights(folder: str | Path) -> torch.Tensor:
-    return torch.cat([t.flatten().double() for _, t in sorted(load_file(Path(folder) / "model.safetensors").items())])
 
 
 def launch_zero(command: list[str], stage: int, folder: Path) -> None:
@@ -44,17 +35,7 @@ def launch_zero(command: list[str], stage: int, folder: Path) -> None:
         "main_process_port": 0,
     }
     (folder / "accelerate.json").write_text(json.dumps(accelerate))
-    launcher = ["-m", "accelerate.commands.launch", "--config_file", str(folder / "accelerate.json")]
-    environment = {"OMP_NUM_THREADS": "1", "ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"}
-    environment |= {"CUDA_VISIBLE_DEVICES": "", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    result = subprocess.run(
-        [sys.executable, *launcher, "-m", "tsdkd", *command],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=600,  # the first run compiles DeepSpeed's communication
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    launch(["--config_file", str(folder / "accelerate.json")], command)
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ class EOPDTrainer(TokenSelectiveTrainer):
         model.eval()
         student = self.heads.ask(model, batch, mask, lambda head: head(Request(ids=sampled)))
         model.train(was_training)
-        with self.means[mode].rate("speed/teacher_tokens_per_second", float(batch["attention_mask"].sum())):
+        with self._teacher_time(batch, mode):
             wanted = Request(entropy=True, top_k=self.args.forward_kl_top_k, ids=sampled)
             teacher = self.heads.ask(self.teacher_model, batch, mask, lambda head: head(wanted))
         batch["answers"] = vars(

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from weakref import WeakSet
 
 import torch
@@ -147,11 +147,11 @@ class Heads:
             )
 
 
-class Teacher:
+class Teacher(NamedTuple):
     """The teacher's unwrapped model with its hidden states `[N, H]`, or its logits `[N, V]` without the fused head."""
 
-    def __init__(self, model: Any, states: Tensor) -> None:
-        self.model, self.states = model, states
+    model: Any
+    states: Tensor
 
 
 def projection_of(model: PreTrainedModel) -> Projection:
@@ -173,9 +173,13 @@ def _output_layer(model: PreTrainedModel) -> Any:
 
 
 def _backbone(model: Any, ids: Tensor, attention_mask: Tensor) -> Tensor:
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return base.base_model(input_ids=ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+    return _base(model).base_model(input_ids=ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+
+
+def _base(model: Any) -> Any:
+    """Without peft's wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _name(model: Any) -> str:
-    return type(model.get_base_model() if hasattr(model, "get_base_model") else model).__name__
+    return type(_base(model)).__name__

@@ -79,14 +79,10 @@ class OwnTokenLoss:
     weights: dict[str, float]
     losses: Callable[[TokenStatistics, slice], dict[str, Tensor]]
 
-    def add_to(self, statistics: TokenStatistics) -> None:
-        """Fill in `own_terms` and `own_loss` from the statistics of all tokens."""
-        statistics.own_terms = {name: v.sum() for name, v in self.losses(statistics, slice(None)).items()}
-        statistics.own_loss = self.weigh(statistics.own_terms)
-
-    def weigh(self, terms: dict[str, Tensor]) -> Tensor:
-        """The weighted sum of the terms."""
-        return torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
+    def sums(self, statistics: TokenStatistics, rows: slice = slice(None)) -> tuple[dict[str, Tensor], Tensor]:
+        """The terms' sums over the tokens `rows`, whose statistics are given, and their weighted sum."""
+        terms = {name: losses.sum() for name, losses in self.losses(statistics, rows).items()}
+        return terms, torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
 
 
 class Head(Protocol):
@@ -127,7 +123,7 @@ class LogitsHead:
         if request.ids is not None:
             answer.logps = student.log_softmax(-1).gather(-1, request.ids)
         if own is not None:
-            own.add_to(answer)
+            answer.own_terms, answer.own_loss = own.sums(answer)
         return answer
 
 

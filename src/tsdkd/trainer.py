@@ -7,6 +7,7 @@ exists, refuses pairs with differently padded vocabularies, and samples from the
 import time
 from collections import deque
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from .completions import CompletionSample, print_completions
 from .config import TokenSelectiveConfig
 from .data import collate, completion_mask, pad_sequences, prepare_rows
 from .errors import ConfigError
-from .heads import Heads, Teacher
+from .heads import Heads
 from .metrics import RunningMeans
 from .models import load_student, load_teacher, name_of, resolve_pair, stop_token_ids
 from .objectives import ObjectiveOutput
@@ -278,10 +279,8 @@ class TokenSelectiveTrainer(GKDTrainer):
         lengths = batch["completion_lengths"]
         return int((lengths > 0).sum() if self.unit == "responses" else lengths.sum())
 
-    @torch.no_grad()
-    def _teacher(self, batch: Batch, mask: Tensor, mode: str) -> Teacher:
-        with self.means[mode].rate("speed/teacher_tokens_per_second", float(batch["attention_mask"].sum())):
-            return self.heads.teacher(self.teacher_model, batch, mask)
+    def _teacher_time(self, batch: Batch, mode: str) -> AbstractContextManager[None]:
+        return self.means[mode].rate("speed/teacher_tokens_per_second", float(batch["attention_mask"].sum()))
 
     def _logs_term_gradients(self) -> bool:
         every = self.args.log_term_gradients

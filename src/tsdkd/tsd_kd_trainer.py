@@ -39,4 +39,6 @@ class TSDKDTrainer(TokenSelectiveTrainer):
         def question(head: Head) -> ObjectiveOutput:
             return self.objective(head, mask, training=mode == "train")
 
-        return self.heads.ask(model, batch, mask, question, self._teacher(batch, mask, mode), own_in_forward)
+        with self._teacher_time(batch, mode):
+            teacher = self.heads.teacher(self.teacher_model, batch, mask)
+        return self.heads.ask(model, batch, mask, question, teacher, own_in_forward)

@@ -77,7 +77,7 @@ class FusedHead:
         if in_forward is not None:
             answer.own_loss = own_loss
         elif own is not None:
-            own.add_to(answer)
+            answer.own_terms, answer.own_loss = own.sums(answer)
         return answer
 
     def _check_shapes(self) -> None:

@@ -102,8 +102,7 @@ class Scan:
         leaves = {n: x.detach().requires_grad_() for n in DIFFERENTIABLE if (x := getattr(answer, n)) is not None}
         with torch.enable_grad():
             view = TokenStatistics(**{**vars(answer), **leaves})
-            answer.own_terms = {name: v.sum() for name, v in self.own.losses(view, rows).items()}
-            answer.own_loss = self.own.weigh(answer.own_terms)
+            answer.own_terms, answer.own_loss = self.own.sums(view, rows)
         if not answer.own_loss.requires_grad:
             return
         found = torch.autograd.grad(answer.own_loss, list(leaves.values()), allow_unused=True)
