@@ -45,7 +45,7 @@ def build_tokenizer(words: list[str] = WORDS, pad_token: str = "<pad>") -> PreTr
     return fast
 
 
-def build_model(family: str, seed: int = 0, rows: int = 64, hidden: int = 32) -> torch.nn.Module:
+def build_model(family: str, seed: int = 0, rows: int = 64, hidden: int = 32, head_dim: int = 16) -> torch.nn.Module:
     """A float32 model of a family, with `rows` logits and weights large enough for confident distributions."""
     common = {
         "vocab_size": rows,
@@ -54,7 +54,7 @@ def build_model(family: str, seed: int = 0, rows: int = 64, hidden: int = 32) ->
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
         "num_key_value_heads": 1,
-        "head_dim": 16,
+        "head_dim": head_dim,
         "max_position_embeddings": 128,
         "bos_token_id": None,
         "eos_token_id": 1,
@@ -63,7 +63,7 @@ def build_model(family: str, seed: int = 0, rows: int = 64, hidden: int = 32) ->
     }
     config = {
         "gemma2": lambda: Gemma2Config(
-            **common, final_logit_softcapping=4.0, sliding_window=8, query_pre_attn_scalar=16
+            **common, final_logit_softcapping=4.0, sliding_window=8, query_pre_attn_scalar=head_dim
         ),
         "llama": lambda: LlamaConfig(**common, tie_word_embeddings=False),
         "qwen2": lambda: Qwen2Config(**common, tie_word_embeddings=True),
@@ -77,14 +77,14 @@ def build_model(family: str, seed: int = 0, rows: int = 64, hidden: int = 32) ->
 
 @pytest.fixture(scope="session")
 def saved_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
-    """`saved_model(family, seed, rows, pad_token)` -> a folder with model and tokenizer, made on first use."""
+    """`saved_model(family, seed, rows, pad_token, **size)` -> a folder with model and tokenizer, made on first use."""
     made: dict[tuple, str] = {}
 
-    def make(family: str = "qwen3", seed: int = 0, rows: int = 64, pad_token: str = "<pad>", hidden: int = 32) -> str:
-        key = (family, seed, rows, pad_token, hidden)
+    def make(family: str = "qwen3", seed: int = 0, rows: int = 64, pad_token: str = "<pad>", **size: int) -> str:
+        key = (family, seed, rows, pad_token, *size.items())
         if key not in made:
             folder = str(tmp_path_factory.mktemp(f"{family}-{seed}-{rows}"))
-            build_model(family, seed, rows, hidden).save_pretrained(folder)
+            build_model(family, seed, rows, **size).save_pretrained(folder)
             build_tokenizer(pad_token=pad_token).save_pretrained(folder)
             made[key] = folder
         return made[key]

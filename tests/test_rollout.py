@@ -254,3 +254,31 @@ def test_weights_get_no_gradient_and_the_mode_stays() -> None:
     draw(model, [0, 1])
     assert not model.training
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["q_proj", "down_proj"]},
+        {"target_modules": "all-linear", "use_dora": True},
+        {"target_modules": ["v_proj"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["embed_tokens", "k_proj"]},
+    ],
+)
+def test_an_engine_gets_merged_weights_and_the_student_keeps_its_own_bitwise(options: dict[str, Any]) -> None:
+    peft = pytest.importorskip("peft")
+    from tsdkd.rollout.adapters import merged_parameters
+
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=4, lora_alpha=32, init_lora_weights=False, task_type="CAUSAL_LM", **options)
+    model = peft.get_peft_model(build_model("llama", seed=5), config)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    expected_logits = model(torch.tensor([PROMPTS[2]])).logits
+
+    plain = build_model("llama", seed=6)
+    handed_out = dict(merged_parameters(model))
+    assert handed_out.keys() == dict(plain.named_parameters()).keys()
+    plain.load_state_dict(handed_out)
+    torch.testing.assert_close(plain(torch.tensor([PROMPTS[2]])).logits, expected_logits, rtol=1e-4, atol=1e-4)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    torch.testing.assert_close(model(torch.tensor([PROMPTS[2]])).logits, expected_logits, rtol=0, atol=0)

@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .config import EOPDConfig, TSDKDConfig
     from .eopd_trainer import EOPDTrainer
-    from .errors import ConfigError, DataError, ModelError, OutputDirError, TokenizerMismatchError, TSDKDError
+    from .errors import (
+        ConfigError,
+        DataError,
+        EngineError,
+        ModelError,
+        OutputDirError,
+        TokenizerMismatchError,
+        TSDKDError,
+    )
     from .tsd_kd_trainer import TSDKDTrainer
 
 __version__ = version("tsdkd")
@@ -16,6 +24,7 @@ __all__ = [
     "DataError",
     "EOPDConfig",
     "EOPDTrainer",
+    "EngineError",
     "ModelError",
     "OutputDirError",
     "TSDKDConfig",

@@ -42,6 +42,20 @@ class TokenSelectiveConfig(GKDConfig):
             models whose logits are more than a scaled, soft-capped projection.
         head_chunk_gib: GiB for the logits of one chunk; the numbers don't depend on it. By default 0.25 on a CPU and
             1 on a GPU.
+        use_vllm: roll out with vLLM.
+        vllm_mode: "colocate" (an engine in each process) or "server" (one that `vllm serve` runs).
+        vllm_model_impl: vLLM's own implementation of the model, or transformers'.
+        vllm_gpu_memory_utilization: share of a device's memory (on a CPU: of the machine's) for a colocated engine.
+        vllm_tensor_parallel_size: processes that share a colocated engine.
+        vllm_enable_sleep_mode: a colocated engine gives its memory back while the student trains.
+        vllm_server_base_url: where the server listens; instead of host and port.
+        vllm_server_host, vllm_server_port: the same, by default on this machine.
+        vllm_server_timeout: how long to wait for the server to be up, seconds.
+        vllm_request_timeout: how long to wait for an answer of the server, seconds.
+        vllm_group_port: of the group through which a server gets the weights.
+        vllm_max_model_length: the engine's context, tokens; by default `max_length`, or the models' context.
+        vllm_check_every: every how many weight syncs, the first included, the engine's log-probabilities are compared
+            with the student's.
     """
 
     temperature: float = _option(1.0, "Divides student and teacher logits, in rollouts and in the loss.")
@@ -62,6 +76,20 @@ class TokenSelectiveConfig(GKDConfig):
     log_term_gradients: int = _option(100, "Log each term's gradient norm every so many steps; 0 is never.")
     fused_head: bool = _option(True, "Compute the loss from hidden states, without whole logits.")
     head_chunk_gib: float | None = _option(None, "GiB for the logits of one chunk; none: 0.25 on a CPU, 1 on a GPU.")
+    use_vllm: bool = _option(False, "Roll out with vLLM.")
+    vllm_mode: Literal["colocate", "server"] = _option("colocate", "Where vLLM runs.")
+    vllm_model_impl: Literal["auto", "vllm", "transformers"] = _option("auto", "Whose implementation vLLM runs.")
+    vllm_gpu_memory_utilization: float = _option(0.3, "Share of memory for a colocated engine.")
+    vllm_tensor_parallel_size: int = _option(1, "Processes that share a colocated engine.")
+    vllm_enable_sleep_mode: bool = _option(False, "A colocated engine gives its memory back during training steps.")
+    vllm_server_base_url: str | None = _option(None, "URL of the vLLM server; instead of host and port.")
+    vllm_server_host: str = _option("127.0.0.1", "Host of the vLLM server.")
+    vllm_server_port: int = _option(8000, "Port of the vLLM server.")
+    vllm_server_timeout: float = _option(240.0, "How long to wait for the vLLM server to be up, seconds.")
+    vllm_request_timeout: float = _option(1800.0, "How long to wait for an answer of the vLLM server, seconds.")
+    vllm_group_port: int = _option(51216, "Port through which the vLLM server gets the weights.")
+    vllm_max_model_length: int | None = _option(None, "The engine's context, tokens; none: max_length.")
+    vllm_check_every: int = _option(50, "Every how many weight syncs the engine's log-probabilities are checked.")
 
     _VALID_DICT_FIELDS = [*GKDConfig._VALID_DICT_FIELDS, "chat_template_kwargs"]
 
@@ -131,6 +159,9 @@ class EOPDConfig(TokenSelectiveConfig):
         clip_epsilon: PPO's clip.
         entropy_bonus: coefficient of the entropy bonus (a comparison strategy of Table 4); 0 is off.
         advantage_shaping: alpha of advantage shaping (Eq. 11, kappa = 2; the paper takes 0.1); 0 is off.
+        vllm_importance_sampling_correction: weigh the clipped reverse KL by what the student's probability of a token
+            is of the engine's, truncated. Without it the engine's is the policy that sampled (Q_old).
+        vllm_importance_sampling_clip_max: where that weight is truncated.
         rollout_batch_size: prompts in one rollout, over all processes; it serves
             `rollout_batch_size / (per-device batch x accumulation x processes)` optimizer steps.
     """
@@ -145,6 +176,8 @@ class EOPDConfig(TokenSelectiveConfig):
     clip_epsilon: float = _option(0.2, "PPO's clip.")
     entropy_bonus: float = _option(0.0, "Coefficient of the entropy bonus; 0 is off.")
     advantage_shaping: float = _option(0.0, "Coefficient of advantage shaping; 0 is off.")
+    vllm_importance_sampling_correction: bool = _option(False, "Weigh tokens by student / engine probability.")
+    vllm_importance_sampling_clip_max: float = _option(3.0, "Where that weight is truncated.")
     rollout_batch_size: int = _option(128, "Prompts in one rollout, over all processes.")
 
     def steps_per_rollout(self) -> int:
@@ -226,6 +259,8 @@ _NOT_NEGATIVE = (lambda v: v >= 0, "must be at least 0")
 _SHARE = (lambda v: 0 <= v <= 1, "must be in [0, 1]")
 _POSITIVE_SHARE = (lambda v: 0 < v <= 1, "must be in (0, 1]")
 
+_PORT = (lambda v: 0 < v < 2**16, "must be a port, 1 to 65535")
+
 _LOG_LEVELS = ("debug", "info", "warning", "error", "critical", "passive")
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 _CHECKPOINTING = {"use_reentrant", "preserve_rng_state", "determinism_check", "debug", "early_stop", "selective"}
@@ -258,6 +293,15 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "max_length": (lambda v: v >= 2, "must be at least 2 (a prompt and a completion token)"),
     "log_term_gradients": _NOT_NEGATIVE,
     "head_chunk_gib": _POSITIVE,
+    "vllm_gpu_memory_utilization": _POSITIVE_SHARE,
+    "vllm_tensor_parallel_size": _AT_LEAST_ONE,
+    "vllm_server_timeout": _NOT_NEGATIVE,
+    "vllm_request_timeout": _POSITIVE,
+    "vllm_server_port": _PORT,
+    "vllm_group_port": _PORT,
+    "vllm_max_model_length": (lambda v: v >= 2, "must be at least 2 (a prompt and a completion token)"),
+    "vllm_check_every": _AT_LEAST_ONE,
+    "vllm_importance_sampling_clip_max": _AT_LEAST_ONE,
     "learning_rate": _POSITIVE,
     "weight_decay": _NOT_NEGATIVE,
     "warmup_steps": _NOT_NEGATIVE,
@@ -305,7 +349,28 @@ _POINTLESS = {
     "log_completions": (lambda v: v["lmbda"] == 0, "lmbda is 0: nothing is generated"),
     "head_chunk_gib": (lambda v: not v["fused_head"], "fused_head is false"),
     "chat_template_kwargs": (lambda v: v["chat_template_source"] == "none", "chat_template_source is none"),
+    "use_vllm": (lambda v: v["lmbda"] == 0, "lmbda is 0: nothing is generated"),
+    "vllm_importance_sampling_clip_max": (
+        lambda v: not v["vllm_importance_sampling_correction"],
+        "vllm_importance_sampling_correction is false",
+    ),
 }
+_COLOCATED = ("gpu_memory_utilization", "tensor_parallel_size", "enable_sleep_mode", "model_impl")
+_SERVED = ("server_base_url", "server_host", "server_port", "server_timeout", "request_timeout", "group_port")
+_VLLM = ("mode", "max_model_length", "check_every", "importance_sampling_correction")
+
+
+def _without(condition: str, names: tuple[str, ...]) -> dict[str, tuple[Callable[[Any], bool], str]]:
+    tests = {
+        "use_vllm is false": lambda v: not v["use_vllm"],
+        "vllm_mode is not server": lambda v: v["vllm_mode"] != "server",
+        "vllm_mode is not colocate": lambda v: v["vllm_mode"] != "colocate",
+    }
+    return {f"vllm_{name}": (tests[condition], condition) for name in names}
+
+
+_POINTLESS |= _without("use_vllm is false", _VLLM)
+_POINTLESS |= _without("vllm_mode is not server", _SERVED) | _without("vllm_mode is not colocate", _COLOCATED)
 _LORA = (
     "lora_r",
     "lora_alpha",

@@ -73,11 +73,11 @@ def prepare_rows(
     Raises:
         DataError: a row without a usable prompt, or no row left.
     """
-    shape = _shape(rows, args)
+    shape = shape_of(rows, args)
     total = min(args.max_length or context, context)
 
     def tokenize(row: dict[str, Any], index: int) -> dict[str, Any]:
-        prompt, completion = _split_row(row, index, shape)
+        prompt, completion = split_row(row, index, shape)
         prompt_ids = _prompt_ids(prompt, index, template, args)
         if not prompt_ids:
             raise DataError(f"row {index}: the tokenizer makes no token of the prompt {str(prompt)[:60]!r}")
@@ -86,7 +86,7 @@ def prepare_rows(
                 f"row {index}: no completion, but lmbda is {args.lmbda}: only lmbda 1 trains on prompts alone"
             )
         limit = min(args.max_new_tokens, total - len(prompt_ids))
-        ids = [] if completion is None else _completion_ids(completion, template)
+        ids = [] if completion is None else _completion_ids(completion, template, row)
         return {"index": index, "prompt_ids": prompt_ids, "completion_ids": ids[: max(limit, 0)], "limit": limit}
 
     removed = [c for c in rows.column_names if c != "answer"]
@@ -108,8 +108,8 @@ def prepare_rows(
     return kept
 
 
-def _shape(rows: Dataset, args: TokenSelectiveConfig) -> tuple[str, str | None]:
-    """The columns of prompt and completion."""
+def shape_of(rows: Dataset, args: TokenSelectiveConfig) -> tuple[str, str | None]:
+    """The columns of prompt and completion. Raises `DataError`."""
     columns = rows.column_names
     for field in ("prompt_column", "completion_column"):
         name = getattr(args, field)
@@ -128,7 +128,7 @@ def _shape(rows: Dataset, args: TokenSelectiveConfig) -> tuple[str, str | None]:
     return "messages", None
 
 
-def _split_row(row: dict[str, Any], index: int, shape: tuple[str, str | None]) -> tuple[Any, str | None]:
+def split_row(row: dict[str, Any], index: int, shape: tuple[str, str | None]) -> tuple[Any, str | None]:
     """Prompt (string or messages) and completion. The last assistant turn of a conversation is its completion."""
     prompt_column, completion_column = shape
     prompt = row[prompt_column]
@@ -178,10 +178,12 @@ def _prompt_ids(prompt: Any, index: int, template: PreTrainedTokenizerBase, args
         ) from error
 
 
-def _completion_ids(completion: str, template: PreTrainedTokenizerBase) -> list[int]:
-    """The completion ends its turn: without the end token a student never learns to stop."""
+def _completion_ids(completion: str, template: PreTrainedTokenizerBase, row: dict[str, Any]) -> list[int]:
+    """The completion ends its turn, unless `tsdkd generate` had to cut it: without the end token a student never
+    learns to stop."""
     ids = list(template(completion, add_special_tokens=False)["input_ids"])
-    return ids if template.eos_token_id is None else [*ids, template.eos_token_id]
+    cut = template.eos_token_id is None or row.get("finish_reason") == "length"
+    return ids if cut else [*ids, template.eos_token_id]
 
 
 def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -42,23 +42,40 @@ class EOPDTrainer(TokenSelectiveTrainer):
         """Query the policy that sampled and the teacher, once; keep the teacher's top-k only."""
         mask = completion_mask(batch)
         sampled = batch["input_ids"][:, 1:][mask].unsqueeze(-1)
-        was_training = model.training
-        model.eval()
-        student = self.heads.ask(model, batch, mask, lambda head: head(Request(ids=sampled)))
-        model.train(was_training)
+        old_logps, importance = self._old_logps(model, batch, mask, sampled)
         with self._teacher_time(batch, mode):
             wanted = Request(entropy=True, top_k=self.args.forward_kl_top_k, ids=sampled)
             teacher = self.heads.ask(self.teacher_model, batch, mask, lambda head: head(wanted))
         batch["answers"] = vars(
             TeacherAnswers(
-                old_logps=student.logps.squeeze(-1),
+                old_logps=old_logps,
                 teacher_logps=teacher.logps.squeeze(-1),
                 teacher_entropy=teacher.entropy,
                 topk_ids=teacher.top_ids,
                 topk_logps=teacher.top_logps,
                 random_uniform=self._placement_numbers(batch, step),
+                importance=importance,
             )
         )
+
+    def _old_logps(
+        self, model: nn.Module, batch: Batch, mask: Tensor, sampled: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Log-probabilities under the policy that sampled, and importance weights if they are asked for.
+
+        An engine has told them, unless it samples from a nucleus: no forward pass is needed.
+        """
+        sampler_logps = batch.get("sampler_logps")
+        corrected = self.args.vllm_importance_sampling_correction
+        if sampler_logps is not None and not corrected and self.args.top_p == 1.0:
+            return sampler_logps, None
+        was_training = model.training
+        model.eval()
+        logps = self.heads.ask(model, batch, mask, lambda head: head(Request(ids=sampled))).logps.squeeze(-1)
+        model.train(was_training)
+        if sampler_logps is None or not corrected:
+            return logps, None
+        return logps, (logps - sampler_logps).exp().clamp(max=self.args.vllm_importance_sampling_clip_max)
 
     def _placement_numbers(self, batch: Batch, step: int) -> Tensor:
         generators = [prompt_generator(self.args.seed, step, int(i), _PLACEMENT) for i in batch["index"]]
@@ -70,6 +87,7 @@ class EOPDTrainer(TokenSelectiveTrainer):
         self, model: nn.Module, batch: Batch, mask: Tensor, mode: str, own_in_forward: bool
     ) -> ObjectiveOutput:
         def question(head: Head) -> ObjectiveOutput:
-            return self.objective(head, batch["input_ids"][:, 1:][mask], TeacherAnswers(**batch["answers"]))
+            sampled, answers = batch["input_ids"][:, 1:][mask], TeacherAnswers(**batch["answers"])
+            return self.objective(head, sampled, answers, batch.get("sampler_logps"))
 
         return self.heads.ask(model, batch, mask, question, own_in_forward=own_in_forward)

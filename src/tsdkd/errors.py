@@ -30,5 +30,9 @@ class TokenizerMismatchError(TSDKDError, ValueError):
     """Student and teacher don't share one token -> id map."""
 
 
+class EngineError(TSDKDError, RuntimeError):
+    """A rollout engine that can't start, doesn't answer, or holds other weights than the student's."""
+
+
 class OutputDirError(TSDKDError, FileExistsError):
     """The output directory holds files that the run would overwrite."""

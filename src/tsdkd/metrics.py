@@ -1,4 +1,4 @@
-"""Running means over micro-batches and processes: sums and counts, divided once."""
+"""Running means over micro-batches and processes: sums and counts, divided once. And maxima."""
 
 import time
 from collections import defaultdict
@@ -10,14 +10,18 @@ from accelerate import Accelerator
 
 
 class RunningMeans:
-    """Named sums and counts of one mode (training or evaluation)."""
+    """Named sums and counts of one mode (training or evaluation); of a name that ends in "/max" the largest value."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
         self._sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+        self._peaks: dict[str, float] = {}
 
     def add(self, name: str, total: float, count: float) -> None:
         """Add to a metric's sum and count."""
+        if name.endswith("/max"):
+            self._peaks[name] = max(total, self._peaks.get(name, total))
+            return
         sums = self._sums[name]
         sums[0] += total
         sums[1] += count
@@ -36,10 +40,16 @@ class RunningMeans:
 
     def drain(self) -> dict[str, float]:
         """Sum over count of every metric, over all processes, and start anew. All processes must call it."""
-        names = sorted(self._sums)
+        names, peaks = sorted(self._sums), sorted(self._peaks)
         if not names:
             return {}
-        local = torch.tensor([self._sums[n] for n in names], device=self._accelerator.device)
-        self._sums.clear()
+        device = self._accelerator.device
+        local = torch.tensor([self._sums[n] for n in names], device=device)
         sums = self._accelerator.reduce(local, reduction="sum").tolist()
-        return {name: total / count for name, (total, count) in zip(names, sums, strict=True) if count > 0}
+        found = {name: total / count for name, (total, count) in zip(names, sums, strict=True) if count > 0}
+        if peaks:
+            largest = self._accelerator.gather(torch.tensor([[self._peaks[n] for n in peaks]], device=device))
+            found |= dict(zip(peaks, largest.amax(0).tolist(), strict=True))
+        self._sums.clear()
+        self._peaks.clear()
+        return found

@@ -1,5 +1,6 @@
 """The pair: student and teacher, their tokenizers' identity, the vocabulary they share, where a completion stops."""
 
+import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -103,15 +104,33 @@ def load_student(student: str, args: TokenSelectiveConfig) -> PreTrainedModel:
     return model
 
 
-def load_teacher(teacher: str, args: TokenSelectiveConfig) -> PreTrainedModel:
-    """The teacher, in its checkpoint's dtype unless `teacher_model_init_kwargs` says otherwise.
+def load_frozen(name: str, args: TokenSelectiveConfig, field: str = "teacher_model_name_or_path") -> PreTrainedModel:
+    """A model that isn't trained, in its checkpoint's dtype unless its `…model_init_kwargs` say otherwise.
 
     Raises:
         ModelError: it can't be loaded.
     """
-    kwargs = {"dtype": "auto", "trust_remote_code": args.trust_remote_code, **(args.teacher_model_init_kwargs or {})}
-    load, field = AutoModelForCausalLM.from_pretrained, "teacher_model_name_or_path"
-    return _load(load, teacher, field, "model", args.teacher_model_init_kwargs, **kwargs)
+    given = getattr(args, _INIT_KWARGS[field])
+    kwargs = {"dtype": "auto", "trust_remote_code": args.trust_remote_code, **(given or {})}
+    return _load(AutoModelForCausalLM.from_pretrained, name, field, "model", given, **kwargs)
+
+
+def revision_of(name: str, config: PretrainedConfig) -> str:
+    """The commit of a model from the hub; of a local one a digest of its weight files' names, sizes and times."""
+    folder = Path(name)
+    if not folder.is_dir():
+        return str(getattr(config, "_commit_hash", None))
+    files = sorted(path for pattern in ("*.safetensors", "*.bin") for path in folder.glob(pattern))
+    facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return "local-" + hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
+
+
+def generation_config_of(name: str, config: PretrainedConfig, revision: str | None) -> GenerationConfig:
+    """What a model would generate with, as `from_pretrained` finds it."""
+    try:
+        return GenerationConfig.from_pretrained(name, **({"revision": revision} if revision else {}))
+    except OSError:  # it has no generation_config.json
+        return GenerationConfig.from_model_config(config)
 
 
 def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:

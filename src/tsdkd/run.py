@@ -60,8 +60,8 @@ def build_trainer(arguments: RunArguments) -> TokenSelectiveTrainer:
     from . import EOPDTrainer, TSDKDTrainer
 
     training, model = arguments.training, arguments.model
-    train_rows, eval_rows = _load_data(arguments.data, training)
-    _set_model_kwargs(arguments)
+    train_rows, eval_rows = load_data(arguments.data, training)
+    set_model_kwargs(arguments)
     folder = Path(str(training.output_dir))
     existed = folder.exists()
     try:
@@ -138,8 +138,8 @@ def plan(arguments: RunArguments) -> None:
     training = arguments.training
     training.steps_per_rollout()
     checkpoint = check_output_dir(training)
-    train_rows, eval_rows = _load_data(arguments.data, training)
-    _set_model_kwargs(arguments)
+    train_rows, eval_rows = load_data(arguments.data, training)
+    set_model_kwargs(arguments)
     pair = resolve_pair(str(arguments.model.model_name_or_path), str(training.teacher_model_name_or_path), training)
     prepared = {
         name: prepare_rows(rows, pair.template, training, pair.context, needs_completion=training.lmbda < 1)
@@ -180,7 +180,7 @@ def _plan_table(arguments: RunArguments, pair: Pair, prepared: dict[str, Dataset
     return table
 
 
-def _set_model_kwargs(arguments: RunArguments) -> None:
+def set_model_kwargs(arguments: RunArguments) -> None:
     """TRL's model arguments, as the trainer takes them."""
     model = arguments.model
     chosen = {"revision": model.model_revision, "dtype": model.dtype, "attn_implementation": model.attn_implementation}
@@ -230,7 +230,8 @@ def _check_checkpoint(checkpoint: Path, process_index: int) -> None:
         raise ConfigError([f"resume_from_checkpoint: {checkpoint} {found}: it has no {', '.join(missing)}"])
 
 
-def _load_data(data: DataArguments, training: TokenSelectiveConfig) -> tuple[Dataset, Dataset | None]:
+def load_data(data: DataArguments, training: TokenSelectiveConfig) -> tuple[Dataset, Dataset | None]:
+    """The rows to train on and those to evaluate on. Raises `DataError`."""
     name, is_file = str(data.dataset_name), Path(str(data.dataset_name)).is_file()
     if is_file and data.dataset_config:
         raise DataError(f"dataset_config: {data.dataset_config!r} has no effect, dataset_name is a single file")

@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.trainer_utils import EvalLoopOutput
 from trl.experimental.gkd import GKDTrainer
 from trl.models import prepare_deepspeed
-from trl.models.utils import unwrap_model_for_generation
 from trl.trainer.utils import disable_dropout_in_model
 
 from . import model_card
@@ -30,10 +29,11 @@ from .data import collate, completion_mask, pad_sequences, prepare_rows
 from .errors import ConfigError
 from .heads import Heads
 from .metrics import RunningMeans
-from .models import load_student, load_teacher, name_of, resolve_pair, stop_token_ids
+from .models import load_frozen, load_student, name_of, resolve_pair, stop_token_ids
 from .objectives import ObjectiveOutput
-from .rollout import Completion, prompt_generator
-from .rollout.hf import sample
+from .proof import check_engine
+from .rollout import Completion, Sampler, Sampling, check_vllm, prompt_generator
+from .rollout.hf import HuggingFaceSampler
 
 Batch = dict[str, Any]
 _EVAL_STEP = 2**62  # evaluation rollouts: the same random numbers at every evaluation
@@ -78,6 +78,8 @@ class TokenSelectiveTrainer(GKDTrainer):
         peft_config: Any | None = None,
     ) -> None:
         args = args or self.config_class(f"{Path(name_of(model)).name}-{self._name}")
+        if args.use_vllm:
+            check_vllm()
         self.steps_per_rollout = args.steps_per_rollout()
         self.pair = resolve_pair(model, teacher_model, args, processing_class, teacher_processing_class)
         train_dataset = self._tokenized(train_dataset, args)
@@ -86,7 +88,7 @@ class TokenSelectiveTrainer(GKDTrainer):
         if isinstance(model, str):
             model = load_student(model, args)
         if isinstance(teacher_model, str):
-            teacher_model = load_teacher(teacher_model, args)
+            teacher_model = load_frozen(teacher_model, args)
 
         # `GKDTrainer.__init__` would refuse differently padded vocabularies: its parent's is called, and what it does
         # besides is done here
@@ -114,10 +116,12 @@ class TokenSelectiveTrainer(GKDTrainer):
 
         self.heads = Heads(self.accelerator, args, self.pair.shared_vocab_size)
         self.objective = self._make_objective()
+        self.sampler = self._make_sampler()
         self.means = {mode: RunningMeans(self.accelerator) for mode in ("train", "eval")}
         self._windows: deque[list[Batch]] = deque()  # rolled out, not yet trained on
         self._already_rolled_out = 0  # batches that the data loader will yield again after a resume
         self._first_of_step = False
+        self._loads = 0  # how often the weights changed otherwise than by a step
         self._samples: list[CompletionSample] = []
 
     # What a method decides
@@ -154,6 +158,16 @@ class TokenSelectiveTrainer(GKDTrainer):
         self.model.generation_config.eos_token_id = sorted(ids) or None
         return ids
 
+    def _make_sampler(self) -> Sampler:
+        args = self.args
+        sampling = Sampling(frozenset(self.stop_ids), self.pair.shared_vocab_size, args.temperature, args.top_p)
+        if not args.use_vllm:
+            return HuggingFaceSampler(self.accelerator, sampling, args.gradient_checkpointing_kwargs)
+        from .rollout.vllm import VLLMSampler  # vLLM is an extra
+
+        longest = min(args.max_length or self.pair.context, self.pair.context, args.vllm_max_model_length or 2**31)
+        return VLLMSampler(self.model, self.accelerator, args, sampling, self.pair.tokenizer, longest)
+
     # Rollouts
 
     def get_batch_samples(
@@ -168,6 +182,8 @@ class TokenSelectiveTrainer(GKDTrainer):
             rows = list(islice(epoch_iterator, num_batches if steps == 1 else size * steps))
             batches = self._roll_out(self.model_wrapped, rows, self.state.global_step, "train")
             self._windows.extend(batches[i : i + size] for i in range(0, len(batches), size))
+            for batch in batches[size:]:
+                batch.pop("sampler_logps", None)  # the student will have moved on from them
         if not self._windows:
             return [], None
         window = self._windows.popleft()
@@ -193,6 +209,9 @@ class TokenSelectiveTrainer(GKDTrainer):
             position = here.stop
             micro = self._prepare_inputs(pad_sequences(prompts[here], [c.ids for c in completions[here]]))
             micro["index"] = batch["index"]
+            logps = [c.logps for c in completions[here] if c.logps is not None]
+            if len(logps) == len(completions[here]):
+                micro["sampler_logps"] = torch.tensor(list(chain(*logps)), device=micro["input_ids"].device)
             self._annotate(model, micro, step, mode)
             batches.append(micro)
         return batches
@@ -201,27 +220,17 @@ class TokenSelectiveTrainer(GKDTrainer):
         self, model: nn.Module, rows: list[Batch], prompts: list[list[int]], step: int, mode: str
     ) -> list[Completion]:
         indices = [int(i) for batch in rows for i in batch["index"]]
-        generators = [prompt_generator(self.args.seed, step, index) for index in indices]
-        was_training = model.training
-        model.eval()
-        start = time.perf_counter()
-        with unwrap_model_for_generation(
-            model, self.accelerator, gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs
-        ) as unwrapped:
-            completions = sample(
-                unwrapped,
-                prompts,
-                [limit for batch in rows for limit in batch["limit"]],
-                generators,
-                stop_ids=self.stop_ids,
-                vocab_size=self.pair.shared_vocab_size,
-                temperature=self.args.temperature,
-                top_p=self.args.top_p,
-            )
-        seconds = time.perf_counter() - start
-        model.train(was_training)
+        limits = [limit for batch in rows for limit in batch["limit"]]
         means = self.means[mode]
-        means.add("speed/rollout_tokens_per_second", sum(len(c.ids) for c in completions), seconds)
+        start = time.perf_counter()
+        if self.sampler.update((self.state.global_step, self._loads)):
+            means.add("speed/weight_sync_seconds", time.perf_counter() - start, 1)
+        start = time.perf_counter()
+        completions = self.sampler.generate(model, prompts, limits, [(self.args.seed, step, i) for i in indices])
+        means.add("speed/rollout_tokens_per_second", sum(len(c.ids) for c in completions), time.perf_counter() - start)
+        if self.sampler.unproven:
+            check_engine(self.heads, self.accelerator, model, prompts, completions, self.args.top_p)
+            self.sampler.unproven = False
         means.add("completions/eos_share", sum(c.stopped for c in completions), len(completions))
         self._read_completions(prompts, completions, [a for b in rows for a in b.get("answer", [])], mode)
         return completions
@@ -333,6 +342,15 @@ class TokenSelectiveTrainer(GKDTrainer):
         super().log(logs, start_time)
 
     # Checkpoints
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """See `Trainer.train`."""
+        self._loads += 1  # steps are counted from 0 again, or from a checkpoint's
+        return super().train(*args, **kwargs)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._loads += 1
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Each process's own state goes beside its RNG state."""

@@ -37,7 +37,13 @@ class TSDKDTrainer(TokenSelectiveTrainer):
         self, model: nn.Module, batch: Batch, mask: Tensor, mode: str, own_in_forward: bool
     ) -> ObjectiveOutput:
         def question(head: Head) -> ObjectiveOutput:
-            return self.objective(head, mask, training=mode == "train")
+            return self.objective(
+                head,
+                mask,
+                training=mode == "train",
+                sampled_ids=batch["input_ids"][:, 1:][mask],
+                sampler_logps=batch.get("sampler_logps"),
+            )
 
         with self._teacher_time(batch, mode):
             teacher = self.heads.teacher(self.teacher_model, batch, mask)

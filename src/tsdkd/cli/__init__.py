@@ -12,6 +12,7 @@ from ..errors import TSDKDError
 
 _COMMANDS = {
     "train": "distil a student: tsdkd train --config FILE [--key value ...]",
+    "generate": "write completions of the teacher or the student to a file, for off-policy runs",
     "demo": "watch a tiny student learn from a tiny teacher, on a CPU, in minutes",
     "configs": "list the configurations that ship with tsdkd",
 }

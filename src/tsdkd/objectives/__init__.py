@@ -27,6 +27,22 @@ class ObjectiveOutput:
     metrics: dict[str, tuple[Tensor, Tensor]]
 
 
+def sampling_metrics(logps: Tensor, sampler_logps: Tensor | None) -> dict[str, tuple[Tensor, Tensor]]:
+    """How far the engine that sampled is from the student whose tokens they should be; the names are TRL's.
+
+    Args:
+        logps: `[N]`, log-probabilities of the sampled tokens under the student, nats.
+        sampler_logps: `[N]`, under the engine, or None.
+    """
+    if sampler_logps is None or len(sampler_logps) == 0:
+        return {}
+    difference = (logps.detach() - sampler_logps).abs()
+    return {
+        "sampling/sampling_logp_difference/mean": mean_of(difference),
+        "sampling/sampling_logp_difference/max": (difference.max(), difference.new_ones(())),
+    }
+
+
 def mean_of(values: Tensor) -> tuple[Tensor, Tensor]:
     """`(sum, count)` of a tensor's elements, as a metric."""
     values = values.detach().float()

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..losses import clipped_policy_loss, forward_kl_on
 from ..statistics import Head, OwnTokenLoss, Request, TokenStatistics
-from . import ObjectiveOutput, mean_of
+from . import ObjectiveOutput, mean_of, sampling_metrics
 
 
 @dataclass
@@ -22,6 +22,8 @@ class TeacherAnswers:
         topk_ids: `[N, K]`, the teacher's most probable tokens.
         topk_logps: `[N, K]`, their log-probabilities, nats.
         random_uniform: `[N]` in [0, 1), for the random placement of forward KL.
+        importance: `[N]`, weights of the clipped reverse KL where an engine sampled from another distribution than
+            `old_logps`; None where it didn't.
     """
 
     old_logps: Tensor
@@ -30,10 +32,12 @@ class TeacherAnswers:
     topk_ids: Tensor
     topk_logps: Tensor
     random_uniform: Tensor
+    importance: Tensor | None = None
 
     def of(self, rows: slice) -> "TeacherAnswers":
         """Those of some of the N tokens."""
-        return TeacherAnswers(**{name: value[rows] for name, value in vars(self).items()})
+        some: dict[str, Any] = {name: None if all_ is None else all_[rows] for name, all_ in vars(self).items()}
+        return TeacherAnswers(**some)
 
 
 @dataclass
@@ -52,18 +56,22 @@ class EOPDObjective:
 
     unit = "tokens"
 
-    def __call__(self, head: Head, sampled_ids: Tensor, answers: TeacherAnswers) -> ObjectiveOutput:
+    def __call__(
+        self, head: Head, sampled_ids: Tensor, answers: TeacherAnswers, sampler_logps: Tensor | None = None
+    ) -> ObjectiveOutput:
         """Sums over the tokens of a micro-batch.
 
         Args:
             head: answers about the student's distributions at the N response tokens.
             sampled_ids: `[N]`, the response tokens.
             answers: the stored answers for the same N tokens.
+            sampler_logps: `[N]`, log-probabilities under the engine that sampled them, nats, for the log.
         """
         own = OwnTokenLoss(self._weights(), lambda tokens, rows: self._terms(tokens, answers.of(rows)))
         ids = torch.cat([sampled_ids.unsqueeze(-1), answers.topk_ids], dim=-1)
         tokens = head(Request(entropy=True, ids=ids), own)
-        return ObjectiveOutput(tokens.own_loss, tokens.own_terms, own.weights, self._metrics(tokens, answers))
+        metrics = self._metrics(tokens, answers) | sampling_metrics(tokens.logps[:, 0], sampler_logps)
+        return ObjectiveOutput(tokens.own_loss, tokens.own_terms, own.weights, metrics)
 
     def _weights(self) -> dict[str, float]:
         weights = {"reverse_kl": 1.0}
@@ -76,11 +84,10 @@ class EOPDObjective:
     def _terms(self, tokens: TokenStatistics, answers: TeacherAnswers) -> dict[str, Tensor]:
         """Each term of each token: all of EOPD depends on a token's own statistics only."""
         logps, topk_logps = tokens.logps[:, 0], tokens.logps[:, 1:]
-        terms = {
-            "reverse_kl": clipped_policy_loss(
-                logps, answers.old_logps, self._advantages(tokens, answers), self.clip_epsilon
-            )
-        }
+        advantages = self._advantages(tokens, answers)
+        terms = {"reverse_kl": clipped_policy_loss(logps, answers.old_logps, advantages, self.clip_epsilon)}
+        if answers.importance is not None:
+            terms["reverse_kl"] = terms["reverse_kl"] * answers.importance
         if self.forward_kl_placement != "none":
             terms["forward_kl"] = forward_kl_on(topk_logps, answers.topk_logps) * self._placement(answers)
         if self.entropy_bonus != 0:

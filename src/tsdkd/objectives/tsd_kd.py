@@ -10,7 +10,7 @@ from torch import Tensor
 from ..losses import plackett_luce_nll
 from ..selection import adaptive_opener_ratio, entropy_gap_gate, opener_mask, top_entropy_mask
 from ..statistics import Head, OwnTokenLoss, Request, TokenStatistics
-from . import ObjectiveOutput, mean_of
+from . import ObjectiveOutput, mean_of, sampling_metrics
 
 
 @dataclass
@@ -34,13 +34,23 @@ class TSDKDObjective:
 
     unit = "responses"
 
-    def __call__(self, head: Head, mask: Tensor, *, training: bool = True) -> ObjectiveOutput:
+    def __call__(
+        self,
+        head: Head,
+        mask: Tensor,
+        *,
+        training: bool = True,
+        sampled_ids: Tensor | None = None,
+        sampler_logps: Tensor | None = None,
+    ) -> ObjectiveOutput:
         """Sums over the responses of a micro-batch.
 
         Args:
             head: answers about the N response tokens of `mask`, in row order.
             mask: `[B, T]` bool with N true entries, a row a response.
             training: whether the adaptive opener's window moves on.
+            sampled_ids: `[N]`, the response tokens; only `sampler_logps` needs them.
+            sampler_logps: `[N]`, their log-probabilities under the engine that sampled them, nats, for the log.
         """
         share = (1.0 / mask.sum(-1, keepdim=True).clamp(min=1)).expand_as(mask)[mask]  # weight in a response's mean
         direct = OwnTokenLoss(
@@ -52,6 +62,7 @@ class TSDKDObjective:
                 teacher_entropy=True,
                 jsd_beta=self.beta,
                 top_k=self.indirect_top_k if self.alpha != 0 else 0,
+                ids=None if sampler_logps is None or sampled_ids is None else sampled_ids.unsqueeze(-1),
             ),
             direct,
         )
@@ -66,7 +77,10 @@ class TSDKDObjective:
             per_response = (uncertain / uncertain.sum(-1, keepdim=True).clamp(min=1))[mask]
             terms["entropy"], weights["entropy"] = (per_response * tokens.entropy).sum(), self.entropy_weight
             loss = loss + self.entropy_weight * terms["entropy"]
-        return ObjectiveOutput(loss, terms, weights, self._metrics(tokens, mask, opener))
+        metrics = self._metrics(tokens, mask, opener)
+        if tokens.logps is not None:
+            metrics |= sampling_metrics(tokens.logps.squeeze(-1), sampler_logps)
+        return ObjectiveOutput(loss, terms, weights, metrics)
 
     def _gate(self, tokens: TokenStatistics) -> Tensor:
         return entropy_gap_gate(tokens.entropy, tokens.teacher_entropy, self.gate_temperature)

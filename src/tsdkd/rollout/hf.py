@@ -4,13 +4,56 @@
 checkpoint's generation config says (Qwen2.5 ships a repetition penalty); this loop samples from the softmax alone.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Hashable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from accelerate import Accelerator
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from trl.models.utils import unwrap_model_for_generation
 
-from . import Completion
+from . import Completion, Key, Sampling, prompt_generator
+
+
+class HuggingFaceSampler:
+    """The student samples by itself, between its training steps: there is no second copy of its weights.
+
+    Args:
+        accelerator: knows the wrappers; under ZeRO-3 the parameters are gathered for the rollout.
+        sampling: how completions are drawn.
+        gradient_checkpointing_kwargs: with which checkpointing is turned on again.
+    """
+
+    def __init__(
+        self, accelerator: Accelerator, sampling: Sampling, gradient_checkpointing_kwargs: dict[str, Any] | None = None
+    ) -> None:
+        self.accelerator, self.sampling = accelerator, sampling
+        self.gradient_checkpointing_kwargs = gradient_checkpointing_kwargs
+
+    unproven = False
+
+    def update(self, weights: Hashable) -> bool:
+        """See `Sampler`."""
+        return False
+
+    def generate(
+        self,
+        model: nn.Module,
+        prompts: Sequence[Sequence[int]],
+        limits: Sequence[int],
+        keys: Sequence[Key],
+    ) -> list[Completion]:
+        """See `Sampler`."""
+        was_training = model.training
+        model.eval()
+        with unwrap_model_for_generation(
+            model, self.accelerator, gradient_checkpointing_kwargs=self.gradient_checkpointing_kwargs
+        ) as unwrapped:
+            generators = [prompt_generator(*key) for key in keys]
+            completions = sample(unwrapped, prompts, limits, generators, **vars(self.sampling))
+        model.train(was_training)
+        return completions
 
 
 @torch.no_grad()
@@ -20,7 +63,7 @@ def sample(
     limits: Sequence[int],
     generators: Sequence[torch.Generator] | None,
     *,
-    stop_ids: set[int],
+    stop_ids: Collection[int],
     vocab_size: int,
     temperature: float = 1.0,
     top_p: float = 1.0,
@@ -32,10 +75,7 @@ def sample(
         prompts: token ids, none empty, of any lengths.
         limits: each completion's maximum length, tokens, at least 1.
         generators: one a prompt (see `prompt_generator`); None decodes greedily.
-        stop_ids: tokens that end a completion.
-        vocab_size: only ids below it are sampled (the ids that student and teacher share).
-        temperature: divides the logits.
-        top_p: nucleus mass.
+        stop_ids, vocab_size, temperature, top_p: see `Sampling`.
 
     Returns:
         Completions in the order of `prompts`.

@@ -1,0 +1,41 @@
+"""`tsdkd generate`."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+_EPILOG = """examples:
+  tsdkd generate --config my.yaml --output_file teacher.jsonl
+  tsdkd generate --config my.yaml --output_file student.jsonl --role student --num_completions 4 --use_vllm true
+  tsdkd train --config my.yaml --dataset_name teacher.jsonl --lmbda 0
+FILE is a run's configuration: its pair, prompts, limits, temperature and seed are taken. A file that has some of the
+rows already gets the others."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Parse, and hand over to `tsdkd.generate`."""
+    parser = argparse.ArgumentParser(
+        prog="tsdkd generate",
+        description="Write completions of the teacher (or the student) for a run's prompts to a JSONL file.",
+        epilog=_EPILOG,
+        usage="tsdkd generate --config FILE --output_file FILE [--role ROLE] [--num_completions N] [--key value ...]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE", help="a YAML file, or the name of a shipped one (`tsdkd configs`)")
+    parser.add_argument("--output_file", "--output-file", metavar="FILE", type=Path, required=True)
+    parser.add_argument("--role", choices=["teacher", "student"], default="teacher", help="default: %(default)s")
+    parser.add_argument(
+        "--num_completions", "--num-completions", metavar="N", type=int, default=1, help="for each prompt; default: 1"
+    )
+    args, flags = parser.parse_known_args(argv)
+    if args.num_completions < 1:
+        parser.error(f"--num_completions: must be at least 1, found {args.num_completions}")
+
+    from .. import run  # torch from here on
+    from ..generate import generate
+
+    # a configuration for off-policy training would say that nothing is generated; nothing is written to output_dir
+    arguments = run.parse(args.config, [*flags, "--lmbda", "1", "--output_dir", str(args.output_file.parent)])
+    generate(arguments, args.role, args.output_file, args.num_completions)
+    return 0

@@ -1,0 +1,214 @@
+"""Completions of the teacher or the student for the prompts of a run, as rows of a JSONL file: data for off-policy
+runs (`lmbda: 0`) and sequence-level distillation."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from . import run
+from .config import TokenSelectiveConfig
+from .data import prepare_rows, shape_of, split_row
+from .errors import ConfigError, OutputDirError
+from .models import Pair, generation_config_of, load_frozen, resolve_pair, revision_of, stop_token_ids
+from .parsing import RunArguments
+from .rollout import Completion, Key, Sampling, check_vllm, prompt_generator, prompt_seed
+
+ROLES = {"teacher": "teacher_model_name_or_path", "student": "model_name_or_path"}
+_SAY_EVERY = 10.0  # seconds
+
+
+@dataclass
+class Job:
+    """Who generates, how, and for what."""
+
+    role: str
+    name: str
+    args: TokenSelectiveConfig
+    pair: Pair
+    rows: Dataset
+    prepared: Dataset
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """What all rows of a file share."""
+        args = self.args
+        revision = revision_of(self.name, self._config)
+        return {"model": self.name, "revision": revision, "seed": args.seed, "temperature": args.temperature} | {
+            "top_p": args.top_p,
+            "max_new_tokens": args.max_new_tokens,
+        }
+
+    @property
+    def sampling(self) -> Sampling:
+        """Only ids that both models have, until the generating model stops."""
+        revision = (self.args.model_init_kwargs or {}).get("revision") if self.role == "student" else None
+        own = generation_config_of(self.name, self._config, revision)
+        tokenizer = self.pair.tokenizer if self.role == "student" else self.pair.teacher_tokenizer
+        shared = self.pair.shared_vocab_size
+        stop_ids = frozenset(i for i in stop_token_ids(own, tokenizer) if i < shared)
+        return Sampling(stop_ids, shared, self.args.temperature, self.args.top_p)
+
+    @property
+    def vocab_size(self) -> int:
+        """How many logits the generating model has."""
+        return self.pair.vocab_sizes[0 if self.role == "student" else 1]
+
+    @property
+    def _config(self) -> Any:
+        return self.pair.student_config if self.role == "student" else self.pair.teacher_config
+
+    def prompt_of(self, index: int) -> Any:
+        """The prompt of a row of the data set, as it stands there."""
+        return split_row(self.rows[index], index, shape_of(self.rows, self.args))[0]
+
+
+@dataclass
+class Ticket:
+    """One completion to be made."""
+
+    index: int
+    sample: int
+    prompt_ids: list[int]
+    limit: int
+    key: Key
+
+
+def generate(arguments: RunArguments, role: str, output: Path, per_prompt: int) -> None:
+    """Append the rows that `output` lacks, each as soon as it is done.
+
+    Args:
+        arguments: the run: its pair, prompts, limits and `vllm_…` settings.
+        role: "teacher" or "student".
+        output: a JSONL file, a row a completion.
+        per_prompt: completions for each prompt.
+
+    Raises:
+        TSDKDError: with all finished rows kept.
+    """
+    job = _prepare(arguments, role)
+    done = _read(output, job)
+    tickets = [
+        Ticket(row["index"], sample, row["prompt_ids"], row["limit"], (job.args.seed, sample, row["index"]))
+        for sample in range(per_prompt)
+        for row in job.prepared
+        if (row["index"], sample) not in done
+    ]
+    _say(f"{output}: {len(done)} completions are there, {len(tickets)} to go")
+    if not tickets:
+        return
+    source = job.source
+    completions = _by_vllm(job, tickets) if job.args.use_vllm else _by_hugging_face(job, tickets)
+    with output.open("a", encoding="utf-8") as file:
+        for position, completion in _told(completions, len(tickets)):
+            file.write(json.dumps(_row(job, tickets[position], completion) | source, ensure_ascii=False) + "\n")
+            file.flush()
+
+
+def _prepare(arguments: RunArguments, role: str) -> Job:
+    args = arguments.training
+    if args.world_size > 1:
+        raise ConfigError(
+            [f"it runs in one process, found {args.world_size}; vLLM takes vllm_tensor_parallel_size GPUs"]
+        )
+    if args.use_vllm:
+        check_vllm()
+    rows, _ = run.load_data(arguments.data, args)
+    run.set_model_kwargs(arguments)
+    student, teacher = str(arguments.model.model_name_or_path), str(args.teacher_model_name_or_path)
+    pair = resolve_pair(student, teacher, args)
+    prepared = prepare_rows(rows, pair.template, args, pair.context, needs_completion=False)
+    return Job(role, student if role == "student" else teacher, args, pair, rows, prepared)
+
+
+def _row(job: Job, ticket: Ticket, completion: Completion) -> dict[str, Any]:
+    original = job.rows[ticket.index]
+    return {
+        "prompt": job.prompt_of(ticket.index),
+        "completion": job.pair.tokenizer.decode(completion.ids, skip_special_tokens=True),
+        **({"answer": original["answer"]} if "answer" in original else {}),
+        "index": ticket.index,
+        "sample": ticket.sample,
+        "num_tokens": len(completion.ids),
+        "finish_reason": "stop" if completion.stopped else "length",
+    }
+
+
+def _read(output: Path, job: Job) -> set[tuple[int, int]]:
+    """(index, sample) of the rows that are there; a last line that was cut off is removed."""
+    if not output.exists():
+        output.parent.mkdir(parents=True, exist_ok=True)
+        return set()
+    done, whole, source = set(), 0, job.source
+    with output.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                row = json.loads(line)
+                place, prompt = (row["index"], row["sample"]), row["prompt"]
+                found = {name: row[name] for name in source} | {"prompt": prompt}
+                expected = source | {"prompt": job.prompt_of(row["index"])}
+            except (ValueError, KeyError, TypeError, IndexError) as error:
+                raise OutputDirError(f"output_file: line {number} of {output} isn't from tsdkd generate") from error
+            other = next((name for name in expected if found[name] != expected[name]), None)
+            if other is not None:
+                raise OutputDirError(
+                    f"output_file: {output} has other rows: {other} was {str(found[other])[:80]!r}, now "
+                    f"{str(expected[other])[:80]!r}; choose another file"
+                )
+            done.add(place)
+            whole += len(line)
+    if whole < output.stat().st_size:
+        os.truncate(output, whole)
+    return done
+
+
+def _by_vllm(job: Job, tickets: list[Ticket]) -> Iterator[tuple[int, Completion]]:
+    """Position and completion of each ticket, as they are done."""
+    from .rollout.vllm import complete, connect, new_engine, parameters_of  # vLLM is an extra
+
+    common = parameters_of(job.sampling, job.vocab_size)
+    requests = [
+        {"prompt": t.prompt_ids, "max_tokens": t.limit, "seed": prompt_seed(*t.key), **common} for t in tickets
+    ]
+    if job.args.vllm_mode == "server":
+        return connect(job.args).complete(requests)
+    longest = max(len(t.prompt_ids) + t.limit for t in tickets)
+    return complete(new_engine(job.name, job.args, longest), requests)
+
+
+def _by_hugging_face(job: Job, tickets: list[Ticket]) -> Iterator[tuple[int, Completion]]:
+    from .rollout.hf import sample
+
+    model = load_frozen(job.name, job.args, ROLES[job.role]).to(job.args.device).eval()
+    sampling, size = job.sampling, job.args.per_device_eval_batch_size
+    # alike lengths, so that little is padded; the longest first, so that memory runs out at once or not at all
+    order = sorted(range(len(tickets)), key=lambda i: -len(tickets[i].prompt_ids) - tickets[i].limit)
+    for positions in (order[i : i + size] for i in range(0, len(order), size)):
+        some = [tickets[i] for i in positions]
+        generators = [prompt_generator(*t.key) for t in some]
+        prompts, limits = [t.prompt_ids for t in some], [t.limit for t in some]
+        yield from zip(positions, sample(model, prompts, limits, generators, **vars(sampling)), strict=True)
+
+
+def _told(completions: Iterator[tuple[int, Completion]], total: int) -> Iterator[tuple[int, Completion]]:
+    """The same, with progress on stderr."""
+    start = said = time.perf_counter()
+    tokens = 0
+    for count, (position, completion) in enumerate(completions, 1):
+        yield position, completion
+        tokens, now = tokens + len(completion.ids), time.perf_counter()
+        if count == total or now - said >= _SAY_EVERY:
+            said = now
+            _say(f"{count} of {total} completions, {tokens} tokens, {tokens / (now - start):.0f} tokens/s")
+
+
+def _say(text: str) -> None:
+    print(f"tsdkd generate: {text}", file=sys.stderr, flush=True)

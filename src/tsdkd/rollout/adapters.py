@@ -1,0 +1,43 @@
+"""The weights of a student with adapters as an engine wants them: merged, the student itself untouched."""
+
+from collections.abc import Iterator
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor
+
+
+@torch.no_grad()
+def merged_parameters(model: PeftModel) -> Iterator[tuple[str, Tensor]]:
+    """Name and value of each parameter of the base model, its adapters merged in.
+
+    Merging and unmerging leaves rounding errors in the base weights: each layer's are kept aside and put back,
+    bitwise, before its merged ones are handed out.
+    """
+    tuned = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    for name, module in tuned.items():
+        yield from ((_base_name(f"{name}.{part}"), value) for part, value in _merged(module).items())
+    for name, parameter in model.named_parameters():
+        in_tuned = any(name.startswith(f"{prefix}.") for prefix in tuned)
+        if not in_tuned and model.prefix not in name and "original_module" not in name:
+            yield _base_name(name), parameter.detach()
+
+
+def _merged(module: BaseTunerLayer) -> dict[str, Tensor]:
+    """Copies of one layer's merged parameters."""
+    parameters = dict(module.get_base_layer().named_parameters())
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    try:
+        module.merge()
+        merged = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        module.unmerge()
+    finally:
+        for name, parameter in parameters.items():
+            parameter.copy_(before[name])
+    return merged
+
+
+def _base_name(name: str) -> str:
+    """As the base model calls it."""
+    return name.removeprefix("base_model.model.").replace(".base_layer", "").replace("modules_to_save.default.", "")

@@ -1,0 +1,272 @@
+"""Rollouts on vLLM, through TRL's `VLLMGeneration`: in this process (colocate) or on a server.
+
+Replaced of TRL's: one seed and one limit a prompt, the weights of a CPU engine and of a student with adapters, and
+deadlines on a server's answers.
+"""
+
+import os
+import random
+import tempfile
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object, is_peft_model
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..config import TokenSelectiveConfig
+from ..errors import EngineError
+from . import Completion, Key, Sampling, prompt_seed
+from .adapters import merged_parameters
+from .server import connect
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine shares this process
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+from trl.generation.vllm_generation import VLLMGeneration
+from vllm import LLM, SamplingParams
+from vllm.sampling_params import RequestOutputKind
+
+
+class VLLMSampler(VLLMGeneration):
+    """A vLLM engine that samples from the student's weights.
+
+    Args:
+        model: the student, unwrapped.
+        accelerator: knows the wrappers and the processes.
+        args: the `vllm_…` settings.
+        sampling: how completions are drawn.
+        tokenizer: the student's.
+        longest: prompt plus completion, tokens.
+
+    Raises:
+        EngineError: the engine can't start.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        accelerator: Accelerator,
+        args: TokenSelectiveConfig,
+        sampling: Sampling,
+        tokenizer: PreTrainedTokenizerBase,
+        longest: int,
+    ) -> None:
+        self.parameters = parameters_of(sampling, model.config.get_text_config().vocab_size)
+        self.args = args
+        self.unproven = False
+        self._weights: Hashable = None  # those that the engine holds
+        self._syncs = 0
+        super().__init__(
+            model=model,
+            accelerator=accelerator,
+            processing_class=tokenizer,
+            mode=args.vllm_mode,
+            tensor_parallel_size=args.vllm_tensor_parallel_size,
+            gpu_memory_utilization=args.vllm_gpu_memory_utilization,
+            max_model_length=longest,
+            enable_sleep_mode=args.vllm_enable_sleep_mode,
+            model_impl=args.vllm_model_impl,
+            trust_remote_code=args.trust_remote_code,
+        )
+
+    def _init_vllm(self) -> None:
+        if self.mode == "server":
+            self._on_main(self._connect)
+            return
+        with _ambient_state_kept(), _as_engine_error("vLLM can't start"):
+            super()._init_vllm()
+
+    def _connect(self) -> None:
+        self.vllm_client = connect(self.args)
+        if self.accelerator.device.type == "cuda":
+            self.vllm_client.init_communicator(device=self.accelerator.device)
+
+    def _on_main(self, work: Callable[[], Any]) -> Any:
+        """What `work` gives on the main process, the only one that talks to a server. Its error is everyone's."""
+        outcome: list[Any] = [None]
+        if self.accelerator.is_main_process:
+            try:
+                outcome = [(work(), None)]
+            except EngineError as error:
+                outcome = [(None, str(error))]
+        broadcast_object_list(outcome)
+        value, problem = outcome[0]
+        if problem is not None:
+            raise EngineError(problem)
+        return value
+
+    # Weights
+
+    def update(self, weights: Hashable) -> bool:
+        """See `Sampler`. A sleeping engine has lost its weights and takes the same ones again."""
+        asleep = self.mode == "colocate" and self._llm_weights_sleeping
+        if weights == self._weights and not asleep:
+            return False
+        self.sync_weights()
+        if weights != self._weights:
+            self.unproven = self._syncs % self.args.vllm_check_every == 0
+            self._syncs += 1
+        self._weights = weights
+        return True
+
+    def sync_weights(self) -> None:
+        """Copy the student's weights into the engine. All processes must call it: sharded weights are gathered."""
+        if self.accelerator.device.type != "cpu":
+            super().sync_weights()
+        elif self.mode == "server":
+            self._sync_by_file()
+        else:
+            self._sync_cpu()
+
+    def _sync_by_file(self) -> None:
+        """TRL sends weights to a server by NCCL, which takes CUDA devices only."""
+        weights = {name: w.clone() for name, w in self._iter_named_params()}
+
+        def send() -> None:
+            with tempfile.TemporaryDirectory() as folder:
+                save_file(weights, Path(folder, "model.safetensors"))
+                self.vllm_client.load(folder)
+                self.vllm_client.reset_prefix_cache()
+
+        self._on_main(send)
+
+    def _sync_cpu(self) -> None:
+        """On a CPU vLLM packs its weights, and TRL's tensor-wise loading finds no loader any more."""
+        runner = self.llm.llm_engine.model_executor.driver_worker.model_runner
+        # a layer is packed when its last tensor has come, when a sharded one is no longer gathered: hence copies
+        runner.reload_weights(weights_iterator=((name, w.clone()) for name, w in self._iter_named_params()))
+        head = getattr(runner.model, "lm_head", None)
+        if head is not None and runner.model.config.get_text_config().tie_word_embeddings:
+            # no tensor is loaded into it, so its packed copy is still the old one
+            head.quant_method.process_weights_after_loading(head)
+        self.llm.reset_prefix_cache()
+
+    def _iter_named_params(self) -> Iterator[tuple[str, Tensor]]:
+        if is_peft_model(self.model):
+            with self._dist.gather_params(list(self.model.parameters())):
+                yield from merged_parameters(self.model)
+        else:
+            yield from super()._iter_named_params()
+
+    # Completions
+
+    def generate(
+        self, model: nn.Module, prompts: Sequence[Sequence[int]], limits: Sequence[int], keys: Sequence[Key]
+    ) -> list[Completion]:
+        """See `Sampler`."""
+        requests = [
+            {"prompt": list(prompt), "max_tokens": limit, "seed": prompt_seed(*key), **self.parameters}
+            for prompt, limit, key in zip(prompts, limits, keys, strict=True)
+        ]
+        return self._ask_server(requests) if self.mode == "server" else self._ask_engine(requests)
+
+    def _ask_server(self, requests: list[dict[str, Any]]) -> list[Completion]:
+        counts = gather_object([len(requests)])
+        everyones = gather_object(requests)
+        completions: list[Completion] = self._on_main(lambda: _in_order(self.vllm_client.complete(everyones)))
+        before = sum(counts[: self.accelerator.process_index])
+        return completions[before : before + len(requests)]
+
+    def _ask_engine(self, requests: list[dict[str, Any]]) -> list[Completion]:
+        mine = slice(None)
+        if self.tensor_parallel_size > 1:  # the engines of a group work on the requests of all its processes
+            gathered: list[Any] = [None] * self.tensor_parallel_size
+            torch.distributed.all_gather_object(gathered, requests, group=self.tp_group)
+            before = sum(len(part) for part in gathered[: torch.distributed.get_rank(group=self.tp_group)])
+            mine = slice(before, before + len(requests))
+            requests = [request for part in gathered for request in part]
+        if self.enable_sleep_mode:
+            self.llm.wake_up(tags=["kv_cache"])
+        completions = _in_order(complete(self.llm, requests))[mine]
+        if self.enable_sleep_mode:
+            self.llm.sleep(level=2)
+            self._llm_weights_sleeping = True
+        return completions
+
+
+def new_engine(name: str, args: TokenSelectiveConfig, longest: int) -> LLM:
+    """An engine that holds a model of its own. Raises `EngineError`."""
+    with _as_engine_error("vLLM can't start"):
+        return LLM(
+            model=name,
+            revision=(args.model_init_kwargs or {}).get("revision"),
+            tensor_parallel_size=args.vllm_tensor_parallel_size,
+            gpu_memory_utilization=args.vllm_gpu_memory_utilization,
+            max_model_len=longest,
+            model_impl=args.vllm_model_impl,
+            trust_remote_code=args.trust_remote_code,
+            logprobs_mode="processed_logprobs",
+        )
+
+
+def complete(llm: LLM, requests: Sequence[dict[str, Any]]) -> Iterator[tuple[int, Completion]]:
+    """Position and completion of each request (`prompt`, token ids, and vLLM's sampling parameters), as they are done.
+
+    The longest are often the last: an engine that is given all of them at once is kept busy.
+    """
+    engine = llm.llm_engine
+    with _as_engine_error("vLLM failed in a rollout"):
+        for position, request in enumerate(requests):
+            parameters = {name: value for name, value in request.items() if name != "prompt"}
+            params = SamplingParams(
+                logprobs=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY, **parameters
+            )
+            engine.add_request(str(position), {"prompt_token_ids": request["prompt"]}, params)
+        while engine.has_unfinished_requests():
+            for finished in engine.step():
+                (output,) = finished.outputs
+                logps = [at[i].logprob for i, at in zip(output.token_ids, output.logprobs, strict=True)]
+                completion = Completion(list(output.token_ids), output.finish_reason == "stop", logps)
+                yield int(finished.request_id), completion
+
+
+def _in_order(completions: Iterable[tuple[int, Completion]]) -> list[Completion]:
+    return [completion for _, completion in sorted(completions, key=itemgetter(0))]
+
+
+def parameters_of(sampling: Sampling, vocab_size: int) -> dict[str, Any]:
+    """vLLM's sampling parameters that are the same for all requests; `vocab_size`: how many logits the model has."""
+    parameters = {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": 0,  # a server would take what the checkpoint's generation config says
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "ignore_eos": True,  # the checkpoint's; ours are the pair's
+        "stop_token_ids": sorted(sampling.stop_ids),
+    }
+    if vocab_size > sampling.vocab_size:
+        parameters["allowed_token_ids"] = list(range(sampling.vocab_size))
+    return parameters
+
+
+@contextmanager
+def _ambient_state_kept() -> Iterator[None]:
+    """vLLM seeds every generator when it starts and, on a CPU, forbids to set the number of threads."""
+    set_num_threads, python, numpy = torch.set_num_threads, random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            torch.set_num_threads = set_num_threads
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+@contextmanager
+def _as_engine_error(what: str) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, RuntimeError, OSError, AssertionError) as error:
+        if isinstance(error, EngineError):
+            raise
+        line = next((text.strip() for text in str(error).splitlines() if text.strip()), type(error).__name__)
+        raise EngineError(f"{what}: {line}") from error

@@ -1,0 +1,125 @@
+"""`tsdkd generate`: rows that an off-policy run can train on, complete however often it is interrupted."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from conftest import flags
+from tsdkd.cli import main
+from tsdkd.rollout import prompt_generator
+from tsdkd.rollout.hf import sample
+
+COMMON = {"use_cpu": "true", "bf16": "false", "gradient_checkpointing": "false", "disable_tqdm": "true", "seed": 3}
+COMMON |= {"max_length": 64, "max_new_tokens": 12, "report_to": "none"}
+
+
+@pytest.fixture
+def command(saved_model, rows_file):
+    def make(output: Path, **values: object) -> list[str]:
+        names = {
+            "model_name_or_path": saved_model("qwen3", 0),
+            "teacher_model_name_or_path": saved_model("qwen3", 1, rows=70, hidden=48),
+            "dataset_name": rows_file,
+        }
+        return ["generate", *flags(**{**names, **COMMON, "output_file": output, **values})]
+
+    return make
+
+
+def read(path: Path) -> dict[tuple[int, int], dict]:
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    found = {(row["index"], row["sample"]): row for row in rows}
+    assert len(found) == len(rows), "a row twice"
+    return found
+
+
+def test_rows_are_the_models_samples(command, saved_model, rows_file, tmp_path):
+    output = tmp_path / "new" / "rows.jsonl"
+    assert main(command(output, num_completions=2)) == 0
+    rows, prompts = read(output), [json.loads(line) for line in Path(rows_file).read_text().splitlines()]
+    assert rows.keys() == {(i, j) for i in range(len(prompts)) for j in range(2)}
+    teacher = saved_model("qwen3", 1, rows=70, hidden=48)
+    model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
+    for (i, j), row in rows.items():
+        assert row["prompt"] == prompts[i]["prompt"] and row["answer"] == prompts[i]["answer"]
+        assert (row["model"], row["seed"], row["temperature"]) == (teacher, 3, 1.0) and row["revision"]
+        if i < 4:
+            ids = build_ids(row["prompt"])
+            (drawn,) = sample(model, [ids], [12], [prompt_generator(3, j, i)], stop_ids={1}, vocab_size=64)
+            assert row["num_tokens"] == len(drawn.ids)
+            assert row["finish_reason"] == ("stop" if drawn.stopped else "length")
+            assert build_ids(row["completion"], bare=True) == [t for t in drawn.ids if 2 <= t < 60]
+    assert {row["finish_reason"] for row in rows.values()} == {"stop", "length"}
+    assert rows[0, 0]["completion"] != rows[0, 1]["completion"]
+
+
+def build_ids(text: str, bare: bool = False) -> list[int]:
+    from conftest import build_tokenizer
+
+    return build_tokenizer()(text if bare else f"<user> {text} <assistant>")["input_ids"]
+
+
+def test_an_interrupted_file_is_completed(command, tmp_path):
+    whole, broken = tmp_path / "whole.jsonl", tmp_path / "broken.jsonl"
+    assert main(command(whole)) == 0
+    lines = whole.read_text().splitlines(keepends=True)
+    broken.write_text("".join(lines[:9]) + lines[9][:40])  # killed in the middle of a line
+    assert main(command(broken)) == 0
+    assert read(broken) == read(whole)
+    before = whole.read_bytes()
+    assert main(command(whole)) == 0
+    assert whole.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [({"seed": 4}, "seed"), ({"role": "student"}, "model"), ({"temperature": 0.5}, "temperature")],
+)
+def test_rows_of_another_run_are_not_mixed(change, named, command, tmp_path, capsys):
+    output = tmp_path / "rows.jsonl"
+    assert main(command(output)) == 0
+    before = output.read_bytes()
+    assert main(command(output, **change)) == 2
+    assert named in capsys.readouterr().err
+    assert output.read_bytes() == before
+
+
+def test_other_prompts_and_other_files_are_refused(command, rows_file, tmp_path, capsys):
+    output = tmp_path / "rows.jsonl"
+    assert main(command(output)) == 0
+    reversed_rows = tmp_path / "reversed.jsonl"
+    reversed_rows.write_text("".join(reversed(Path(rows_file).read_text().splitlines(keepends=True))))
+    assert main(command(output, dataset_name=reversed_rows)) == 2
+    assert "prompt" in capsys.readouterr().err
+    assert main(command(Path(rows_file))) == 2
+    assert "isn't from tsdkd generate" in capsys.readouterr().err
+
+
+def test_an_off_policy_run_trains_on_them(command, saved_model, tmp_path):
+    output = tmp_path / "rows.jsonl"
+    assert main(command(output)) == 0
+    run = {"output_dir": tmp_path / "run", "lmbda": 0, "max_steps": 2, "dataset_name": output, "save_strategy": "no"}
+    names = {
+        "model_name_or_path": saved_model("qwen3", 0),
+        "teacher_model_name_or_path": saved_model("qwen3", 1, rows=70, hidden=48),
+    }
+    assert main(["train", *flags(**{**names, **COMMON, **run})]) == 0
+
+
+def test_a_cut_completion_is_not_taught_as_an_end(command, tmp_path, saved_model):
+    from datasets import Dataset, load_dataset
+
+    from conftest import build_tokenizer
+    from tsdkd import TSDKDConfig
+    from tsdkd.data import prepare_rows
+
+    output = tmp_path / "rows.jsonl"
+    assert main(command(output)) == 0
+    rows: Dataset = load_dataset("json", data_files=str(output), split="train")
+    args = TSDKDConfig(str(tmp_path / "run"), use_cpu=True, bf16=False, max_length=64, lmbda=0.0)
+    prepared = prepare_rows(rows, build_tokenizer(), args, 128, needs_completion=True)
+    ends = [ids[-1] == 1 for ids in prepared["completion_ids"]]
+    assert ends == [reason == "stop" for reason in rows["finish_reason"]]

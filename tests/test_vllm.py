@@ -1,0 +1,119 @@
+"""Rollouts on a real vLLM engine: they are samples of the student's weights, or the run stops."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("VLLM_CPU_CI_ENV", "1")  # no warm-up
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB an engine: all of this file share a process
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM
+
+from conftest import QUIET, build_tokenizer, make_rows
+from tsdkd import EngineError, EOPDConfig, EOPDTrainer, TSDKDConfig, TSDKDTrainer
+
+vllm = pytest.importorskip("vllm")
+pytestmark = pytest.mark.vllm
+
+VLLM = {"use_vllm": True, "vllm_check_every": 1}
+SIZE = {"hidden": 64, "head_dim": 32}  # vLLM's attention on a CPU takes no 16
+STEPS = {**QUIET, "max_steps": 2, "logging_steps": 1, "per_device_train_batch_size": 6, "optim": "sgd"}
+STEPS |= {"max_grad_norm": 0.0, "lr_scheduler_type": "constant", "learning_rate": 0.5, "max_length": 64}
+FAMILIES = {"qwen2": "tied, padded", "llama": "untied", "gemma2": "tied, soft-capped", "qwen3": "untied"}
+
+
+def make_trainer(folder: Path, saved_model: Any, family: str = "llama", method: str = "tsd-kd", **values: Any) -> Any:
+    trainer, config = {"tsd-kd": (TSDKDTrainer, TSDKDConfig), "eopd": (EOPDTrainer, EOPDConfig)}[method]
+    extra = {"rollout_batch_size": 12} if method == "eopd" else {}
+    args = {**STEPS, **VLLM, **extra, "max_new_tokens": 12, "output_dir": str(folder), **values}
+    kwargs = {"peft_config": args.pop("peft_config", None)}
+    if family == "qwen2":  # transformers loads every qwen2 folder's tokenizer as byte-level BPE
+        kwargs |= {"processing_class": build_tokenizer(), "teacher_processing_class": build_tokenizer()}
+    return trainer(
+        model=saved_model(family, 0, **SIZE),
+        teacher_model=saved_model(family, 1, **SIZE),
+        args=config(**args),
+        train_dataset=Dataset.from_list(make_rows(24)),
+        **kwargs,
+    )
+
+
+def exact_logps(model: Any, prompt: list[int], completion: list[int], rows: int = 64) -> torch.Tensor:
+    """Log-probabilities of a completion, by one plain forward pass."""
+    with torch.no_grad():
+        logits = model.eval()(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1, :rows].float()
+    return logits.log_softmax(-1).gather(-1, torch.tensor(completion).unsqueeze(-1)).squeeze(-1)
+
+
+PROMPTS = [[5, 9, 13], [2, 20, 21, 22, 3], list(range(10, 30)), [44]]
+LIMITS = [12, 8, 20, 30]
+KEYS = [(0, 0, i) for i in range(4)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_engine_samples_from_the_students_weights(family, saved_model, tmp_path):
+    trainer = make_trainer(tmp_path, saved_model, family)
+    model, sampler = trainer.model, trainer.sampler
+
+    def draw(order=(0, 1, 2, 3)):
+        drawn = sampler.generate(model, *([values[i] for i in order] for values in (PROMPTS, LIMITS, KEYS)))
+        for i, completion in zip(order, drawn, strict=True):
+            exact = exact_logps(model, PROMPTS[i], completion.ids)
+            assert (exact - torch.tensor(completion.logps)).abs().mean() < 0.05
+            assert len(completion.ids) <= LIMITS[i] and not {1} & set(completion.ids[:-1])
+            assert completion.stopped == (completion.ids[-1] == 1)
+        return [completion.ids for completion in drawn]
+
+    assert sampler.update("loaded") and not sampler.update("loaded")
+    first = draw()
+    assert draw() == first
+    assert draw((2, 0, 3, 1)) == [first[i] for i in (2, 0, 3, 1)]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)), alpha=0.2)
+    assert sampler.update("trained")
+    assert draw() != first
+
+
+@pytest.mark.parametrize("method", ["tsd-kd", "eopd"])
+def test_training_logs_how_far_engine_and_student_are_apart(method, saved_model, tmp_path):
+    trainer = make_trainer(tmp_path, saved_model, method=method, max_steps=4)
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    differences = [entry.get("sampling/sampling_logp_difference/mean") for entry in logs]
+    rolled_out = [0, 1, 2, 3] if method == "tsd-kd" else [0, 2]
+    assert [i for i, value in enumerate(differences) if value is not None] == rolled_out
+    assert all(0 < differences[i] < 0.05 for i in rolled_out)
+    assert all(logs[i]["sampling/sampling_logp_difference/max"] >= differences[i] for i in rolled_out)
+    assert all("speed/weight_sync_seconds" in logs[i] for i in rolled_out)
+    if method == "eopd":  # the engine's are the policy that sampled: its ratio is nearly, but not exactly 1
+        assert 0 < abs(logs[0]["policy/ratio"] - 1) < 0.05
+
+
+@pytest.mark.parametrize("family, forgotten", [("llama", "lm_head.weight"), ("qwen2", "model.embed_tokens.weight")])
+def test_a_sync_that_forgets_a_tensor_stops_the_run(family, forgotten, saved_model, tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, saved_model, family, max_steps=8)
+    everything = type(trainer.sampler)._iter_named_params
+    monkeypatch.setattr(
+        type(trainer.sampler),
+        "_iter_named_params",
+        lambda self: (pair for pair in everything(self) if pair[0] != forgotten),
+    )
+    with pytest.raises(EngineError, match="doesn't sample from the student's weights"):
+        trainer.train()
+
+
+def test_a_student_with_adapters(saved_model, tmp_path):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, lora_alpha=64, target_modules="all-linear", task_type="CAUSAL_LM")
+    trainer = make_trainer(tmp_path, saved_model, max_steps=4, peft_config=config, learning_rate=0.1)
+    before = AutoModelForCausalLM.from_pretrained(saved_model("llama", 0, **SIZE), dtype=torch.float32)
+    trainer.train()
+    base = trainer.model.unload()
+    after = dict(base.named_parameters())
+    assert all(torch.equal(p, after[name]) for name, p in before.named_parameters())
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert all(entry["sampling/sampling_logp_difference/mean"] < 0.05 for entry in logs)
