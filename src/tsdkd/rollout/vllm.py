@@ -140,13 +140,10 @@ class VLLMSampler(VLLMGeneration):
 
     def _sync_cpu(self) -> None:
         """On a CPU vLLM packs its weights, and TRL's tensor-wise loading finds no loader any more."""
-        runner = self.llm.llm_engine.model_executor.driver_worker.model_runner
         # a layer is packed when its last tensor has come, when a sharded one is no longer gathered: hence copies
-        runner.reload_weights(weights_iterator=((name, w.clone()) for name, w in self._iter_named_params()))
-        head = getattr(runner.model, "lm_head", None)
-        if head is not None and runner.model.config.get_text_config().tie_word_embeddings:
-            # no tensor is loaded into it, so its packed copy is still the old one
-            head.quant_method.process_weights_after_loading(head)
+        weights = ((name, weight.clone()) for name, weight in self._iter_named_params())
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        self.llm.apply_model(_pack_tied_head)
         self.llm.reset_prefix_cache()
 
     def _iter_named_params(self) -> Iterator[tuple[str, Tensor]]:
@@ -226,6 +223,13 @@ def complete(llm: LLM, requests: Sequence[dict[str, Any]]) -> Iterator[tuple[int
                 logps = [at[i].logprob for i, at in zip(output.token_ids, output.logprobs, strict=True)]
                 completion = Completion(list(output.token_ids), output.finish_reason == "stop", logps)
                 yield int(finished.request_id), completion
+
+
+def _pack_tied_head(model: nn.Module) -> None:
+    """A tied output layer loads no tensor of its own, so that its packed copy would stay the old one."""
+    head = getattr(model, "lm_head", None)
+    if head is not None and model.config.get_text_config().tie_word_embeddings:
+        head.quant_method.process_weights_after_loading(head)
 
 
 def _in_order(completions: Iterable[tuple[int, Completion]]) -> list[Completion]:
