@@ -1,6 +1,7 @@
 """Rollouts on a real vLLM engine: they are samples of the student's weights, or the run stops."""
 
 import os
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -126,5 +127,5 @@ def test_the_demo_learns_as_much_as_with_the_students_own_rollouts(tmp_path, cap
     from tsdkd.demo.show import measure_saved
 
     assert main(["demo", "--use_vllm", "true", "--output_dir", str(tmp_path / "run")]) == 0
-    rows = list(load_rows("src/tsdkd/demo/test.jsonl", None, "train"))[:256]
+    rows = list(load_rows(str(resources.files("tsdkd").joinpath("demo/test.jsonl")), None, "train"))[:256]
     assert measure_saved(str(tmp_path / "run"), rows).avg > 52

@@ -172,16 +172,16 @@ def _read(output: Path, job: Job) -> set[tuple[int, int]]:
 
 def _by_vllm(job: Job, tickets: list[Ticket]) -> Iterator[tuple[int, Completion]]:
     """Position and completion of each ticket, as they are done."""
-    from .rollout.vllm import complete, connect, new_engine, parameters_of  # vLLM is an extra
+    from .rollout.engine import complete, new_engine, parameters_of  # vLLM is an extra
 
-    common = parameters_of(job.sampling, job.vocab_size)
-    requests = [
-        {"prompt": t.prompt_ids, "max_tokens": t.limit, "seed": prompt_seed(*t.key), **common} for t in tickets
-    ]
+    requests = [{"prompt": t.prompt_ids, "max_tokens": t.limit, "seed": prompt_seed(*t.key)} for t in tickets]
     if job.args.vllm_mode == "server":
-        return connect(job.args).complete(requests)
+        from .rollout.server import connect
+
+        parameters = parameters_of(job.sampling, job.vocab_size)
+        return connect(job.args).complete([request | parameters for request in requests])
     longest = max(len(t.prompt_ids) + t.limit for t in tickets)
-    return complete(new_engine(job.name, job.args, longest), requests)
+    return complete(new_engine(job.name, job.args, longest), requests, job.sampling)
 
 
 def _by_hugging_face(job: Job, tickets: list[Ticket]) -> Iterator[tuple[int, Completion]]:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from trl.models.utils import unwrap_model_for_generation
 
 from . import Completion, Key, Sampling, prompt_generator
+from .draw import draw
 
 
 class HuggingFaceSampler:
@@ -108,7 +109,7 @@ def sample(
         )
         cache = output.past_key_values
         logits = output.logits[:, -1, :vocab_size].float() / temperature
-        next_ids = _choose(logits, None if uniform is None else uniform[rows, t], top_p)
+        next_ids = logits.argmax(-1) if uniform is None else draw(logits, uniform[rows, t], top_p)[0]
         now = rows[growing]
         sampled[now, t] = next_ids[growing]
         lengths[now] = t + 1
@@ -135,18 +136,3 @@ def _left_pad(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[T
     ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     return ids, mask
-
-
-def _choose(logits: Tensor, uniform: Tensor | None, top_p: float) -> Tensor:
-    """Greedy, or the token at which the cumulative distribution passes `uniform` (`[B]` float64 in [0, 1))."""
-    if uniform is None:
-        return logits.argmax(-1)
-    probs = logits.double().softmax(-1)
-    if top_p < 1.0:
-        ordered, order = probs.sort(dim=-1, descending=True, stable=True)
-        outside = ordered.cumsum(-1) - ordered >= top_p  # the nucleus always holds the first token
-        probs = probs.masked_fill(torch.zeros_like(outside).scatter(-1, order, outside), 0.0)
-    cumulative = probs.cumsum(-1)
-    target = (uniform * cumulative[:, -1]).unsqueeze(-1)
-    index = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
-    return index.clamp(max=logits.shape[-1] - 1)

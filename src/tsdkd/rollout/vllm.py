@@ -4,14 +4,15 @@ Replaced of TRL's: one seed and one limit a prompt, the weights of a CPU engine 
 deadlines on a server's answers.
 """
 
-import os
 import random
 import tempfile
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -25,17 +26,14 @@ from ..config import TokenSelectiveConfig
 from ..errors import EngineError
 from . import Completion, Key, Sampling, prompt_seed
 from .adapters import merged_parameters
+from .engine import as_engine_error, complete, extra_options, parameters_of
 from .server import connect
 
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine shares this process
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-
-from trl.generation.vllm_generation import VLLMGeneration
-from vllm import LLM, SamplingParams
-from vllm.sampling_params import RequestOutputKind
+# isort: split
+from trl.generation import vllm_generation
 
 
-class VLLMSampler(VLLMGeneration):
+class VLLMSampler(vllm_generation.VLLMGeneration):
     """A vLLM engine that samples from the student's weights.
 
     Args:
@@ -59,7 +57,7 @@ class VLLMSampler(VLLMGeneration):
         tokenizer: PreTrainedTokenizerBase,
         longest: int,
     ) -> None:
-        self.parameters = parameters_of(sampling, model.config.get_text_config().vocab_size)
+        self.sampling = sampling
         self.args = args
         self.unproven = False
         self._weights: Hashable = None  # those that the engine holds
@@ -81,7 +79,9 @@ class VLLMSampler(VLLMGeneration):
         if self.mode == "server":
             self._on_main(self._connect)
             return
-        with _ambient_state_kept(), _as_engine_error("vLLM can't start"):
+        # TRL passes no logits processors
+        llm = partial(vllm_generation.LLM, **extra_options())
+        with _ambient_state_kept(), patch.object(vllm_generation, "LLM", llm), as_engine_error("vLLM can't start"):
             super()._init_vllm()
 
     def _connect(self) -> None:
@@ -160,14 +160,15 @@ class VLLMSampler(VLLMGeneration):
     ) -> list[Completion]:
         """See `Sampler`."""
         requests = [
-            {"prompt": list(prompt), "max_tokens": limit, "seed": prompt_seed(*key), **self.parameters}
+            {"prompt": list(prompt), "max_tokens": limit, "seed": prompt_seed(*key)}
             for prompt, limit, key in zip(prompts, limits, keys, strict=True)
         ]
         return self._ask_server(requests) if self.mode == "server" else self._ask_engine(requests)
 
     def _ask_server(self, requests: list[dict[str, Any]]) -> list[Completion]:
         counts = gather_object([len(requests)])
-        everyones = gather_object(requests)
+        parameters = parameters_of(self.sampling, self.model.config.get_text_config().vocab_size)
+        everyones = gather_object([request | parameters for request in requests])
         completions: list[Completion] = self._on_main(lambda: _in_order(self.vllm_client.complete(everyones)))
         before = sum(counts[: self.accelerator.process_index])
         return completions[before : before + len(requests)]
@@ -182,50 +183,14 @@ class VLLMSampler(VLLMGeneration):
             requests = [request for part in gathered for request in part]
         if self.enable_sleep_mode:
             self.llm.wake_up(tags=["kv_cache"])
-        completions = _in_order(complete(self.llm, requests))[mine]
+        completions = _in_order(complete(self.llm, requests, self.sampling))[mine]
         if self.enable_sleep_mode:
             self.llm.sleep(level=2)
             self._llm_weights_sleeping = True
         return completions
 
 
-def new_engine(name: str, args: TokenSelectiveConfig, longest: int) -> LLM:
-    """An engine that holds a model of its own. Raises `EngineError`."""
-    with _as_engine_error("vLLM can't start"):
-        return LLM(
-            model=name,
-            revision=(args.model_init_kwargs or {}).get("revision"),
-            tensor_parallel_size=args.vllm_tensor_parallel_size,
-            gpu_memory_utilization=args.vllm_gpu_memory_utilization,
-            max_model_len=longest,
-            model_impl=args.vllm_model_impl,
-            trust_remote_code=args.trust_remote_code,
-            logprobs_mode="processed_logprobs",
-        )
-
-
-def complete(llm: LLM, requests: Sequence[dict[str, Any]]) -> Iterator[tuple[int, Completion]]:
-    """Position and completion of each request (`prompt`, token ids, and vLLM's sampling parameters), as they are done.
-
-    The longest are often the last: an engine that is given all of them at once is kept busy.
-    """
-    engine = llm.llm_engine
-    with _as_engine_error("vLLM failed in a rollout"):
-        for position, request in enumerate(requests):
-            parameters = {name: value for name, value in request.items() if name != "prompt"}
-            params = SamplingParams(
-                logprobs=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY, **parameters
-            )
-            engine.add_request(str(position), {"prompt_token_ids": request["prompt"]}, params)
-        while engine.has_unfinished_requests():
-            for finished in engine.step():
-                (output,) = finished.outputs
-                logps = [at[i].logprob for i, at in zip(output.token_ids, output.logprobs, strict=True)]
-                completion = Completion(list(output.token_ids), output.finish_reason == "stop", logps)
-                yield int(finished.request_id), completion
-
-
-def _pack_tied_head(model: nn.Module) -> None:
+def _pack_tied_head(model: Any) -> None:
     """A tied output layer loads no tensor of its own, so that its packed copy would stay the old one."""
     head = getattr(model, "lm_head", None)
     if head is not None and model.config.get_text_config().tie_word_embeddings:
@@ -234,22 +199,6 @@ def _pack_tied_head(model: nn.Module) -> None:
 
 def _in_order(completions: Iterable[tuple[int, Completion]]) -> list[Completion]:
     return [completion for _, completion in sorted(completions, key=itemgetter(0))]
-
-
-def parameters_of(sampling: Sampling, vocab_size: int) -> dict[str, Any]:
-    """vLLM's sampling parameters that are the same for all requests; `vocab_size`: how many logits the model has."""
-    parameters = {
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "top_k": 0,  # a server would take what the checkpoint's generation config says
-        "min_p": 0.0,
-        "repetition_penalty": 1.0,
-        "ignore_eos": True,  # the checkpoint's; ours are the pair's
-        "stop_token_ids": sorted(sampling.stop_ids),
-    }
-    if vocab_size > sampling.vocab_size:
-        parameters["allowed_token_ids"] = list(range(sampling.vocab_size))
-    return parameters
 
 
 @contextmanager
@@ -263,14 +212,3 @@ def _ambient_state_kept() -> Iterator[None]:
             torch.set_num_threads = set_num_threads
             random.setstate(python)
             np.random.set_state(numpy)
-
-
-@contextmanager
-def _as_engine_error(what: str) -> Iterator[None]:
-    try:
-        yield
-    except (ValueError, RuntimeError, OSError, AssertionError) as error:
-        if isinstance(error, EngineError):
-            raise
-        line = next((text.strip() for text in str(error).splitlines() if text.strip()), type(error).__name__)
-        raise EngineError(f"{what}: {line}") from error

@@ -1,0 +1,43 @@
+"""One token from a distribution and one uniform number: what the student's own rollouts and a CPU engine share."""
+
+import torch
+from torch import Tensor
+
+_BLOCK = 256
+
+
+def draw(logits: Tensor, uniform: Tensor, top_p: float = 1.0) -> tuple[Tensor, Tensor]:
+    """The tokens at which the cumulative distributions pass `uniform`.
+
+    Args:
+        logits: `[B, V]`, temperature applied.
+        uniform: `[B]`, float64 in [0, 1).
+        top_p: nucleus mass.
+
+    Returns:
+        Ids `[B]` and their log-probabilities `[B]`, float64, nats, of the nucleus if there is one.
+    """
+    probs = logits.float().softmax(-1)
+    if top_p < 1.0:
+        ordered, order = probs.sort(dim=-1, descending=True, stable=True)
+        outside = ordered.cumsum(-1, dtype=torch.float64) - ordered >= top_p  # the nucleus always has the first token
+        probs = probs.masked_fill(torch.zeros_like(outside).scatter(-1, order, outside), 0.0)
+    # in two steps, as a cumulative sum over the whole vocabulary takes several times as long as the softmax
+    whole = probs.shape[-1] // _BLOCK * _BLOCK
+    parts = (probs[:, :whole].reshape(len(probs), -1, _BLOCK), probs[:, None, whole:])
+    sums = torch.cat([part.sum(-1, dtype=torch.float64) for part in parts], dim=-1)
+    block, share = _pass(sums, uniform)
+    places = block * _BLOCK + torch.arange(_BLOCK, device=probs.device)
+    inside = probs.gather(-1, places.clamp(max=probs.shape[-1] - 1)).double() * (places < probs.shape[-1])
+    place, _ = _pass(inside, share)
+    ids = block * _BLOCK + place
+    return ids.squeeze(-1), (probs.gather(-1, ids).double() / sums.sum(-1, True)).log().squeeze(-1)
+
+
+def _pass(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """Where `uniform` of the total is passed, `[B, 1]`, and what share of that place's weight it is, `[B]`."""
+    cumulative = weights.cumsum(-1)
+    target = uniform.clamp(max=1 - 2**-52).unsqueeze(-1) * cumulative[:, -1:]  # always below the total
+    place = torch.searchsorted(cumulative, target, right=True)
+    weight = weights.gather(-1, place)
+    return place, ((target - cumulative.gather(-1, place)) / weight + 1).clamp(min=0).squeeze(-1)
