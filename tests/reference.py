@@ -245,11 +245,13 @@ def eopd_loss(
     entropy_bonus: float = 0.0,
     advantage_shaping: float = 0.0,
     constant_logits: Sequence[Matrix] | None = None,
+    importance: Sequence[Vector] | None = None,
 ) -> dict[str, float]:
     """EOPD Eq. 9 under the token mean of Algorithm 1 line 13 (over all tokens of the batch, not over responses).
 
     `placement` says where the forward KL acts: "entropy" (the paper), "all", "none" (OPD alone), or explicit positions
-    (Table 6's random ones). `advantage_shaping` is Eq. 11's alpha, its kappa is 2. Returns the token means `opd` and
+    (Table 6's random ones). `advantage_shaping` is Eq. 11's alpha, its kappa is 2. `importance` weighs the sampled
+    tokens' term where another distribution than `old_logps` sampled them. Returns the token means `opd` and
     `fkl` (zero where it doesn't act), the student's `entropy`, and `loss` = opd + fkl - entropy_bonus * entropy.
     """
     opd: list[float] = []
@@ -263,7 +265,8 @@ def eopd_loss(
                 constant = student[t] if constant_logits is None else constant_logits[i][t]
                 advantage = shaped_advantage(advantage, token_entropy(constant), advantage_shaping)
             ratio = math.exp(log_softmax(student[t])[token] - old_logp)
-            opd.append(clipped_surrogate(ratio, advantage, clip_epsilon))
+            weight = 1.0 if importance is None else importance[i][t]
+            opd.append(weight * clipped_surrogate(ratio, advantage, clip_epsilon))
             placed = forward_kl_acts(
                 teacher[t], placement if isinstance(placement, str) else placement[i][t], entropy_threshold
             )

@@ -190,7 +190,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], tuple[str, ...], list[Say]]] = {
     "infinite temperature": ({"temperature": float("inf")}, (), [("temperature", "inf")]),
     "infinite learning rate": ({}, ("--learning_rate", "inf"), [("learning_rate", "inf")]),
     "infinite alpha": ({"alpha": float("inf")}, (), [("alpha", "inf")]),
-    "empty nucleus": ({"top_p": 0}, (), [("top_p", "0", "(0, 1]")]),
+    "empty nucleus": ({**EOPD, "top_p": 0}, (), [("top_p", "0", "(0, 1]")]),
     "no new tokens": ({"max_new_tokens": 0}, (), [("max_new_tokens", "0", "at least 1")]),
     "no room at all": ({"max_length": 1}, (), [("max_length", "1", "at least 2")]),
     "learning rate 0": ({"learning_rate": 0}, (), [("learning_rate", "0", "greater than 0")]),
@@ -234,7 +234,37 @@ CONFIGS: dict[str, tuple[dict[str, Any], tuple[str, ...], list[Say]]] = {
         (),
         [("entropy_ratio", "entropy_weight")],
     ),
-    "nucleus off-policy": ({"lmbda": 0, "top_p": 0.9}, (), [("top_p", "lmbda")]),
+    "nucleus off-policy": ({**EOPD, "lmbda": 0, "top_p": 0.9}, (), [("top_p", "lmbda")]),
+    "nucleus of tsd-kd": ({"top_p": 0.9}, (), [("top_p", "tsd-kd")]),
+    "vLLM's settings without vLLM": ({"vllm_mode": "server"}, (), [("vllm_mode", "use_vllm")]),
+    "a server's settings without one": (
+        {"use_vllm": True, "vllm_server_port": 9000},
+        (),
+        [("vllm_server_port", "9000", "vllm_mode")],
+    ),
+    "an engine's settings with a server": (
+        {"use_vllm": True, "vllm_mode": "server", "vllm_tensor_parallel_size": 2},
+        (),
+        [("vllm_tensor_parallel_size", "2", "vllm_mode")],
+    ),
+    "unknown vLLM mode": ({"use_vllm": True, "vllm_mode": "remote"}, (), [("vllm_mode", "remote", "colocate")]),
+    "no memory for vLLM": (
+        {"use_vllm": True, "vllm_gpu_memory_utilization": 0},
+        (),
+        [("vllm_gpu_memory_utilization", "0", "(0, 1]")],
+    ),
+    "no port": ({"use_vllm": True, "vllm_mode": "server", "vllm_server_port": 0}, (), [("vllm_server_port", "0")]),
+    "vLLM off-policy": ({"use_vllm": True, "lmbda": 0}, (), [("use_vllm", "lmbda")]),
+    "importance weights of tsd-kd": (
+        {"use_vllm": True, "vllm_importance_sampling_correction": True},
+        (),
+        [("vllm_importance_sampling_correction", "eopd")],
+    ),
+    "a bound without importance weights": (
+        {**EOPD, "use_vllm": True, "vllm_importance_sampling_clip_max": 2.0},
+        (),
+        [("vllm_importance_sampling_clip_max", "vllm_importance_sampling_correction")],
+    ),
     "kwargs without a template": (
         {"chat_template_source": "none", "chat_template_kwargs": {"a": 1}},
         (),
@@ -796,3 +826,11 @@ def test_python_configuration(cls: Any, values: dict[str, Any], fragments: Say) 
         cls(output_dir="x", **QUIET, **values)
     (problem,) = caught.value.problems
     assert all(fragment in problem for fragment in fragments)
+
+
+@pytest.mark.parametrize("found", [None, "0.10.2", "0.32.0"])
+def test_vllm_that_is_missing_or_too_old_or_too_new(found: str | None, place: Workplace, monkeypatch: Any) -> None:
+    names = {} if found is None else {"vllm": ["vllm"]}
+    monkeypatch.setattr("tsdkd.rollout.packages_distributions", lambda: names)
+    monkeypatch.setattr("tsdkd.rollout.version", lambda name: found)
+    place.refuses_config({"use_vllm": True}, (), ("use_vllm", found or "tsdkd[vllm]"))

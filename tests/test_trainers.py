@@ -10,8 +10,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import reference
 from conftest import QUIET, build_model, build_tokenizer, make_rows
 from tsdkd import EOPDConfig, EOPDTrainer, TokenizerMismatchError, TSDKDConfig, TSDKDTrainer
+from tsdkd.objectives.eopd import EOPDObjective, TeacherAnswers
 from tsdkd.rollout import prompt_generator
 from tsdkd.rollout.hf import sample
+from tsdkd.statistics import LogitsHead
 
 FAMILIES = ["gemma2", "llama", "qwen2", "qwen3"]
 ONE_STEP = {**QUIET, "max_steps": 1, "logging_steps": 1, "per_device_train_batch_size": 6, "optim": "sgd"}
@@ -402,3 +404,35 @@ def test_an_empty_completion_trains_nothing_and_breaks_nothing(saved_model, tmp_
         student = build_model("qwen3", 0)
     assert logs[0]["loss"] == pytest.approx(logs[1]["loss"], rel=1e-6)
     assert logs[0]["grad_norm"] == pytest.approx(logs[1]["grad_norm"], rel=1e-5)
+
+
+def test_importance_weights_act_on_the_sampled_term_alone():
+    """What an engine sampled from another distribution: the loss and its gradient, against the float64 loop."""
+    make = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(7, 20, generator=make, dtype=torch.float64) * 2 for _ in range(2))
+    sampled = torch.randint(0, 20, (7,), generator=make)
+    old = (student + torch.randn(7, 20, generator=make, dtype=torch.float64) * 0.3).log_softmax(-1)[range(7), sampled]
+    weights = torch.rand(7, generator=make, dtype=torch.float64) * 3
+    teacher_logps = teacher.log_softmax(-1)
+    top = teacher_logps.topk(16)
+    answers = TeacherAnswers(
+        old_logps=old,
+        teacher_logps=teacher_logps[range(7), sampled],
+        teacher_entropy=-(teacher_logps.exp() * teacher_logps).sum(-1),
+        topk_ids=top.indices,
+        topk_logps=top.values,
+        random_uniform=torch.zeros(7),
+        importance=weights,
+    )
+    logits = student.clone().requires_grad_()
+    output = EOPDObjective()(LogitsHead(logits), sampled, answers)
+    output.loss.backward()
+
+    def expected(flat: list[float]) -> float:
+        rows = [flat[i * 20 : (i + 1) * 20] for i in range(7)]
+        given = ([teacher.tolist()], [sampled.tolist()], [old.tolist()])
+        return reference.eopd_loss([rows], *given, importance=[weights.tolist()])["loss"] * 7
+
+    assert float(output.loss.detach()) == pytest.approx(expected(student.flatten().tolist()), rel=1e-9)
+    numeric = reference.central_difference(expected, student.flatten().tolist())
+    torch.testing.assert_close(logits.grad.flatten(), torch.tensor(numeric, dtype=torch.float64), rtol=1e-5, atol=1e-7)

@@ -94,6 +94,14 @@ def test_training_logs_how_far_engine_and_student_are_apart(method, saved_model,
         assert 0 < abs(logs[0]["policy/ratio"] - 1) < 0.05
 
 
+def test_importance_weights_take_the_students_own_policy(saved_model, tmp_path):
+    trainer = make_trainer(tmp_path, saved_model, method="eopd", vllm_importance_sampling_correction=True)
+    trainer.train()
+    log = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    assert log["policy/ratio"] == pytest.approx(1.0, abs=1e-6)
+    assert 0 < log["sampling/sampling_logp_difference/mean"] < 0.05
+
+
 @pytest.mark.parametrize("family, forgotten", [("llama", "lm_head.weight"), ("qwen2", "model.embed_tokens.weight")])
 def test_a_sync_that_forgets_a_tensor_stops_the_run(family, forgotten, saved_model, tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path, saved_model, family, max_steps=8)
@@ -129,3 +137,25 @@ def test_the_demo_learns_as_much_as_with_the_students_own_rollouts(tmp_path, cap
     assert main(["demo", "--use_vllm", "true", "--output_dir", str(tmp_path / "run")]) == 0
     rows = list(load_rows(str(resources.files("tsdkd").joinpath("demo/test.jsonl")), None, "train"))[:256]
     assert measure_saved(str(tmp_path / "run"), rows).avg > 52
+
+
+def test_weights_are_copied_once_and_again_after_a_resume(saved_model, tmp_path, monkeypatch):
+    from tsdkd.rollout.vllm import VLLMSampler
+
+    synced, proven = [], []
+    sync, check = VLLMSampler.sync_weights, "tsdkd.trainer.check_engine"
+    monkeypatch.setattr(VLLMSampler, "sync_weights", lambda self: (synced.append(1), sync(self)))
+    monkeypatch.setattr(check, lambda *args: proven.append(len(synced)))
+    values = {"save_strategy": "steps", "save_steps": 2, "vllm_check_every": 3, "learning_rate": 0.01}
+    run = make_trainer(tmp_path / "run", saved_model, max_steps=4, **values)
+    run.train()
+    assert (len(synced), proven) == (4, [1, 4])
+    run._roll_out(run.model, list(run.get_train_dataloader())[:1], 4, "train")  # the weights of step 4
+    run._roll_out(run.model, list(run.get_train_dataloader())[:1], 5, "train")
+    assert len(synced) == 5
+    synced.clear(), proven.clear()
+    resumed = make_trainer(tmp_path / "run", saved_model, max_steps=4, **values)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    assert (len(synced), proven) == (2, [1])
+    logs = [[e["loss"] for e in t.state.log_history if "loss" in e][-2:] for t in (run, resumed)]
+    assert logs[0] == pytest.approx(logs[1], rel=1e-3)

@@ -29,7 +29,8 @@ class TokenSelectiveConfig(GKDConfig):
     """What both methods share. Use `TSDKDConfig` or `EOPDConfig`.
 
     Args:
-        top_p: nucleus mass of the rollouts; below 1 the sampler is no longer the policy that the loss models.
+        top_p: nucleus mass of the rollouts, for EOPD (Table 8: 0.8 for Llama); below 1 the sampler is no longer the
+            policy that the loss models.
         chat_template_source: whose chat template renders the prompts; a plain string prompt becomes one user message.
             "none" takes strings as they are.
         chat_template_kwargs: passed to the template, e.g. `{"enable_thinking": false}`.
@@ -424,6 +425,8 @@ def _contradictions(cls: type, values: Mapping[str, Any], changed: set[str]) -> 
     problems = []
     if values.get("bf16") and values.get("fp16"):
         problems.append("bf16, fp16: at most one can be true")
+    if cls is TSDKDConfig and "top_p" in changed:
+        problems.append("top_p: tsd-kd's loss is of the distribution that is sampled from, the whole one; remove it")
     if cls is EOPDConfig and "beta" in changed:
         problems.append("beta: belongs to method tsd-kd, eopd has no JSD; remove it")
     if "use_peft" in values and not values["use_peft"]:

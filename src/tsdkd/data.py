@@ -74,7 +74,7 @@ def prepare_rows(
         DataError: a row without a usable prompt, or no row left.
     """
     shape = shape_of(rows, args)
-    total = min(args.max_length or context, context)
+    total = longest_sequence(args, context)
 
     def tokenize(row: dict[str, Any], index: int) -> dict[str, Any]:
         prompt, completion = split_row(row, index, shape)
@@ -99,13 +99,19 @@ def prepare_rows(
         shortest = min(total - limit for limit in tokenized["limit"])
         raise DataError(
             f"all {len(rows)} prompts leave no room for a completion: the shortest has {shortest} tokens, the limit "
-            f"of prompt and completion is {total} (max_length, or the models' context)"
+            f"of prompt and completion is {total} (max_length, vllm_max_model_length, or the models' context)"
         )
     if len(kept) < len(rows) and PartialState().is_main_process:
         print(
             f"dropped {len(rows) - len(kept)} of {len(rows)} prompts: they leave no room for a completion", flush=True
         )
     return kept
+
+
+def longest_sequence(args: TokenSelectiveConfig, context: int) -> int:
+    """Prompt plus completion, tokens: what is asked for, and what the models and an engine take."""
+    limits = [args.max_length, args.vllm_max_model_length if args.use_vllm else None]
+    return min(context, *(limit for limit in limits if limit))
 
 
 def shape_of(rows: Dataset, args: TokenSelectiveConfig) -> tuple[str, str | None]:

@@ -80,7 +80,9 @@ class Ticket:
     key: Key
 
 
-def generate(arguments: RunArguments, role: str, output: Path, per_prompt: int) -> None:
+def generate(
+    arguments: RunArguments, role: str, output: Path, per_prompt: int = 1, top_p: float | None = None
+) -> None:
     """Append the rows that `output` lacks, each as soon as it is done.
 
     Args:
@@ -88,10 +90,13 @@ def generate(arguments: RunArguments, role: str, output: Path, per_prompt: int) 
         role: "teacher" or "student".
         output: a JSONL file, a row a completion.
         per_prompt: completions for each prompt.
+        top_p: nucleus mass, instead of the run's: no loss has to model these samples.
 
     Raises:
         TSDKDError: with all finished rows kept.
     """
+    if top_p is not None:
+        arguments.training.top_p = top_p
     job = _prepare(arguments, role)
     done = _read(output, job)
     tickets = [
@@ -175,12 +180,12 @@ def _by_vllm(job: Job, tickets: list[Ticket]) -> Iterator[tuple[int, Completion]
     from .rollout.engine import complete, new_engine, parameters_of  # vLLM is an extra
 
     requests = [{"prompt": t.prompt_ids, "max_tokens": t.limit, "seed": prompt_seed(*t.key)} for t in tickets]
+    longest = max(len(t.prompt_ids) + t.limit for t in tickets)
     if job.args.vllm_mode == "server":
         from .rollout.server import connect
 
         parameters = parameters_of(job.sampling, job.vocab_size)
-        return connect(job.args).complete([request | parameters for request in requests])
-    longest = max(len(t.prompt_ids) + t.limit for t in tickets)
+        return connect(job.args, longest).complete([request | parameters for request in requests])
     return complete(new_engine(job.name, job.args, longest), requests, job.sampling)
 
 

@@ -94,6 +94,8 @@ def _build(method: str, values: dict[str, Any], given: dict[str, Any], notes: li
         culprits = [key for key in given if all(_works(partial(build, cls, key)) for cls in classes)]
         where = f"{', '.join(culprits)}: " if culprits else ""
         raise ConfigError([where + " ".join(str(error).split())]) from error
+    if training.top_p < 1.0:
+        notes.append(f"note: top_p {training.top_p}: rollouts come from a nucleus, which the loss doesn't model")
     return RunArguments(method, training, model, data, given, notes)
 
 

@@ -25,7 +25,7 @@ from . import model_card
 from .answers import is_correct
 from .completions import CompletionSample, print_completions
 from .config import TokenSelectiveConfig
-from .data import collate, completion_mask, pad_sequences, prepare_rows
+from .data import collate, completion_mask, longest_sequence, pad_sequences, prepare_rows
 from .errors import ConfigError
 from .heads import Heads
 from .metrics import RunningMeans
@@ -165,7 +165,7 @@ class TokenSelectiveTrainer(GKDTrainer):
             return HuggingFaceSampler(self.accelerator, sampling, args.gradient_checkpointing_kwargs)
         from .rollout.vllm import VLLMSampler  # vLLM is an extra
 
-        longest = min(args.max_length or self.pair.context, self.pair.context, args.vllm_max_model_length or 2**31)
+        longest = longest_sequence(args, self.pair.context)
         return VLLMSampler(self.model, self.accelerator, args, sampling, self.pair.tokenizer, longest)
 
     # Rollouts
@@ -388,7 +388,15 @@ class TokenSelectiveTrainer(GKDTrainer):
         if not self.is_world_process_zero():
             return
         names = [n for n in vars(self.objective) if hasattr(self.args, n)]
-        names += ["learning_rate", "lr_scheduler_type", "num_train_epochs", "temperature", "lmbda", "max_new_tokens"]
+        names += [
+            "learning_rate",
+            "lr_scheduler_type",
+            "num_train_epochs",
+            "temperature",
+            "top_p",
+            "lmbda",
+            "max_new_tokens",
+        ]
         model_card.write(
             Path(self.args.output_dir) / "README.md",
             method=self._name,

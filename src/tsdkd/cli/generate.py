@@ -28,14 +28,17 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--num_completions", "--num-completions", metavar="N", type=int, default=1, help="for each prompt; default: 1"
     )
+    parser.add_argument("--top_p", "--top-p", metavar="MASS", type=float, help="nucleus mass; default: the run's")
     args, flags = parser.parse_known_args(argv)
     if args.num_completions < 1:
         parser.error(f"--num_completions: must be at least 1, found {args.num_completions}")
+    if args.top_p is not None and not 0 < args.top_p <= 1:
+        parser.error(f"--top_p: must be in (0, 1], found {args.top_p}")
 
     from .. import run  # torch from here on
     from ..generate import generate
 
     # a configuration for off-policy training would say that nothing is generated; nothing is written to output_dir
     arguments = run.parse(args.config, [*flags, "--lmbda", "1", "--output_dir", str(args.output_file.parent)])
-    generate(arguments, args.role, args.output_file, args.num_completions)
+    generate(arguments, args.role, args.output_file, args.num_completions, args.top_p)
     return 0

@@ -29,7 +29,7 @@ def extra_options() -> dict[str, Any]:
 
 def new_engine(name: str, args: TokenSelectiveConfig, longest: int) -> LLM:
     """An engine that holds a model of its own. Raises `EngineError`."""
-    with as_engine_error("vLLM can't start"):
+    with as_engine_error("vLLM can't start", args):
         return LLM(
             model=name,
             revision=(args.model_init_kwargs or {}).get("revision"),
@@ -96,12 +96,15 @@ def parameters_of(sampling: Sampling, vocab_size: int) -> dict[str, Any]:
 
 
 @contextmanager
-def as_engine_error(what: str) -> Iterator[None]:
+def as_engine_error(what: str, args: TokenSelectiveConfig | None = None) -> Iterator[None]:
     """A library's failure as one line."""
     try:
         yield
+    except EngineError:
+        raise
     except (ValueError, RuntimeError, OSError, AssertionError) as error:
-        if isinstance(error, EngineError):
-            raise
         line = next((text.strip() for text in str(error).splitlines() if text.strip()), type(error).__name__)
-        raise EngineError(f"{what}: {line}") from error
+        hint = ""
+        if args is not None and "memory" in line:
+            hint = f" (vllm_gpu_memory_utilization is {args.vllm_gpu_memory_utilization})"
+        raise EngineError(f"{what}{hint}: {line}") from error

@@ -16,10 +16,21 @@ from . import Completion
 _CONNECTIONS = 256  # requests in flight: vLLM's usual batch
 
 
-def connect(args: TokenSelectiveConfig) -> "Client":
-    """The client of the server that the `vllm_server_…` settings name. Raises `EngineError`."""
+def connect(args: TokenSelectiveConfig, longest: int) -> "Client":
+    """The client of the server that the `vllm_server_…` settings name, which must take `longest` tokens.
+
+    Raises:
+        EngineError: it doesn't answer, or its context is too short.
+    """
     base_url = args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}"
-    return Client(base_url, args.vllm_group_port, args.vllm_server_timeout, args.vllm_request_timeout)
+    client = Client(base_url, args.vllm_group_port, args.vllm_server_timeout, args.vllm_request_timeout)
+    context = client._get(f"{base_url}/v1/models")["data"][0].get("max_model_len")
+    if context is not None and context < longest:
+        raise EngineError(
+            f"max_length: a prompt and its completion may have {longest} tokens, the vLLM server at {base_url} takes "
+            f"{context}; start it with --max-model-len {longest}, or set vllm_max_model_length: {context}"
+        )
+    return client
 
 
 class _Deadline(HTTPAdapter):

@@ -81,13 +81,18 @@ class VLLMSampler(vllm_generation.VLLMGeneration):
             return
         # TRL passes no logits processors
         llm = partial(vllm_generation.LLM, **extra_options())
-        with _ambient_state_kept(), patch.object(vllm_generation, "LLM", llm), as_engine_error("vLLM can't start"):
+        with (
+            _ambient_state_kept(),
+            patch.object(vllm_generation, "LLM", llm),
+            as_engine_error("vLLM can't start", self.args),
+        ):
             super()._init_vllm()
 
     def _connect(self) -> None:
-        self.vllm_client = connect(self.args)
+        self.vllm_client = connect(self.args, self.max_model_length)
         if self.accelerator.device.type == "cuda":
-            self.vllm_client.init_communicator(device=self.accelerator.device)
+            with as_engine_error("the vLLM server takes no weights"):
+                self.vllm_client.init_communicator(device=self.accelerator.device)
 
     def _on_main(self, work: Callable[[], Any]) -> Any:
         """What `work` gives on the main process, the only one that talks to a server. Its error is everyone's."""
