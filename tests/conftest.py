@@ -152,3 +152,31 @@ def launch(launcher: list[str], command: list[str]) -> str:
     )
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
+
+
+DDP = ["--multi_gpu", "--num_machines", "1", "--num_processes", "2"]
+DDP += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+"""`launch` over two processes."""
+
+
+def zero_launcher(stage: int, folder: Path) -> list[str]:
+    """`launch` over two processes with DeepSpeed ZeRO; its files are written into `folder`."""
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 0, "stage3_gather_16bit_weights_on_model_save": True}
+    sizes = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size", "gradient_clipping")
+    deepspeed = {"zero_optimization": zero, "zero_allow_untested_optimizer": True, **dict.fromkeys(sizes, "auto")}
+    (folder / "deepspeed.json").write_text(json.dumps(deepspeed))
+    accelerate = {
+        "compute_environment": "LOCAL_MACHINE",
+        "distributed_type": "DEEPSPEED",
+        "deepspeed_config": {
+            "deepspeed_config_file": str(folder / "deepspeed.json"),
+            "deepspeed_multinode_launcher": "standard",
+            "zero3_init_flag": stage == 3,
+        },
+        "num_machines": 1,
+        "num_processes": 2,
+        "machine_rank": 0,
+        "main_process_port": 0,
+    }
+    (folder / "accelerate.json").write_text(json.dumps(accelerate))
+    return ["--config_file", str(folder / "accelerate.json")]

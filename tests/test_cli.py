@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import flags, launch, make_rows, weights, write_jsonl
+from conftest import DDP, flags, launch, make_rows, weights, write_jsonl
 from tsdkd.cli import main
 from tsdkd.presets import preset_paths
 
@@ -44,19 +44,13 @@ def test_any_split_of_the_batch_gives_the_same_gradient_and_loss(method, saved_m
         split = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation, "max_steps": 1}
         command = run_flags(saved_model, rows_file, folder, method=method, **SGD, **split, **extra)
         if name == "2p4":
-            launch_two_processes(command)
+            assert launch(DDP, command).count("saved the student") == 1
         else:
             assert main(command) == 0
         gradients[name], logged[name] = before - weights(folder), losses(folder)
     for name, gradient in gradients.items():
         assert (gradient - gradients["8x1"]).norm() <= 1e-6 * gradients["8x1"].norm(), name
         assert logged[name] == pytest.approx(logged["8x1"], rel=1e-6), name
-
-
-def launch_two_processes(command: list[str]) -> None:
-    launcher = ["--multi_gpu", "--num_machines", "1", "--num_processes", "2"]
-    launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    assert launch(launcher, command).count("saved the student") == 1
 
 
 @pytest.mark.parametrize(

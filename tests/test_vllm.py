@@ -13,7 +13,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
-from conftest import QUIET, build_tokenizer, make_rows
+from conftest import DDP, QUIET, build_tokenizer, flags, launch, make_rows, zero_launcher
 from tsdkd import EngineError, EOPDConfig, EOPDTrainer, TSDKDConfig, TSDKDTrainer
 
 vllm = pytest.importorskip("vllm")
@@ -137,6 +137,21 @@ def test_the_demo_learns_as_much_as_with_the_students_own_rollouts(tmp_path, cap
     assert main(["demo", "--use_vllm", "true", "--output_dir", str(tmp_path / "run")]) == 0
     rows = list(load_rows(str(resources.files("tsdkd").joinpath("demo/test.jsonl")), None, "train"))[:256]
     assert measure_saved(str(tmp_path / "run"), rows).avg > 52
+
+
+@pytest.mark.parametrize("sharing", ["two engines", "one engine for two", "ZeRO-3"])
+def test_over_two_processes(sharing, saved_model, rows_file, tmp_path):
+    """Every sync is checked on both, and the learning rate is large enough for an old weight to show."""
+    values = {**VLLM, **STEPS, "max_steps": 3, "max_new_tokens": 12, "output_dir": tmp_path / "run"}
+    values |= {"model_name_or_path": saved_model("llama", 0, **SIZE), "dataset_name": rows_file}
+    values |= {"teacher_model_name_or_path": saved_model("llama", 1, **SIZE)}
+    values["vllm_tensor_parallel_size"] = 2 if sharing == "one engine for two" else 1
+    launcher = DDP
+    if sharing == "ZeRO-3":
+        pytest.importorskip("deepspeed")
+        launcher = zero_launcher(3, tmp_path)
+    logs = launch(launcher, ["train", *flags(**values)])
+    assert logs.count("sampling/sampling_logp_difference/mean") == 3
 
 
 def test_weights_are_copied_once_and_again_after_a_resume(saved_model, tmp_path, monkeypatch):
