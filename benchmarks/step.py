@@ -1,12 +1,12 @@
 """A whole on-policy training step against TRL's `GKDTrainer` and `DistillationTrainer`, split into its parts.
 
-    python benchmarks/step.py [--pairs demo large] [--repeats 3] [--steps 4] [--threads N]
+    python benchmarks/step.py [--pairs demo large] [--repeats 3] [--steps 4] [--threads N] [--vllm]
 
 Our step is TSD-KD with its three terms, the peers' is a JSD with beta 0.9: same pair, prompts, batch, limits, float32.
 `demo` is the embedded pair (32 responses); `large` has random weights, 60M and 250M parameters, the Qwen2.5 vocabulary
 (8 responses of 64 tokens). The trainers take turns, each turn's first step isn't counted; figures are medians of the
 turns, in seconds a step. `head` is from the student's last hidden states to their gradient: projections, loss, and the
-way back.
+way back. `--vllm` adds our trainer with rollouts on vLLM, weight syncs included.
 """
 
 import argparse
@@ -49,7 +49,7 @@ COMMON: dict[str, Any] = {
 SHAPES = {"demo": (32, 64), "large": (8, 64)}  # responses, their limit in tokens
 
 
-def random_model(hidden: int, layers: int) -> torch.nn.Module:
+def save_random(folder: str, hidden: int, layers: int) -> None:
     """Qwen2 with its own vocabulary, tied."""
     config = Qwen2Config(
         vocab_size=151936,
@@ -65,14 +65,17 @@ def random_model(hidden: int, layers: int) -> torch.nn.Module:
         pad_token_id=0,
     )
     torch.manual_seed(hidden)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(STUDENT).save_pretrained(folder)
 
 
-def models(pair: str) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """Student and teacher, new."""
-    if pair == "large":
-        return random_model(256, 20), random_model(768, 14)
-    return tuple(AutoModelForCausalLM.from_pretrained(n, dtype=torch.float32) for n in (STUDENT, TEACHER))
+def folders(pair: str, parent: str) -> tuple[str, str]:
+    """Student and teacher."""
+    if pair == "demo":
+        return STUDENT, TEACHER
+    save_random(f"{parent}/student", 256, 20)
+    save_random(f"{parent}/teacher", 768, 14)
+    return f"{parent}/student", f"{parent}/teacher"
 
 
 class Clock(TrainerCallback):
@@ -151,7 +154,7 @@ class Clock(TrainerCallback):
         return {"step": self.total, **{name: self.seconds[name] / self.steps for name in PARTS}}
 
 
-def trainers(pair: str, rows: Dataset, folder: str, steps: int) -> dict[str, Any]:
+def trainers(pair: str, rows: Dataset, folder: str, names: tuple[str, str], steps: int, vllm: bool) -> dict[str, Any]:
     """Name -> a function that makes the trainer and the object whose method is its rollout."""
     responses, limit = SHAPES[pair]
     common = {**COMMON, "output_dir": folder, "max_steps": steps + 1, "per_device_train_batch_size": responses}
@@ -165,7 +168,7 @@ def trainers(pair: str, rows: Dataset, folder: str, steps: int) -> dict[str, Any
     }
 
     def make(trainer_class: Any, args: Any, clock: Clock) -> Any:
-        student, teacher = models(pair)
+        student, teacher = (AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32) for name in names)
         trainer = trainer_class(
             model=student,
             teacher_model=teacher,
@@ -179,21 +182,26 @@ def trainers(pair: str, rows: Dataset, folder: str, steps: int) -> dict[str, Any
         return trainer
 
     gkd = {"max_new_tokens": limit, "max_length": 128, "lmbda": 1.0}
-    return {
-        "TSD-KD, tsdkd": lambda clock: make(TSDKDTrainer, TSDKDConfig(**common, **gkd, log_term_gradients=0), clock),
+    ours = {**common, **gkd, "log_term_gradients": 0}
+    found = {
+        "TSD-KD, tsdkd": lambda clock: make(TSDKDTrainer, TSDKDConfig(**ours), clock),
         "JSD, GKDTrainer": lambda clock: make(GKDTrainer, GKDConfig(**common, **gkd), clock),
         "JSD, DistillationTrainer": lambda clock: make(
             DistillationTrainer, DistillationConfig(**common, max_completion_length=limit), clock
         ),
     }
+    if vllm:
+        found["TSD-KD, tsdkd, vLLM"] = lambda clock: make(TSDKDTrainer, TSDKDConfig(**ours, use_vllm=True), clock)
+    return found
 
 
-def table(pair: str, rows: Dataset, repeats: int, steps: int) -> None:
+def table(pair: str, rows: Dataset, repeats: int, steps: int, vllm: bool) -> None:
     """Measure and print one pair."""
     found: dict[str, list[dict[str, float]]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as folder:
+        names = folders(pair, folder)
         for _ in range(repeats):
-            for name, make in trainers(pair, rows, folder, steps).items():
+            for name, make in trainers(pair, rows, folder, names, steps, vllm).items():
                 clock = Clock()
                 make(clock).train()
                 found[name].append(clock.result())
@@ -212,12 +220,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--vllm", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     rows = load_dataset("json", data_files=str(DEMO.joinpath("train.jsonl")), split="train").select(range(512))
     print(f"torch {torch.__version__}, {torch.get_num_threads()} CPU threads")
     for pair in arguments.pairs:
-        table(pair, rows, arguments.repeats, arguments.steps)
+        table(pair, rows, arguments.repeats, arguments.steps, arguments.vllm)
 
 
 if __name__ == "__main__":

@@ -34,12 +34,13 @@ def sampling_metrics(logps: Tensor, sampler_logps: Tensor | None) -> dict[str, t
         logps: `[N]`, log-probabilities of the sampled tokens under the student, nats.
         sampler_logps: `[N]`, under the engine, or None.
     """
-    if sampler_logps is None or len(sampler_logps) == 0:
+    if sampler_logps is None:
         return {}
     difference = (logps.detach() - sampler_logps).abs()
+    largest = difference.max() if len(difference) else difference.new_zeros(())
     return {
         "sampling/sampling_logp_difference/mean": mean_of(difference),
-        "sampling/sampling_logp_difference/max": (difference.max(), difference.new_ones(())),
+        "sampling/sampling_logp_difference/max": (largest, largest.new_ones(())),
     }
 
 
