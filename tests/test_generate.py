@@ -94,19 +94,32 @@ def test_other_prompts_and_other_files_are_refused(command, rows_file, tmp_path,
     reversed_rows.write_text("".join(reversed(Path(rows_file).read_text().splitlines(keepends=True))))
     assert main(command(output, dataset_name=reversed_rows)) == 2
     assert "prompt" in capsys.readouterr().err
-    assert main(command(Path(rows_file))) == 2
-    assert "isn't from tsdkd generate" in capsys.readouterr().err
+    one_line = tmp_path / "one_line.json"
+    one_line.write_text('{"mine": 1}')  # no end of line either
+    for path in (Path(rows_file), one_line):
+        before = path.read_bytes()
+        assert main(command(path)) == 2
+        assert "isn't from tsdkd generate" in capsys.readouterr().err
+        assert path.read_bytes() == before
+    for path in (tmp_path, one_line / "rows.jsonl"):
+        assert main(command(path)) == 2
+        assert "output_file" in capsys.readouterr().err
 
 
-def test_an_off_policy_run_trains_on_them(command, saved_model, tmp_path):
-    output = tmp_path / "rows.jsonl"
-    assert main(command(output)) == 0
+@pytest.mark.parametrize("columns", [("prompt", "completion"), ("problem", "response")])
+def test_an_off_policy_run_trains_on_them(columns, command, saved_model, rows_file, tmp_path):
+    """With the same configuration: rows have the columns that it names."""
+    output, data = tmp_path / "rows.jsonl", tmp_path / "data.jsonl"
+    data.write_text(Path(rows_file).read_text().replace('"prompt"', f'"{columns[0]}"'))
+    named = {"prompt_column": columns[0], "completion_column": columns[1]}
+    data.write_text(data.read_text().replace('"completion"', f'"{columns[1]}"'))
+    assert main(command(output, dataset_name=data, **named)) == 0
     run = {"output_dir": tmp_path / "run", "lmbda": 0, "max_steps": 2, "dataset_name": output, "save_strategy": "no"}
     names = {
         "model_name_or_path": saved_model("qwen3", 0),
         "teacher_model_name_or_path": saved_model("qwen3", 1, rows=70, hidden=48),
     }
-    assert main(["train", *flags(**{**names, **COMMON, **run})]) == 0
+    assert main(["train", *flags(**{**names, **COMMON, **run, **named})]) == 0
 
 
 def test_a_cut_completion_is_not_taught_as_an_end(command, tmp_path, saved_model):

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import requests
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -21,6 +20,7 @@ from conftest import flags
 from tsdkd.cli import main
 
 pytest.importorskip("vllm")
+requests = pytest.importorskip("requests")
 pytestmark = pytest.mark.vllm
 
 SIZE = {"hidden": 64, "head_dim": 32}
@@ -106,6 +106,11 @@ def test_a_server_that_dies_and_one_with_other_weights(command, server, saved_mo
     assert main(command("generate", server.port, role="student", output_file=output)) == 0
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert len(rows) == 24 and {row["finish_reason"] for row in rows} <= {"stop", "length"}
+
+    # those of another model would be mislabelled
+    other = command("generate", server.port, role="teacher", output_file=tmp_path / "teacher.jsonl")
+    assert main(other) == 2
+    assert "serves" in capsys.readouterr().err
 
     # a run trains on its samples, and its weights follow the student's
     folder = tmp_path / "run"

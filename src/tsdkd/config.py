@@ -425,6 +425,8 @@ def _contradictions(cls: type, values: Mapping[str, Any], changed: set[str]) -> 
     problems = []
     if values.get("bf16") and values.get("fp16"):
         problems.append("bf16, fp16: at most one can be true")
+    if values.get("use_vllm") and values["temperature"] > 2:
+        problems.append(f"temperature: vLLM takes at most 2, found {values['temperature']}")
     if cls is TSDKDConfig and "top_p" in changed:
         problems.append("top_p: tsd-kd's loss is of the distribution that is sampled from, the whole one; remove it")
     if cls is EOPDConfig and "beta" in changed:

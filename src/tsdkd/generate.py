@@ -6,16 +6,17 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from datasets import Dataset
 
 from . import run
 from .config import TokenSelectiveConfig
 from .data import prepare_rows, shape_of, split_row
-from .errors import ConfigError, OutputDirError
+from .errors import ConfigError, OutputDirError, TSDKDError
 from .models import Pair, generation_config_of, load_frozen, resolve_pair, revision_of, stop_token_ids
 from .parsing import RunArguments
 from .rollout import Completion, Key, Sampling, check_vllm, prompt_generator, prompt_seed
@@ -48,12 +49,22 @@ class Job:
     @property
     def sampling(self) -> Sampling:
         """Only ids that both models have, until the generating model stops."""
-        revision = (self.args.model_init_kwargs or {}).get("revision") if self.role == "student" else None
-        own = generation_config_of(self.name, self._config, revision)
+        own = generation_config_of(self.name, self._config, self.revision)
         tokenizer = self.pair.tokenizer if self.role == "student" else self.pair.teacher_tokenizer
         shared = self.pair.shared_vocab_size
         stop_ids = frozenset(i for i in stop_token_ids(own, tokenizer) if i < shared)
         return Sampling(stop_ids, shared, self.args.temperature, self.args.top_p)
+
+    @property
+    def revision(self) -> str | None:
+        """The branch, tag or commit that is asked for."""
+        kwargs = self.args.model_init_kwargs if self.role == "student" else self.args.teacher_model_init_kwargs
+        return (kwargs or {}).get("revision")
+
+    @property
+    def columns(self) -> tuple[str, str]:
+        """Of prompt and completion, as the run will look for them."""
+        return self.args.prompt_column or "prompt", self.args.completion_column or "completion"
 
     @property
     def vocab_size(self) -> int:
@@ -98,7 +109,8 @@ def generate(
     if top_p is not None:
         arguments.training.top_p = top_p
     job = _prepare(arguments, role)
-    done = _read(output, job)
+    with _writing(output):
+        done = _read(output, job)
     tickets = [
         Ticket(row["index"], sample, row["prompt_ids"], row["limit"], (job.args.seed, sample, row["index"]))
         for sample in range(per_prompt)
@@ -110,7 +122,7 @@ def generate(
         return
     source = job.source
     completions = _by_vllm(job, tickets) if job.args.use_vllm else _by_hugging_face(job, tickets)
-    with output.open("a", encoding="utf-8") as file:
+    with _writing(output) as file:
         for position, completion in _told(completions, len(tickets)):
             file.write(json.dumps(_row(job, tickets[position], completion) | source, ensure_ascii=False) + "\n")
             file.flush()
@@ -124,6 +136,8 @@ def _prepare(arguments: RunArguments, role: str) -> Job:
         )
     if args.use_vllm:
         check_vllm()
+        if "vllm_gpu_memory_utilization" not in arguments.given and args.device.type == "cuda":
+            args.vllm_gpu_memory_utilization = 0.9  # there is no training to share the device with
     rows, _ = run.load_data(arguments.data, args)
     run.set_model_kwargs(arguments)
     student, teacher = str(arguments.model.model_name_or_path), str(args.teacher_model_name_or_path)
@@ -133,10 +147,10 @@ def _prepare(arguments: RunArguments, role: str) -> Job:
 
 
 def _row(job: Job, ticket: Ticket, completion: Completion) -> dict[str, Any]:
-    original = job.rows[ticket.index]
+    original, (prompt, completion_) = job.rows[ticket.index], job.columns
     return {
-        "prompt": job.prompt_of(ticket.index),
-        "completion": job.pair.tokenizer.decode(completion.ids, skip_special_tokens=True),
+        prompt: job.prompt_of(ticket.index),
+        completion_: job.pair.tokenizer.decode(completion.ids, skip_special_tokens=True),
         **({"answer": original["answer"]} if "answer" in original else {}),
         "index": ticket.index,
         "sample": ticket.sample,
@@ -147,17 +161,15 @@ def _row(job: Job, ticket: Ticket, completion: Completion) -> dict[str, Any]:
 
 def _read(output: Path, job: Job) -> set[tuple[int, int]]:
     """(index, sample) of the rows that are there; a last line that was cut off is removed."""
-    if not output.exists():
-        output.parent.mkdir(parents=True, exist_ok=True)
-        return set()
     done, whole, source = set(), 0, job.source
+    start = f'{{"{job.columns[0]}": '.encode()
     with output.open("rb") as file:
         for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n"):
+            if not line.endswith(b"\n") and line.startswith(start[: len(line)]):
                 break
             try:
                 row = json.loads(line)
-                place, prompt = (row["index"], row["sample"]), row["prompt"]
+                place, prompt = (row["index"], row["sample"]), row[job.columns[0]]
                 found = {name: row[name] for name in source} | {"prompt": prompt}
                 expected = source | {"prompt": job.prompt_of(row["index"])}
             except (ValueError, KeyError, TypeError, IndexError) as error:
@@ -175,6 +187,19 @@ def _read(output: Path, job: Job) -> set[tuple[int, int]]:
     return done
 
 
+@contextmanager
+def _writing(output: Path) -> Iterator[TextIO]:
+    """The file, open for more rows."""
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with output.open("a", encoding="utf-8") as file:
+            yield file
+    except TSDKDError:
+        raise
+    except OSError as error:
+        raise OutputDirError(f"output_file: {output} can't be written: {error.strerror or error}") from error
+
+
 def _by_vllm(job: Job, tickets: list[Ticket]) -> Iterator[tuple[int, Completion]]:
     """Position and completion of each ticket, as they are done."""
     from .rollout.engine import complete, new_engine, parameters_of  # vLLM is an extra
@@ -185,8 +210,8 @@ def _by_vllm(job: Job, tickets: list[Ticket]) -> Iterator[tuple[int, Completion]
         from .rollout.server import connect
 
         parameters = parameters_of(job.sampling, job.vocab_size)
-        return connect(job.args, longest).complete([request | parameters for request in requests])
-    return complete(new_engine(job.name, job.args, longest), requests, job.sampling)
+        return connect(job.args, longest, job.name).complete([request | parameters for request in requests])
+    return complete(new_engine(job.name, job.revision, job.args, longest), requests, job.sampling)
 
 
 def _by_hugging_face(job: Job, tickets: list[Ticket]) -> Iterator[tuple[int, Completion]]:

@@ -53,6 +53,7 @@ def check_engine(
             raise EngineError(
                 "the engine doesn't sample from the student's weights: its log-probabilities differ by "
                 f"{difference:.3g} nats a token, more than the {tolerance:.3g} that bfloat16 explains. Likely causes: "
-                "a server that serves another model, a weight that the sync doesn't reach (tied embeddings, adapters, "
-                "quantised layers), an engine that computes the model otherwise (try vllm_model_impl: transformers)"
+                "a server that serves another model or lacks --logprobs-mode processed_logprobs, a weight that the "
+                "sync doesn't reach (tied embeddings, adapters, quantised layers), an engine that computes the model "
+                "otherwise (try vllm_model_impl: transformers)"
             )

@@ -19,6 +19,7 @@ from vllm.sampling_params import RequestOutputKind
 
 from .cpu_draw import CPUDraw, drawn, take
 
+_MOST_BIASES = 1024  # vLLM's limit for a request
 _tickets = itertools.count()
 
 
@@ -27,12 +28,12 @@ def extra_options() -> dict[str, Any]:
     return {"logits_processors": [CPUDraw]} if current_platform.is_cpu() else {}
 
 
-def new_engine(name: str, args: TokenSelectiveConfig, longest: int) -> LLM:
+def new_engine(name: str, revision: str | None, args: TokenSelectiveConfig, longest: int) -> LLM:
     """An engine that holds a model of its own. Raises `EngineError`."""
     with as_engine_error("vLLM can't start", args):
         return LLM(
             model=name,
-            revision=(args.model_init_kwargs or {}).get("revision"),
+            revision=revision,
             tensor_parallel_size=args.vllm_tensor_parallel_size,
             gpu_memory_utilization=args.vllm_gpu_memory_utilization,
             max_model_len=longest,
@@ -90,8 +91,14 @@ def parameters_of(sampling: Sampling, vocab_size: int) -> dict[str, Any]:
         "ignore_eos": True,  # the checkpoint's; the pair's may be more
         "stop_token_ids": sorted(sampling.stop_ids),
     }
-    if vocab_size > sampling.vocab_size:
-        parameters["allowed_token_ids"] = list(range(sampling.vocab_size))
+    surplus = range(sampling.vocab_size, vocab_size)
+    if len(surplus) > _MOST_BIASES:
+        raise EngineError(
+            f"the model has {vocab_size} logits, {len(surplus)} more than both models share; vLLM can leave out "
+            f"{_MOST_BIASES} at the most: set use_vllm: false"
+        )
+    if surplus:
+        parameters["logit_bias"] = dict.fromkeys(surplus, -100.0)
     return parameters
 
 
@@ -102,9 +109,14 @@ def as_engine_error(what: str, args: TokenSelectiveConfig | None = None) -> Iter
         yield
     except EngineError:
         raise
-    except (ValueError, RuntimeError, OSError, AssertionError) as error:
-        line = next((text.strip() for text in str(error).splitlines() if text.strip()), type(error).__name__)
+    except Exception as error:  # vLLM, torch, requests and safetensors raise what they like
+        line = first_line(error)
         hint = ""
         if args is not None and "memory" in line:
             hint = f" (vllm_gpu_memory_utilization is {args.vllm_gpu_memory_utilization})"
         raise EngineError(f"{what}{hint}: {line}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's text, or its type."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

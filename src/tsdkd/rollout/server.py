@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
 from typing import Any
 
 import requests
@@ -16,20 +17,26 @@ from . import Completion
 _CONNECTIONS = 256  # requests in flight: vLLM's usual batch
 
 
-def connect(args: TokenSelectiveConfig, longest: int) -> "Client":
+def connect(args: TokenSelectiveConfig, longest: int, name: str | None = None) -> "Client":
     """The client of the server that the `vllm_server_…` settings name, which must take `longest` tokens.
 
+    Args:
+        name: the model that it must serve, where its weights aren't replaced.
+
     Raises:
-        EngineError: it doesn't answer, or its context is too short.
+        EngineError: it doesn't answer, its context is too short, or it serves another model.
     """
-    base_url = args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}"
+    base_url = (args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}").rstrip("/")
     client = Client(base_url, args.vllm_group_port, args.vllm_server_timeout, args.vllm_request_timeout)
-    context = client._get(f"{base_url}/v1/models")["data"][0].get("max_model_len")
+    served = client._get(f"{base_url}/v1/models")["data"][0]
+    context, root = served.get("max_model_len"), str(served.get("root") or served["id"])
     if context is not None and context < longest:
         raise EngineError(
             f"max_length: a prompt and its completion may have {longest} tokens, the vLLM server at {base_url} takes "
             f"{context}; start it with --max-model-len {longest}, or set vllm_max_model_length: {context}"
         )
+    if name is not None and Path(root).name != Path(name).name:
+        raise EngineError(f"vllm_server_base_url: the server at {base_url} serves {root}, not {name}")
     return client
 
 
@@ -104,7 +111,12 @@ class Client(VLLMClient):
                 f"the vLLM server at {self.base_url} answers {path} with {response.status_code}: "
                 f"{' '.join(response.text.split())[:300]}"
             )
-        return response.json() if response.content else {}
+        try:
+            return response.json() if response.content else {}
+        except requests.JSONDecodeError as error:
+            raise EngineError(
+                f"the vLLM server at {self.base_url} answers {path} with something else than JSON"
+            ) from error
 
     def complete(self, requests_: Sequence[dict[str, Any]]) -> Iterator[tuple[int, Completion]]:
         """Position and completion of each request, as they are done.
@@ -120,14 +132,12 @@ class Client(VLLMClient):
             logps = choice["logprobs"]["token_logprobs"]
             return position, Completion(choice["token_ids"], choice["finish_reason"] == "stop", logps)
 
-        with ThreadPoolExecutor(max_workers=_CONNECTIONS) as pool:
-            futures = [pool.submit(one, position) for position in range(len(requests_))]
-            try:
-                for future in as_completed(futures):
-                    yield future.result()
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        pool = ThreadPoolExecutor(max_workers=_CONNECTIONS)
+        try:
+            for future in as_completed([pool.submit(one, position) for position in range(len(requests_))]):
+                yield future.result()
+        finally:  # the first error is told at once, not when the last request has been given up
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def load(self, folder: str) -> None:
         """Let the server read its weights from a folder: for servers that NCCL doesn't reach."""

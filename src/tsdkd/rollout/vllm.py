@@ -26,7 +26,7 @@ from ..config import TokenSelectiveConfig
 from ..errors import EngineError
 from . import Completion, Key, Sampling, prompt_seed
 from .adapters import merged_parameters
-from .engine import as_engine_error, complete, extra_options, parameters_of
+from .engine import as_engine_error, complete, extra_options, first_line, parameters_of
 from .server import connect
 
 # isort: split
@@ -100,13 +100,24 @@ class VLLMSampler(vllm_generation.VLLMGeneration):
         if self.accelerator.is_main_process:
             try:
                 outcome = [(work(), None)]
-            except EngineError as error:
-                outcome = [(None, str(error))]
+            except Exception as error:
+                outcome = [(None, first_line(error))]
         broadcast_object_list(outcome)
         value, problem = outcome[0]
         if problem is not None:
             raise EngineError(problem)
         return value
+
+    def _together(self, work: Callable[[], None]) -> None:
+        """Do `work` on all processes; an error on one of them is everyone's."""
+        problem = None
+        try:
+            work()
+        except Exception as error:
+            problem = first_line(error)
+        for found in gather_object([problem]):
+            if found is not None:
+                raise EngineError(found)
 
     # Weights
 
@@ -124,12 +135,12 @@ class VLLMSampler(vllm_generation.VLLMGeneration):
 
     def sync_weights(self) -> None:
         """Copy the student's weights into the engine. All processes must call it: sharded weights are gathered."""
-        if self.accelerator.device.type != "cpu":
-            super().sync_weights()
-        elif self.mode == "server":
-            self._sync_by_file()
-        else:
-            self._sync_cpu()
+        with as_engine_error("the weights don't reach vLLM"):
+            if self.accelerator.device.type == "cpu":
+                (self._sync_by_file if self.mode == "server" else self._sync_cpu)()
+            else:
+                torch.cuda.synchronize()  # vLLM reads them on streams of its own
+                self._together(super().sync_weights)
 
     def _sync_by_file(self) -> None:
         """TRL sends weights to a server by NCCL, which takes CUDA devices only."""
@@ -186,6 +197,9 @@ class VLLMSampler(vllm_generation.VLLMGeneration):
             before = sum(len(part) for part in gathered[: torch.distributed.get_rank(group=self.tp_group)])
             mine = slice(before, before + len(requests))
             requests = [request for part in gathered for request in part]
+            if is_peft_model(self.model) and self.accelerator.device.type == "cuda":
+                # as in TRL: the small all-reduce of the adapters' gradients may still be under way
+                torch.distributed.barrier(device_ids=[self.accelerator.local_process_index])
         if self.enable_sleep_mode:
             self.llm.wake_up(tags=["kv_cache"])
         completions = _in_order(complete(self.llm, requests, self.sampling))[mine]
