@@ -10,6 +10,8 @@ import transformers
 import trl
 from transformers import Trainer
 from trl.experimental.gkd import GKDTrainer
+from trl.generation.vllm_client import VLLMClient
+from trl.generation.vllm_generation import VLLMGeneration
 from trl.models.utils import unwrap_model_for_generation
 from trl.trainer.sft_trainer import SFTTrainer
 from trl.trainer.utils import create_model_from_path
@@ -80,3 +82,25 @@ def test_helpers_keep_their_arguments():
     assert {"model", "args", "data_collator", "peft_config", "processing_class"} <= set(
         inspect.signature(SFTTrainer.__init__).parameters
     )
+
+
+ENGINE = {
+    "__init__": ["self._init_vllm()", "DistributedBackend(accelerator)"],
+    "_init_vllm": ["self.llm = LLM(", "self.tp_group, _ =", "self._llm_weights_sleeping = "],
+    "sync_weights": ["self._iter_named_params()", "self.vllm_client.update_named_params("],
+    "_iter_named_params": ["self._dist.gather_params("],
+    "generate": ["self.llm.sleep(level=2)", 'self.llm.wake_up(tags=["kv_cache"])'],
+}
+
+
+@pytest.mark.parametrize("name", ENGINE)
+def test_trls_engine_still_works_through_what_we_replace(name):
+    source = inspect.getsource(getattr(VLLMGeneration, name))
+    missing = [text for text in ENGINE[name] if text not in source]
+    assert not missing, f"TRL {trl.__version__}: VLLMGeneration.{name} has no {missing} any more"
+
+
+def test_trls_client_checks_the_server_before_it_asks_it():
+    source = inspect.getsource(VLLMClient.__init__)
+    order = [source.index(text) for text in ("self.session = ", "self.check_server(", "self._get(")]
+    assert order == sorted(order), "our deadline is set in check_server: requests before it have none"
