@@ -15,8 +15,13 @@ from transformers import AutoModelForCausalLM
 
 from conftest import DDP, QUIET, build_tokenizer, flags, launch, make_rows, zero_launcher
 from tsdkd import EngineError, EOPDConfig, EOPDTrainer, TSDKDConfig, TSDKDTrainer
+from tsdkd.cli import main
+from tsdkd.data import load_rows
+from tsdkd.demo.show import measure_saved
+from tsdkd.presets import preset_paths
 
-vllm = pytest.importorskip("vllm")
+pytest.importorskip("vllm")
+VLLMSampler = pytest.importorskip("tsdkd.rollout.vllm").VLLMSampler
 pytestmark = pytest.mark.vllm
 
 VLLM = {"use_vllm": True, "vllm_check_every": 1}
@@ -130,13 +135,23 @@ def test_a_student_with_adapters(saved_model, tmp_path):
 
 def test_the_demo_learns_as_much_as_with_the_students_own_rollouts(tmp_path, capsys):
     """docs/demo.md: avg@8 37.0 before, 54 to 61 after, by seed."""
-    from tsdkd.cli import main
-    from tsdkd.data import load_rows
-    from tsdkd.demo.show import measure_saved
-
     assert main(["demo", "--use_vllm", "true", "--output_dir", str(tmp_path / "run")]) == 0
     rows = list(load_rows(str(resources.files("tsdkd").joinpath("demo/test.jsonl")), None, "train"))[:256]
     assert measure_saved(str(tmp_path / "run"), rows).avg > 52
+
+
+@pytest.mark.parametrize("preset", [path.name for path in preset_paths() if "offpolicy" not in path.name])
+def test_every_preset_of_the_papers_takes_vllm(preset, saved_model, rows_file, capsys):
+    values = {"model_name_or_path": saved_model("qwen3", 0), "teacher_model_name_or_path": saved_model("qwen3", 1)}
+    values |= {"dataset_name": rows_file, "dataset_train_split": "train", "use_cpu": "true", "bf16": "false"}
+    values |= {
+        "prompt_column": "prompt",
+        "completion_column": "completion",
+        "dataset_config": "null",
+        "use_vllm": "true",
+    }
+    assert main(["train", "--config", preset, "--dry_run", *flags(**values, gradient_accumulation_steps=1)]) == 0
+    assert "vLLM, colocate" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("sharing", ["two engines", "one engine for two", "ZeRO-3"])
@@ -155,8 +170,6 @@ def test_over_two_processes(sharing, saved_model, rows_file, tmp_path):
 
 
 def test_weights_are_copied_once_and_again_after_a_resume(saved_model, tmp_path, monkeypatch):
-    from tsdkd.rollout.vllm import VLLMSampler
-
     synced, proven = [], []
     sync, check = VLLMSampler.sync_weights, "tsdkd.trainer.check_engine"
     monkeypatch.setattr(VLLMSampler, "sync_weights", lambda self: (synced.append(1), sync(self)))

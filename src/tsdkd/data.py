@@ -111,7 +111,7 @@ def prepare_rows(
 def longest_sequence(args: TokenSelectiveConfig, context: int) -> int:
     """Prompt plus completion, tokens: what is asked for, and what the models and an engine take."""
     limits = [args.max_length, args.vllm_max_model_length if args.use_vllm else None]
-    return min(context, *(limit for limit in limits if limit))
+    return min([context, *(limit for limit in limits if limit)])
 
 
 def shape_of(rows: Dataset, args: TokenSelectiveConfig) -> tuple[str, str | None]:

@@ -21,6 +21,7 @@ from .data import load_rows, prepare_rows
 from .errors import ConfigError, DataError, OutputDirError, TSDKDError
 from .models import Pair, resolve_pair
 from .parsing import RunArguments, parse_run
+from .rollout import check_vllm
 from .trainer import TokenSelectiveTrainer
 
 RUN_FILE = "tsdkd_config.yaml"  # the resolved configuration; marks an output directory as ours
@@ -137,6 +138,8 @@ def plan(arguments: RunArguments) -> None:
     """Print the resolved configuration and what the run would do, without loading weights or writing anything."""
     training = arguments.training
     training.steps_per_rollout()
+    if training.use_vllm:
+        check_vllm()
     checkpoint = check_output_dir(training)
     train_rows, eval_rows = load_data(arguments.data, training)
     set_model_kwargs(arguments)
@@ -171,6 +174,8 @@ def _plan_table(arguments: RunArguments, pair: Pair, prepared: dict[str, Dataset
         "global batch": f"{training.per_device_train_batch_size} x {training.gradient_accumulation_steps} accumulated "
         f"x {training.world_size} processes = {batch}",
         "optimizer steps": str(_total_steps(batches, training)),
+        "rollouts": f"{f'vLLM, {training.vllm_mode}' if training.use_vllm else 'by the student itself'}, temperature "
+        f"{training.temperature}, top_p {training.top_p}",
         "completion tokens": f"at most {round(tokens_per_step):,} a step",
         "output": f"{training.output_dir}{f', resuming from {checkpoint}' if checkpoint else ''}",
     }
