@@ -14,7 +14,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
 from conftest import DDP, QUIET, build_tokenizer, flags, launch, make_rows, zero_launcher
-from tsdkd import EngineError, EOPDConfig, EOPDTrainer, TSDKDConfig, TSDKDTrainer
+from tsdkd import DataError, EngineError, EOPDConfig, EOPDTrainer, TSDKDConfig, TSDKDTrainer
 from tsdkd.cli import main
 from tsdkd.data import load_rows
 from tsdkd.demo.show import measure_saved
@@ -138,6 +138,17 @@ def test_the_demo_learns_as_much_as_with_the_students_own_rollouts(tmp_path, cap
     assert main(["demo", "--use_vllm", "true", "--output_dir", str(tmp_path / "run")]) == 0
     rows = list(load_rows(str(resources.files("tsdkd").joinpath("demo/test.jsonl")), None, "train"))[:256]
     assert measure_saved(str(tmp_path / "run"), rows).avg > 52
+
+
+def test_too_small_a_share_of_memory_is_named(saved_model, tmp_path, monkeypatch):
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE")
+    with pytest.raises(EngineError, match=r"vLLM can't start \(vllm_gpu_memory_utilization is 0.001\)"):
+        make_trainer(tmp_path, saved_model, vllm_gpu_memory_utilization=0.001)
+
+
+def test_prompts_longer_than_the_engines_context_are_caught_before_training(saved_model, tmp_path):
+    with pytest.raises(DataError, match="vllm_max_model_length"):
+        make_trainer(tmp_path, saved_model, vllm_max_model_length=4)
 
 
 @pytest.mark.parametrize("preset", [path.name for path in preset_paths() if "offpolicy" not in path.name])

@@ -112,6 +112,10 @@ def test_a_server_that_dies_and_one_with_other_weights(command, server, saved_mo
     assert main(other) == 2
     assert "serves" in capsys.readouterr().err
 
+    # its context is 64
+    assert main(command("train", server.port, output_dir=tmp_path / "long", max_length=100)) == 2
+    assert "--max-model-len 100" in capsys.readouterr().err
+
     # a run trains on its samples, and its weights follow the student's
     folder = tmp_path / "run"
     assert main(command("train", server.port, output_dir=folder, **RUN)) == 0
