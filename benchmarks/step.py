@@ -6,7 +6,7 @@ Our step is TSD-KD with its three terms, the peers' is a JSD with beta 0.9: same
 `demo` is the embedded pair (32 responses); `large` has random weights, 60M and 250M parameters, the Qwen2.5 vocabulary
 (8 responses of 64 tokens). The trainers take turns, each turn's first step isn't counted; figures are medians of the
 turns, in seconds a step. `head` is from the student's last hidden states to their gradient: projections, loss, and the
-way back. `--vllm` adds our trainer with rollouts on vLLM, weight syncs included.
+way back. `--vllm` adds our trainer with rollouts on vLLM; `sync`, a part of the rollout, copies the weights.
 """
 
 import argparse
@@ -33,7 +33,7 @@ with warnings.catch_warnings():
 
 DEMO = resources.files("tsdkd").joinpath("demo")
 STUDENT, TEACHER = str(DEMO.joinpath("student")), str(DEMO.joinpath("teacher"))
-PARTS = ("rollout", "teacher", "student", "head", "optimizer")
+PARTS = ("rollout", "sync", "teacher", "student", "head", "optimizer")
 COMMON: dict[str, Any] = {
     "learning_rate": 1e-6,
     "use_cpu": True,
@@ -178,6 +178,8 @@ def trainers(pair: str, rows: Dataset, folder: str, names: tuple[str, str], step
             callbacks=[clock],
         )
         clock.watch(student, teacher, trainer.accelerator)
+        if trainer_class is TSDKDTrainer:
+            clock.wrap(trainer.sampler, "update", "sync")
         clock.wrap(trainer, "generate_on_policy_outputs" if trainer_class is GKDTrainer else "_generate", "rollout")
         return trainer
 
