@@ -271,7 +271,7 @@ def print_keys() -> None:
     """The keys that tsdkd adds or gives another default, as a table."""
     table = Table(title="tsdkd's keys (all of TRL's ModelConfig and transformers' TrainingArguments work too)")
     for column in ("method", "key", "default", "meaning"):
-        table.add_column(column, overflow="fold")
+        table.add_column(column, overflow="fold", no_wrap=column == "key")
     for method, cls in METHODS.items():
         by_name = {f.name: f for f in dataclasses.fields(cls)}
         for name in own_fields(cls):
