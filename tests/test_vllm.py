@@ -133,7 +133,7 @@ def test_a_student_with_adapters(saved_model, tmp_path):
     assert all(entry["sampling/sampling_logp_difference/mean"] < 0.05 for entry in logs)
 
 
-def test_the_demo_learns_as_much_as_with_the_students_own_rollouts(tmp_path, capsys):
+def test_the_demo_learns_as_much_as_with_the_students_own_rollouts(tmp_path):
     """docs/demo.md: avg@8 37.0 before, 54 to 61 after, by seed."""
     assert main(["demo", "--use_vllm", "true", "--output_dir", str(tmp_path / "run")]) == 0
     rows = list(load_rows(str(resources.files("tsdkd").joinpath("demo/test.jsonl")), None, "train"))[:256]
