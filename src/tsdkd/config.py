@@ -259,7 +259,7 @@ _AT_LEAST_ONE = (lambda v: v >= 1, "must be at least 1")
 _NOT_NEGATIVE = (lambda v: v >= 0, "must be at least 0")
 _SHARE = (lambda v: 0 <= v <= 1, "must be in [0, 1]")
 _POSITIVE_SHARE = (lambda v: 0 < v <= 1, "must be in (0, 1]")
-
+_SEQUENCE = (lambda v: v >= 2, "must be at least 2 (a prompt and a completion token)")
 _PORT = (lambda v: 0 < v < 2**16, "must be a port, 1 to 65535")
 
 _LOG_LEVELS = ("debug", "info", "warning", "error", "critical", "passive")
@@ -291,7 +291,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "temperature": _POSITIVE,
     "top_p": _POSITIVE_SHARE,
     "max_new_tokens": _AT_LEAST_ONE,
-    "max_length": (lambda v: v >= 2, "must be at least 2 (a prompt and a completion token)"),
+    "max_length": _SEQUENCE,
     "log_term_gradients": _NOT_NEGATIVE,
     "head_chunk_gib": _POSITIVE,
     "vllm_gpu_memory_utilization": _POSITIVE_SHARE,
@@ -300,7 +300,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "vllm_request_timeout": _POSITIVE,
     "vllm_server_port": _PORT,
     "vllm_group_port": _PORT,
-    "vllm_max_model_length": (lambda v: v >= 2, "must be at least 2 (a prompt and a completion token)"),
+    "vllm_max_model_length": _SEQUENCE,
     "vllm_check_every": _AT_LEAST_ONE,
     "vllm_importance_sampling_clip_max": _AT_LEAST_ONE,
     "learning_rate": _POSITIVE,

@@ -37,7 +37,6 @@ class EOPDTrainer(TokenSelectiveTrainer):
     def _make_objective(self) -> EOPDObjective:
         return EOPDObjective(**{f.name: getattr(self.args, f.name) for f in fields(EOPDObjective)})
 
-    @torch.no_grad()
     def _annotate(self, model: nn.Module, batch: Batch, step: int, mode: str) -> None:
         """Query the policy that sampled and the teacher, once; keep the teacher's top-k only."""
         mask = completion_mask(batch)
@@ -45,7 +44,7 @@ class EOPDTrainer(TokenSelectiveTrainer):
         old_logps, importance = self._old_logps(model, batch, mask, sampled)
         with self._teacher_time(batch, mode):
             wanted = Request(entropy=True, top_k=self.args.forward_kl_top_k, ids=sampled)
-            teacher = self.heads.ask(self.teacher_model, batch, mask, lambda head: head(wanted))
+            teacher = self.heads.query(self.teacher_model, batch, mask, wanted)
         batch["answers"] = vars(
             TeacherAnswers(
                 old_logps=old_logps,
@@ -69,10 +68,7 @@ class EOPDTrainer(TokenSelectiveTrainer):
         corrected = self.args.vllm_importance_sampling_correction
         if sampler_logps is not None and not corrected and self.args.top_p == 1.0:
             return sampler_logps, None
-        was_training = model.training
-        model.eval()
-        logps = self.heads.ask(model, batch, mask, lambda head: head(Request(ids=sampled))).logps.squeeze(-1)
-        model.train(was_training)
+        logps = self.heads.query(model, batch, mask, Request(ids=sampled)).logps.squeeze(-1)
         if sampler_logps is None or not corrected:
             return logps, None
         return logps, (logps - sampler_logps).exp().clamp(max=self.args.vllm_importance_sampling_clip_max)

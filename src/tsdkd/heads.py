@@ -16,7 +16,7 @@ from .config import TokenSelectiveConfig
 from .errors import ModelError
 from .fused import FusedHead, Projection
 from .fused.head import compute_dtype
-from .statistics import Head, LogitsHead
+from .statistics import Head, LogitsHead, Request, TokenStatistics
 
 Answer = TypeVar("Answer")
 _WHOLE = "set fused_head: false, which computes whole logits"
@@ -80,6 +80,15 @@ class Heads:
         # as the wrapper's forward: DDP arms its gradient reduction there
         fields = self._redirect(model, unwrapped, inside)
         return kind[0](**fields)
+
+    @torch.no_grad()
+    def query(self, model: nn.Module, batch: dict[str, Tensor], mask: Tensor, request: Request) -> TokenStatistics:
+        """`request` of a model in eval mode, without gradients; `ask` says what the arguments are."""
+        was_training = model.training
+        model.eval()
+        answer = self.ask(model, batch, mask, lambda head: head(request))
+        model.train(was_training)
+        return answer
 
     def _fused(
         self, stack: ExitStack, model: PreTrainedModel, hidden: Tensor, teacher: "Teacher | None", own_in_forward: bool

@@ -17,7 +17,6 @@ from .statistics import Request
 _COMPLETIONS = 4
 
 
-@torch.no_grad()
 def check_engine(
     heads: Heads,
     accelerator: Accelerator,
@@ -40,10 +39,7 @@ def check_engine(
     batch = {name: value.to(accelerator.device) for name, value in batch.items()}
     mask = completion_mask(batch)
     sampled = batch["input_ids"][:, 1:][mask].unsqueeze(-1)
-    was_training = model.training
-    model.eval()
-    ours = heads.ask(model, batch, mask, lambda head: head(Request(ids=sampled, top_k=1)))
-    model.train(was_training)
+    ours = heads.query(model, batch, mask, Request(ids=sampled, top_k=1))
     theirs = torch.tensor([logp for _, c in chosen for logp in c.logps or []], device=mask.device)
     difference = (ours.logps.squeeze(-1) - theirs).abs().mean()
     tolerance = 2 * 2**-7 * ours.top_logits.abs().mean() - math.log(top_p)

@@ -23,7 +23,8 @@ _logps: dict[str, dict[int, float]] = {}  # ticket -> position -> log-probabilit
 def drawn(ticket: str, seed: int, limit: int, sampling: Sampling, **others: Any) -> SamplingParams:
     """Parameters of a request whose tokens are drawn here; `take(ticket)` gives their log-probabilities."""
     settings = {"ticket": ticket, "seed": seed, "sampling": sampling}
-    return SamplingParams(temperature=0.0, max_tokens=limit, extra_args={_KEY: settings}, **others)
+    ends = {"max_tokens": limit, "ignore_eos": True, "stop_token_ids": sorted(sampling.stop_ids)}
+    return SamplingParams(temperature=0.0, extra_args={_KEY: settings}, **ends, **others)
 
 
 def take(ticket: str, count: int) -> list[float] | None:

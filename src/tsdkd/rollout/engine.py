@@ -71,13 +71,12 @@ def complete(llm: LLM, requests: Sequence[dict[str, Any]], sampling: Sampling) -
 
 
 def _params(request: dict[str, Any], ticket: str, llm: LLM, sampling: Sampling) -> SamplingParams:
-    common: dict[str, Any] = {"ignore_eos": True, "stop_token_ids": sorted(sampling.stop_ids), "detokenize": False}
-    common["output_kind"] = RequestOutputKind.FINAL_ONLY
+    common: dict[str, Any] = {"detokenize": False, "output_kind": RequestOutputKind.FINAL_ONLY}
     if current_platform.is_cpu():
         return drawn(ticket, request["seed"], request["max_tokens"], sampling, **common)
     parameters = parameters_of(sampling, llm.model_config.get_vocab_size())
     own = {"max_tokens": request["max_tokens"], "seed": request["seed"]}
-    return SamplingParams(logprobs=0, **own, **{**parameters, **common})
+    return SamplingParams(logprobs=0, **own, **parameters, **common)
 
 
 def parameters_of(sampling: Sampling, vocab_size: int) -> dict[str, Any]:
