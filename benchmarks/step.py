@@ -10,6 +10,7 @@ way back. `--vllm` adds our trainer with rollouts on vLLM; `sync`, a part of the
 """
 
 import argparse
+import os
 import statistics
 import tempfile
 import time
@@ -19,6 +20,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import resources
 from typing import Any
+
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # the peers' memory isn't the engine's
 
 import torch
 from datasets import Dataset, load_dataset

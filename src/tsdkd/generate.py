@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from datasets import Dataset
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from . import run
 from .config import TokenSelectiveConfig
@@ -27,57 +28,52 @@ _SAY_EVERY = 10.0  # seconds
 
 @dataclass
 class Job:
-    """Who generates, how, and for what."""
+    """Who generates, how, and for what.
+
+    Attributes:
+        role, name, config, tokenizer, vocab_size: of the generating model; `vocab_size` counts its logits.
+        revision: the branch, tag or commit that is asked for.
+        args, pair: the run's.
+        rows, shape, prepared: the data set, its columns of prompt and completion, and its rows as token ids.
+    """
 
     role: str
     name: str
+    config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    vocab_size: int
+    revision: str | None
     args: TokenSelectiveConfig
     pair: Pair
     rows: Dataset
+    shape: tuple[str, str | None]
     prepared: Dataset
 
     @property
     def source(self) -> dict[str, Any]:
         """What all rows of a file share."""
-        args = self.args
-        revision = revision_of(self.name, self._config)
-        return {"model": self.name, "revision": revision, "seed": args.seed, "temperature": args.temperature} | {
-            "top_p": args.top_p,
-            "max_new_tokens": args.max_new_tokens,
+        return {
+            "model": self.name,
+            "revision": revision_of(self.name, self.config),
+            **{name: getattr(self.args, name) for name in ("seed", "temperature", "top_p", "max_new_tokens")},
         }
 
     @property
     def sampling(self) -> Sampling:
         """Only ids that both models have, until the generating model stops."""
-        own = generation_config_of(self.name, self._config, self.revision)
-        tokenizer = self.pair.tokenizer if self.role == "student" else self.pair.teacher_tokenizer
+        own = generation_config_of(self.name, self.config, self.revision)
         shared = self.pair.shared_vocab_size
-        stop_ids = frozenset(i for i in stop_token_ids(own, tokenizer) if i < shared)
+        stop_ids = frozenset(i for i in stop_token_ids(own, self.tokenizer) if i < shared)
         return Sampling(stop_ids, shared, self.args.temperature, self.args.top_p)
-
-    @property
-    def revision(self) -> str | None:
-        """The branch, tag or commit that is asked for."""
-        kwargs = self.args.model_init_kwargs if self.role == "student" else self.args.teacher_model_init_kwargs
-        return (kwargs or {}).get("revision")
 
     @property
     def columns(self) -> tuple[str, str]:
         """Of prompt and completion, as the run will look for them."""
         return self.args.prompt_column or "prompt", self.args.completion_column or "completion"
 
-    @property
-    def vocab_size(self) -> int:
-        """How many logits the generating model has."""
-        return self.pair.vocab_sizes[0 if self.role == "student" else 1]
-
-    @property
-    def _config(self) -> Any:
-        return self.pair.student_config if self.role == "student" else self.pair.teacher_config
-
-    def prompt_of(self, index: int) -> Any:
+    def prompt_of(self, row: dict[str, Any], index: int) -> Any:
         """The prompt of a row of the data set, as it stands there."""
-        return split_row(self.rows[index], index, shape_of(self.rows, self.args))[0]
+        return split_row(row, index, self.shape)[0]
 
 
 @dataclass
@@ -143,13 +139,19 @@ def _prepare(arguments: RunArguments, role: str) -> Job:
     student, teacher = str(arguments.model.model_name_or_path), str(args.teacher_model_name_or_path)
     pair = resolve_pair(student, teacher, args)
     prepared = prepare_rows(rows, pair.template, args, pair.context, needs_completion=False)
-    return Job(role, student if role == "student" else teacher, args, pair, rows, prepared)
+    if role == "student":
+        who = (student, pair.student_config, pair.tokenizer, pair.vocab_sizes[0])
+        revision = (args.model_init_kwargs or {}).get("revision")
+    else:
+        who = (teacher, pair.teacher_config, pair.teacher_tokenizer, pair.vocab_sizes[1])
+        revision = (args.teacher_model_init_kwargs or {}).get("revision")
+    return Job(role, *who, revision, args, pair, rows, shape_of(rows, args), prepared)
 
 
 def _row(job: Job, ticket: Ticket, completion: Completion) -> dict[str, Any]:
     original, (prompt, completion_) = job.rows[ticket.index], job.columns
     return {
-        prompt: job.prompt_of(ticket.index),
+        prompt: job.prompt_of(original, ticket.index),
         completion_: job.pair.tokenizer.decode(completion.ids, skip_special_tokens=True),
         **({"answer": original["answer"]} if "answer" in original else {}),
         "index": ticket.index,
@@ -171,7 +173,7 @@ def _read(output: Path, job: Job) -> set[tuple[int, int]]:
                 row = json.loads(line)
                 place, prompt = (row["index"], row["sample"]), row[job.columns[0]]
                 found = {name: row[name] for name in source} | {"prompt": prompt}
-                expected = source | {"prompt": job.prompt_of(row["index"])}
+                expected = source | {"prompt": job.prompt_of(job.rows[row["index"]], row["index"])}
             except (ValueError, KeyError, TypeError, IndexError) as error:
                 raise OutputDirError(f"output_file: line {number} of {output} isn't from tsdkd generate") from error
             other = next((name for name in expected if found[name] != expected[name]), None)
