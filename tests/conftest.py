@@ -27,6 +27,17 @@ from transformers import (
 
 torch.set_num_threads(1)
 
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="run the reliability campaigns whole (hours)")
+
+
+@pytest.fixture(scope="session")
+def long(request: pytest.FixtureRequest) -> bool:
+    """Whether the campaigns are run whole."""
+    return bool(request.config.getoption("--long"))
+
+
 WORDS = [f"w{i}" for i in range(56)]
 SPECIAL = ["<pad>", "<eos>", "<user>", "<assistant>"]
 TEMPLATE = (

@@ -714,10 +714,10 @@ def test_output_without_a_name(place: Workplace, monkeypatch: pytest.MonkeyPatch
 
 def test_output_that_holds_an_earlier_run(place: Workplace, earlier_run: Path) -> None:
     shutil.copytree(earlier_run, place.folder / "out")
-    place.refuses_config({}, (), ("output_dir", "out", "resume_from_checkpoint"))
-    place.refuses_config({}, ("--dry_run",), ("output_dir", "out", "resume_from_checkpoint"))
+    place.refuses_config({}, (), ("output_dir", "out", "--resume true"))
+    place.refuses_config({}, ("--dry_run",), ("output_dir", "out", "--resume true"))
     shutil.rmtree(place.folder / "out" / "checkpoint-1")
-    place.refuses_config({}, ("--resume_from_checkpoint", "true"), ("resume_from_checkpoint", "out"))
+    place.refuses_config({}, ("--resume_from_checkpoint", "true"), ("resume", "out"))
 
 
 @pytest.mark.parametrize("resume", ["true", "none/such/folder", "folder", "file.bin", "hollow", "trainer_state.json"])
@@ -727,22 +727,7 @@ def test_nothing_to_resume_from(resume: str, place: Workplace) -> None:
     (place.folder / "hollow").mkdir()
     (place.folder / "hollow" / "trainer_state.json").write_text("{}", encoding="utf-8")
     (place.folder / "trainer_state.json").write_text("{}", encoding="utf-8")
-    place.refuses_config(
-        {}, ("--resume_from_checkpoint", resume), ("resume_from_checkpoint", resume.replace("true", "out"))
-    )
-
-
-@pytest.mark.parametrize(
-    "damage", ["all", "trainer_state.json", "tsdkd_state_0.pt", "model.safetensors", "optimizer.pt"]
-)
-def test_resume_from_half_a_checkpoint(damage: str, place: Workplace, earlier_run: Path) -> None:
-    shutil.copytree(earlier_run, place.folder / "out")
-    checkpoint = place.folder / "out" / "checkpoint-1"
-    for file in [checkpoint / damage] if damage != "all" else list(checkpoint.iterdir()):
-        file.unlink()
-    place.refuses_config(
-        {"max_steps": 2}, ("--resume_from_checkpoint", "true"), ("resume_from_checkpoint", "checkpoint-1")
-    )
+    place.refuses_config({}, ("--resume_from_checkpoint", resume), ("resume", resume.replace("true", "out")))
 
 
 def test_resume_of_one_run_into_someone_else_s_folder(place: Workplace, earlier_run: Path) -> None:

@@ -26,15 +26,32 @@ OVERRIDDEN = [
     "evaluation_loop",
     "prediction_step",
     "log",
-    "_save_rng_state",
+    "train",
+    "_save_checkpoint",
+    "_save",
     "_load_optimizer_and_scheduler",
+    "_load_rng_state",
+    "_get_grad_norm",
     "save_model",
     "create_model_card",
 ]
 CALLED = {
-    "_run_epoch": ["self.get_batch_samples(epoch_iterator, num_batches, self.args.device)", "self.training_step("],
+    "_run_epoch": [
+        "self.get_batch_samples(epoch_iterator, num_batches, self.args.device)",
+        "self.training_step(",
+        "self._load_rng_state(resume_from_checkpoint)",
+        "_get_grad_norm(model",
+    ],
     "training_step": ["self.loss_is_scaled_for_ga", "num_items_in_batch=num_items_in_batch", "scale_wrt_gas"],
-    "_save_checkpoint": ["self._save_rng_state(output_dir)"],
+    # what `Resumable` writes instead
+    "_save_checkpoint": [
+        "self._save_optimizer_and_scheduler(output_dir)",
+        "self._save_scaler(output_dir)",
+        "self._save_rng_state(output_dir)",
+        "ExportableState",
+        "self._push_from_checkpoint(output_dir)",
+    ],
+    "_save": ["self.model.save_pretrained(", "self.processing_class.save_pretrained(", "torch.save(self.args"],
     "_prepare_for_training": ["self._load_optimizer_and_scheduler(resume_from_checkpoint)"],
     "_maybe_log_save_evaluate": ['logs["loss"]', "nested_gather(tr_loss"],
 }

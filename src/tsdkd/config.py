@@ -43,6 +43,10 @@ class TokenSelectiveConfig(GKDConfig):
             models whose logits are more than a scaled, soft-capped projection.
         head_chunk_gib: GiB for the logits of one chunk; the numbers don't depend on it. By default 0.25 on a CPU and
             1 on a GPU.
+        resume: continue from the newest complete checkpoint in `output_dir`, or start where there is none: what a job
+            that is requeued needs. (`resume_from_checkpoint` wants one, and takes a path too.)
+        max_nonfinite_steps: how many steps with a loss or gradient that isn't finite are left out before the run
+            stops.
         use_vllm: roll out with vLLM.
         vllm_mode: "colocate" (an engine in each process) or "server" (one that `vllm serve` runs).
         vllm_model_impl: vLLM's own implementation of the model, or transformers'.
@@ -77,6 +81,8 @@ class TokenSelectiveConfig(GKDConfig):
     log_term_gradients: int = _option(100, "Log each term's gradient norm every so many steps; 0 is never.")
     fused_head: bool = _option(True, "Compute the loss from hidden states, without whole logits.")
     head_chunk_gib: float | None = _option(None, "GiB for the logits of one chunk; none: 0.25 on a CPU, 1 on a GPU.")
+    resume: bool = _option(False, "Continue from the newest complete checkpoint in output_dir; without one, start.")
+    max_nonfinite_steps: int = _option(0, "How many steps with a non-finite loss or gradient are left out.")
     use_vllm: bool = _option(False, "Roll out with vLLM.")
     vllm_mode: Literal["colocate", "server"] = _option("colocate", "Where vLLM runs.")
     vllm_model_impl: Literal["auto", "vllm", "transformers"] = _option("auto", "Whose implementation vLLM runs.")
@@ -238,7 +244,9 @@ UNSUPPORTED = {
     "label_smoothing_factor": "the method decides the loss",
     "router_aux_loss_coef": "the method decides the loss",
     "auto_find_batch_size": "it would change the batch that the paper's numbers belong to",
-    "enable_jit_checkpoint": "it overwrites a good checkpoint with mid-step state",
+    "enable_jit_checkpoint": "it overwrites a good checkpoint with mid-step state; SIGTERM saves without it",
+    "save_only_model": "a checkpoint that can't be resumed from; save_total_limit bounds the disk",
+    "save_on_each_node": "output_dir must be one folder that all nodes see",
     "average_tokens_across_devices": "terms are always averaged over the global batch",
     "include_for_metrics": "the logged terms are fixed",
     "batch_eval_metrics": "the logged terms are fixed",
@@ -293,6 +301,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "max_new_tokens": _AT_LEAST_ONE,
     "max_length": _SEQUENCE,
     "log_term_gradients": _NOT_NEGATIVE,
+    "max_nonfinite_steps": _NOT_NEGATIVE,
     "head_chunk_gib": _POSITIVE,
     "vllm_gpu_memory_utilization": _POSITIVE_SHARE,
     "vllm_tensor_parallel_size": _AT_LEAST_ONE,

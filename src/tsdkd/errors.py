@@ -34,5 +34,25 @@ class EngineError(TSDKDError, RuntimeError):
     """A rollout engine that can't start, doesn't answer, or holds other weights than the student's."""
 
 
+class NonFiniteError(TSDKDError, FloatingPointError):
+    """A loss or gradient that is not finite: the run diverged, or its input broke it."""
+
+    exit_code = 3
+
+
+class PreemptedError(TSDKDError, InterruptedError):
+    """A run that a signal stopped; it can be continued."""
+
+    exit_code = 75  # sysexits.h: try again later
+
+
+class CheckpointError(TSDKDError, OSError):
+    """A checkpoint that can't be written. Any process can meet it, and says it."""
+
+
+class ResumeError(TSDKDError, ValueError):
+    """No checkpoint that this run could be continued from."""
+
+
 class OutputDirError(TSDKDError, FileExistsError):
     """The output directory holds files that the run would overwrite."""

@@ -12,19 +12,18 @@ import yaml
 from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
-from transformers import TrainerState, get_scheduler
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import get_scheduler
 from trl import get_peft_config
 
 from .config import METHODS, DataArguments, TokenSelectiveConfig, own_fields
 from .data import load_rows, prepare_rows
-from .errors import ConfigError, DataError, OutputDirError, TSDKDError
+from .errors import ConfigError, DataError, PreemptedError, TSDKDError
 from .models import Pair, resolve_pair
 from .parsing import RunArguments, parse_run
+from .preemption import watching
 from .rollout import check_vllm
+from .run_dir import claim, mark, resolved
 from .trainer import TokenSelectiveTrainer
-
-RUN_FILE = "tsdkd_config.yaml"  # the resolved configuration; marks an output directory as ours
 
 
 def parse(config: str | None, flags: Sequence[str]) -> RunArguments:
@@ -41,16 +40,20 @@ def train(arguments: RunArguments) -> TokenSelectiveTrainer:
     """Distil, save the student, and return the trainer.
 
     Raises:
+        PreemptedError: a signal stopped it, with a checkpoint.
+        NonFiniteError, CheckpointError, EngineError: in mid-run; the last checkpoint is as it was.
         TSDKDError: before anything is written.
     """
-    checkpoint = check_output_dir(arguments.training)
-    trainer = build_trainer(arguments)
-    _write_run_file(arguments)
-    if checkpoint and _is_finished(checkpoint, trainer):
-        _say(f"{checkpoint} is the end of the run: nothing left to train")
-        trainer._load_from_checkpoint(checkpoint)
-    else:
+    checkpoint = claim(arguments)
+    with watching():
+        trainer = build_trainer(arguments)
+        mark(arguments)
         trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.preemption.stopped:
+        raise PreemptedError(
+            f"stopped by a signal after step {trainer.state.global_step}, the checkpoint is saved; continue with "
+            "--resume true"
+        )
     trainer.save_model()
     _say(f"saved the student to {arguments.training.output_dir}")
     return trainer
@@ -83,12 +86,6 @@ def build_trainer(arguments: RunArguments) -> TokenSelectiveTrainer:
         raise ConfigError([_blame(error, arguments.given)]) from error
     trainer.dataset_name = arguments.data.dataset_name
     return trainer
-
-
-def _is_finished(checkpoint: str, trainer: TokenSelectiveTrainer) -> bool:
-    """transformers takes one more step when it resumes a run that has ended."""
-    state = TrainerState.load_from_json(str(Path(checkpoint, "trainer_state.json")))
-    return state.global_step >= _total_steps(len(trainer.get_train_dataloader()), trainer.args)
 
 
 def _total_steps(batches: int, training: TokenSelectiveConfig) -> int:
@@ -140,7 +137,7 @@ def plan(arguments: RunArguments) -> None:
     training.steps_per_rollout()
     if training.use_vllm:
         check_vllm()
-    checkpoint = check_output_dir(training)
+    checkpoint = claim(arguments)
     train_rows, eval_rows = load_data(arguments.data, training)
     set_model_kwargs(arguments)
     pair = resolve_pair(str(arguments.model.model_name_or_path), str(training.teacher_model_name_or_path), training)
@@ -151,7 +148,7 @@ def plan(arguments: RunArguments) -> None:
     }
     console = Console()
     console.print(
-        yaml.safe_dump(_resolved(arguments), sort_keys=True, allow_unicode=True), markup=False, highlight=False
+        yaml.safe_dump(resolved(arguments), sort_keys=True, allow_unicode=True), markup=False, highlight=False
     )
     console.print(_plan_table(arguments, pair, prepared, checkpoint))
     example = pair.template.decode(prepared["train"][0]["prompt_ids"])
@@ -193,48 +190,6 @@ def set_model_kwargs(arguments: RunArguments) -> None:
     arguments.training.model_init_kwargs = {**{k: v for k, v in chosen.items() if v is not None}, **given}
 
 
-def check_output_dir(training: TokenSelectiveConfig) -> str | None:
-    """The checkpoint to resume from, if any.
-
-    Raises:
-        OutputDirError: the directory has files that a run would mix with or overwrite.
-        ConfigError: there is nothing, or nothing whole, to resume from.
-    """
-    folder = Path(str(training.output_dir))
-    resume = str(training.resume_from_checkpoint or "false")
-    for place in (folder, *folder.parents):
-        if place.exists() and not place.is_dir():
-            raise OutputDirError(f"output_dir: {place} is a file, expected a folder")
-    present = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
-    if present and RUN_FILE not in present:
-        raise OutputDirError(f"output_dir: {folder} holds files that aren't tsdkd's ({present[0]}, …); choose another")
-    if resume.lower() == "false":
-        if present:
-            raise OutputDirError(
-                f"output_dir: {folder} holds an earlier run; continue it with --resume_from_checkpoint true, or "
-                "choose another"
-            )
-        return None
-    checkpoint = resume
-    if resume.lower() == "true":
-        checkpoint = (get_last_checkpoint(str(folder)) if present else None) or ""
-        if not checkpoint:
-            raise ConfigError([f"resume_from_checkpoint: {folder} has no checkpoint to resume from"])
-    _check_checkpoint(Path(checkpoint), training.process_index)
-    return checkpoint
-
-
-def _check_checkpoint(checkpoint: Path, process_index: int) -> None:
-    """transformers would go on without an optimizer state, and fail late without weights."""
-    needed = ["trainer_state.json", f"tsdkd_state_{process_index}.pt"]
-    if not any(checkpoint.glob("global_step*")):  # DeepSpeed keeps weights and optimizer there
-        needed += ["optimizer.pt", "scheduler.pt", "*model*.safetensors*"]
-    missing = [pattern for pattern in needed if not next(checkpoint.glob(pattern), None)]
-    if missing:
-        found = "is not complete" if checkpoint.is_dir() else "is not a folder"
-        raise ConfigError([f"resume_from_checkpoint: {checkpoint} {found}: it has no {', '.join(missing)}"])
-
-
 def load_data(data: DataArguments, training: TokenSelectiveConfig) -> tuple[Dataset, Dataset | None]:
     """The rows to train on and those to evaluate on. Raises `DataError`."""
     name, is_file = str(data.dataset_name), Path(str(data.dataset_name)).is_file()
@@ -259,14 +214,6 @@ def _peft_config(arguments: RunArguments) -> Any:
         raise ConfigError(["use_peft: peft is not installed; pip install 'tsdkd[peft]'"]) from error
 
 
-def _resolved(arguments: RunArguments) -> dict[str, Any]:
-    """Every of our keys, and every key of transformers and TRL that was set."""
-    values = {name: getattr(arguments.training, name) for name in own_fields(METHODS[arguments.method])}
-    values |= {k: v for k, v in arguments.given.items() if k != "hub_token"}
-    plain = {k: getattr(v, "value", v) for k, v in values.items()}
-    return {"method": arguments.method, **plain}
-
-
 def print_keys() -> None:
     """The keys that tsdkd adds or gives another default, as a table."""
     table = Table(title="tsdkd's keys (all of TRL's ModelConfig and transformers' TrainingArguments work too)")
@@ -279,14 +226,6 @@ def print_keys() -> None:
     for f in dataclasses.fields(DataArguments):
         table.add_row("both", f.name, str(f.default), f.metadata["help"])
     Console().print(table)
-
-
-def _write_run_file(arguments: RunArguments) -> None:
-    if arguments.training.process_index == 0:
-        folder = Path(str(arguments.training.output_dir))
-        folder.mkdir(parents=True, exist_ok=True)
-        text = yaml.safe_dump(_resolved(arguments), sort_keys=True, allow_unicode=True)
-        (folder / RUN_FILE).write_text(text, encoding="utf-8")
 
 
 def _say(text: str) -> None:

@@ -4,10 +4,12 @@ It subclasses TRL's `GKDTrainer` and replaces what can't be right there: `GKDTra
 exists, refuses pairs with differently padded vocabularies, and samples from the ambient RNG.
 """
 
+import hashlib
 import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from trl.experimental.gkd import GKDTrainer
 from trl.models import prepare_deepspeed
 from trl.trainer.utils import disable_dropout_in_model
@@ -26,12 +28,15 @@ from .answers import is_correct
 from .completions import CompletionSample, print_completions
 from .config import TokenSelectiveConfig
 from .data import collate, completion_mask, longest_sequence, pad_sequences, prepare_rows
-from .errors import ConfigError
+from .errors import ResumeError
+from .finite import FiniteGuard
 from .heads import Heads
 from .metrics import RunningMeans
 from .models import load_frozen, load_student, name_of, resolve_pair, stop_token_ids
 from .objectives import ObjectiveOutput
+from .preemption import Preemption
 from .proof import check_engine
+from .resumable import Resumable
 from .rollout import Completion, Sampler, Sampling, check_vllm, prompt_generator
 from .rollout.hf import HuggingFaceSampler
 
@@ -40,7 +45,7 @@ _EVAL_STEP = 2**62  # evaluation rollouts: the same random numbers at every eval
 _COIN = 2  # stream of `prompt_generator`
 
 
-class TokenSelectiveTrainer(GKDTrainer):
+class TokenSelectiveTrainer(Resumable, GKDTrainer):
     """Base of `TSDKDTrainer` and `EOPDTrainer`; subclasses say what a micro-batch is asked and what the objective is.
 
     Args:
@@ -117,6 +122,11 @@ class TokenSelectiveTrainer(GKDTrainer):
         self.heads = Heads(self.accelerator, args, self.pair.shared_vocab_size)
         self.objective = self._make_objective()
         self.sampler = self._make_sampler()
+        self.guard = FiniteGuard(
+            self.accelerator, Path(args.output_dir), args.max_nonfinite_steps, self.pair.tokenizer.decode
+        )
+        self.preemption = Preemption(self.accelerator)
+        self.add_callback(self.preemption)
         self.means = {mode: RunningMeans(self.accelerator) for mode in ("train", "eval")}
         self._windows: deque[list[Batch]] = deque()  # rolled out, not yet trained on
         self._already_rolled_out = 0  # batches that the data loader will yield again after a resume
@@ -174,6 +184,9 @@ class TokenSelectiveTrainer(GKDTrainer):
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], Tensor | None]:
         """The next accumulation window, rolled out, and the number of responses or tokens in the global batch."""
+        if self.state.global_step >= self.state.max_steps:  # resumed at its end; `Trainer` would take a step more
+            self.control.should_training_stop = True
+            return [], None
         deque(islice(epoch_iterator, self._already_rolled_out), maxlen=0)
         self._already_rolled_out = 0
         if not self._windows:
@@ -280,9 +293,18 @@ class TokenSelectiveTrainer(GKDTrainer):
         if num_items_in_batch is None:
             self.means[mode].add("loss", output.loss.item(), units)
             return output.loss / max(units, 1)
+        self.guard.see(inputs, output.loss)
         if log_terms:
             self._log_term_gradients(model, output, units)
         return output.loss * (self.accelerator.num_processes / num_items_in_batch.clamp(min=1))
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Trainer's last call before the optimizer's step. DeepSpeed has then left out a step that isn't finite."""
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        scaled = self.accelerator.mixed_precision == "fp16"  # overflows belong to it, its scaler leaves them out
+        if not self.guard.passes(0.0 if scaled else grad_norm, self.state.global_step + 1) and not scaled:
+            self.optimizer.zero_grad()
+        return grad_norm
 
     def _count_units(self, batch: Batch) -> int:
         lengths = batch["completion_lengths"]
@@ -343,8 +365,8 @@ class TokenSelectiveTrainer(GKDTrainer):
 
     # Checkpoints
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """See `Trainer.train`."""
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """See `Resumable.train`."""
         self._loads += 1  # steps are counted from 0 again, or from a checkpoint's
         return super().train(*args, **kwargs)
 
@@ -352,28 +374,25 @@ class TokenSelectiveTrainer(GKDTrainer):
         super()._load_best_model()
         self._loads += 1
 
-    def _save_rng_state(self, output_dir: str) -> None:
-        """Each process's own state goes beside its RNG state."""
-        super()._save_rng_state(output_dir)
+    def _own_state(self) -> dict[str, Any]:
         state = {"objective": self.objective.state_dict(), "windows": list(self._windows)}
-        torch.save(state, self._state_file(output_dir))
+        return {"rows": self._rows_digest, "skipped": self.guard.skipped, **state}
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        path = self._state_file(checkpoint)
-        if not path.is_file():
-            raise ConfigError(
-                [f"resume_from_checkpoint: {path} is missing; was it written by tsdkd, with as many processes?"]
-            )
-        state = torch.load(path, weights_only=True, map_location=self.accelerator.device)
+    def _load_own_state(self, state: dict[str, Any]) -> None:
+        if state["rows"] != self._rows_digest:
+            raise ResumeError("resume: train_dataset has other rows, or other tokens of them, than at the checkpoint")
+        self.guard.skipped = state["skipped"]
         self.objective.load_state_dict(state["objective"])
         self._windows = deque(state["windows"])
         self._already_rolled_out = sum(len(window) for window in self._windows)
 
-    def _state_file(self, folder: str) -> Path:
-        return Path(folder) / f"tsdkd_state_{self.args.process_index}.pt"
+    @cached_property
+    def _rows_digest(self) -> str:
+        """Of the training rows as they are trained on: their places in the data set are part of a checkpoint."""
+        digest = hashlib.sha256()
+        for rows in self.train_dataset.select_columns(["prompt_ids", "completion_ids", "limit"]).iter(1000):
+            digest.update(repr(rows).encode())
+        return digest.hexdigest()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save student, tokenizer, generation config and, for a final model, the model card."""

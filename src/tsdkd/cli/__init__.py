@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import version
 
-from ..errors import TSDKDError
+from ..errors import CheckpointError, TSDKDError
 
 _COMMANDS = {
     "train": "distil a student: tsdkd train --config FILE [--key value ...]",
@@ -25,7 +25,7 @@ _EXAMPLES = """examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command. Returns the exit code: 0, 2 for bad input, 130 when interrupted."""
+    """Run a command. Returns the exit code: 0, an error's (2 for bad input), 130 when interrupted."""
     parser = argparse.ArgumentParser(
         prog="tsdkd",
         description="On-policy, token-selective distillation of LLM reasoning (TSD-KD, EOPD).",
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(import_module(f".{command}", __name__).main(argv[1:]))
     except TSDKDError as error:
-        if int(os.environ.get("RANK", "0")) == 0:
+        if int(os.environ.get("RANK", "0")) == 0 or isinstance(error, CheckpointError):
             print(*(f"tsdkd {command}: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from .. import run
 from ..data import load_rows
 from ..parsing import RunArguments
+from ..run_dir import claim
 from .accuracy import Accuracy, measure
 
 PROBLEMS = 256
@@ -17,7 +18,7 @@ PROBLEMS = 256
 
 def show(arguments: RunArguments) -> None:
     """Run the demo and print its table. Raises `TSDKDError`."""
-    run.check_output_dir(arguments.training)
+    claim(arguments)
     torch.set_num_threads(2)  # more cost more than they give on matrices of 64 x 64, and change the bits of the run
     rows = list(load_rows(str(arguments.data.eval_dataset_name), None, "train"))[:PROBLEMS]
     teacher = measure_saved(str(arguments.training.teacher_model_name_or_path), rows)

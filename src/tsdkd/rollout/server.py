@@ -104,7 +104,7 @@ class Client(VLLMClient):
         except requests.RequestException as error:
             raise EngineError(
                 f"the vLLM server at {self.base_url} is gone (at {path}); start it again, and the run with "
-                "--resume_from_checkpoint true"
+                "--resume true"
             ) from error
         if not response.ok:
             raise EngineError(

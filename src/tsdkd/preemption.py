@@ -1,0 +1,73 @@
+"""A run that is told to stop saves first: SIGTERM or SIGUSR1 to any of its processes sets a flag, all processes read
+it together at the end of a step, save a checkpoint, and stop."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from transformers import TrainerCallback, TrainerControl
+
+MARKER = ".preempted"
+"""In the output directory after such a stop: launchers lose the exit codes of their processes."""
+
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_received: list[int] = []  # signals belong to the process, and so does this
+
+
+@contextmanager
+def watching() -> Iterator[None]:
+    """Within it, the signals only set the flag. Without effect in a thread, which can't have handlers."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, _note) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _note(number: int, frame: FrameType | None) -> None:
+    _received.append(number)
+
+
+class Preemption(TrainerCallback):
+    """Saves and stops at the end of a step after which any process has received a signal.
+
+    Attributes:
+        stopped: whether it has.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self.stopped = False
+
+    def on_train_begin(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
+        self.stopped = False
+        if state.is_world_process_zero:
+            Path(args.output_dir, MARKER).unlink(missing_ok=True)
+
+    def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
+        flag = torch.tensor(len(_received), device=self.accelerator.device)
+        if self.accelerator.reduce(flag, reduction="sum") and state.global_step < state.max_steps:
+            self.stopped = control.should_save = True
+            control.should_evaluate = False  # there may be no time
+
+    def on_save(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
+        control.should_training_stop |= self.stopped  # only now: a checkpoint holds what control says
+
+    def on_epoch_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
+        if self.stopped:  # it has been saved
+            control.should_save = control.should_evaluate = False
+
+    def on_train_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
+        _received.clear()
+        if self.stopped and state.is_world_process_zero:
+            Path(args.output_dir, MARKER).touch()

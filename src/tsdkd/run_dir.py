@@ -1,0 +1,119 @@
+"""The output directory of a run: whose it is, of which configuration, and whether there is something to continue."""
+
+import os
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from accelerate import PartialState
+from trl import ModelConfig
+
+from . import checkpoint
+from .config import METHODS, DataArguments, default_of, own_fields
+from .errors import OutputDirError
+from .parsing import RunArguments
+
+RUN_FILE = "tsdkd_config.yaml"  # the resolved configuration; marks an output directory as ours
+_NEW_RUN_FILE = f".{RUN_FILE}.new"
+
+# What may differ when a run goes on: it decides what is reported, kept, and how fast it goes, not what is learnt.
+_FREE_PREFIXES = ("logging_", "log_", "save_", "eval_", "hub_", "push_to_", "ddp_", "vllm_", "resume")
+_FREE = {
+    "output_dir",
+    "disable_tqdm",
+    "report_to",
+    "run_name",
+    "project",
+    "trackio_space_id",
+    "per_device_eval_batch_size",
+    "dataset_test_split",
+    "dataset_num_proc",
+    "dataloader_num_workers",
+    "dataloader_pin_memory",
+    "dataloader_persistent_workers",
+    "dataloader_prefetch_factor",
+    "load_best_model_at_end",
+    "metric_for_best_model",
+    "greater_is_better",
+    "head_chunk_gib",
+    "max_nonfinite_steps",
+    "use_vllm",
+}
+_LENGTH = {"max_steps", "num_train_epochs"}  # a run may be made longer
+
+
+def claim(arguments: RunArguments) -> str | None:
+    """The checkpoint that the run is resumed from, or None to start. All processes must call it.
+
+    Raises:
+        OutputDirError: the directory has files that the run would mix with or overwrite, or a run of another
+            configuration.
+        ResumeError: there is nothing to resume from.
+    """
+    training = arguments.training
+    folder, asked = Path(str(training.output_dir)), str(training.resume_from_checkpoint or "false")
+    for place in (folder, *folder.parents):
+        if place.exists() and not place.is_dir():
+            raise OutputDirError(f"output_dir: {place} is a file, expected a folder")
+    present = {path.name for path in folder.iterdir()} - {_NEW_RUN_FILE} if folder.is_dir() else set()
+    if present and RUN_FILE not in present:
+        raise OutputDirError(
+            f"output_dir: {folder} holds files that aren't tsdkd's ({min(present)}, …); choose another"
+        )
+    resumes = training.resume or asked.lower() != "false"
+    if present and not resumes:
+        raise OutputDirError(
+            f"output_dir: {folder} holds an earlier run; continue it with --resume true, or choose another"
+        )
+    if present:
+        _check_same_run(arguments, folder)
+    if not resumes:
+        return None
+    if asked.lower() not in ("true", "false"):
+        checkpoint.verify(Path(asked))
+        return asked
+    if training.resume and not checkpoint.in_run(folder):
+        return None
+    return str(checkpoint.newest(folder))
+
+
+def mark(arguments: RunArguments) -> None:
+    """Write the resolved configuration into the output directory, in one go."""
+    if arguments.training.process_index == 0:
+        folder = Path(str(arguments.training.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        text = yaml.safe_dump(resolved(arguments), sort_keys=True, allow_unicode=True)
+        (folder / _NEW_RUN_FILE).write_text(text, encoding="utf-8")
+        os.replace(folder / _NEW_RUN_FILE, folder / RUN_FILE)
+
+
+def resolved(arguments: RunArguments) -> dict[str, Any]:
+    """Every of our keys, and every key of transformers and TRL that was set; no token of the hub."""
+    values = {name: getattr(arguments.training, name) for name in own_fields(METHODS[arguments.method])}
+    values |= {k: v for k, v in arguments.given.items() if not k.endswith("token")}
+    plain = {k: getattr(v, "value", v) for k, v in values.items()}
+    return {"method": arguments.method, **plain}
+
+
+def _check_same_run(arguments: RunArguments, folder: Path) -> None:
+    before = yaml.safe_load((folder / RUN_FILE).read_text(encoding="utf-8"))
+    now = resolved(arguments)
+    defaults = {"method": None}
+    for cls in (METHODS[arguments.method], ModelConfig, DataArguments):
+        defaults |= {f.name: default_of(cls, f.name) for f in fields(cls)}
+    changed = [
+        (name, *(run.get(name, getattr(defaults.get(name), "value", defaults.get(name))) for run in (before, now)))
+        for name in sorted(before.keys() | now.keys())
+        if name not in _FREE and (not name.startswith(_FREE_PREFIXES) or "importance" in name)
+    ]
+    changed = [(name, old, new) for name, old, new in changed if old != new]
+    hard = [f"{name} was {old!r}, now {new!r}" for name, old, new in changed if name not in _LENGTH]
+    if hard:
+        raise OutputDirError(f"output_dir: {folder} holds another run: {'; '.join(hard)}; choose another directory")
+    for name, old, new in changed:
+        _say(f"resume: {name} was {old!r}, now {new!r}")
+
+
+def _say(text: str) -> None:
+    PartialState().print(text, flush=True)
