@@ -141,7 +141,7 @@ def test_a_server_that_dies_and_one_with_other_weights(command, server, saved_mo
     assert main(command("train", server.port, output_dir=folder, **{**RUN, "max_steps": 500})) == 2
     killer.join()
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("tsdkd train:")]
-    assert len(errors) == 1 and "resume_from_checkpoint" in errors[0] and str(server.port) in errors[0]
+    assert len(errors) == 1 and "--resume true" in errors[0] and str(server.port) in errors[0]
 
     # the run goes on with a new one, which starts with other weights than the checkpoint's
     server.process = Server(saved_model("llama", 2, **SIZE), server.port).wait().process

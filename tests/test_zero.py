@@ -1,35 +1,124 @@
-"""DeepSpeed ZeRO over two processes: sharded parameters, the head's weight among them, take the same step."""
+"""Several processes: DDP and ZeRO take the steps of one process, wherever the teacher is."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+import torch
 
-from conftest import flags, launch, weights, zero_launcher
+from conftest import flags, weights
 from tsdkd.cli import main
 
 pytest.importorskip("deepspeed")
 
 RUN = {"use_cpu": "true", "bf16": "false", "disable_tqdm": "true", "max_length": 64, "max_new_tokens": 12, "seed": 7}
 RUN |= {"optim": "sgd", "max_grad_norm": 0, "lr_scheduler_type": "constant", "learning_rate": 0.1, "warmup_steps": 0}
-RUN |= {"gradient_checkpointing": "true", "max_steps": 2, "save_strategy": "no", "report_to": "none"}
+RUN |= {"gradient_checkpointing": "true", "report_to": "none", "log_term_gradients": 0, "max_steps": 5}
 
 
-@pytest.mark.parametrize(
-    "method, family, stage", [("tsd-kd", "gemma2", 3), ("eopd", "llama", 3), ("tsd-kd", "llama", 2)]
-)
-def test_a_sharded_step_is_the_plain_one(method, family, stage, saved_model, rows_file, tmp_path):
-    """Gemma 2's head is tied and soft-capped, Llama's is a weight of its own."""
-    names = {
-        "model_name_or_path": saved_model(family, 0),
-        "teacher_model_name_or_path": saved_model("qwen3", 1, rows=70, hidden=48),
-        "dataset_name": rows_file,
-        "method": method,
-    }
-    extra = {"rollout_batch_size": 8} if method == "eopd" else {}
+@pytest.fixture
+def command(saved_model, rows_file, tmp_path):
+    """A run of five steps, whose students' layers are all sharded under ZeRO-3."""
 
-    def command(folder: str, batch: int) -> list[str]:
-        values = {**names, **RUN, **extra, "output_dir": tmp_path / folder, "per_device_train_batch_size": batch}
-        return ["train", *flags(**values)]
+    def make(method: str, folder: str, batch: int, **changes: object) -> list[str]:
+        family = {"tsd-kd": "gemma2", "eopd": "llama"}[method]  # tied and soft-capped; a head of its own
+        values = {
+            "model_name_or_path": saved_model(family, 0),
+            "teacher_model_name_or_path": saved_model("qwen3", 1, rows=70, hidden=48),
+            "dataset_name": rows_file,
+            "method": method,
+            "output_dir": tmp_path / folder,
+            "per_device_train_batch_size": batch,
+            "save_strategy": "no",
+            **({"rollout_batch_size": 8} if method == "eopd" else {}),
+        }
+        return ["train", *flags(**{**values, **RUN, **changes})]
 
-    assert main(command("plain", 4)) == 0
-    launch(zero_launcher(stage, tmp_path), command("sharded", 2))
-    before, plain, sharded = (weights(f) for f in (saved_model(family, 0), tmp_path / "plain", tmp_path / "sharded"))
-    assert (sharded - plain).norm() <= 1e-4 * (plain - before).norm()
+    return make
+
+
+def start(command: list[str], config: str, processes: int = 2) -> subprocess.CompletedProcess:
+    """`tsdkd train` that starts its own processes on the CPU."""
+    environment = {"OMP_NUM_THREADS": "1", "ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"}
+    # DeepSpeed compiles its communication at the first run, with the ninja beside this Python
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    several = ["--accelerate_config", config, "--num_processes", str(processes), "--main_process_port", "0"]
+    return subprocess.run(
+        [sys.executable, "-m", "tsdkd", *command, *several],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """Method -> the student of one process, made on first use."""
+    made = {}
+
+    def of(method, command):
+        if method not in made:
+            folder = tmp_path_factory.mktemp(method) / "plain"
+            assert main(command(method, folder, 4)) == 0
+            made[method] = weights(folder)
+        return made[method]
+
+    return of
+
+
+CASES = [
+    ("tsd-kd", "ddp", "replica"),
+    ("tsd-kd", "ddp", "zero3"),
+    ("tsd-kd", "zero1", "replica"),
+    ("tsd-kd", "zero2", "cpu_offload"),
+    ("tsd-kd", "zero3", "zero3"),
+    ("tsd-kd", "zero3", "replica"),
+    ("eopd", "ddp", "replica"),
+    ("eopd", "zero1", "zero3"),
+    ("eopd", "zero2", "replica"),
+    ("eopd", "zero3", "cpu_offload"),
+]
+
+
+@pytest.mark.parametrize("method, config, teacher", CASES)
+def test_the_steps_of_one_process(method, config, teacher, plain, command, saved_model, tmp_path):
+    expected = plain(method, command)
+    result = start(command(method, "several", 2, teacher_placement=teacher), config)
+    assert result.returncode == 0, result.stderr[-3000:]
+    before, found = weights(saved_model("gemma2" if method == "tsd-kd" else "llama", 0)), weights(tmp_path / "several")
+    assert (found - expected).norm() <= 1e-4 * (expected - before).norm()
+
+
+def test_an_offloaded_teacher_of_one_process(plain, command, tmp_path):
+    expected = plain("tsd-kd", command)
+    result = start(command("tsd-kd", "one", 4, teacher_placement="cpu_offload"), "single", 1)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert (weights(tmp_path / "one") - expected).norm() <= 1e-6 * expected.norm()
+
+
+@pytest.mark.parametrize("method, config", [("tsd-kd", "zero2"), ("eopd", "zero3")])
+def test_a_resumed_run_is_bitwise_the_same(method, config, command, tmp_path):
+    values = {"save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch", "learning_rate": 0.01}
+    whole, parts = (command(method, name, 2, resume="true", **values) for name in ("whole", "parts"))
+    assert start(whole, config).returncode == 0
+    assert start(parts, config).returncode == 0
+    for step in (4, 5):
+        shutil.rmtree(tmp_path / "parts" / f"checkpoint-{step}", ignore_errors=True)
+    (tmp_path / "parts" / "model.safetensors").unlink()
+    result = start(parts, config)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert torch.equal(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+
+
+def test_what_a_launch_says(command, tmp_path):
+    """One line from the first process, and its exit code; nothing of the launcher's."""
+    result = start(command("tsd-kd", "out", 2, learning_rat=1), "ddp")
+    assert result.returncode == 2
+    assert result.stderr.strip().count("\n") == 0 and "learning_rat" in result.stderr
+    result = start(command("tsd-kd", "out", 2), "zero9")
+    assert result.returncode == 2 and "accelerate_config" in result.stderr and "zero3" in result.stderr
+    assert not (tmp_path / "out").exists()

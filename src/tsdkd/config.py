@@ -43,6 +43,8 @@ class TokenSelectiveConfig(GKDConfig):
             models whose logits are more than a scaled, soft-capped projection.
         head_chunk_gib: GiB for the logits of one chunk; the numbers don't depend on it. By default 0.25 on a CPU and
             1 on a GPU.
+        teacher_placement: "replica" (whole on every device), "zero3" (sharded over them) or "cpu_offload" (sharded
+            over the hosts' memory), whatever the student's ZeRO stage. By default sharded where the student is.
         resume: continue from the newest complete checkpoint in `output_dir`, or start where there is none: what a job
             that is requeued needs. (`resume_from_checkpoint` wants one, and takes a path too.)
         max_nonfinite_steps: how many steps with a loss or gradient that isn't finite are left out before the run
@@ -81,6 +83,9 @@ class TokenSelectiveConfig(GKDConfig):
     log_term_gradients: int = _option(100, "Log each term's gradient norm every so many steps; 0 is never.")
     fused_head: bool = _option(True, "Compute the loss from hidden states, without whole logits.")
     head_chunk_gib: float | None = _option(None, "GiB for the logits of one chunk; none: 0.25 on a CPU, 1 on a GPU.")
+    teacher_placement: Literal["replica", "zero3", "cpu_offload"] | None = _option(
+        None, "Where the teacher's weights are; none: sharded where the student's are, else on every device."
+    )
     resume: bool = _option(False, "Continue from the newest complete checkpoint in output_dir; without one, start.")
     max_nonfinite_steps: int = _option(0, "How many steps with a non-finite loss or gradient are left out.")
     use_vllm: bool = _option(False, "Roll out with vLLM.")

@@ -10,7 +10,6 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl.models.utils import _ForwardRedirection
-from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from .config import TokenSelectiveConfig
 from .errors import ModelError
@@ -95,8 +94,7 @@ class Heads:
     ) -> FusedHead:
         second: tuple[Any, ...] = ()
         if teacher is not None:
-            layer = _output_layer(teacher.model)
-            stack.enter_context(maybe_gather_lm_head_ctx(layer.weight, layer.bias))
+            _gather(stack, _output_layer(teacher.model))
             second = (teacher.states, projection_of(teacher.model))
         return FusedHead(
             hidden,
@@ -179,6 +177,17 @@ def _output_layer(model: PreTrainedModel) -> Any:
     layer = model.get_output_embeddings()
     copies = getattr(layer, "modules_to_save", None)  # peft's trained copy of a whole layer
     return layer if copies is None else copies[layer.active_adapter]
+
+
+def _gather(stack: ExitStack, layer: Any) -> None:
+    """A layer's parameters, sharded by ZeRO-3 or not, whole within the stack."""
+    sharded = [p for p in (layer.weight, layer.bias) if p is not None and hasattr(p, "ds_status")]
+    if sharded:
+        from deepspeed.runtime.zero.partition_parameters import GatheredParameters, ZeroParamStatus
+
+        # a weight that the embedding shares may be there already, and must stay
+        missing = [p for p in sharded if p.ds_status != ZeroParamStatus.AVAILABLE]
+        stack.enter_context(GatheredParameters(missing))
 
 
 def _backbone(model: Any, ids: Tensor, attention_mask: Tensor) -> Tensor:

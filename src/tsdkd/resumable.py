@@ -73,6 +73,9 @@ class Resumable(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Trainer's, without the pickled arguments, which hold the hub's token."""
         folder = output_dir or self.args.output_dir
+        if state_dict is not None:  # of DeepSpeed: copies, which hide that two names are one tensor
+            tied = getattr(self.model, "all_tied_weights_keys", {})
+            state_dict = {name: tensor for name, tensor in state_dict.items() if name not in tied}
         self.model.save_pretrained(folder, state_dict=state_dict, is_main_process=self.args.should_save)
         if self.args.should_save:
             self.processing_class.save_pretrained(folder)

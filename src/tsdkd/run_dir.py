@@ -37,6 +37,7 @@ _FREE = {
     "metric_for_best_model",
     "greater_is_better",
     "head_chunk_gib",
+    "teacher_placement",
     "max_nonfinite_steps",
     "use_vllm",
 }

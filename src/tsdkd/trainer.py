@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from trl.experimental.gkd import GKDTrainer
-from trl.models import prepare_deepspeed
 from trl.trainer.utils import disable_dropout_in_model
 
 from . import model_card
@@ -32,13 +31,14 @@ from .errors import ResumeError
 from .finite import FiniteGuard
 from .heads import Heads
 from .metrics import RunningMeans
-from .models import load_frozen, load_student, name_of, resolve_pair, stop_token_ids
+from .models import load_student, name_of, resolve_pair, stop_token_ids
 from .objectives import ObjectiveOutput
 from .preemption import Preemption
 from .proof import check_engine
 from .resumable import Resumable
 from .rollout import Completion, Sampler, Sampling, check_vllm, prompt_generator
 from .rollout.hf import HuggingFaceSampler
+from .teacher import load_teacher, place_teacher
 
 Batch = dict[str, Any]
 _EVAL_STEP = 2**62  # evaluation rollouts: the same random numbers at every evaluation
@@ -93,7 +93,7 @@ class TokenSelectiveTrainer(Resumable, GKDTrainer):
         if isinstance(model, str):
             model = load_student(model, args)
         if isinstance(teacher_model, str):
-            teacher_model = load_frozen(teacher_model, args)
+            teacher_model = load_teacher(teacher_model, self.pair.teacher_config, args)
 
         # `GKDTrainer.__init__` would refuse differently padded vocabularies: its parent's is called, and what it does
         # besides is done here
@@ -113,11 +113,7 @@ class TokenSelectiveTrainer(Resumable, GKDTrainer):
             disable_dropout_in_model(self.model)
         self.stop_ids = self._stop_ids(teacher_model)
         self.teacher_name = name_of(teacher_model)
-        teacher_model.requires_grad_(False).eval()
-        if self.is_deepspeed_enabled:
-            self.teacher_model = prepare_deepspeed(teacher_model, self.accelerator)
-        else:
-            self.teacher_model = self.accelerator.prepare_model(teacher_model, evaluation_mode=True)
+        self.teacher_model = place_teacher(teacher_model, self.accelerator, args)
 
         self.heads = Heads(self.accelerator, args, self.pair.shared_vocab_size)
         self.objective = self._make_objective()

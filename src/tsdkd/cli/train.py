@@ -3,9 +3,19 @@
 import argparse
 from collections.abc import Sequence
 
+from .. import launch
+
 _EPILOG = """Every field of the method's configuration, of TRL's ModelConfig and of transformers' TrainingArguments is
 a key of FILE and a flag: --learning_rate 1e-6, --gate false, --report_to tensorboard wandb.
 `tsdkd train --help_keys` lists tsdkd's own keys with their defaults."""
+_LAUNCH = {
+    "num_processes": "N",
+    "num_machines": "N",
+    "machine_rank": "N",
+    "main_process_ip": "HOST",
+    "main_process_port": "PORT",
+    "rdzv_backend": "NAME",
+}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -14,14 +24,26 @@ def main(argv: Sequence[str]) -> int:
         prog="tsdkd train",
         description="Distil a student from a teacher.",
         epilog=_EPILOG,
-        usage="tsdkd train --config FILE [--key value ...] [--dry_run]",
+        usage="tsdkd train --config FILE [--key value ...] [--dry_run] [--accelerate_config NAME --num_processes N]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="FILE", help="a YAML file, or the name of a shipped one (`tsdkd configs`)")
     parser.add_argument("--dry_run", "--dry-run", action="store_true", help="print configuration and plan, and stop")
     parser.add_argument("--help_keys", action="store_true", help="list tsdkd's own keys, and stop")
+    group = parser.add_argument_group("several processes, by accelerate")
+    group.add_argument(
+        "--accelerate_config",
+        metavar="FILE",
+        help=f"a launch configuration, or one of {', '.join(launch.config_names())}",
+    )
+    for name in _LAUNCH:
+        group.add_argument(f"--{name}", metavar=_LAUNCH[name], help="as in `accelerate launch`")
     args, flags = parser.parse_known_args(argv)
+    options = {name: value for name in _LAUNCH if (value := getattr(args, name)) is not None}
+    if (args.accelerate_config or options) and not args.help_keys and not args.dry_run:
+        own = ["--config", args.config] if args.config else []
+        return launch.launch(args.accelerate_config, options, ["train", *own, *flags])
 
     from .. import run  # torch from here on
 

@@ -1,0 +1,76 @@
+"""`tsdkd train --accelerate_config zero2 --num_processes 8`: the same as `accelerate launch`, in one command."""
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from subprocess import CalledProcessError
+from typing import Any
+
+from .errors import ConfigError
+
+_CONFIGS = resources.files("tsdkd").joinpath("configs/accelerate")
+_INTERRUPTED = 128  # plus the signal, as a shell says it
+
+
+def config_names() -> list[str]:
+    """The launch configurations that ship with tsdkd."""
+    return sorted(path.name.removesuffix(".yaml") for path in _CONFIGS.iterdir())
+
+
+def launch(config: str | None, options: dict[str, Any], command: Sequence[str]) -> int:
+    """Run `tsdkd command` in the processes that an accelerate configuration asks for.
+
+    Args:
+        config: a shipped name or a file; none: accelerate's own default.
+        options: of `accelerate launch`, e.g. `num_processes`.
+        command: the arguments of tsdkd.
+
+    Returns:
+        The exit code of the process that failed first; 0 if none did.
+
+    Raises:
+        ConfigError: no such configuration, or options that accelerate refuses.
+    """
+    # imported here: --help needs no torch
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    flags = ["--config_file", str(_find(config))] if config else []
+    flags += [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    arguments = launch_command_parser().parse_args([*flags, "-m", "tsdkd", *command])
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # seconds to save in, after a SIGTERM
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes say it themselves
+    signal.signal(signal.SIGUSR1, lambda *_: os.kill(os.getpid(), signal.SIGTERM))  # which is passed on
+    try:
+        launch_command(arguments)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        return _reported(rank, failure.exitcode)
+    except CalledProcessError as error:
+        return _reported(0, error.returncode)
+    except SignalException as error:
+        return _INTERRUPTED + error.sigval
+    except ValueError as error:
+        raise ConfigError([f"accelerate_config: {' '.join(str(error).split())}"]) from error
+    return 0
+
+
+def _find(config: str) -> Path:
+    shipped = _CONFIGS.joinpath(f"{config}.yaml")
+    for path in (Path(config), Path(str(shipped))):
+        if path.is_file():
+            return path
+    raise ConfigError([f"accelerate_config: no file {config!r}, and none of {', '.join(config_names())}"])
+
+
+def _reported(rank: int, code: int) -> int:
+    """A process that was killed couldn't say so."""
+    if code < 0:
+        print(f"tsdkd: process {rank} was killed by signal {-code} ({signal.Signals(-code).name})", file=sys.stderr)
+        return _INTERRUPTED - code
+    return code
