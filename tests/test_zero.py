@@ -1,5 +1,7 @@
 """Several processes: DDP and ZeRO take the steps of one process, wherever the teacher is."""
 
+import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -112,6 +114,34 @@ def test_a_resumed_run_is_bitwise_the_same(method, config, command, tmp_path):
     result = start(parts, config)
     assert result.returncode == 0, result.stderr[-3000:]
     assert torch.equal(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+
+
+class Payload:
+    """What a stranger's checkpoint may hold."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_a_checkpoint_with_code_in_it(command, tmp_path):
+    """Its manifest is right: who wrote the payload could write that too."""
+    argv = command("tsd-kd", "out", 2, save_strategy="steps", save_steps=2, resume="true", max_steps=2)
+    assert start(argv, "zero2").returncode == 0
+    folder = tmp_path / "out" / "checkpoint-2"
+    file = folder / "global_step2" / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    torch.save({"state": Payload(tmp_path / "ran")}, file)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest.pop("sha256")
+    name = str(file.relative_to(folder))
+    manifest["files"][name] = [file.stat().st_size, hashlib.sha256(file.read_bytes()).hexdigest()]
+    digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps({"sha256": digest, **manifest}))
+    result = start([*argv, "--max_steps", "4"], "zero2")
+    assert not (tmp_path / "ran").exists()
+    assert result.returncode == 2 and file.name in result.stderr, result.stderr[-3000:]
 
 
 def test_what_a_launch_says(command, tmp_path):

@@ -47,7 +47,7 @@ class PreemptedError(TSDKDError, InterruptedError):
 
 
 class CheckpointError(TSDKDError, OSError):
-    """A checkpoint that can't be written. Any process can meet it, and says it."""
+    """A checkpoint that can't be written, or holds what may not be read. Any one process can meet it, and says it."""
 
 
 class ResumeError(TSDKDError, ValueError):

@@ -1,6 +1,7 @@
 """What a run is continued from: a `Trainer` whose checkpoints are whole, verified, and hold no pickle of ours."""
 
 import random
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from . import checkpoint, preemption
+from .deepspeed_files import only_data_is_loaded
 from .states import load_state, save_state
 
 _STATE, _OPTIMIZER = "trainer_state.json", "optimizer.safetensors"
@@ -41,7 +43,7 @@ class Resumable(Trainer):
             resume_from_checkpoint = str(checkpoint.newest(Path(self.args.output_dir)))
         elif resume_from_checkpoint:
             checkpoint.verify(Path(resume_from_checkpoint))
-        with preemption.watching():
+        with preemption.watching(), only_data_is_loaded() if self.is_deepspeed_enabled else nullcontext():
             return super().train(resume_from_checkpoint, *args, **kwargs)
 
     # Saving
