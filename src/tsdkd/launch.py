@@ -40,12 +40,13 @@ def launch(config: str | None, options: dict[str, Any], command: Sequence[str]) 
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    flags = ["--config_file", str(_find(config))] if config else []
+    flags = ["--config_file", str(find_config(config))] if config else []
     flags += [text for name, value in options.items() for text in (f"--{name}", str(value))]
     arguments = launch_command_parser().parse_args([*flags, "-m", "tsdkd", *command])
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # seconds to save in, after a SIGTERM
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes say it themselves
-    signal.signal(signal.SIGUSR1, lambda *_: os.kill(os.getpid(), signal.SIGTERM))  # which is passed on
+    if signal.getsignal(signal.SIGUSR1) is not signal.SIG_IGN:
+        signal.signal(signal.SIGUSR1, lambda *_: os.kill(os.getpid(), signal.SIGTERM))  # which is passed on
     try:
         launch_command(arguments)
     except ChildFailedError as error:
@@ -60,7 +61,8 @@ def launch(config: str | None, options: dict[str, Any], command: Sequence[str]) 
     return 0
 
 
-def _find(config: str) -> Path:
+def find_config(config: str) -> Path:
+    """A file, or a shipped configuration. Raises `ConfigError`."""
     shipped = _CONFIGS.joinpath(f"{config}.yaml")
     for path in (Path(config), Path(str(shipped))):
         if path.is_file():

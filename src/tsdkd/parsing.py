@@ -50,7 +50,7 @@ def parse_run(config: str | None, flags: Sequence[str]) -> RunArguments:
     """
     problems: list[str] = []
     from_file = read_yaml(config) if config is not None else {}
-    from_flags = _read_flags(flags, problems)
+    from_flags = read_flags(flags, problems)
     given = {**from_file, **from_flags}
     method = given.pop("method", "tsd-kd")
     if not isinstance(method, str) or method not in METHODS:
@@ -153,7 +153,7 @@ def _unique_mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict[An
 _UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
 
 
-def _read_flags(flags: Sequence[str], problems: list[str]) -> dict[str, Any]:
+def read_flags(flags: Sequence[str], problems: list[str]) -> dict[str, Any]:
     """`--key value`, `--key=value`, `--key` (true), `--key a b` (a list); dashes in keys count as underscores."""
     given: dict[str, Any] = {}
     current: str | None = None

@@ -1,0 +1,84 @@
+"""`tsdkd slurm` on a real SLURM of two nodes on this host: signalled before its limit, requeued, bitwise the same."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from conftest import flags, weights
+from test_zero import start
+from tsdkd.cli import main
+
+ROOT = Path(__file__).parents[1]
+needs_slurm = pytest.mark.skipif(
+    not shutil.which("slurmctld") or os.getuid() != 0, reason="needs slurmctld, slurmd and munged, and root"
+)
+QUIET = {"use_cpu": "true", "bf16": "false", "gradient_checkpointing": "false", "disable_tqdm": "true", "seed": 5}
+QUIET |= {"report_to": "none", "max_new_tokens": 8, "learning_rate": 0.01, "log_term_gradients": 0}
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory):
+    """The environment that makes sbatch talk to it."""
+    folder = tmp_path_factory.mktemp("slurm")
+    up = subprocess.run([ROOT / "scripts/dev/slurm_up", folder], capture_output=True, text=True)
+    assert up.returncode == 0, up.stderr
+    yield {"SLURM_CONF": str(folder / "slurm.conf")}
+    subprocess.run([ROOT / "scripts/dev/slurm_up", "--down", folder], check=True)
+
+
+@needs_slurm
+def test_a_job_is_signalled_and_requeued(slurm, saved_model, rows_file, tmp_path):
+    values = {
+        "model_name_or_path": saved_model("qwen3", 0),
+        "teacher_model_name_or_path": saved_model("qwen3", 1),
+        "dataset_name": rows_file,
+        "per_device_train_batch_size": 2,
+        "max_steps": 500,
+        "save_steps": 1000,
+        **QUIET,
+    }
+    script, folder = tmp_path / "job.sbatch", tmp_path / "out"
+    written = ["slurm", "--nodes", "2", "--gpus_per_node", "0", "--cpus_per_task", "1", "--time", "00:02:00"]
+    written += ["--signal_seconds", "80", "--accelerate_config", "ddp", "--script", str(script)]
+    assert main([*written, *flags(**values, output_dir=folder)]) == 0
+    environment = {**os.environ, **slurm, "OMP_NUM_THREADS": "1", "ACCELERATE_TORCH_DEVICE": "cpu"}
+    environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    run = {"env": environment, "cwd": tmp_path, "text": True, "capture_output": True}
+    job = subprocess.run(["sbatch", "--parsable", script], check=True, **run).stdout.strip()
+    end = time.monotonic() + 540
+    while not (folder / "model.safetensors").exists():
+        log = "".join(path.read_text() for path in tmp_path.glob("out-*.out"))
+        state = subprocess.run(["squeue", "-h", "-j", job, "-o", "%T"], **run).stdout.strip()
+        assert state and time.monotonic() < end, (state, log[-3000:])
+        time.sleep(1)
+    assert "stopped by a signal" in log and "continue with --resume true" in log
+    whole = start(["train", *flags(**values, output_dir=tmp_path / "whole")], "ddp")
+    assert whole.returncode == 0, whole.stderr[-2000:]
+    assert (weights(folder) == weights(tmp_path / "whole")).all()
+
+
+def test_the_shipped_scripts_are_what_the_command_writes(capsys):
+    scripts = sorted((ROOT / "scripts/slurm").iterdir())
+    assert len(scripts) == 2
+    for path in scripts:
+        lines = path.read_text().splitlines()
+        (command,) = [line.removeprefix("# tsdkd ") for line in lines if line.startswith("# tsdkd slurm")]
+        assert main(command.split()) == 0
+        assert capsys.readouterr().out == path.read_text()
+
+
+def test_a_script_is_never_overwritten(tmp_path, capsys):
+    command = ["slurm", "--config", "demo.yaml", "--time", "01:00:00", "--output_dir", "out"]
+    assert main([*command, "--script", str(tmp_path / "job")]) == 0
+    before = (tmp_path / "job").read_text()
+    assert main([*command, "--nodes", "7", "--script", str(tmp_path / "job")]) == 2
+    assert (tmp_path / "job").read_text() == before
+    assert main([*command, "--accelerate_config", "zero9"]) == 2
+    assert main(["slurm", "--config", "none.yaml", "--time", "01:00:00"]) == 2
+    error = capsys.readouterr().err
+    assert "zero9" in error and "none.yaml" in error
