@@ -122,3 +122,29 @@ def test_method_on_the_command_line_leaves_out_the_other_methods_options(saved_m
     command = [*run_flags(saved_model, rows_file, tmp_path / "out", method="eopd"), "--config", str(config)]
     assert main([*command, "--dry_run"]) == 0
     assert "alpha, beta" in capsys.readouterr().out
+
+
+WITHOUT = """
+import sys
+from importlib.machinery import PathFinder
+
+class Finder(PathFinder):  # as in an environment without the extras
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        missing = name.split(".")[0] in {"deepspeed", "peft", "vllm"}
+        return None if missing else super().find_spec(name, path, target)
+
+sys.meta_path[:] = [finder for finder in sys.meta_path if finder is not PathFinder] + [Finder]
+from tsdkd.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_nothing_needs_an_extra(saved_model, rows_file, tmp_path):
+    command = run_flags(saved_model, rows_file, tmp_path / "out", max_steps=2, save_steps=1, save_strategy="steps")
+    for more in ([], ["--max_steps", "3", "--resume", "true"]):
+        result = subprocess.run([sys.executable, "-c", WITHOUT, *command, *more], capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr[-2000:]
+    command += ["--resume", "true", "--teacher_placement", "zero3"]
+    result = subprocess.run([sys.executable, "-c", WITHOUT, *command], capture_output=True, text=True)
+    assert result.returncode == 2 and "tsdkd[deepspeed]" in result.stderr

@@ -351,6 +351,12 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "train_sampling_strategy": (lambda v: v in ("random", "sequential"), "must be 'random' or 'sequential'"),
 }
 
+
+def _text(value: Any) -> str:
+    """Of an enumeration's member, or of its value."""
+    return str(getattr(value, "value", value))
+
+
 # option -> (the setting that makes it meaningless, as a predicate on all values, and how to say so)
 _POINTLESS = {
     "gate_temperature": (lambda v: not v["gate"], "gate is false"),
@@ -364,6 +370,9 @@ _POINTLESS = {
     "log_completions": (lambda v: v["lmbda"] == 0, "lmbda is 0: nothing is generated"),
     "head_chunk_gib": (lambda v: not v["fused_head"], "fused_head is false"),
     "chat_template_kwargs": (lambda v: v["chat_template_source"] == "none", "chat_template_source is none"),
+    "save_steps": (lambda v: _text(v["save_strategy"]) != "steps", "save_strategy is not steps"),
+    "save_total_limit": (lambda v: _text(v["save_strategy"]) == "no", "save_strategy is no"),
+    "eval_steps": (lambda v: _text(v["eval_strategy"]) != "steps", "eval_strategy is not steps"),
     "use_vllm": (lambda v: v["lmbda"] == 0, "lmbda is 0: nothing is generated"),
     "vllm_importance_sampling_clip_max": (
         lambda v: not v["vllm_importance_sampling_correction"],

@@ -55,6 +55,7 @@ class Job:
         return {
             "model": self.name,
             "revision": revision_of(self.name, self.config),
+            "engine": "vllm" if self.args.use_vllm else "transformers",
             **{name: getattr(self.args, name) for name in ("seed", "temperature", "top_p", "max_new_tokens")},
         }
 
@@ -105,6 +106,15 @@ def generate(
     if top_p is not None:
         arguments.training.top_p = top_p
     job = _prepare(arguments, role)
+    is_new = not output.exists()
+    try:
+        _generate(job, output, per_prompt)
+    finally:
+        if is_new and output.exists() and output.stat().st_size == 0:
+            output.unlink()  # nothing was made
+
+
+def _generate(job: Job, output: Path, per_prompt: int) -> None:
     with _writing(output):
         done = _read(output, job)
     tickets = [
@@ -116,6 +126,8 @@ def generate(
     _say(f"{output}: {len(done)} completions are there, {len(tickets)} to go")
     if not tickets:
         return
+    if job.args.use_vllm and job.args.vllm_mode == "colocate":
+        _say("starting vLLM's engine, which takes a minute or two")
     source = job.source
     completions = _by_vllm(job, tickets) if job.args.use_vllm else _by_hugging_face(job, tickets)
     with _writing(output) as file:
@@ -179,8 +191,8 @@ def _read(output: Path, job: Job) -> set[tuple[int, int]]:
             other = next((name for name in expected if found[name] != expected[name]), None)
             if other is not None:
                 raise OutputDirError(
-                    f"output_file: {output} has other rows: {other} was {str(found[other])[:80]!r}, now "
-                    f"{str(expected[other])[:80]!r}; choose another file"
+                    f"output_file: {output} has other rows: {other} was {repr(found[other])[:80]}, now "
+                    f"{repr(expected[other])[:80]}; choose another file"
                 )
             done.add(place)
             whole += len(line)

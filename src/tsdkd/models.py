@@ -92,6 +92,12 @@ def resolve_pair(
     return Pair(student_config, teacher_config, tokenizer, teacher_tokenizer, template)
 
 
+def load_config(name: str, field: str, trust_remote_code: bool, revision: str | None) -> PretrainedConfig:
+    """A model's configuration. Raises `ModelError`."""
+    kwargs = {"trust_remote_code": trust_remote_code, **({"revision": revision} if revision else {})}
+    return _load(AutoConfig.from_pretrained, name, field, "model", **kwargs)
+
+
 def load_student(student: str, args: TokenSelectiveConfig) -> PreTrainedModel:
     """The student, in float32 unless `model_init_kwargs` says otherwise, as TRL's trainers load it.
 

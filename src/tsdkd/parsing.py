@@ -48,6 +48,11 @@ def parse_run(config: str | None, flags: Sequence[str]) -> RunArguments:
     Raises:
         ConfigError: with every problem found, one line each.
     """
+    return _build(*read_run(config, flags))
+
+
+def read_run(config: str | None, flags: Sequence[str]) -> tuple[str, dict[str, Any], dict[str, Any], list[str]]:
+    """The same before anything looks at this machine: method, all values, those that were given, and notes."""
     problems: list[str] = []
     from_file = read_yaml(config) if config is not None else {}
     from_flags = read_flags(flags, problems)
@@ -78,7 +83,7 @@ def parse_run(config: str | None, flags: Sequence[str]) -> RunArguments:
         problems += check_values(cls, values)
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
-    return _build(method, values, given, notes)
+    return method, values, given, notes
 
 
 def _build(method: str, values: dict[str, Any], given: dict[str, Any], notes: list[str]) -> RunArguments:

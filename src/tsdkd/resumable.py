@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import DeepSpeedSchedulerWrapper, is_peft_model
+from accelerate.utils import is_peft_model
 from torch import nn
 from transformers import Trainer
 from transformers.trainer_callback import ExportableState
@@ -43,6 +43,8 @@ class Resumable(Trainer):
             resume_from_checkpoint = str(checkpoint.newest(Path(self.args.output_dir)))
         elif resume_from_checkpoint:
             checkpoint.verify(Path(resume_from_checkpoint))
+        if resume_from_checkpoint:
+            self.accelerator.print(f"resume: continuing from {resume_from_checkpoint}", flush=True)
         with preemption.watching(), only_data_is_loaded() if self.is_deepspeed_enabled else nullcontext():
             return super().train(resume_from_checkpoint, *args, **kwargs)
 
@@ -76,11 +78,14 @@ class Resumable(Trainer):
         """Trainer's, without the pickled arguments, which hold the hub's token."""
         folder = output_dir or self.args.output_dir
         if state_dict is not None:  # of DeepSpeed: copies, which hide that two names are one tensor
-            tied = getattr(self.model, "all_tied_weights_keys", {})
-            state_dict = {name: tensor for name, tensor in state_dict.items() if name not in tied}
+            state_dict = {name: tensor for name, tensor in state_dict.items() if name not in self._tied_names}
         self.model.save_pretrained(folder, state_dict=state_dict, is_main_process=self.args.should_save)
         if self.args.should_save:
             self.processing_class.save_pretrained(folder)
+
+    @property
+    def _tied_names(self) -> set[str]:
+        return set(getattr(self.model, "all_tied_weights_keys", {}))
 
     def _export_callbacks(self) -> None:
         """What `Trainer` writes of its callbacks."""
@@ -96,12 +101,19 @@ class Resumable(Trainer):
         """What the main process saves besides the model. DeepSpeed keeps the optimizer, a scheduler of its own, and
         the scaler with the model."""
         if self.is_deepspeed_enabled:
+            from accelerate.utils import DeepSpeedSchedulerWrapper  # there is none without DeepSpeed
+
             is_its_own = isinstance(self.lr_scheduler, DeepSpeedSchedulerWrapper)
             return [] if is_its_own else [("scheduler", self.lr_scheduler)]
         parts = {"optimizer": self.optimizer, "scheduler": self.lr_scheduler, "scaler": self.accelerator.scaler}
         return [(name, part) for name, part in parts.items() if part is not None]
 
     # Continuing
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """A tied weight isn't in the file by its second name."""
+        load_result.missing_keys[:] = [name for name in load_result.missing_keys if name not in self._tied_names]
+        super()._issue_warnings_after_load(load_result)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:

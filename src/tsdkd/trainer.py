@@ -172,6 +172,8 @@ class TokenSelectiveTrainer(Resumable, GKDTrainer):
         from .rollout.vllm import VLLMSampler  # vLLM is an extra
 
         longest = longest_sequence(args, self.pair.context)
+        if args.vllm_mode == "colocate":
+            self.accelerator.print("starting vLLM's engine, which takes a minute or two", flush=True)
         return VLLMSampler(self.model, self.accelerator, args, sampling, self.pair.tokenizer, longest)
 
     # Rollouts

@@ -14,6 +14,7 @@ _COMMANDS = {
     "train": "distil a student: tsdkd train --config FILE [--key value ...]",
     "generate": "write completions of the teacher or the student to a file, for off-policy runs",
     "demo": "watch a tiny student learn from a tiny teacher, on a CPU, in minutes",
+    "plan": "estimate the memory on each GPU, and which placement fits",
     "slurm": "write an sbatch script for a configuration",
     "configs": "list the configurations that ship with tsdkd",
 }

@@ -1,20 +1,21 @@
 """The weights of a student with adapters as an engine wants them: merged, the student itself untouched."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
-from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
 
 @torch.no_grad()
-def merged_parameters(model: PeftModel) -> Iterator[tuple[str, Tensor]]:
-    """Name and value of each parameter of the base model, its adapters merged in.
+def merged_parameters(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """Name and value of each parameter of a `PeftModel`'s base model, its adapters merged in.
 
     Merging and unmerging leaves rounding errors in the base weights: each layer's are kept aside and put back,
     bitwise, before its merged ones are handed out.
     """
+    from peft.tuners.tuners_utils import BaseTunerLayer  # an extra
+
     tuned = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
     for name, module in tuned.items():
         yield from ((_base_name(f"{name}.{part}"), value) for part, value in _merged(module).items())
@@ -24,7 +25,7 @@ def merged_parameters(model: PeftModel) -> Iterator[tuple[str, Tensor]]:
             yield _base_name(name), parameter.detach()
 
 
-def _merged(module: BaseTunerLayer) -> dict[str, Tensor]:
+def _merged(module: Any) -> dict[str, Tensor]:
     """Copies of one layer's merged parameters."""
     parameters = dict(module.get_base_layer().named_parameters())
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}

@@ -82,7 +82,7 @@ class Client(VLLMClient):
             if time.monotonic() >= end:
                 raise EngineError(
                     f"vllm_server_base_url: no vLLM server answers at {self.base_url} (waited {total_timeout:g} s, "
-                    "vllm_server_timeout); start one with `vllm serve` or `trl vllm-serve`"
+                    "vllm_server_timeout); the guide's section on rollouts has the command that starts one"
                 )
             time.sleep(retry_interval)
 

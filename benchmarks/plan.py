@@ -1,0 +1,115 @@
+"""`tsdkd plan`'s estimate against measured peak memory, on a CPU, each case in a process of its own.
+
+    python benchmarks/plan.py [--cases NAME ...]
+
+Random Qwen2 pairs, one process, float32, the student's own rollouts of full length. Measured is the process's peak
+resident memory over what it has before the models are loaded.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+CASES: dict[str, dict[str, Any]] = {
+    "short": {"hidden": 512, "layers": 8, "batch": 2, "tokens": 128, "checkpointing": False},
+    "long": {"hidden": 256, "layers": 8, "batch": 16, "tokens": 128, "checkpointing": False},
+    "long, checkpointed": {"hidden": 256, "layers": 8, "batch": 16, "tokens": 128, "checkpointing": True},
+    "wide": {"hidden": 1024, "layers": 6, "batch": 2, "tokens": 64, "checkpointing": False},
+}
+
+
+def save(folder: str, hidden: int, layers: int) -> None:
+    """A random model, untied, V 32768."""
+    import torch
+    from transformers import AutoModelForCausalLM, Qwen2Config
+
+    config = Qwen2Config(
+        vocab_size=32768,
+        hidden_size=hidden,
+        intermediate_size=4 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=hidden // 64,
+        max_position_embeddings=1024,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+
+
+def resident(field: str) -> float:
+    """GiB, of /proc/self/status."""
+    (line,) = (text for text in Path("/proc/self/status").read_text().splitlines() if text.startswith(field))
+    return int(line.split()[1]) / 2**20
+
+
+def measure(folder: str, case: dict[str, Any]) -> None:
+    """Train two steps and print estimate and measurement, GiB, as JSON."""
+    from datasets import Dataset
+    from transformers import AutoConfig, AutoTokenizer
+
+    from tsdkd import TSDKDConfig, TSDKDTrainer
+    from tsdkd.memory import estimate, size_of
+    from tsdkd.placement import workload
+
+    student, teacher = f"{folder}/student", f"{folder}/teacher"
+    tokenizer = AutoTokenizer.from_pretrained(str(Path(sys.modules["tsdkd"].__path__[0], "demo/student")))
+    tokenizer.eos_token = None
+    args = TSDKDConfig(
+        f"{folder}/out",
+        use_cpu=True,
+        bf16=False,
+        per_device_train_batch_size=case["batch"],
+        max_length=case["tokens"],
+        max_new_tokens=case["tokens"],
+        gradient_checkpointing=case["checkpointing"],
+        max_steps=2,
+        report_to="none",
+        disable_tqdm=True,
+        save_strategy="no",
+        log_term_gradients=0,
+    )
+    rows = Dataset.from_dict({"prompt": ["a 3 +4 ; find a"] * 64})
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    TSDKDTrainer(
+        student, teacher, args, train_dataset=rows, processing_class=tokenizer, teacher_processing_class=tokenizer
+    ).train()
+    measured = resident("VmHWM") - before
+    config = AutoConfig.from_pretrained(teacher)
+    values = {**vars(args), "dtype": "float32", "teacher_model_init_kwargs": None, "head_chunk_gib": 0.25}
+    work = workload(values, config, 0.0)
+    parts = estimate(size_of(AutoConfig.from_pretrained(student)), size_of(config), work, ("ddp", "replica"), 1)
+    print(json.dumps({"estimate": sum(parts.values()), "measured": measured, "parts": parts}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.measure:
+        measure(arguments.measure[0], json.loads(arguments.measure[1]))
+        return
+    print("| | estimate, GiB | measured, GiB | ratio |\n|---|---|---|---|")
+    for name in arguments.cases:
+        case = CASES[name]
+        with tempfile.TemporaryDirectory() as folder:
+            save(f"{folder}/student", case["hidden"], case["layers"])
+            save(f"{folder}/teacher", 768, 6)
+            command = [sys.executable, __file__, "--measure", folder, json.dumps(case)]
+            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            found = json.loads(output.splitlines()[-1])
+        ratio = found["estimate"] / found["measured"]
+        print(f"| {name} | {found['estimate']:.2f} | {found['measured']:.2f} | {ratio:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

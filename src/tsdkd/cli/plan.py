@@ -1,0 +1,29 @@
+"""`tsdkd plan`."""
+
+import argparse
+from collections.abc import Sequence
+
+_EPILOG = """The estimate is for full-length completions. It needs the models' configurations, no weights and no GPU.
+example:
+  tsdkd plan --config qwen25_14b_to_1p5b.yaml --gpus 8 --gpu_gib 80"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print what a configuration takes."""
+    parser = argparse.ArgumentParser(
+        prog="tsdkd plan",
+        description="What a configuration takes on each GPU, and which placement fits.",
+        epilog=_EPILOG,
+        usage="tsdkd plan --config FILE --gpus N --gpu_gib GIB [--key value ...]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE", help="a YAML file, or the name of a shipped one (`tsdkd configs`)")
+    parser.add_argument("--gpus", type=int, default=8, help="default: %(default)s")
+    parser.add_argument("--gpu_gib", type=float, default=80.0, help="memory of one GPU, GiB; default: %(default)s")
+    args, flags = parser.parse_known_args(argv)
+
+    from ..placement import show_plan
+
+    show_plan(args.config, flags, args.gpus, args.gpu_gib)
+    return 0
