@@ -9,6 +9,8 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -305,6 +307,31 @@ def test_steps_that_are_not_finite_can_be_left_out(broken_student, command, tmp_
     steps = [final(tmp_path / "out" / f"checkpoint-{step}") for step in (1, 2, 3, 4)]
     assert steps[1] == steps[2] and steps[0] != steps[1] and steps[2] != steps[3]
     assert main(command(**values, save_steps=1, save_total_limit=9)) == 0  # finished: nothing is left to do
+
+
+def test_batches_without_a_token(command, tmp_path):
+    """On one of two processes in the first step, on both in the second: no rank waits, the second changes nothing."""
+    rows = [{**row, "finish_reason": "length"} for row in make_rows(12)]  # cut: no end token is added
+    for place in (0, 1, 4, 5, 6, 7):
+        rows[place]["completion"] = ""
+    values = {"dataset_name": write_jsonl(tmp_path / "rows.jsonl", rows), "per_device_train_batch_size": 2, "lmbda": 0}
+    values |= {"optim": "sgd", "max_steps": 3, "save_steps": 1, "save_total_limit": 3, "warmup_steps": 0}
+    folder = tmp_path / "out"
+    children = run_ranks(command(train_sampling_strategy="sequential", **values), folder)
+    assert [child.wait(120) for child in children] == [0, 0], children[0].output[-2000:]
+    first, second, third = (final(folder / f"checkpoint-{step}") for step in (1, 2, 3))
+    assert first == second and second != third
+
+
+# Growing
+
+
+def test_a_short_soak():
+    """The long one is `python benchmarks/soak.py`, with each rollout engine."""
+    script = Path(__file__).parents[1] / "benchmarks" / "soak.py"
+    command = [sys.executable, str(script), "--steps", "60", "--settle", "30"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
 
 
 # The wrong run
