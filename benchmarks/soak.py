@@ -3,8 +3,8 @@
     python benchmarks/soak.py [--steps 2000] [--settle 100] [--vllm]
 
 Resident memory, open files, threads and seconds a step are read after every tenth of the run. Exit code 1 if, of the
-readings from step `--settle` on, the last three have a median of over 1.05 times the first three's memory, or more open
-files or threads.
+readings from step `--settle` on, the last three have a median of over 1.05 times the first three's memory, or more
+open files or threads.
 """
 
 import argparse
@@ -65,7 +65,8 @@ def main() -> int:
         print("| step | resident, GiB | open files | threads | median step, s |\n|---|---|---|---|---|", flush=True)
         trainer.train()
     settled = [row[1:4] for row in watch.rows if row[0] >= arguments.settle]
-    first, last = ([statistics.median(column) for column in zip(*part)] for part in (settled[:3], settled[-3:]))
+    ends = (settled[:3], settled[-3:])
+    first, last = ([statistics.median(column) for column in zip(*end, strict=True)] for end in ends)
     flat = last[0] <= 1.05 * first[0] and last[1] <= first[1] and last[2] <= first[2]
     print("flat" if flat else "NOT flat")
     return 0 if flat else 1

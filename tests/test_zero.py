@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from conftest import flags, weights
+from crash import wait_for
 from tsdkd.cli import main
 
 pytest.importorskip("deepspeed")
@@ -42,19 +44,26 @@ def command(saved_model, rows_file, tmp_path):
     return make
 
 
-def start(command: list[str], config: str, processes: int = 2) -> subprocess.CompletedProcess:
+def launcher(command: list[str], config: str, processes: int = 2) -> subprocess.Popen:
     """`tsdkd train` that starts its own processes on the CPU."""
     environment = {"OMP_NUM_THREADS": "1", "ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"}
     # DeepSpeed compiles its communication at the first run, with the ninja beside this Python
     environment |= {"CUDA_VISIBLE_DEVICES": "", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     several = ["--accelerate_config", config, "--num_processes", str(processes), "--main_process_port", "0"]
-    return subprocess.run(
+    return subprocess.Popen(
         [sys.executable, "-m", "tsdkd", *command, *several],
         env={**os.environ, **environment},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=600,
     )
+
+
+def start(command: list[str], config: str, processes: int = 2) -> subprocess.CompletedProcess:
+    """The same, to its end."""
+    process = launcher(command, config, processes)
+    out, err = process.communicate(timeout=600)
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +151,20 @@ def test_a_checkpoint_with_code_in_it(command, tmp_path):
     result = start([*argv, "--max_steps", "4"], "zero2")
     assert not (tmp_path / "ran").exists()
     assert result.returncode == 2 and file.name in result.stderr, result.stderr[-3000:]
+
+
+def test_a_launcher_that_is_terminated(command, tmp_path):
+    """It passes the signal on, and waits until the processes have saved."""
+    folder = tmp_path / "out"
+    values = {"save_strategy": "steps", "save_steps": 10_000, "max_steps": 10_000}
+    process = launcher(command("tsd-kd", "out", 2, **values), "ddp")
+    wait_for(folder / "tsdkd_config.yaml")
+    process.terminate()
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "continue with --resume true" in errors and (folder / ".preempted").exists()
+    (checkpoint,) = folder.glob("checkpoint-*")
+    assert (checkpoint / "manifest.json").exists()
 
 
 def test_what_a_launch_says(command, tmp_path):
