@@ -102,8 +102,10 @@ def size_of(config: PretrainedConfig, lora_r: int = 0) -> Size:
 
 
 def estimate(student: Size, teacher: Size, work: Workload, placement: tuple[str, str], gpus: int) -> dict[str, float]:
-    """GiB a GPU, by what takes it. Parts that aren't there at once (a rollout's cache, a training step's activations)
-    are not added: the larger counts."""
+    """GiB a GPU, by what takes it: `student` is its weights, `head` a chunk of logits, `rollout` the cache.
+
+    Of parts that aren't there at once (a rollout's cache, a training step's activations) the larger counts.
+    """
     config, teacher_placement = placement
     zero = int(config[4]) if config.startswith("zero") else 0
     offloaded = config.endswith("offload")
@@ -133,14 +135,14 @@ def estimate(student: Size, teacher: Size, work: Workload, placement: tuple[str,
     shared = {"replica": 1.0, "zero3": 1 / gpus, "cpu_offload": 0.0}[teacher_placement]
     teacher_gathered = 0 if teacher_placement == "replica" else 2 * teacher.largest * work.teacher_bytes
     parts = {
-        "student's weights": weights + gathered,
+        "student": weights + gathered,
         "optimizer": 0.0 if offloaded else student.trainable * adam / shards[0],
         "gradients": gradients if training >= rollout else 0.0,
         "activations": activations + tied_gradient if training >= rollout else 0.0,
-        "head's chunk": work.chunk_gib * GIB if training >= rollout else 0.0,
-        "rollout's cache": rollout if rollout > training else 0.0,
+        "head": work.chunk_gib * GIB if training >= rollout else 0.0,
+        "rollout": rollout if rollout > training else 0.0,
         "teacher": teacher.parameters * work.teacher_bytes * shared + teacher_gathered,
-        "vLLM's engine": (work.vllm_gib or 0.0) * GIB,
+        "vLLM": (work.vllm_gib or 0.0) * GIB,
     }
     return {name: size / GIB for name, size in parts.items()}
 

@@ -77,15 +77,16 @@ def _load(values: dict[str, Any], field: str) -> PretrainedConfig:
 
 
 def _table(found: dict[tuple[str, str], dict[str, float]], limit: float) -> Table:
-    table = Table(
-        title=f"GiB a GPU, of {limit:.0f} that can be used", caption="below each student, the teacher's place"
-    )
-    table.add_column("")
-    for student, teacher in found:
-        table.add_column(f"{student}\n{teacher}", justify="right")
+    table = Table(title=f"GiB a GPU, of {limit:.0f} that can be used", box=None, show_header=False)
+    table.add_column(no_wrap=True)
+    for _ in found:
+        table.add_column(justify="right", min_width=7)
+    for side, label in enumerate(("student by", "teacher as")):
+        names = (placement[side].replace("_", " ") for placement in found)  # where it may be broken
+        table.add_row(label, *names, style="bold")
     for part in next(iter(found.values())):
         table.add_row(part, *(f"{parts[part]:.1f}" for parts in found.values()))
     totals = [sum(parts.values()) for parts in found.values()]
     table.add_row("in all", *(f"{total:.1f}" for total in totals), style="bold")
-    table.add_row("", *("fits" if total <= limit else "too much" for total in totals))
+    table.add_row("", *("fits" if total <= limit else "-" for total in totals))
     return table
