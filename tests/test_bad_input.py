@@ -720,6 +720,13 @@ def test_output_that_holds_an_earlier_run(place: Workplace, earlier_run: Path) -
     place.refuses_config({}, ("--resume_from_checkpoint", "true"), ("resume", "out"))
 
 
+@pytest.mark.parametrize("text", ["", "a: [", "- 1"])
+def test_output_whose_configuration_is_damaged(text: str, place: Workplace, earlier_run: Path) -> None:
+    shutil.copytree(earlier_run, place.folder / "out")
+    (place.folder / "out" / "tsdkd_config.yaml").write_text(text, encoding="utf-8")
+    place.refuses_config({}, ("--resume", "true"), ("output_dir", "tsdkd_config.yaml"))
+
+
 @pytest.mark.parametrize("resume", ["true", "none/such/folder", "folder", "file.bin", "hollow", "trainer_state.json"])
 def test_nothing_to_resume_from(resume: str, place: Workplace) -> None:
     (place.folder / "folder").mkdir()

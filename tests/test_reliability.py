@@ -86,6 +86,16 @@ def test_killed_at_every_file_boundary(method, command, tmp_path, long):
         shutil.rmtree(folder)
 
 
+def test_adapters_are_continued(command, tmp_path):
+    values = {"use_peft": "true", "lora_r": 4, "lora_target_modules": "all-linear"}
+    whole, folder = tmp_path / "whole", tmp_path / "out"
+    assert main(command(whole, **values)) == 0
+    assert run(command(folder, **values), folder, kill_at=40)[0] == -signal.SIGKILL
+    assert checkpoints(folder)
+    assert main(command(folder, **values)) == 0
+    assert (folder / "adapter_model.safetensors").read_bytes() == (whole / "adapter_model.safetensors").read_bytes()
+
+
 def test_killed_at_random_times(command, tmp_path, long):
     whole = tmp_path / "whole"
     start = time.monotonic()

@@ -98,7 +98,12 @@ def resolved(arguments: RunArguments) -> dict[str, Any]:
 
 
 def _check_same_run(arguments: RunArguments, folder: Path) -> None:
-    before = yaml.safe_load((folder / RUN_FILE).read_text(encoding="utf-8"))
+    try:
+        before = dict(yaml.safe_load((folder / RUN_FILE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        raise OutputDirError(
+            f"output_dir: {folder / RUN_FILE} can't be read: {' '.join(str(error).split())}"
+        ) from error
     now = resolved(arguments)
     defaults = {"method": None}
     for cls in (METHODS[arguments.method], ModelConfig, DataArguments):
