@@ -38,19 +38,19 @@ def test_a_job_is_signalled_and_requeued(slurm, saved_model, rows_file, tmp_path
         "teacher_model_name_or_path": saved_model("qwen3", 1),
         "dataset_name": rows_file,
         "per_device_train_batch_size": 2,
-        "max_steps": 500,
+        "max_steps": 800,
         "save_steps": 1000,
         **QUIET,
     }
     script, folder = tmp_path / "job.sbatch", tmp_path / "out"
-    written = ["slurm", "--nodes", "2", "--gpus_per_node", "0", "--cpus_per_task", "1", "--time", "00:02:00"]
-    written += ["--signal_seconds", "80", "--accelerate_config", "ddp", "--script", str(script)]
+    written = ["slurm", "--nodes", "2", "--gpus_per_node", "0", "--cpus_per_task", "1", "--time", "00:03:00"]
+    written += ["--signal_seconds", "110", "--accelerate_config", "ddp", "--script", str(script)]
     assert main([*written, *flags(**values, output_dir=folder)]) == 0
     environment = {**os.environ, **slurm, "OMP_NUM_THREADS": "1", "ACCELERATE_TORCH_DEVICE": "cpu"}
     environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     run = {"env": environment, "cwd": tmp_path, "text": True, "capture_output": True}
     job = subprocess.run(["sbatch", "--parsable", script], check=True, **run).stdout.strip()
-    end = time.monotonic() + 540
+    end = time.monotonic() + 590
     while not (folder / "model.safetensors").exists():
         log = "".join(path.read_text() for path in tmp_path.glob("out-*.out"))
         state = subprocess.run(["squeue", "-h", "-j", job, "-o", "%T"], **run).stdout.strip()
