@@ -42,7 +42,7 @@ CALLED = {
         "self._load_rng_state(resume_from_checkpoint)",
         "_get_grad_norm(model",
     ],
-    "training_step": ["self.loss_is_scaled_for_ga", "num_items_in_batch=num_items_in_batch", "scale_wrt_gas"],
+    "training_step": ["self.model_accepts_loss_kwargs", "num_items_in_batch=num_items_in_batch", "scale_wrt_gas"],
     # what `Resumable` writes instead
     "_save_checkpoint": [
         "self._save_optimizer_and_scheduler(output_dir)",

@@ -36,7 +36,8 @@ def command(saved_model, rows_file, tmp_path):
             "method": method,
             "output_dir": tmp_path / folder,
             "per_device_train_batch_size": batch,
-            "save_strategy": "no",
+            "logging_steps": 1,
+            "save_steps": 5,
             **({"rollout_batch_size": 8} if method == "eopd" else {}),
         }
         return ["train", *flags(**{**values, **RUN, **changes})]
@@ -66,16 +67,22 @@ def start(command: list[str], config: str, processes: int = 2) -> subprocess.Com
     return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
+def losses(folder: Path) -> list[float]:
+    """Of each step."""
+    state = json.loads((folder / "checkpoint-5" / "trainer_state.json").read_text())
+    return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+
+
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    """Method -> the student of one process, made on first use."""
+    """Method -> losses and student of one process, made on first use."""
     made = {}
 
     def of(method, command):
         if method not in made:
             folder = tmp_path_factory.mktemp(method) / "plain"
             assert main(command(method, folder, 4)) == 0
-            made[method] = weights(folder)
+            made[method] = losses(folder), weights(folder)
         return made[method]
 
     return of
@@ -97,15 +104,16 @@ MORE += [("eopd", "zero1", "zero3"), ("eopd", "zero2", "replica"), ("eopd", "zer
 def test_the_steps_of_one_process(method, config, teacher, plain, command, saved_model, tmp_path, long):
     if (method, config, teacher) in MORE and not long:
         pytest.skip("--long runs it")
-    expected = plain(method, command)
+    expected_losses, expected = plain(method, command)
     result = start(command(method, "several", 2, teacher_placement=teacher), config)
     assert result.returncode == 0, result.stderr[-3000:]
     before, found = weights(saved_model("gemma2" if method == "tsd-kd" else "llama", 0)), weights(tmp_path / "several")
     assert (found - expected).norm() <= 1e-4 * (expected - before).norm()
+    assert losses(tmp_path / "several") == pytest.approx(expected_losses, rel=1e-4)
 
 
 def test_an_offloaded_teacher_of_one_process(plain, command, tmp_path):
-    expected = plain("tsd-kd", command)
+    _, expected = plain("tsd-kd", command)
     result = start(command("tsd-kd", "one", 4, teacher_placement="cpu_offload"), "single", 1)
     assert result.returncode == 0, result.stderr[-3000:]
     assert (weights(tmp_path / "one") - expected).norm() <= 1e-6 * expected.norm()
@@ -113,7 +121,7 @@ def test_an_offloaded_teacher_of_one_process(plain, command, tmp_path):
 
 @pytest.mark.parametrize("method, config", [("tsd-kd", "zero2"), ("eopd", "zero3")])
 def test_a_resumed_run_is_bitwise_the_same(method, config, command, tmp_path):
-    values = {"save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch", "learning_rate": 0.01}
+    values = {"save_steps": 2, "optim": "adamw_torch", "learning_rate": 0.01}
     whole, parts = (command(method, name, 2, resume="true", **values) for name in ("whole", "parts"))
     assert start(whole, config).returncode == 0
     assert start(parts, config).returncode == 0
@@ -137,7 +145,7 @@ class Payload:
 
 def test_a_checkpoint_with_code_in_it(command, tmp_path):
     """Its manifest is right: who wrote the payload could write that too."""
-    argv = command("tsd-kd", "out", 2, save_strategy="steps", save_steps=2, resume="true", max_steps=2)
+    argv = command("tsd-kd", "out", 2, save_steps=2, resume="true", max_steps=2)
     assert start(argv, "zero2").returncode == 0
     folder = tmp_path / "out" / "checkpoint-2"
     file = folder / "global_step2" / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
@@ -156,7 +164,7 @@ def test_a_checkpoint_with_code_in_it(command, tmp_path):
 def test_a_launcher_that_is_terminated(command, tmp_path):
     """It passes the signal on, and waits until the processes have saved."""
     folder = tmp_path / "out"
-    values = {"save_strategy": "steps", "save_steps": 10_000, "max_steps": 10_000}
+    values = {"save_steps": 10_000, "max_steps": 10_000}
     process = launcher(command("tsd-kd", "out", 2, **values), "ddp")
     wait_for(folder / "tsdkd_config.yaml")
     process.terminate()

@@ -64,7 +64,6 @@ class TokenSelectiveTrainer(Resumable, GKDTrainer):
     """
 
     config_class: type[TokenSelectiveConfig]
-    loss_is_scaled_for_ga = True
     unit: str  # what the loss is a mean of: "responses" or "tokens"
     objective: Any
 
@@ -109,6 +108,7 @@ class TokenSelectiveTrainer(Resumable, GKDTrainer):
             optimizers=optimizers,
             peft_config=peft_config,
         )
+        self.model_accepts_loss_kwargs = True  # the loss is divided by the global count, never by accumulation too
         if args.disable_dropout:
             disable_dropout_in_model(self.model)
         self.stop_ids = self._stop_ids(teacher_model)
