@@ -5,6 +5,7 @@
 
 import json
 import os
+import pickle
 import random
 import resource
 import shutil
@@ -19,7 +20,7 @@ import yaml
 
 from conftest import flags, make_rows, write_jsonl
 from crash import Run, count_boundaries, run, run_ranks, wait_for
-from tsdkd import checkpoint
+from tsdkd import TSDKDConfig, checkpoint
 from tsdkd.cli import main
 
 QUIET = {"use_cpu": "true", "bf16": "false", "gradient_checkpointing": "false", "disable_tqdm": "true", "seed": 5}
@@ -395,3 +396,9 @@ def test_tokens_are_in_no_file_and_no_log(command, tmp_path, monkeypatch):
     assert not [path for path in files if canary.encode() in path.read_bytes()]
     assert canary not in output
     assert not [path for path in files if path.suffix in (".bin", ".pt", ".pth", ".pkl")]  # nothing is pickled
+
+
+def test_pickled_arguments_have_no_token():
+    """`Trainer` writes them beside a model that it pushes."""
+    args = TSDKDConfig("out", hub_token="hf_canary", use_cpu=True, bf16=False)
+    assert args.hub_token == "hf_canary" and b"hf_canary" not in pickle.dumps(args)

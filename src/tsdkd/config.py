@@ -112,6 +112,10 @@ class TokenSelectiveConfig(GKDConfig):
         super().__post_init__()
         self.remove_unused_columns = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the hub's tokens: `Trainer` pickles its arguments into what it pushes to the hub."""
+        return {name: None if name.endswith("hub_token") else value for name, value in vars(self).items()}
+
     def _coerce_own(self) -> list[str]:
         hints = get_type_hints(type(self))
         problems = []
