@@ -32,7 +32,9 @@ def slurm(tmp_path_factory):
 
 
 @needs_slurm
-def test_a_job_is_signalled_and_requeued(slurm, saved_model, rows_file, tmp_path):
+def test_a_job_is_signalled_and_requeued(slurm, saved_model, rows_file, tmp_path, long):
+    if not long:
+        pytest.skip("--long runs it: minutes")
     values = {
         "model_name_or_path": saved_model("qwen3", 0),
         "teacher_model_name_or_path": saved_model("qwen3", 1),

@@ -92,12 +92,11 @@ CASES = [
     ("tsd-kd", "ddp", "zero3"),
     ("tsd-kd", "zero1", "replica"),
     ("tsd-kd", "zero3", "replica"),
-    ("eopd", "ddp", "replica"),
     ("eopd", "zero2", "cpu_offload"),
-    ("eopd", "zero3", "zero3"),
 ]
 MORE = [("tsd-kd", "ddp", "replica"), ("tsd-kd", "zero2", "cpu_offload"), ("tsd-kd", "zero3", "zero3")]
 MORE += [("eopd", "zero1", "zero3"), ("eopd", "zero2", "replica"), ("eopd", "zero3", "cpu_offload")]
+MORE += [("eopd", "ddp", "replica"), ("eopd", "zero3", "zero3")]
 
 
 @pytest.mark.parametrize("method, config, teacher", CASES + MORE)
@@ -120,7 +119,9 @@ def test_an_offloaded_teacher_of_one_process(plain, command, tmp_path):
 
 
 @pytest.mark.parametrize("method, config", [("tsd-kd", "zero2"), ("eopd", "zero3")])
-def test_a_resumed_run_is_bitwise_the_same(method, config, command, tmp_path):
+def test_a_resumed_run_is_bitwise_the_same(method, config, command, tmp_path, long):
+    if config == "zero2" and not long:
+        pytest.skip("--long runs it")
     values = {"save_steps": 2, "optim": "adamw_torch", "learning_rate": 0.01}
     whole, parts = (command(method, name, 2, resume="true", **values) for name in ("whole", "parts"))
     assert start(whole, config).returncode == 0
