@@ -149,14 +149,19 @@ def weights(folder: str | Path) -> torch.Tensor:
     return torch.cat([t.flatten().double() for _, t in sorted(load_file(Path(folder) / "model.safetensors").items())])
 
 
-def launch(launcher: list[str], command: list[str]) -> str:
-    """Run `tsdkd command` over CPU processes by `accelerate launch`; returns what it printed."""
+def on_cpus() -> dict[str, str]:
+    """The environment of several processes on the CPU."""
     environment = {"OMP_NUM_THREADS": "1", "ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"}
     # DeepSpeed compiles its communication at the first run, with the ninja beside this Python
     environment |= {"CUDA_VISIBLE_DEVICES": "", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    return {**os.environ, **environment}
+
+
+def launch(launcher: list[str], command: list[str]) -> str:
+    """Run `tsdkd command` over CPU processes by `accelerate launch`; returns what it printed."""
     result = subprocess.run(
         [sys.executable, "-m", "accelerate.commands.launch", *launcher, "-m", "tsdkd", *command],
-        env={**os.environ, **environment},
+        env=on_cpus(),
         capture_output=True,
         text=True,
         timeout=600,

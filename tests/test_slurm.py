@@ -3,13 +3,12 @@
 import os
 import shutil
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from conftest import flags, weights
+from conftest import flags, on_cpus, weights
 from test_zero import start
 from tsdkd.cli import main
 
@@ -48,9 +47,7 @@ def test_a_job_is_signalled_and_requeued(slurm, saved_model, rows_file, tmp_path
     written = ["slurm", "--nodes", "2", "--gpus_per_node", "0", "--cpus_per_task", "1", "--time", "00:03:00"]
     written += ["--signal_seconds", "110", "--accelerate_config", "ddp", "--script", str(script)]
     assert main([*written, *flags(**values, output_dir=folder)]) == 0
-    environment = {**os.environ, **slurm, "OMP_NUM_THREADS": "1", "ACCELERATE_TORCH_DEVICE": "cpu"}
-    environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    run = {"env": environment, "cwd": tmp_path, "text": True, "capture_output": True}
+    run = {"env": on_cpus() | slurm, "cwd": tmp_path, "text": True, "capture_output": True}
     job = subprocess.run(["sbatch", "--parsable", script], check=True, **run).stdout.strip()
     end = time.monotonic() + 590
     while not (folder / "model.safetensors").exists():

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import flags, weights
+from conftest import flags, on_cpus, weights
 from crash import wait_for
 from tsdkd.cli import main
 
@@ -47,13 +46,10 @@ def command(saved_model, rows_file, tmp_path):
 
 def launcher(command: list[str], config: str, processes: int = 2) -> subprocess.Popen:
     """`tsdkd train` that starts its own processes on the CPU."""
-    environment = {"OMP_NUM_THREADS": "1", "ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"}
-    # DeepSpeed compiles its communication at the first run, with the ninja beside this Python
-    environment |= {"CUDA_VISIBLE_DEVICES": "", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     several = ["--accelerate_config", config, "--num_processes", str(processes), "--main_process_port", "0"]
     return subprocess.Popen(
         [sys.executable, "-m", "tsdkd", *command, *several],
-        env={**os.environ, **environment},
+        env=on_cpus(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -67,10 +67,10 @@ def write(run: Path, step: int, write_files: Callable[[Path], None]) -> Path:
         state.wait_for_everyone()
         write_files(partial)
         state.wait_for_everyone()
-        entries = _gathered(_share(partial, _synced, _files_in(partial)))
+        entries = _of_all(_synced, partial, _files_in(partial))
         if state.is_main_process:
             versions = {name: version(name) for name in _PACKAGES}
-            _write_manifest(partial / MANIFEST, Manifest(step, state.num_processes, versions, dict(entries)))
+            _write_manifest(partial / MANIFEST, Manifest(step, state.num_processes, versions, entries))
             _sync_folders(partial)
             _discard(final)  # only a damaged one, which a resume passed over, can be there
             partial.rename(final)
@@ -121,7 +121,7 @@ def damage(folder: Path) -> str | None:
         ResumeError: it was written by another number of processes.
     """
     state = PartialState()
-    found = read_manifest(folder)
+    found = _read_manifest(folder)
     if isinstance(found, str):
         return found
     if found.processes != state.num_processes:
@@ -132,14 +132,14 @@ def damage(folder: Path) -> str | None:
     missing = sorted(set(found.files) - set(present))
     if missing:
         return f"it has no {', '.join(missing[:3])}"
-    now = dict(_gathered(_share(folder, _as_read, sorted(found.files))))
-    changed = [name for name in sorted(found.files) if now[name] != tuple(found.files[name])]
+    now = _of_all(_as_read, folder, sorted(found.files))
+    changed = [name for name in now if now[name] != tuple(found.files[name])]
     if changed:
         return f"{', '.join(changed[:3])}: other bytes than were written"
     return None
 
 
-def read_manifest(folder: Path) -> Manifest | str:
+def _read_manifest(folder: Path) -> Manifest | str:
     """The manifest, or why there is none to read."""
     try:
         content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -186,15 +186,11 @@ def _files_in(folder: Path) -> list[str]:
     return sorted(path for path in paths if path != MANIFEST)
 
 
-def _share(folder: Path, function: Callable[[Path], Any], names: Iterable[str]) -> list[tuple[str, Any]]:
-    """(name, function(file)) for this process's share of the files."""
+def _of_all(function: Callable[[Path], Any], folder: Path, names: list[str]) -> dict[str, Any]:
+    """Name -> `function(file)`, each process calling it for a share of the files."""
     state = PartialState()
-    return [(name, function(folder / name)) for name in list(names)[state.process_index :: state.num_processes]]
-
-
-def _gathered(items: list[Any]) -> list[Any]:
-    """The lists of all processes as one."""
-    return list(gather_object(items))
+    own = [(name, function(folder / name)) for name in names[state.process_index :: state.num_processes]]
+    return dict(sorted(gather_object(own)))
 
 
 def _synced(path: Path) -> tuple[int, str]:

@@ -356,9 +356,9 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-def _text(value: Any) -> str:
-    """Of an enumeration's member, or of its value."""
-    return str(getattr(value, "value", value))
+def plain(value: Any) -> Any:
+    """An enumeration's member as its value, anything else as it is."""
+    return getattr(value, "value", value)
 
 
 # option -> (the setting that makes it meaningless, as a predicate on all values, and how to say so)
@@ -374,9 +374,9 @@ _POINTLESS = {
     "log_completions": (lambda v: v["lmbda"] == 0, "lmbda is 0: nothing is generated"),
     "head_chunk_gib": (lambda v: not v["fused_head"], "fused_head is false"),
     "chat_template_kwargs": (lambda v: v["chat_template_source"] == "none", "chat_template_source is none"),
-    "save_steps": (lambda v: _text(v["save_strategy"]) != "steps", "save_strategy is not steps"),
-    "save_total_limit": (lambda v: _text(v["save_strategy"]) == "no", "save_strategy is no"),
-    "eval_steps": (lambda v: _text(v["eval_strategy"]) != "steps", "eval_strategy is not steps"),
+    "save_steps": (lambda v: plain(v["save_strategy"]) != "steps", "save_strategy is not steps"),
+    "save_total_limit": (lambda v: plain(v["save_strategy"]) == "no", "save_strategy is no"),
+    "eval_steps": (lambda v: plain(v["eval_strategy"]) != "steps", "eval_strategy is not steps"),
     "use_vllm": (lambda v: v["lmbda"] == 0, "lmbda is 0: nothing is generated"),
     "vllm_importance_sampling_clip_max": (
         lambda v: not v["vllm_importance_sampling_correction"],

@@ -76,7 +76,7 @@ def resolve_pair(
     ours = ("model_name_or_path", _hub_kwargs(args, args.model_init_kwargs))
     theirs = ("teacher_model_name_or_path", _hub_kwargs(args, args.teacher_model_init_kwargs))
     student_config, teacher_config = (
-        _load(AutoConfig.from_pretrained, model, field, "model", **kwargs) if isinstance(model, str) else model.config
+        load_config(model, field, **kwargs) if isinstance(model, str) else model.config
         for model, (field, kwargs) in ((student, ours), (teacher, theirs))
     )
     if tokenizer is None:
@@ -92,9 +92,8 @@ def resolve_pair(
     return Pair(student_config, teacher_config, tokenizer, teacher_tokenizer, template)
 
 
-def load_config(name: str, field: str, trust_remote_code: bool, revision: str | None) -> PretrainedConfig:
-    """A model's configuration. Raises `ModelError`."""
-    kwargs = {"trust_remote_code": trust_remote_code, **({"revision": revision} if revision else {})}
+def load_config(name: str, field: str, **kwargs: Any) -> PretrainedConfig:
+    """A model's configuration; `kwargs` are `from_pretrained`'s. Raises `ModelError`."""
     return _load(AutoConfig.from_pretrained, name, field, "model", **kwargs)
 
 

@@ -72,8 +72,10 @@ def workload(values: dict[str, Any], teacher: PretrainedConfig, gpu_gib: float) 
 
 
 def _load(values: dict[str, Any], field: str) -> PretrainedConfig:
-    revision = values["model_revision"] if field == "model_name_or_path" else None
-    return load_config(str(values[field]), field, values["trust_remote_code"], revision)
+    kwargs = {"trust_remote_code": values["trust_remote_code"]}
+    if field == "model_name_or_path" and values["model_revision"]:
+        kwargs["revision"] = values["model_revision"]
+    return load_config(str(values[field]), field, **kwargs)
 
 
 def _table(found: dict[tuple[str, str], dict[str, float]], limit: float) -> Table:

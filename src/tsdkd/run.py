@@ -15,7 +15,7 @@ from rich.table import Table
 from transformers import get_scheduler
 from trl import get_peft_config
 
-from .config import METHODS, DataArguments, TokenSelectiveConfig, own_fields
+from .config import METHODS, DataArguments, TokenSelectiveConfig, own_fields, plain
 from .data import load_rows, prepare_rows
 from .errors import ConfigError, DataError, PreemptedError, TSDKDError
 from .models import Pair, resolve_pair
@@ -197,7 +197,7 @@ def load_data(data: DataArguments, training: TokenSelectiveConfig) -> tuple[Data
         raise DataError(f"dataset_config: {data.dataset_config!r} has no effect, dataset_name is a single file")
     field = "dataset_train_split" if is_file and data.dataset_train_split != "train" else "dataset_name"
     rows = load_rows(name, data.dataset_config, data.dataset_train_split, field)
-    if str(getattr(training.eval_strategy, "value", training.eval_strategy)) == "no" and not training.eval_on_start:
+    if plain(training.eval_strategy) == "no" and not training.eval_on_start:
         return rows, None
     if data.eval_dataset_name:
         split = "train" if Path(data.eval_dataset_name).is_file() else data.dataset_test_split

@@ -10,7 +10,7 @@ from accelerate import PartialState
 from trl import ModelConfig
 
 from . import checkpoint
-from .config import METHODS, DataArguments, default_of, own_fields
+from .config import METHODS, DataArguments, default_of, own_fields, plain
 from .errors import OutputDirError
 from .parsing import RunArguments
 
@@ -93,8 +93,7 @@ def resolved(arguments: RunArguments) -> dict[str, Any]:
     """Every of our keys, and every key of transformers and TRL that was set; no token of the hub."""
     values = {name: getattr(arguments.training, name) for name in own_fields(METHODS[arguments.method])}
     values |= {k: v for k, v in arguments.given.items() if not k.endswith("token")}
-    plain = {k: getattr(v, "value", v) for k, v in values.items()}
-    return {"method": arguments.method, **plain}
+    return {"method": arguments.method, **{k: plain(v) for k, v in values.items()}}
 
 
 def _check_same_run(arguments: RunArguments, folder: Path) -> None:
@@ -109,7 +108,7 @@ def _check_same_run(arguments: RunArguments, folder: Path) -> None:
     for cls in (METHODS[arguments.method], ModelConfig, DataArguments):
         defaults |= {f.name: default_of(cls, f.name) for f in fields(cls)}
     changed = [
-        (name, *(run.get(name, getattr(defaults.get(name), "value", defaults.get(name))) for run in (before, now)))
+        (name, *(run.get(name, plain(defaults.get(name))) for run in (before, now)))
         for name in sorted(before.keys() | now.keys())
         if name not in _FREE and (not name.startswith(_FREE_PREFIXES) or "importance" in name)
     ]
@@ -118,8 +117,4 @@ def _check_same_run(arguments: RunArguments, folder: Path) -> None:
     if hard:
         raise OutputDirError(f"output_dir: {folder} holds another run: {'; '.join(hard)}; choose another directory")
     for name, old, new in changed:
-        _say(f"resume: {name} was {old!r}, now {new!r}")
-
-
-def _say(text: str) -> None:
-    PartialState().print(text, flush=True)
+        PartialState().print(f"resume: {name} was {old!r}, now {new!r}", flush=True)

@@ -25,7 +25,7 @@ from trl.trainer.utils import disable_dropout_in_model
 from . import model_card
 from .answers import is_correct
 from .completions import CompletionSample, print_completions
-from .config import TokenSelectiveConfig
+from .config import TokenSelectiveConfig, plain
 from .data import collate, completion_mask, longest_sequence, pad_sequences, prepare_rows
 from .errors import ResumeError
 from .finite import FiniteGuard
@@ -422,5 +422,5 @@ class TokenSelectiveTrainer(Resumable, GKDTrainer):
             teacher=self.teacher_name,
             dataset=dataset_name or getattr(self, "dataset_name", None) or self.train_dataset.info.dataset_name or "",
             tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
-            settings={name: getattr(getattr(self.args, name), "value", getattr(self.args, name)) for name in names},
+            settings={name: plain(getattr(self.args, name)) for name in names},
         )
