@@ -54,6 +54,13 @@ def test_what_shards_less(pair):
     assert totals == sorted(totals, reverse=True)
 
 
+@pytest.mark.parametrize("flag", ["--gpus=0", "--gpus=two", "--gpu_gib=nan", "--gpu_gib=-5", "--gpu_gib=inf"])
+def test_a_plan_for_no_machine(flag, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["plan", "--config", "demo.yaml", flag])
+    assert stopped.value.code == 2 and flag.split("=")[1] in capsys.readouterr().err
+
+
 def test_a_plan_of_nothing(capsys, tmp_path):
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({"learning_rat": 1}))
     assert main(["plan", "--config", str(tmp_path / "run.yaml")]) == 2

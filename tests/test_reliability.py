@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from conftest import flags, make_rows, write_jsonl
+from conftest import flags, make_rows, on_cpus, write_jsonl
 from crash import Run, count_boundaries, run, run_ranks, wait_for
 from tsdkd import TSDKDConfig, checkpoint
 from tsdkd.cli import main
@@ -228,6 +228,34 @@ def test_a_signal_saves_and_stops(number, command, tmp_path):
     assert run(command(whole, **long_run), whole)[0] == 0
     assert final(folder) == final(whole)
     assert not (folder / ".preempted").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_a_launcher_before_there_is_anything_to_save(number, command, tmp_path):
+    folder = tmp_path / "out"
+    launcher = [sys.executable, "-m", "tsdkd", *command(folder), "--num_processes", "2", "--main_process_port", "0"]
+    process = subprocess.Popen(launcher, env=on_cpus(), stderr=subprocess.PIPE, text=True)
+    time.sleep(8)
+    process.send_signal(number)
+    assert process.wait(60) == PREEMPTED, process.stderr.read()[-2000:]
+    assert not folder.exists()
+
+
+def test_two_runs_do_not_share_a_directory(command, tmp_path, monkeypatch, capsys):
+    """The second looked before the first had begun."""
+    from tsdkd import run as runs
+
+    folder = tmp_path / "out"
+    build = runs.build_trainer
+
+    def slowly(arguments):
+        monkeypatch.setattr(runs, "build_trainer", build)
+        assert main(command(folder, max_steps=2, resume="false")) == 0
+        return build(arguments)
+
+    monkeypatch.setattr(runs, "build_trainer", slowly)
+    assert main(command(folder, max_steps=2, resume="false")) == 2
+    assert "another run has begun" in capsys.readouterr().err
 
 
 def test_a_signal_to_some_ranks(command, tmp_path, long):

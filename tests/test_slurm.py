@@ -81,3 +81,28 @@ def test_a_script_is_never_overwritten(tmp_path, capsys):
     assert main(["slurm", "--config", "none.yaml", "--time", "01:00:00"]) == 2
     error = capsys.readouterr().err
     assert "zero9" in error and "none.yaml" in error
+
+
+@pytest.mark.parametrize(
+    "flags, found",
+    [
+        (["--time", "soon"], ["time", "soon", "HH:MM:SS"]),
+        (["--time", "00:05:00"], ["signal_seconds", "300"]),
+        (["--time", "1-00", "--nodes", "0"], ["--nodes", "0", "at least 1"]),
+        (["--time", "30:00", "--gpus_per_node", "-1"], ["--gpus_per_node", "-1"]),
+        (["--time", "01:00:00", "--partition", "a b; rm"], ["partition", "a b; rm"]),
+        (["--time", "01:00:00", "--run_name", "a\ntouch b"], ["line break"]),
+        (["--time", "01:00:00", "--learnin_rate", "1"], ["learnin_rate", "learning_rate"]),
+        (["--time", "01:00:00", "--beta", "7"], ["beta", "7"]),
+        (["--time", "01:00:00", "--script", "/no/such/folder/job"], ["script", "/no/such/folder/job"]),
+    ],
+    ids=str,
+)
+def test_a_job_that_could_not_run_gets_no_script(flags, found, capsys):
+    try:
+        code = main(["slurm", "--config", "demo.yaml", "--output_dir", "out", *flags])
+    except SystemExit as stopped:  # argparse's way
+        code = stopped.code
+    printed = capsys.readouterr()
+    assert code == 2 and not printed.out
+    assert all(text in printed.err for text in found), printed.err

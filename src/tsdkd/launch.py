@@ -10,7 +10,7 @@ from pathlib import Path
 from subprocess import CalledProcessError
 from typing import Any
 
-from .errors import ConfigError
+from .errors import ConfigError, PreemptedError
 
 _CONFIGS = resources.files("tsdkd").joinpath("configs/accelerate")
 _INTERRUPTED = 128  # plus the signal, as a shell says it
@@ -25,28 +25,31 @@ def launch(config: str | None, options: dict[str, Any], command: Sequence[str]) 
     """Run `tsdkd command` in the processes that an accelerate configuration asks for.
 
     Args:
-        config: a shipped name or a file; none: accelerate's own default.
+        config: a shipped name or a file; none: what `accelerate config` wrote, or else ddp.
         options: of `accelerate launch`, e.g. `num_processes`.
         command: the arguments of tsdkd.
 
     Returns:
-        The exit code of the process that failed first; 0 if none did.
+        The exit code of the process that failed first; 0 if none did; 75 after SIGTERM or SIGUSR1 to the launcher.
 
     Raises:
         ConfigError: no such configuration, or options that accelerate refuses.
     """
     # imported here: --help needs no torch
+    from accelerate.commands.config.config_args import default_config_file
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    if config is None and not Path(default_config_file).exists():
+        config = "ddp"  # accelerate would start one process on a CPU, whatever it is asked for
     flags = ["--config_file", str(find_config(config))] if config else []
     flags += [text for name, value in options.items() for text in (f"--{name}", str(value))]
     arguments = launch_command_parser().parse_args([*flags, "-m", "tsdkd", *command])
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # seconds to save in, after a SIGTERM
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes say it themselves
     if signal.getsignal(signal.SIGUSR1) is not signal.SIG_IGN:
-        signal.signal(signal.SIGUSR1, lambda *_: os.kill(os.getpid(), signal.SIGTERM))  # which is passed on
+        signal.signal(signal.SIGUSR1, _terminate)
     try:
         launch_command(arguments)
     except ChildFailedError as error:
@@ -55,10 +58,18 @@ def launch(config: str | None, options: dict[str, Any], command: Sequence[str]) 
     except CalledProcessError as error:
         return _reported(0, error.returncode)
     except SignalException as error:
-        return _INTERRUPTED + error.sigval
+        stopped = error.sigval in (signal.SIGTERM, signal.SIGUSR1)  # its processes had time to save
+        return PreemptedError.exit_code if stopped else _INTERRUPTED + error.sigval
     except ValueError as error:
         raise ConfigError([f"accelerate_config: {' '.join(str(error).split())}"]) from error
     return 0
+
+
+def _terminate(*_: Any) -> None:
+    """SIGTERM to itself, which is passed on once there are processes."""
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        sys.exit(PreemptedError.exit_code)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def find_config(config: str) -> Path:

@@ -45,8 +45,9 @@ def train(arguments: RunArguments) -> TokenSelectiveTrainer:
         TSDKDError: before anything is written.
     """
     checkpoint = claim(arguments)
-    with watching():
-        trainer = build_trainer(arguments)
+    trainer = build_trainer(arguments)
+    trainer.accelerator.wait_for_everyone()
+    with watching():  # until here a signal ends a process at once, as there is nothing to save
         mark(arguments)
         trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.preemption.stopped:

@@ -62,7 +62,7 @@ def claim(arguments: RunArguments) -> str | None:
         raise OutputDirError(
             f"output_dir: {folder} holds files that aren't tsdkd's ({min(present)}, …); choose another"
         )
-    resumes = training.resume or asked.lower() != "false"
+    resumes = _resumes(arguments)
     if present and not resumes:
         raise OutputDirError(
             f"output_dir: {folder} holds an earlier run; continue it with --resume true, or choose another"
@@ -79,14 +79,26 @@ def claim(arguments: RunArguments) -> str | None:
     return str(checkpoint.newest(folder))
 
 
+def _resumes(arguments: RunArguments) -> bool:
+    training = arguments.training
+    return training.resume or str(training.resume_from_checkpoint or "false").lower() != "false"
+
+
 def mark(arguments: RunArguments) -> None:
-    """Write the resolved configuration into the output directory, in one go."""
+    """Write the resolved configuration into the output directory, in one go.
+
+    Raises:
+        OutputDirError: another run has done so since `claim`.
+    """
     if arguments.training.process_index == 0:
         folder = Path(str(arguments.training.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(resolved(arguments), sort_keys=True, allow_unicode=True)
-        (folder / _NEW_RUN_FILE).write_text(text, encoding="utf-8")
-        os.replace(folder / _NEW_RUN_FILE, folder / RUN_FILE)
+        new, file = folder / _NEW_RUN_FILE, folder / RUN_FILE
+        new.write_text(text, encoding="utf-8")
+        if file.exists() and not _resumes(arguments):
+            raise OutputDirError(f"output_dir: another run has begun in {folder}; choose another")
+        os.replace(new, file)
 
 
 def resolved(arguments: RunArguments) -> dict[str, Any]:

@@ -11,8 +11,10 @@ from jinja2 import Environment, StrictUndefined
 
 from .errors import ConfigError
 from .launch import find_config
-from .parsing import read_flags, read_yaml
+from .parsing import read_run
 from .preemption import MARKER
+
+_TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 
 
 def sbatch_script(
@@ -28,23 +30,52 @@ def sbatch_script(
         settings: what `slurm.sh.j2` names: nodes, gpus_per_node (0: a CPU job of a process a node), time, ….
 
     Raises:
-        ConfigError: no such configuration, or one without `output_dir`.
+        ConfigError: a configuration or settings that can't be run.
     """
     find_config(accelerate_config)
-    problems: list[str] = []
-    values = {**(read_yaml(config) if config else {}), **read_flags(flags, problems)}
-    if not values.get("output_dir"):
-        problems.append("output_dir: missing; set it in the file or by --output_dir")
+    _, values, _, _ = read_run(config, flags)  # what is wrong with them is told here, not after hours in a queue
+    problems = _problems(settings, [*flags, str(config), accelerate_config])
     if problems:
         raise ConfigError(problems)
     source = resources.files("tsdkd").joinpath("slurm.sh.j2").read_text(encoding="utf-8")
     template = Environment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(source)
     command = ["train", *(["--config", config] if config else []), *flags]
     return template.render(
-        name=re.sub(r"[^\w.-]", "-", Path(str(values["output_dir"])).name),
+        name=re.sub(r"[^\w.-]", "-", Path(str(values["output_dir"])).resolve().name) or "tsdkd",
         marker=shlex.quote(str(Path(str(values["output_dir"]), MARKER))),
         command=shlex.join(command),
         accelerate_config=shlex.quote(accelerate_config),
         written_by=shlex.join(written_by),
         **settings,
     )
+
+
+def _problems(settings: dict[str, Any], texts: Sequence[str]) -> list[str]:
+    """What SLURM or the shell would make something else of."""
+    problems = [f"{text!r}: has a line break, which a script can't hold" for text in texts if "\n" in text]
+    for name in ("partition", "account"):
+        if not re.fullmatch(r"[\w.,@-]*", settings[name]):
+            problems.append(f"{name}: must be letters, digits, and . , @ - _, found {settings[name]!r}")
+    seconds = _seconds(settings["time"])
+    if seconds is None:
+        problems.append(f"time: must be HH:MM:SS, or another of SLURM's forms, found {settings['time']!r}")
+    elif seconds <= settings["signal_seconds"] + 60:
+        problems.append(
+            f"signal_seconds: a job of {settings['time']} would be told to stop {settings['signal_seconds']} seconds "
+            "before its end, and SLURM may do so a minute early: that leaves no time"
+        )
+    return problems
+
+
+def _seconds(time: str) -> int | None:
+    """Of MM, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS."""
+    found = _TIME.fullmatch(time)
+    if found is None:
+        return None
+    days, *parts = found.groups()
+    numbers = [int(part) for part in parts if part is not None]
+    if days is not None:
+        hours, minutes, seconds = [*numbers, 0, 0][:3]
+    else:
+        hours, minutes, seconds = {1: [0, *numbers, 0], 2: [0, *numbers], 3: numbers}[len(numbers)]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds

@@ -3,6 +3,8 @@
 import argparse
 from collections.abc import Sequence
 
+from .numbers import at_least, positive
+
 _EPILOG = """The estimate is for full-length completions. It needs the models' configurations, no weights and no GPU.
 example:
   tsdkd plan --config qwen25_14b_to_1p5b.yaml --gpus 8 --gpu_gib 80"""
@@ -19,8 +21,8 @@ def main(argv: Sequence[str]) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="FILE", help="a YAML file, or the name of a shipped one (`tsdkd configs`)")
-    parser.add_argument("--gpus", type=int, default=8, help="default: %(default)s")
-    parser.add_argument("--gpu_gib", type=float, default=80.0, help="memory of one GPU, GiB; default: %(default)s")
+    parser.add_argument("--gpus", type=at_least(1), default=8, help="default: %(default)s")
+    parser.add_argument("--gpu_gib", type=positive, default=80.0, help="memory of one GPU, GiB; default: %(default)s")
     args, flags = parser.parse_known_args(argv)
 
     from ..placement import show_plan

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..errors import OutputDirError
 from ..launch import config_names
+from .numbers import at_least
 
 _EPILOG = """Other flags go to `tsdkd train`. The job saves and is queued again before its time limit, and after a
 preemption; it continues by itself.
@@ -27,14 +28,16 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--config", metavar="FILE", help="a YAML file, or the name of a shipped one (`tsdkd configs`)")
     parser.add_argument("--script", metavar="FILE", help="where the script is written; by default it is printed")
-    parser.add_argument("--nodes", type=int, default=1, help="default: %(default)s")
+    parser.add_argument("--nodes", type=at_least(1), default=1, help="default: %(default)s")
     parser.add_argument(
-        "--gpus_per_node", type=int, default=8, help="default: %(default)s; 0: a process a node, on CPUs"
+        "--gpus_per_node", type=at_least(0), default=8, help="default: %(default)s; 0: a process a node, on CPUs"
     )
-    parser.add_argument("--cpus_per_task", type=int, default=0, help="CPU cores of a node; 0: the cluster's default")
+    parser.add_argument(
+        "--cpus_per_task", type=at_least(0), default=0, help="CPU cores of a node; 0: the cluster's default"
+    )
     parser.add_argument("--time", required=True, metavar="HH:MM:SS", help="the time limit of one job")
     parser.add_argument(
-        "--signal_seconds", type=int, default=300, help="how long before it to stop; default: %(default)s"
+        "--signal_seconds", type=at_least(1), default=300, help="how long before it to stop; default: %(default)s"
     )
     parser.add_argument("--partition", default="")
     parser.add_argument("--account", default="")
@@ -57,6 +60,9 @@ def main(argv: Sequence[str]) -> int:
         return 0
     if Path(script).exists():
         raise OutputDirError(f"script: {script} exists; choose another name")
-    Path(script).write_text(text, encoding="utf-8")
+    try:
+        Path(script).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OutputDirError(f"script: {script} can't be written: {error.strerror}") from error
     print(f"wrote {script}; start it with: sbatch {script}")
     return 0

@@ -1,20 +1,22 @@
 """`tsdkd train`."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from .. import launch
+from .numbers import at_least
 
 _EPILOG = """Every field of the method's configuration, of TRL's ModelConfig and of transformers' TrainingArguments is
 a key of FILE and a flag: --learning_rate 1e-6, --gate false, --report_to tensorboard wandb.
 `tsdkd train --help_keys` lists tsdkd's own keys with their defaults."""
-_LAUNCH = {
-    "num_processes": "N",
-    "num_machines": "N",
-    "machine_rank": "N",
-    "main_process_ip": "HOST",
-    "main_process_port": "PORT",
-    "rdzv_backend": "NAME",
+_LAUNCH: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "num_processes": ("N", at_least(1)),
+    "num_machines": ("N", at_least(1)),
+    "machine_rank": ("N", at_least(0)),
+    "main_process_ip": ("HOST", str),
+    "main_process_port": ("PORT", at_least(0)),
+    "rdzv_backend": ("NAME", str),
 }
 
 
@@ -37,8 +39,8 @@ def main(argv: Sequence[str]) -> int:
         metavar="FILE",
         help=f"a launch configuration, or one of {', '.join(launch.config_names())}",
     )
-    for name in _LAUNCH:
-        group.add_argument(f"--{name}", metavar=_LAUNCH[name], help="as in `accelerate launch`")
+    for name, (metavar, kind) in _LAUNCH.items():
+        group.add_argument(f"--{name}", metavar=metavar, type=kind, help="as in `accelerate launch`")
     args, flags = parser.parse_known_args(argv)
     options = {name: value for name in _LAUNCH if (value := getattr(args, name)) is not None}
     if (args.accelerate_config or options) and not args.help_keys and not args.dry_run:
