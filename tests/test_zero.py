@@ -3,7 +3,6 @@
 import hashlib
 import json
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from conftest import flags, on_cpus, weights
 from crash import wait_for
 from tsdkd.cli import main
+from tsdkd.errors import PreemptedError
 
 pytest.importorskip("deepspeed")
 
@@ -166,7 +166,7 @@ def test_a_launcher_that_is_terminated(command, tmp_path):
     wait_for(folder / "tsdkd_config.yaml")
     process.terminate()
     _, errors = process.communicate(timeout=300)
-    assert process.returncode == 128 + signal.SIGTERM
+    assert process.returncode == PreemptedError.exit_code
     assert "continue with --resume true" in errors and (folder / ".preempted").exists()
     (checkpoint,) = folder.glob("checkpoint-*")
     assert (checkpoint / "manifest.json").exists()
