@@ -259,7 +259,7 @@ def test_two_runs_do_not_share_a_directory(command, tmp_path, monkeypatch, capsy
 
 
 def test_a_signal_to_some_ranks(command, tmp_path, long):
-    """All agree, whenever it comes: loading, rollout, forward, save, evaluation; to one rank or to both."""
+    """All agree, whenever it comes: rollout, forward, save, evaluation; to one rank or to both."""
     values = {"max_steps": 12, "save_steps": 3, "eval_strategy": "steps", "eval_steps": 4, "num_train_epochs": 10}
     values |= {
         "per_device_train_batch_size": 2,

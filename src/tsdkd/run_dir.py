@@ -53,7 +53,7 @@ def claim(arguments: RunArguments) -> str | None:
         ResumeError: there is nothing to resume from.
     """
     training = arguments.training
-    folder, asked = Path(str(training.output_dir)), str(training.resume_from_checkpoint or "false")
+    folder, asked = Path(str(training.output_dir)), _asked(arguments)
     for place in (folder, *folder.parents):
         if place.exists() and not place.is_dir():
             raise OutputDirError(f"output_dir: {place} is a file, expected a folder")
@@ -79,9 +79,13 @@ def claim(arguments: RunArguments) -> str | None:
     return str(checkpoint.newest(folder))
 
 
+def _asked(arguments: RunArguments) -> str:
+    """`resume_from_checkpoint` as text: a path, "true" or "false"."""
+    return str(arguments.training.resume_from_checkpoint or "false")
+
+
 def _resumes(arguments: RunArguments) -> bool:
-    training = arguments.training
-    return training.resume or str(training.resume_from_checkpoint or "false").lower() != "false"
+    return arguments.training.resume or _asked(arguments).lower() != "false"
 
 
 def mark(arguments: RunArguments) -> None:
@@ -93,12 +97,11 @@ def mark(arguments: RunArguments) -> None:
     if arguments.training.process_index == 0:
         folder = Path(str(arguments.training.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        text = yaml.safe_dump(resolved(arguments), sort_keys=True, allow_unicode=True)
-        new, file = folder / _NEW_RUN_FILE, folder / RUN_FILE
-        new.write_text(text, encoding="utf-8")
-        if file.exists() and not _resumes(arguments):
+        if (folder / RUN_FILE).exists() and not _resumes(arguments):
             raise OutputDirError(f"output_dir: another run has begun in {folder}; choose another")
-        os.replace(new, file)
+        text = yaml.safe_dump(resolved(arguments), sort_keys=True, allow_unicode=True)
+        (folder / _NEW_RUN_FILE).write_text(text, encoding="utf-8")
+        os.replace(folder / _NEW_RUN_FILE, folder / RUN_FILE)
 
 
 def resolved(arguments: RunArguments) -> dict[str, Any]:

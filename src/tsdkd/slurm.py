@@ -34,7 +34,7 @@ def sbatch_script(
     """
     find_config(accelerate_config)
     _, values, _, _ = read_run(config, flags)  # what is wrong with them is told here, not after hours in a queue
-    problems = _problems(settings, [*flags, str(config), accelerate_config])
+    problems = _problems(settings, written_by)
     if problems:
         raise ConfigError(problems)
     source = resources.files("tsdkd").joinpath("slurm.sh.j2").read_text(encoding="utf-8")
@@ -50,9 +50,9 @@ def sbatch_script(
     )
 
 
-def _problems(settings: dict[str, Any], texts: Sequence[str]) -> list[str]:
-    """What SLURM or the shell would make something else of."""
-    problems = [f"{text!r}: has a line break, which a script can't hold" for text in texts if "\n" in text]
+def _problems(settings: dict[str, Any], words: Sequence[str]) -> list[str]:
+    """What SLURM or the shell would make something else of; `words` are the command's, which all end in the script."""
+    problems = [f"{word!r}: has a line break, which a script can't hold" for word in words if "\n" in word]
     for name in ("partition", "account"):
         if not re.fullmatch(r"[\w.,@-]*", settings[name]):
             problems.append(f"{name}: must be letters, digits, and . , @ - _, found {settings[name]!r}")

@@ -4,6 +4,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from .numbers import at_least
+
 _EPILOG = """examples:
   tsdkd generate --config my.yaml --output_file teacher.jsonl
   tsdkd generate --config my.yaml --output_file student.jsonl --role student --num_completions 4 --use_vllm true
@@ -26,12 +28,15 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--output_file", "--output-file", metavar="FILE", type=Path, required=True)
     parser.add_argument("--role", choices=["teacher", "student"], default="teacher", help="default: %(default)s")
     parser.add_argument(
-        "--num_completions", "--num-completions", metavar="N", type=int, default=1, help="for each prompt; default: 1"
+        "--num_completions",
+        "--num-completions",
+        metavar="N",
+        type=at_least(1),
+        default=1,
+        help="for each prompt; default: 1",
     )
     parser.add_argument("--top_p", "--top-p", metavar="MASS", type=float, help="nucleus mass; default: the run's")
     args, flags = parser.parse_known_args(argv)
-    if args.num_completions < 1:
-        parser.error(f"--num_completions: must be at least 1, found {args.num_completions}")
     if args.top_p is not None and not 0 < args.top_p <= 1:
         parser.error(f"--top_p: must be in (0, 1], found {args.top_p}")
 
