@@ -1,8 +1,9 @@
 """`tsdkd generate`."""
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
+
+from .arguments import at_least, run_parser
 
 _EPILOG = """examples:
   tsdkd generate --config my.yaml --output_file teacher.jsonl
@@ -14,24 +15,21 @@ rows already gets the others."""
 
 def main(argv: Sequence[str]) -> int:
     """Parse, and hand over to `tsdkd.generate`."""
-    parser = argparse.ArgumentParser(
-        prog="tsdkd generate",
-        description="Write completions of the teacher (or the student) for a run's prompts to a JSONL file.",
-        epilog=_EPILOG,
-        usage="tsdkd generate --config FILE --output_file FILE [--role ROLE] [--num_completions N] [--key value ...]",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", metavar="FILE", help="a YAML file, or the name of a shipped one (`tsdkd configs`)")
+    about = "Write completions of the teacher (or the student) for a run's prompts to a JSONL file."
+    usage = "--output_file FILE [--role ROLE] [--num_completions N] "
+    parser = run_parser("generate", about, _EPILOG, usage)
     parser.add_argument("--output_file", "--output-file", metavar="FILE", type=Path, required=True)
     parser.add_argument("--role", choices=["teacher", "student"], default="teacher", help="default: %(default)s")
     parser.add_argument(
-        "--num_completions", "--num-completions", metavar="N", type=int, default=1, help="for each prompt; default: 1"
+        "--num_completions",
+        "--num-completions",
+        metavar="N",
+        type=at_least(1),
+        default=1,
+        help="for each prompt; default: 1",
     )
     parser.add_argument("--top_p", "--top-p", metavar="MASS", type=float, help="nucleus mass; default: the run's")
     args, flags = parser.parse_known_args(argv)
-    if args.num_completions < 1:
-        parser.error(f"--num_completions: must be at least 1, found {args.num_completions}")
     if args.top_p is not None and not 0 < args.top_p <= 1:
         parser.error(f"--top_p: must be in (0, 1], found {args.top_p}")
 
