@@ -197,6 +197,7 @@ def test_shipped_comparisons_are_sound(name: str, capsys: Any) -> None:
         ({"runs": {"a": {"seed": 3}}}, ["runs: a: seed", "the comparison sets it"]),
         ({"runs": {"a": 3}}, ["runs: a", "mapping", "3"]),
         ({"runs": {}}, ["runs"]),
+        ({"runs": {"a b": {}, "a + b": {}}}, ["runs", "one folder"]),
         ({"baseline": "b"}, ["baseline", "'b'"]),
         ({"x": "beta"}, ["plain", "beta", "missing"]),
         ({"seeds": []}, ["seeds"]),

@@ -66,6 +66,7 @@ class TokenSelectiveConfig(GKDConfig):
     objective: ClassVar[type[Objective]]
     trainer: ClassVar[str] = "tsdkd.trainer:TokenSelectiveTrainer"
     paper: ClassVar[str]
+    starts_from_data: ClassVar[bool] = False  # whether it trains on the data set's completions whatever lmbda is
     refused: ClassVar[dict[str, str]] = {"beta": "the method has no generalised JSD"}  # inherited options, and why
 
     temperature: float = option(1.0, "Divides student and teacher logits, in rollouts and in the loss.")
@@ -141,7 +142,7 @@ class TokenSelectiveConfig(GKDConfig):
     @property
     def needs_completions(self) -> bool:
         """Whether some steps train on the data set's completions."""
-        return self.lmbda < 1
+        return self.starts_from_data or self.lmbda < 1
 
     def steps_per_rollout(self) -> int:
         """Optimizer steps that one rollout serves."""

@@ -82,6 +82,7 @@ class DistiLLMConfig(DistiLLMOptions, _TSDKDTables):
     objective = DistiLLMObjective
     trainer = "tsdkd.trainers.distillm:DistiLLMTrainer"
     paper = "Ko et al. 2024, arXiv 2402.03898"
+    starts_from_data = True
     refused = _OWN_ROLLOUTS
 
     own_share: float = option(0.0, "Share of steps on own or replayed completions, at the start.", SHARE)
@@ -90,11 +91,6 @@ class DistiLLMConfig(DistiLLMOptions, _TSDKDTables):
         0.1, "By how much the validation loss may rise before that, nats.", NOT_NEGATIVE, _NEVER_EVALUATED
     )
     replay_capacity: int = option(1000, "How many own completions are kept, over all processes.", AT_LEAST_ONE)
-
-    @property
-    def needs_completions(self) -> bool:
-        """They are where the method starts from."""
-        return True
 
 
 @dataclass

@@ -100,16 +100,14 @@ class Comparison:
         values |= {"output_dir": str(task.folder), "resume": True}
         if task.seed is not None:
             values["seed"] = task.seed
-        if self.teacher_completions and self._needs_completions(values):
-            values["dataset_name"] = str(self.teacher_file)
-        return [word for key, value in values.items() for word in _flag(key, value)]
+        words = [word for key, value in values.items() for word in _flag(key, value)]
+        if self.teacher_completions and self._needs_completions(words):
+            words += ["--dataset_name", str(self.teacher_file)]
+        return words
 
-    def _needs_completions(self, values: Mapping[str, Any]) -> bool:
-        method = values.get("method") or read_yaml(self.config).get("method", "tsd-kd")
-        default = METHODS[method](
-            "unused", **({"lmbda": values["lmbda"]} if "lmbda" in values else {}), use_cpu=True, bf16=False
-        )
-        return default.needs_completions
+    def _needs_completions(self, words: list[str]) -> bool:
+        method, values, _, _ = read_run(self.config, words)
+        return METHODS[method].starts_from_data or values["lmbda"] < 1
 
     def arguments(self, task: Task) -> RunArguments:
         """The run, parsed and checked. Raises `ConfigError`."""
@@ -190,6 +188,11 @@ def _check(comparison: Comparison) -> None:
     if not runs or not comparison.seeds:
         problems.append("runs, seeds: at least one of each is needed")
     comparison.seeds = [int(seed) for seed in comparison.seeds]
+    folders = [task.folder for task in comparison.tasks]
+    if len(set(folders)) < len(folders):
+        problems.append(
+            "runs, seeds: two would be written into one folder; choose names that differ in letters"
+        )
     for name in (comparison.baseline, *(n for n in REFERENCES if n in runs)):
         if name is not None and (name not in runs or name in REFERENCES):
             problems.append(f"baseline: must be one of {', '.join(runs)}, found {name!r}")
