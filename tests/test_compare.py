@@ -56,6 +56,12 @@ def comparison(saved_model: Any, rows_file: str, tmp_path: Path) -> Any:
     return write
 
 
+def do(name: str, tasks: range) -> None:
+    """In this process, as a SLURM array would in others."""
+    for task in tasks:
+        assert main(["compare", "--config", name, "--task", str(task)]) == 0
+
+
 def results(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
 
@@ -64,7 +70,8 @@ def test_a_comparison_from_end_to_end(comparison: Any, tmp_path: Path, capfd: An
     """Done once; what is missing afterwards is done again, and only that; the teacher writes its completions once."""
     runs = {"plain": {"method": "gkd"}, "fixed": {"method": "seq-kd"}}
     name, out = comparison(runs=runs, teacher_completions=True), tmp_path / "out"
-    assert main(["compare", "--config", name, "--jobs", "2"]) == 0
+    do(name, range(6))
+    assert main(["compare", "--config", name]) == 0
     first = results(out)
     assert [(r["run"], r["seed"]) for r in first[:2]] == [("student", None), ("teacher", None)]
     assert [(r["run"], r["seed"]) for r in first[2:]] == [("plain", 1), ("fixed", 1), ("plain", 2), ("fixed", 2)]
@@ -98,7 +105,8 @@ def test_finished_runs_of_other_settings_are_not_mixed_in(comparison: Any, capsy
 def test_a_failed_task_is_named_and_the_others_are_kept(comparison: Any, tmp_path: Path, capfd: Any) -> None:
     rows = write_jsonl(tmp_path / "empty.jsonl", [{"prompt": ""}])
     name = comparison(seeds=[1], runs={"bad": {"dataset_name": rows}, "plain": {"method": "gkd"}})
-    assert main(["compare", "--config", name]) == 1
+    do(name, range(2))
+    assert main(["compare", "--config", name, "--jobs", "2"]) == 1
     error = capfd.readouterr().err
     assert "bad, seed 1: failed" in error and "seed-1.log" in error
     assert "row 0" in (tmp_path / "out/bad/seed-1.log").read_text()
@@ -108,6 +116,7 @@ def test_a_failed_task_is_named_and_the_others_are_kept(comparison: Any, tmp_pat
 
 def test_a_signal_stops_the_running_tasks_and_they_continue(comparison: Any, tmp_path: Path) -> None:
     name = comparison(seeds=[1], runs={"plain": {"method": "gkd", "max_steps": 400, "save_strategy": "steps"}})
+    do(name, range(2))
     command = [sys.executable, "-m", "tsdkd", "compare", "--config", name]
     process = subprocess.Popen(command, env=on_cpus(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     end, folder = time.monotonic() + 120, tmp_path / "out/plain/seed-1"

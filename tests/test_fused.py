@@ -206,7 +206,6 @@ PRODUCT = {"entropy": True, "divergence": losses.jsd(0.5), "top_k": 3}
 TERMS = {
     **{f"jsd-{beta}": jsd(beta) for beta in (0.0, 0.1, 0.5, 0.9, 1.0)},
     **skewed(0.1),
-    **skewed(0.5),
     **{f"plackett-luce-{k}": plackett_luce(k) for k in (4, 50)},
     "entropy": Term(lambda s: s.entropy, lambda q, *_: ref.token_entropy(q), request={"entropy": True}),
     "logps": Term(lambda s: (s.logps * torch.tensor([1.0, -2.0, 0.5])).sum(-1), logps_loop, ids=3),

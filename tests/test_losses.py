@@ -31,7 +31,7 @@ PAIR_LOSSES: dict[str, tuple[Callable[..., Tensor], Callable[..., float]]] = {
             partial(getattr(ref, f"skew_{way}_kl"), skew=skew),
         )
         for way in ("forward", "reverse")
-        for skew in (1e-3, 0.1, 0.5, 0.9)
+        for skew in (0.1, 0.9)
     },
     **{
         f"plackett-luce-{k}": (partial(losses.plackett_luce_nll, top_k=k), partial(ref.plackett_luce_nll, top_k=k))

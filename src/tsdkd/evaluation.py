@@ -26,6 +26,7 @@ class Problems:
         stop_ids: tokens that end a completion.
         vocab_size: only ids below it are sampled.
         decode: token ids -> text.
+        is_correct: completion, answer -> whether it is right.
     """
 
     prompts: Sequence[list[int]]
@@ -34,6 +35,7 @@ class Problems:
     stop_ids: Collection[int]
     vocab_size: int
     decode: Callable[[list[int]], str]
+    is_correct: Callable[[str, str], bool] = is_correct
 
 
 @dataclass
@@ -102,7 +104,7 @@ def _complete(model: PreTrainedModel, problems: Problems, repeat: int | None, ba
 
 def _right(problems: Problems, completions: Sequence[Completion]) -> list[bool]:
     texts = (problems.decode(c.ids) for c in completions)
-    return [is_correct(text, str(answer)) for text, answer in zip(texts, problems.answers, strict=True)]
+    return [problems.is_correct(text, str(answer)) for text, answer in zip(texts, problems.answers, strict=True)]
 
 
 @torch.no_grad()

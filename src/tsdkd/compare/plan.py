@@ -190,9 +190,7 @@ def _check(comparison: Comparison) -> None:
     comparison.seeds = [int(seed) for seed in comparison.seeds]
     folders = [task.folder for task in comparison.tasks]
     if len(set(folders)) < len(folders):
-        problems.append(
-            "runs, seeds: two would be written into one folder; choose names that differ in letters"
-        )
+        problems.append("runs, seeds: two would be written into one folder; choose names that differ in letters")
     for name in (comparison.baseline, *(n for n in REFERENCES if n in runs)):
         if name is not None and (name not in runs or name in REFERENCES):
             problems.append(f"baseline: must be one of {', '.join(runs)}, found {name!r}")

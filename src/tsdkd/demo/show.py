@@ -60,6 +60,7 @@ def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Se
         stop_ids=stop_token_ids(tokenizer, model.generation_config),
         vocab_size=model.config.vocab_size,
         decode=lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
+        is_correct=task.is_correct,
     )
     return evaluate(model, problems)
 

@@ -191,9 +191,11 @@ def logits_gradient_(
         constant -= upstream.logps.sum(-1)
     if entropy is not None:
         constant -= entropy * student.entropy
-    if up is not None and kind is not None and forward:
-        up = up * kind.teacher
-        constant += up
+    if up is not None and kind is not None:
+        of_ratio = up * ratio_weight
+        up = up * (kind.teacher if forward else kind.student)
+        if forward:
+            constant += up
 
     for rows, columns, (logq, logp, q, p, gradient) in tiles:
         torch.exp(student.logps(rows, columns, logq), out=q)
@@ -205,15 +207,13 @@ def logits_gradient_(
         if entropy is not None:
             gradient.addcmul_(logq, entropy[rows].unsqueeze(-1), value=-1.0)
         if up is not None and kind is not None and not forward:
-            weight = up[rows].unsqueeze(-1)
             if kind.mixture != 1.0:
                 _mixture(q, p, kind.mixture, logp)
                 if ratio_weight:
-                    gradient.addcmul_(p.div_(logp).sub_(ratio[rows].unsqueeze(-1)), weight, value=ratio_weight)
+                    gradient.addcmul_(p.div_(logp).sub_(ratio[rows].unsqueeze(-1)), of_ratio[rows].unsqueeze(-1))
                 logp.log_()
             # the KL comes off before the factor: where one token has all the mass the two must cancel exactly
-            logq.sub_(logp).sub_(student_kl[rows].unsqueeze(-1))
-            gradient.addcmul_(logq, weight, value=kind.student)
+            gradient.addcmul_(logq.sub_(logp).sub_(student_kl[rows].unsqueeze(-1)), up[rows].unsqueeze(-1))
         gradient.mul_(q)
         if up is not None and forward:
             gradient.addcmul_(p, up[rows].unsqueeze(-1), value=-1.0)
