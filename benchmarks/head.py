@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 
 from tsdkd.fused import FusedHead, Projection
+from tsdkd.objectives import Responses
 from tsdkd.objectives.tsd_kd import TSDKDObjective
 from tsdkd.statistics import LogitsHead
 
@@ -68,13 +69,13 @@ class Contest:
 
     def fused(self) -> None:
         head = FusedHead(self.hidden, Projection(self.weight), self.teacher_hidden, Projection(self.teacher_weight))
-        TSDKDObjective()(head, self.mask).loss.backward()
+        TSDKDObjective()(head, Responses(self.mask)).loss.backward()
 
     def logits(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.hidden @ self.weight.t(), self.teacher_hidden @ self.teacher_weight.t()
 
     def whole(self) -> None:
-        TSDKDObjective()(LogitsHead(*self.logits()), self.mask).loss.backward()
+        TSDKDObjective()(LogitsHead(*self.logits()), Responses(self.mask)).loss.backward()
 
     def trl_chunked(self) -> None:
         from trl.kernels.chunked_divergence import ChunkedDivergenceFunction

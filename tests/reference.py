@@ -60,8 +60,25 @@ def generalized_jsd(student: Vector, teacher: Vector, beta: float) -> float:
         return kl_divergence(log_p, log_q)
     if beta == 1.0:
         return kl_divergence(log_q, log_p)
-    log_m = [logsumexp([math.log(beta) + a, math.log(1.0 - beta) + b]) for a, b in zip(log_p, log_q, strict=True)]
+    log_m = log_mixture(log_p, log_q, beta)
     return beta * kl_divergence(log_p, log_m) + (1.0 - beta) * kl_divergence(log_q, log_m)
+
+
+def skew_forward_kl(student: Vector, teacher: Vector, skew: float = 0.1) -> float:
+    """DistiLLM's SKL: KL(P || skew P + (1 - skew) Q)."""
+    log_p, log_q = log_softmax(teacher), log_softmax(student)
+    return kl_divergence(log_p, log_mixture(log_p, log_q, skew))
+
+
+def skew_reverse_kl(student: Vector, teacher: Vector, skew: float = 0.1) -> float:
+    """DistiLLM's SRKL: KL(Q || (1 - skew) P + skew Q)."""
+    log_p, log_q = log_softmax(teacher), log_softmax(student)
+    return kl_divergence(log_q, log_mixture(log_p, log_q, 1.0 - skew))
+
+
+def log_mixture(log_p: Vector, log_q: Vector, share: float) -> list[float]:
+    """log(share p + (1 - share) q)."""
+    return [logsumexp([math.log(share) + a, math.log(1.0 - share) + b]) for a, b in zip(log_p, log_q, strict=True)]
 
 
 def entropy_gap_gate(student_entropy: float, teacher_entropy: float, temperature: float = 1.0) -> float:
@@ -282,6 +299,76 @@ def forward_kl_acts(teacher: Vector, placement: str | bool, entropy_threshold: f
     if isinstance(placement, bool):
         return placement
     return {"entropy": token_entropy(teacher) > entropy_threshold, "all": True, "none": False}[placement]
+
+
+# What their tables compare with --------------------------------------------------------------------------------------
+
+
+def kd_loss(
+    student_logits: Sequence[Matrix],
+    teacher_logits: Sequence[Matrix],
+    tokens: Sequence[Sequence[int]],
+    cross_entropy_weight: float = 0.5,
+    forward_kl_weight: float = 0.5,
+    top_k: int = 16,
+) -> float:
+    """EOPD's KD, Table 7: cross-entropy and top-k forward KL, a mean over tokens."""
+    values: list[float] = []
+    for student, teacher, ids in zip(student_logits, teacher_logits, tokens, strict=True):
+        for row, teacher_row, token in zip(student, teacher, ids, strict=True):
+            forward_kl = topk_forward_kl(row, teacher_row, top_k)
+            values.append(-cross_entropy_weight * log_softmax(row)[token] + forward_kl_weight * forward_kl)
+    return mean(values)
+
+
+def minillm_advantages(
+    student_logps: Sequence[Vector],
+    teacher_logps: Sequence[Vector],
+    scaling: float = 0.5,
+    clip: float = 100.0,
+    discount: float = 0.95,
+) -> list[list[float]]:
+    """MiniLLM: discounted rewards from each token on, over the number of tokens from it on, whitened over all."""
+    returns: list[list[float]] = []
+    for student, teacher in zip(student_logps, teacher_logps, strict=True):
+        rewards = [max(-clip, min(clip, (p - q) / scaling)) for q, p in zip(student, teacher, strict=True)]
+        length = len(rewards)
+        returns.append(
+            [
+                math.fsum(discount ** (s - t) * rewards[s] for s in range(t, length)) / (length - t)
+                for t in range(length)
+            ]
+        )
+    every = [value for row in returns for value in row]
+    centre = mean(every)
+    spread = mean([(value - centre) ** 2 for value in every])
+    return [[(value - centre) / math.sqrt(spread + 1e-8) for value in row] for row in returns]
+
+
+def minillm_loss(
+    student_logits: Sequence[Matrix],
+    teacher_logits: Sequence[Matrix],
+    tokens: Sequence[Sequence[int]],
+    old_logits: Sequence[Matrix],
+    mixture: float = 0.2,
+    clip_epsilon: float = 0.2,
+) -> float:
+    """MiniLLM's clipped policy gradient, its ratio against the mixture that sampled, plus reverse KL; token mean."""
+
+    def sampled(logits: Sequence[Matrix]) -> list[list[float]]:
+        return [
+            [log_softmax(r)[t] for r, t in zip(one, ids, strict=True)] for one, ids in zip(logits, tokens, strict=True)
+        ]
+
+    new, old, teacher = sampled(student_logits), sampled(old_logits), sampled(teacher_logits)
+    advantages = minillm_advantages(old, teacher)
+    values: list[float] = []
+    for i, row in enumerate(new):
+        for t, logp in enumerate(row):
+            mixed = mixture * math.exp(teacher[i][t]) + (1.0 - mixture) * math.exp(old[i][t])
+            policy = clipped_surrogate(math.exp(logp) / mixed, advantages[i][t], clip_epsilon)
+            values.append(policy + generalized_jsd(student_logits[i][t], teacher_logits[i][t], 1.0))
+    return mean(values)
 
 
 # Gradients -----------------------------------------------------------------------------------------------------------

@@ -159,11 +159,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], tuple[str, ...], list[Say]]] = {
         [("chat_template_source", "'teachr'", "'teacher'", "none")],
     ),
     "unknown reduction": ({"indirect_reduction": "avg"}, (), [("indirect_reduction", "avg", "mean, sum, length")]),
-    "unknown placement": (
-        {**EOPD, "forward_kl_placement": "topk"},
-        (),
-        [("forward_kl_placement", "topk", "entropy, all, random, none")],
-    ),
+    "unknown skew": ({"method": "distillm", "skew_kl": "both"}, (), [("skew_kl", "both", "forward, reverse")]),
     "unknown strategy": ({"save_strategy": "stepz"}, (), [("save_strategy", "stepz", "steps")]),
     "unknown schedule": ({"lr_scheduler_type": "cosin"}, (), [("lr_scheduler_type", "cosin", "cosine")]),
     "unknown optimizer": ({"optim": "adamx"}, (), [("optim", "adamx", "adamw_torch")]),
@@ -214,11 +210,15 @@ CONFIGS: dict[str, tuple[dict[str, Any], tuple[str, ...], list[Say]]] = {
     "negative threshold": ({**EOPD, "entropy_threshold": -0.5}, (), [("entropy_threshold", "-0.5", "at least 0")]),
     "no top-k": ({**EOPD, "forward_kl_top_k": 0}, (), [("forward_kl_top_k", "0", "at least 1")]),
     "random share of nothing": (
-        {**EOPD, "forward_kl_placement": "random", "forward_kl_random_ratio": 0},
+        {"method": "eopd-random", "forward_kl_random_ratio": 0},
         (),
         [("forward_kl_random_ratio", "0", "(0, 1]")],
     ),
-    "negative shaping": ({**EOPD, "advantage_shaping": -1}, (), [("advantage_shaping", "-1", "at least 0")]),
+    "negative shaping": (
+        {"method": "opd-advantage-shaping", "advantage_shaping": -1},
+        (),
+        [("advantage_shaping", "-1", "greater than 0")],
+    ),
     "LoRA of rank 0": ({"use_peft": True, "lora_r": 0}, (), [("lora_r", "0", "at least 1")]),
     # options that contradict each other, or have no effect
     "both halves": ({"bf16": True, "fp16": True}, (), [("bf16", "fp16")]),
@@ -271,10 +271,28 @@ CONFIGS: dict[str, tuple[dict[str, Any], tuple[str, ...], list[Say]]] = {
         [("chat_template_kwargs", "chat_template_source")],
     ),
     "LoRA options without LoRA": ({"lora_r": 4}, (), [("lora_r", "4", "use_peft")]),
-    "random share without random": (
+    "another method's option": (
         {**EOPD, "forward_kl_random_ratio": 0.5},
         (),
-        [("forward_kl_random_ratio", "forward_kl_placement")],
+        [("forward_kl_random_ratio", "eopd-random", "eopd")],
+    ),
+    "a threshold of opd": ({"method": "opd", "entropy_threshold": 0.5}, (), [("entropy_threshold", "eopd", "opd")]),
+    "a teacher of grpo": ({"method": "grpo"}, (), [("teacher_model_name_or_path", "grpo", "no teacher")]),
+    "rollouts off-policy": ({"method": "seq-kd", "lmbda": 1}, (), [("lmbda", "seq-kd", "tsdkd generate")]),
+    "a teacher that isn't loaded": (
+        {"method": "seq-kd", "teacher_placement": "zero3"},
+        (),
+        [("teacher_placement", "seq-kd")],
+    ),
+    "an engine without the teacher": (
+        {"method": "minillm", "use_vllm": True},
+        (),
+        [("use_vllm", "minillm", "teacher")],
+    ),
+    "a growing share without a measure": (
+        {"method": "distillm", "own_share_step": 0.2},
+        (),
+        [("own_share_step", "eval_strategy")],
     ),
     "best model without evaluation": (
         {"load_best_model_at_end": True, "save_strategy": "steps"},
@@ -325,7 +343,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], tuple[str, ...], list[Say]]] = {
     "eopd's option in tsd-kd": ({"clip_epsilon": 0.1}, (), [("clip_epsilon", "eopd")]),
     "eopd's option by flag": ({"method": "tsd-kd"}, ("--forward_kl_top_k", "4"), [("forward_kl_top_k", "eopd")]),
     "tsd-kd's option in eopd": ({**EOPD, "alpha": 0.1}, (), [("alpha", "tsd-kd")]),
-    "beta in eopd": ({**EOPD, "beta": 0.7}, (), [("beta", "tsd-kd")]),
+    "beta in eopd": ({**EOPD, "beta": 0.7}, (), [("beta", "eopd")]),
     "tsd-kd's flag with eopd by flag": ({}, ("--method", "eopd", "--gate", "false"), [("gate", "tsd-kd")]),
     # TRL's and transformers' options that can't work here
     **{
@@ -806,8 +824,7 @@ def test_python_configuration_lists_all_problems() -> None:
         (TSDKDConfig, {"indirect_reduction": "avg"}, ("indirect_reduction", "avg", "length")),
         (TSDKDConfig, {"chat_template_source": "nobody"}, ("chat_template_source", "nobody", "teacher")),
         (TSDKDConfig, {"lr_scheduler_type": "cosin"}, ("cosin",)),
-        (EOPDConfig, {"forward_kl_placement": "top"}, ("forward_kl_placement", "top", "entropy")),
-        (EOPDConfig, {"beta": 0.7}, ("beta", "tsd-kd")),
+        (EOPDConfig, {"beta": 0.7}, ("beta", "eopd", "JSD")),
         (EOPDConfig, {"clip_epsilon": 0}, ("clip_epsilon", "0")),
         (EOPDConfig, {"rollout_batch_size": 0}, ("rollout_batch_size", "0")),
     ],

@@ -20,7 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import reference as ref
 from tsdkd import losses, selection
 from tsdkd.fused import FusedHead, Projection
-from tsdkd.objectives.eopd import EOPDObjective, TeacherAnswers
+from tsdkd.objectives import Answers, Responses
+from tsdkd.objectives.eopd import EOPDObjective
 from tsdkd.objectives.tsd_kd import TSDKDObjective
 from tsdkd.statistics import Head, LogitsHead, OwnTokenLoss, Request, TokenStatistics
 
@@ -165,8 +166,19 @@ class Term:
         return Request(**self.request, ids=pair.ids(self.ids) if self.ids else None)
 
 
+def divergence(kind: losses.Divergence, loop: Callable[[Row, Row], float]) -> Term:
+    return Term(lambda s: s.divergence, lambda q, p, _: loop(q, p), request={"divergence": kind})
+
+
 def jsd(beta: float) -> Term:
-    return Term(lambda s: s.jsd, lambda q, p, _: ref.generalized_jsd(q, p, beta), request={"jsd_beta": beta})
+    return divergence(losses.jsd(beta), lambda q, p: ref.generalized_jsd(q, p, beta))
+
+
+def skewed(skew: float) -> dict[str, Term]:
+    return {
+        f"skew-forward-{skew}": divergence(losses.skew_forward_kl(skew), lambda q, p: ref.skew_forward_kl(q, p, skew)),
+        f"skew-reverse-{skew}": divergence(losses.skew_reverse_kl(skew), lambda q, p: ref.skew_reverse_kl(q, p, skew)),
+    }
 
 
 def plackett_luce(k: int) -> Term:
@@ -189,10 +201,11 @@ def product_loop(q: Row, p: Row, ids: list[int]) -> float:
     return mass * ref.token_entropy(q) - ref.generalized_jsd(q, p, 0.5) ** 2 + 0.1 * max(q)
 
 
-GATED = {"entropy": True, "teacher_entropy": True, "jsd_beta": 0.9}
-PRODUCT = {"entropy": True, "jsd_beta": 0.5, "top_k": 3}
+GATED = {"entropy": True, "teacher_entropy": True, "divergence": losses.jsd(0.9)}
+PRODUCT = {"entropy": True, "divergence": losses.jsd(0.5), "top_k": 3}
 TERMS = {
     **{f"jsd-{beta}": jsd(beta) for beta in (0.0, 0.1, 0.5, 0.9, 1.0)},
+    **skewed(0.1),
     **{f"plackett-luce-{k}": plackett_luce(k) for k in (4, 50)},
     "entropy": Term(lambda s: s.entropy, lambda q, *_: ref.token_entropy(q), request={"entropy": True}),
     "logps": Term(lambda s: (s.logps * torch.tensor([1.0, -2.0, 0.5])).sum(-1), logps_loop, ids=3),
@@ -201,9 +214,9 @@ TERMS = {
         lambda q, _, ids: ref.clipped_surrogate(math.exp(ref.log_softmax(q)[ids[0]] + 3.0), 0.75, 0.2),
         ids=1,
     ),
-    "gated": Term(lambda s: (s.entropy - s.teacher_entropy).sigmoid() * s.jsd, gated_loop, request=GATED),
+    "gated": Term(lambda s: (s.entropy - s.teacher_entropy).sigmoid() * s.divergence, gated_loop, request=GATED),
     "product": Term(
-        lambda s: s.logps.exp().sum(-1) * s.entropy - s.jsd.square() + 0.1 * s.top_logits[:, 0],
+        lambda s: s.logps.exp().sum(-1) * s.entropy - s.divergence.square() + 0.1 * s.top_logits[:, 0],
         product_loop,
         ids=2,
         request=PRODUCT,
@@ -395,10 +408,10 @@ def own_token_loss(pair: Pair, names: tuple[str, ...] = tuple(OWN)) -> tuple[Req
     def terms(s: TokenStatistics, which: slice) -> Numbers:
         gate = selection.entropy_gap_gate(s.entropy, s.teacher_entropy)
         ranking = losses.plackett_luce_nll(s.top_logits, s.teacher_top_logits, 4)
-        every = {"direct": gate * s.jsd, "ranking": ranking, "policy": s.logps.exp().sum(-1) * s.entropy}
+        every = {"direct": gate * s.divergence, "ranking": ranking, "policy": s.logps.exp().sum(-1) * s.entropy}
         return {name: factors(pair.count)[which].to(every[name]) * every[name] for name in names}
 
-    request = Request(entropy=True, teacher_entropy=True, jsd_beta=0.9, top_k=4, ids=pair.ids(3))
+    request = Request(entropy=True, teacher_entropy=True, divergence=losses.jsd(0.9), top_k=4, ids=pair.ids(3))
     return request, OwnTokenLoss({name: OWN[name] for name in names}, terms)
 
 
@@ -546,8 +559,8 @@ def test_tied_weights(dtype: torch.dtype) -> None:
         embedding = pair.student.weight.detach().clone().requires_grad_()
         hidden = embedding[torch.arange(9)].tanh()
         tied = replace(pair, student=replace(pair.student, hidden=hidden, weight=embedding))
-        answer = (tied.fused() if fused else tied.whole())(Request(entropy=True, jsd_beta=0.5))
-        (answer.entropy + answer.jsd).mean().backward()
+        answer = (tied.fused() if fused else tied.whole())(Request(entropy=True, divergence=losses.jsd(0.5)))
+        (answer.entropy + answer.divergence).mean().backward()
         return {"gradient": embedding.grad}
 
     assert_same(gradient(True), gradient(False), *SAME[dtype])
@@ -660,9 +673,7 @@ def test_requests_without_an_answer(kind: str) -> None:
     alone, both = getattr(draw(), kind)(teacher=False), getattr(draw(), kind)()
     for head, request in [
         (alone, Request(teacher_entropy=True)),
-        (alone, Request(jsd_beta=0.5)),
-        (both, Request(jsd_beta=-0.01)),
-        (both, Request(jsd_beta=1.01)),
+        (alone, Request(divergence=losses.jsd(0.5))),
         (both, Request(top_k=-1)),
         (both, Request(ids=torch.zeros(1, 2, dtype=torch.long))),
     ]:
@@ -675,23 +686,21 @@ def test_requests_without_an_answer(kind: str) -> None:
 every_objective = pytest.mark.parametrize("objective", ["tsd-kd", "eopd"])
 
 
-def ask_teacher(pair: Pair, **options: Any) -> TeacherAnswers:
+def ask_teacher(pair: Pair, **options: Any) -> Answers:
     """As the student of a head of its own; the policy that sampled is near the student."""
     with torch.no_grad():
         teacher = replace(pair, student=pair.teacher).fused(teacher=False, **options)
         s = teacher(Request(entropy=True, top_k=16, ids=pair.ids(1)))
         old = pair.fused(teacher=False)(Request(ids=pair.ids(1))).logps[:, 0]
     old = old - torch.linspace(-0.1, 0.4, pair.count).to(old)
-    return TeacherAnswers(old, s.logps[:, 0], s.entropy, s.top_ids, s.top_logps, torch.zeros(pair.count))
+    return Answers(s.entropy, s.logps[:, 0], s.top_ids, s.top_logps, old)
 
 
-def objective_loss(
-    objective: str, pair: Pair, fused: bool, answers: TeacherAnswers, mask: Tensor, **options: Any
-) -> Tensor:
+def objective_loss(objective: str, pair: Pair, fused: bool, answers: Answers, mask: Tensor, **options: Any) -> Tensor:
     head = pair.fused(teacher=objective == "tsd-kd", **options) if fused else pair.whole(objective == "tsd-kd")
     if objective == "tsd-kd":
-        return TSDKDObjective()(head, mask).loss / mask.any(-1).sum()
-    return EOPDObjective()(head, pair.ids(1)[:, 0], answers).loss / pair.count
+        return TSDKDObjective()(head, Responses(mask)).loss / mask.any(-1).sum()
+    return EOPDObjective()(head, Responses(mask, pair.ids(1)[:, 0], answers=answers)).loss / pair.count
 
 
 @every_objective

@@ -7,6 +7,7 @@ from datasets import Dataset
 from conftest import QUIET, build_model, build_tokenizer, make_rows
 from tsdkd import EOPDConfig, EOPDTrainer, TSDKDConfig, TSDKDTrainer
 from tsdkd.fused import FusedHead, Projection
+from tsdkd.objectives import Responses
 from tsdkd.objectives.tsd_kd import TSDKDObjective
 from tsdkd.statistics import LogitsHead
 
@@ -31,7 +32,7 @@ def loss_and_gradients(tensors: list[torch.Tensor], fused: bool, **options: floa
     else:
         head = LogitsHead(hidden @ weight.t(), tensors[2] @ tensors[3].t())
     mask = torch.ones(len(hidden) // LENGTH, LENGTH, dtype=torch.bool, device="cuda")
-    loss = TSDKDObjective()(head, mask).loss
+    loss = TSDKDObjective()(head, Responses(mask)).loss
     loss.backward()
     return [x.detach().double() for x in (loss, hidden.grad, weight.grad)]
 
@@ -65,7 +66,7 @@ def test_peak_memory_keeps_to_the_budget(chunk_gib):
     hidden, weight = (x.clone().requires_grad_() for x in tensors[:2])
     head = FusedHead(hidden, Projection(weight), tensors[2], Projection(tensors[3]), chunk_gib=chunk_gib)
     mask = torch.ones(len(hidden) // LENGTH, LENGTH, dtype=torch.bool, device="cuda")
-    TSDKDObjective()(head, mask).loss.backward()
+    TSDKDObjective()(head, Responses(mask)).loss.backward()
     extra = torch.cuda.max_memory_allocated() - before
     leaves = (hidden.numel() + weight.numel()) * (2 + 4 + 2)
     assert extra <= (chunk_gib + 0.25) * 2**30 + leaves

@@ -25,17 +25,7 @@ METHODS = {
     "tsd-kd, sum": (TSDKDTrainer, TSDKDConfig, {"indirect_reduction": "sum", "adaptive_opener": True, "beta": 0.5}),
     "gkd": (TSDKDTrainer, TSDKDConfig, {"gate": False, "alpha": 0.0, "entropy_weight": 0.0, "beta": 0.0}),
     "eopd": (EOPDTrainer, EOPDConfig, {"rollout_batch_size": 6}),
-    "eopd, all": (
-        EOPDTrainer,
-        EOPDConfig,
-        {
-            "rollout_batch_size": 12,
-            "forward_kl_placement": "all",
-            "entropy_bonus": 0.1,
-            "advantage_shaping": 0.1,
-            "max_steps": 2,
-        },
-    ),
+    "eopd, two steps": (EOPDTrainer, EOPDConfig, {"rollout_batch_size": 12, "max_steps": 2}),
 }
 
 

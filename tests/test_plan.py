@@ -45,6 +45,16 @@ def test_a_plan(pair, capsys, monkeypatch):
     assert "nothing fits" in capsys.readouterr().out
 
 
+def test_a_plan_of_other_methods(pair, capsys, monkeypatch):
+    """The teacher that samples must be whole; a method without one isn't estimated."""
+    monkeypatch.setenv("COLUMNS", "160")
+    command = ["plan", "--config", "qwen25_14b_to_1p5b.yaml", "--method"]
+    assert main([*command, "minillm", *pair]) == 0
+    assert "teacher_placement replica" in capsys.readouterr().out
+    assert main([*command, "grpo", *pair[:2]]) == 2
+    assert "grpo" in capsys.readouterr().err
+
+
 def test_what_shards_less(pair):
     """Every placement takes less than the one before it, for a pair whose teacher is large."""
     config = Qwen2Config(vocab_size=1000, **QWEN["student"])

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from conftest import flags, on_cpus, weights
 from test_zero import start
@@ -59,6 +60,34 @@ def test_a_job_is_signalled_and_requeued(slurm, saved_model, rows_file, tmp_path
     whole = start(["train", *flags(**values, output_dir=tmp_path / "whole")], "ddp")
     assert whole.returncode == 0, whole.stderr[-2000:]
     assert (weights(folder) == weights(tmp_path / "whole")).all()
+
+
+@needs_slurm
+def test_a_comparison_as_an_array(slurm, saved_model, rows_file, tmp_path, long):
+    """A job for student, teacher and each run; the last one to look writes the table."""
+    if not long:
+        pytest.skip("--long runs it: minutes")
+    base = {
+        "model_name_or_path": saved_model("qwen3", 0),
+        "teacher_model_name_or_path": saved_model("qwen3", 1),
+        "dataset_name": rows_file,
+        "eval_dataset_name": rows_file,
+        "output_dir": "unused",
+        "max_steps": 3,
+        **QUIET,
+    }
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+    comparison = {"config": str(tmp_path / "base.yaml"), "output_dir": str(tmp_path / "out"), "seeds": [1]}
+    comparison |= {"eval_samples": 2, "teacher_completions": True, "runs": {"a": {"method": "seq-kd"}, "b": {}}}
+    (tmp_path / "comparison.yaml").write_text(yaml.safe_dump(comparison))
+    command = ["tsdkd", "compare", "--config", str(tmp_path / "comparison.yaml")]
+    run = {"env": on_cpus() | slurm, "cwd": tmp_path, "text": True, "capture_output": True}
+    settings = ["--slurm", "--time", "00:10:00", "--gpus_per_node", "0", "--cpus_per_task", "1"]
+    script = subprocess.run([*command, *settings], check=True, **run).stdout
+    (tmp_path / "job.sbatch").write_text(script)
+    subprocess.run(["sbatch", "--wait", "job.sbatch"], check=True, timeout=500, **run)
+    subprocess.run([*command, "--report"], check=True, **run)
+    assert len((tmp_path / "out/results.jsonl").read_text().splitlines()) == 4
 
 
 def test_the_shipped_scripts_are_what_the_command_writes(capsys):

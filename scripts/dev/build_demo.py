@@ -40,7 +40,7 @@ from transformers import (
 )
 
 from tsdkd.demo import task
-from tsdkd.demo.accuracy import measure
+from tsdkd.demo.show import measure
 
 CHAT_TEMPLATE = (
     "{%- for message in messages %}"
@@ -212,8 +212,8 @@ def load(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
 
 
 def report(label: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rows: list[Row]) -> None:
-    accuracy = measure(model, tokenizer, rows)
-    print(f"{label}: greedy {accuracy.greedy:.1f}  avg@8 {accuracy.avg:.1f}  pass@8 {accuracy.best:.1f}", flush=True)
+    found = measure(model, tokenizer, rows).metrics
+    print(f"{label}: " + "  ".join(f"{name} {found[name]:.1f}" for name in ("greedy", "avg@8", "pass@8")), flush=True)
 
 
 def build_data(output_dir: Path) -> None:

@@ -5,8 +5,6 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .config import EOPDConfig, TSDKDConfig
-    from .eopd_trainer import EOPDTrainer
     from .errors import (
         ConfigError,
         DataError,
@@ -16,7 +14,9 @@ if TYPE_CHECKING:
         TokenizerMismatchError,
         TSDKDError,
     )
-    from .tsd_kd_trainer import TSDKDTrainer
+    from .methods import EOPDConfig, TSDKDConfig
+    from .trainer import TokenSelectiveTrainer
+    from .trainers import EOPDTrainer, TSDKDTrainer
 
 __version__ = version("tsdkd")
 __all__ = [
@@ -30,14 +30,16 @@ __all__ = [
     "TSDKDConfig",
     "TSDKDError",
     "TSDKDTrainer",
+    "TokenSelectiveTrainer",
     "TokenizerMismatchError",
 ]
 
 _HOMES = {
-    "TSDKDConfig": "config",
-    "EOPDConfig": "config",
-    "TSDKDTrainer": "tsd_kd_trainer",
-    "EOPDTrainer": "eopd_trainer",
+    "TSDKDConfig": "methods",
+    "EOPDConfig": "methods",
+    "TSDKDTrainer": "trainers",
+    "EOPDTrainer": "trainers",
+    "TokenSelectiveTrainer": "trainer",
 }
 
 

@@ -83,7 +83,7 @@ def prepare_rows(
             raise DataError(f"row {index}: the tokenizer makes no token of the prompt {str(prompt)[:60]!r}")
         if completion is None and needs_completion:
             raise DataError(
-                f"row {index}: no completion, but lmbda is {args.lmbda}: only lmbda 1 trains on prompts alone"
+                f"row {index}: no completion, but {args.method} (lmbda {args.lmbda}) trains on the data set's"
             )
         limit = min(args.max_new_tokens, total - len(prompt_ids))
         ids = [] if completion is None else _completion_ids(completion, template, row)

@@ -7,6 +7,7 @@ TSD-KD is "Token-Selective Dual Knowledge Distillation" (ICLR 2026), EOPD is arX
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -42,34 +43,80 @@ def _kl(logps: Tensor, other_logps: Tensor) -> Tensor:
     return (logps.exp() * (logps - other_logps)).sum(-1)
 
 
-def generalized_jsd(student_logits: Tensor, teacher_logits: Tensor, beta: float) -> Tensor:
-    """Generalised Jensen-Shannon divergence (TSD-KD Eq. 1), with TRL's convention at the ends.
+@dataclass(frozen=True)
+class Divergence:
+    """`teacher KL(P||M) + student KL(Q||M)` with `M = mixture P + (1 - mixture) Q`.
 
-    `beta KL(P||M) + (1 - beta) KL(Q||M)` with `M = beta P + (1 - beta) Q`, `P` the teacher's distribution and `Q` the
-    student's. `beta=0` is `KL(P||Q)` and `beta=1` is `KL(Q||P)`: the limits of the gradient, not of the value.
+    `P` is the teacher's distribution and `Q` the student's. `jsd`, `FORWARD_KL`, `REVERSE_KL`, `skew_forward_kl` and
+    `skew_reverse_kl` name the usual ones.
 
-    Args:
-        student_logits: `[..., V]`, receives the gradient.
-        teacher_logits: `[..., V]`.
-        beta: in [0, 1].
-
-    Returns:
-        `[...]`, nats.
+    Attributes:
+        mixture: the teacher's share of `M`, in [0, 1].
+        teacher: weight of `KL(P||M)`.
+        student: weight of `KL(Q||M)`.
 
     Raises:
-        ValueError: shapes differ, or `beta` is outside [0, 1].
+        ValueError: `mixture` is outside [0, 1].
     """
-    _check_same_vocabulary(student_logits, teacher_logits)
-    if not 0.0 <= beta <= 1.0:
-        raise ValueError(f"beta must be in [0, 1], found {beta}")
-    student = upcast(student_logits).log_softmax(-1)
-    teacher = upcast(teacher_logits.detach()).log_softmax(-1)
-    if beta == 0.0:
-        return _kl(teacher, student)
-    if beta == 1.0:
-        return _kl(student, teacher)
-    mixture = torch.logaddexp(teacher + math.log(beta), student + math.log1p(-beta))
-    return beta * _kl(teacher, mixture) + (1.0 - beta) * _kl(student, mixture)
+
+    mixture: float
+    teacher: float = 0.0
+    student: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.mixture <= 1.0:
+            raise ValueError(f"a mixture's share must be in [0, 1], found {self.mixture}")
+
+    def __call__(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+        """The divergence of each position.
+
+        Args:
+            student_logits: `[..., V]`, receives the gradient.
+            teacher_logits: `[..., V]`.
+
+        Returns:
+            `[...]`, nats.
+
+        Raises:
+            ValueError: shapes differ.
+        """
+        _check_same_vocabulary(student_logits, teacher_logits)
+        student = upcast(student_logits).log_softmax(-1)
+        teacher = upcast(teacher_logits.detach()).log_softmax(-1)
+        if self.mixture == 0.0:
+            return self.teacher * _kl(teacher, student)
+        if self.mixture == 1.0:
+            return self.student * _kl(student, teacher)
+        mixture = torch.logaddexp(teacher + math.log(self.mixture), student + math.log1p(-self.mixture))
+        return self.teacher * _kl(teacher, mixture) + self.student * _kl(student, mixture)
+
+
+FORWARD_KL = Divergence(0.0, teacher=1.0)
+"""`KL(P||Q)`."""
+REVERSE_KL = Divergence(1.0, student=1.0)
+"""`KL(Q||P)`."""
+
+
+def jsd(beta: float) -> Divergence:
+    """Generalised Jensen-Shannon divergence (TSD-KD Eq. 1): `beta KL(P||M) + (1 - beta) KL(Q||M)`, `M` with share
+    `beta` of `P`. `beta=0` is `KL(P||Q)` and `beta=1` is `KL(Q||P)`, as in TRL: the limits of the gradient, not of the
+    value. Raises `ValueError` where `beta` is outside [0, 1]."""
+    return {0.0: FORWARD_KL, 1.0: REVERSE_KL}.get(beta) or Divergence(beta, teacher=beta, student=1.0 - beta)
+
+
+def skew_forward_kl(skew: float) -> Divergence:
+    """`KL(P || skew P + (1 - skew) Q)` (DistiLLM, Eq. 3)."""
+    return Divergence(skew, teacher=1.0)
+
+
+def skew_reverse_kl(skew: float) -> Divergence:
+    """`KL(Q || (1 - skew) P + skew Q)` (DistiLLM, Sec. 3.1)."""
+    return Divergence(1.0 - skew, student=1.0)
+
+
+def generalized_jsd(student_logits: Tensor, teacher_logits: Tensor, beta: float) -> Tensor:
+    """`jsd(beta)` of `[..., V]` logits, `[...]` nats. Raises `ValueError`: shapes differ, `beta` outside [0, 1]."""
+    return jsd(beta)(student_logits, teacher_logits)
 
 
 def plackett_luce_nll(student_logits: Tensor, teacher_logits: Tensor, top_k: int = 10) -> Tensor:

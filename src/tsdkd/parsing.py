@@ -1,7 +1,7 @@
 """One flat YAML and command-line flags -> typed, checked arguments; all problems of both reported together."""
 
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from importlib import resources
@@ -11,9 +11,11 @@ from typing import Any
 import yaml
 from trl import ModelConfig
 
+from .checks import check_values, default_of
 from .coercion import coerce, nearest
-from .config import METHODS, DataArguments, TokenSelectiveConfig, check_values, default_of
+from .config import DataArguments, TokenSelectiveConfig
 from .errors import ConfigError
+from .methods import METHODS
 from .presets import find_preset, preset_names
 
 _UNSUPPORTED_MODEL = {"load_in_8bit", "load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_quant_storage"}
@@ -26,7 +28,7 @@ class RunArguments:
     """A run as the user asked for it.
 
     Attributes:
-        method: "tsd-kd" or "eopd".
+        method: a key of `METHODS`.
         training: the method's configuration.
         model: TRL's model arguments (student, LoRA).
         data: where the prompts come from.
@@ -75,10 +77,10 @@ def read_run(config: str | None, flags: Sequence[str]) -> tuple[str, dict[str, A
             problems.append(_unknown_key(key, method, [h for h in hints if h not in _UNSUPPORTED_MODEL]))
             continue
         try:
-            given[key] = values[key] = coerce(_locate(raw) if key in _PATHS else raw, hints[key])
+            given[key] = values[key] = coerce(locate(raw) if key in _PATHS else raw, hints[key])
         except ValueError as error:
             problems.append(f"{key}: {error}")
-    problems += _missing(given)
+    problems += _missing(given, METHODS[method].refused)
     for cls in classes:
         problems += check_values(cls, values)
     if problems:
@@ -181,14 +183,16 @@ def _drop_other_methods(
     """With `--method` on the command line, the file's options of the method it was written for are left out."""
     if "method" not in from_flags or from_file.get("method", "tsd-kd") == method:
         return []
-    own = {f.name for f in fields(METHODS[method])}
+    own = {f.name for f in fields(METHODS[method])} - METHODS[method].refused.keys()
     others = {f.name for cls in METHODS.values() for f in fields(cls)} - own
-    dropped = sorted(k for k in given if k in (others | {"beta"}) and k not in from_flags)
+    dropped = sorted(k for k in given if k in others and k not in from_flags)
     for key in dropped:
         del given[key]
     written_for = from_file.get("method", "tsd-kd")
     return (
-        [f"note: {', '.join(dropped)} of the file belong to method {written_for} and are left out"] if dropped else []
+        [f"note: {', '.join(dropped)} of the file, written for {written_for}, mean nothing to {method}: left out"]
+        if dropped
+        else []
     )
 
 
@@ -199,17 +203,21 @@ def _unknown_key(key: str, method: str, known: Sequence[str]) -> str:
     return f"{key}: unknown key{nearest(key, known)}"
 
 
-def _missing(given: dict[str, Any]) -> list[str]:
+def _missing(given: dict[str, Any], refused: Mapping[str, str]) -> list[str]:
     needed = {
         "model_name_or_path": "the student",
         "teacher_model_name_or_path": "the teacher",
         "dataset_name": "the prompts",
         "output_dir": "where the student is saved",
     }
-    return [f"{key}: missing, it names {what}" for key, what in needed.items() if given.get(key) in (None, "")]
+    return [
+        f"{key}: missing, it names {what}"
+        for key, what in needed.items()
+        if given.get(key) in (None, "") and key not in refused
+    ]
 
 
-def _locate(value: Any) -> Any:
+def locate(value: Any) -> Any:
     """`tsdkd://demo/student` is a file that ships with the package."""
     if isinstance(value, str) and value.startswith("tsdkd://"):
         return str(resources.files("tsdkd").joinpath(value.removeprefix("tsdkd://")))

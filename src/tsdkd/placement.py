@@ -8,7 +8,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PretrainedConfig
 
+from .errors import ConfigError
 from .memory import PLACEMENTS, Workload, estimate, size_of, step_seconds
+from .methods import METHODS
 from .models import load_config
 from .parsing import read_run
 
@@ -18,14 +20,19 @@ _USABLE = 0.95  # the allocator's gaps
 
 def show_plan(config: str | None, flags: Sequence[str], gpus: int, gpu_gib: float) -> None:
     """Print the table and what follows from it. Raises `ConfigError`, `ModelError`."""
-    _, values, _, _ = read_run(config, flags)
+    method, values, _, _ = read_run(config, flags)
+    refused = METHODS[method].refused
+    if "teacher_model_name_or_path" in refused:
+        raise ConfigError([f"method: {method} isn't a distillation; plan estimates those only"])
     models = [_load(values, "model_name_or_path"), _load(values, "teacher_model_name_or_path")]
     lora = values["lora_r"] if values["use_peft"] else 0
     student, teacher = size_of(models[0], lora), size_of(models[1])
     work = workload(values, models[1], gpu_gib)
-    found = {placement: estimate(student, teacher, work, placement, gpus) for placement in PLACEMENTS}
+    whole = "use_vllm" in refused  # these methods sample with the teacher
+    placements = [placement for placement in PLACEMENTS if placement[1] == "replica" or not whole]
+    found = {placement: estimate(student, teacher, work, placement, gpus) for placement in placements}
     limit = gpu_gib * _USABLE - _RESERVED_GIB
-    fitting = [placement for placement in PLACEMENTS if sum(found[placement].values()) <= limit]
+    fitting = [placement for placement in placements if sum(found[placement].values()) <= limit]
     console = Console()
     console.print(_table(found, limit))
     for placement, parts in found.items():

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import pkgutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,19 @@ import torch
 import yaml
 from datasets import Dataset
 from rich.console import Console
+from rich.markup import escape
+from rich.padding import Padding
 from rich.table import Table
 from transformers import get_scheduler
 from trl import get_peft_config
 
-from .config import METHODS, DataArguments, TokenSelectiveConfig, own_fields, plain
+from .checks import default_of
+from .config import DataArguments, TokenSelectiveConfig
 from .data import load_rows, prepare_rows
 from .errors import ConfigError, DataError, PreemptedError, TSDKDError
+from .methods import METHODS
 from .models import Pair, resolve_pair
+from .options import plain
 from .parsing import RunArguments, parse_run
 from .preemption import watching
 from .rollout import check_vllm
@@ -62,17 +68,15 @@ def train(arguments: RunArguments) -> TokenSelectiveTrainer:
 
 def build_trainer(arguments: RunArguments) -> TokenSelectiveTrainer:
     """Check tokenizers and data, load both models. Raises `TSDKDError`, with nothing written."""
-    from . import EOPDTrainer, TSDKDTrainer
-
     training, model = arguments.training, arguments.model
     train_rows, eval_rows = load_data(arguments.data, training)
     set_model_kwargs(arguments)
     folder = Path(str(training.output_dir))
     existed = folder.exists()
     try:
-        trainer = {"tsd-kd": TSDKDTrainer, "eopd": EOPDTrainer}[arguments.method](
+        trainer = pkgutil.resolve_name(training.trainer)(
             model=str(model.model_name_or_path),
-            teacher_model=str(training.teacher_model_name_or_path),
+            teacher_model=_teacher(arguments),
             args=training,
             train_dataset=train_rows,
             eval_dataset=eval_rows,
@@ -141,9 +145,9 @@ def plan(arguments: RunArguments) -> None:
     checkpoint = claim(arguments)
     train_rows, eval_rows = load_data(arguments.data, training)
     set_model_kwargs(arguments)
-    pair = resolve_pair(str(arguments.model.model_name_or_path), str(training.teacher_model_name_or_path), training)
+    pair = resolve_pair(str(arguments.model.model_name_or_path), _teacher(arguments), training)
     prepared = {
-        name: prepare_rows(rows, pair.template, training, pair.context, needs_completion=training.lmbda < 1)
+        name: prepare_rows(rows, pair.template, training, pair.context, training.needs_completions)
         for name, rows in (("train", train_rows), ("eval", eval_rows))
         if rows is not None
     }
@@ -166,7 +170,9 @@ def _plan_table(arguments: RunArguments, pair: Pair, prepared: dict[str, Dataset
     rows = {
         "method": arguments.method,
         "student": f"{arguments.model.model_name_or_path} ({student.model_type}, {pair.vocab_sizes[0]} logits)",
-        "teacher": f"{training.teacher_model_name_or_path} ({teacher.model_type}, {pair.vocab_sizes[1]} logits)",
+        "teacher": f"{training.teacher_model_name_or_path} ({teacher.model_type}, {pair.vocab_sizes[1]} logits)"
+        if training.teacher_model_name_or_path
+        else "none",
         "shared vocabulary": str(pair.shared_vocab_size),
         **{f"{name} prompts": str(len(rows)) for name, rows in prepared.items()},
         "global batch": f"{training.per_device_train_batch_size} x {training.gradient_accumulation_steps} accumulated "
@@ -181,6 +187,11 @@ def _plan_table(arguments: RunArguments, pair: Pair, prepared: dict[str, Dataset
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def _teacher(arguments: RunArguments) -> str:
+    """Its name; for a method without one the student's."""
+    return str(arguments.training.teacher_model_name_or_path or arguments.model.model_name_or_path)
 
 
 def set_model_kwargs(arguments: RunArguments) -> None:
@@ -215,17 +226,29 @@ def _peft_config(arguments: RunArguments) -> Any:
         raise ConfigError(["use_peft: peft is not installed; pip install 'tsdkd[peft]'"]) from error
 
 
+def print_methods() -> None:
+    """The methods: what each is, its paper, and the options that only some methods have."""
+    console = Console(highlight=False)
+    common = {f.name for f in dataclasses.fields(TokenSelectiveConfig)} - {"beta"}
+    for name, cls in METHODS.items():
+        console.print(f"[bold]{name}[/bold]  {(cls.__doc__ or '').splitlines()[0]}  [dim]{escape(cls.paper)}[/dim]")
+        own = {option: default_of(cls, option) for option in cls.own_options() if option not in common}
+        if own:
+            console.print(Padding(", ".join(f"{k} {str(v).lower()}" for k, v in own.items()), (0, 0, 0, 4)))
+
+
 def print_keys() -> None:
     """The keys that tsdkd adds or gives another default, as a table."""
     table = Table(title="tsdkd's keys (all of TRL's ModelConfig and transformers' TrainingArguments work too)")
     for column in ("method", "key", "default", "meaning"):
         table.add_column(column, overflow="fold", no_wrap=column == "key")
-    for method, cls in METHODS.items():
+    classes: dict[str, type[TokenSelectiveConfig]] = {"all": TokenSelectiveConfig, **METHODS}
+    for method, cls in classes.items():
         by_name = {f.name: f for f in dataclasses.fields(cls)}
-        for name in own_fields(cls):
+        for name in cls.own_options():
             table.add_row(method, name, str(by_name[name].default), by_name[name].metadata.get("help", ""))
     for f in dataclasses.fields(DataArguments):
-        table.add_row("both", f.name, str(f.default), f.metadata["help"])
+        table.add_row("all", f.name, str(f.default), f.metadata["help"])
     Console().print(table)
 
 

@@ -10,8 +10,11 @@ from accelerate import PartialState
 from trl import ModelConfig
 
 from . import checkpoint
-from .config import METHODS, DataArguments, default_of, own_fields, plain
+from .checks import default_of, own_fields
+from .config import DataArguments
 from .errors import OutputDirError
+from .methods import METHODS
+from .options import plain
 from .parsing import RunArguments
 
 RUN_FILE = "tsdkd_config.yaml"  # the resolved configuration; marks an output directory as ours

@@ -2,7 +2,7 @@
 
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ def sbatch_script(
     """
     find_config(accelerate_config)
     _, values, _, _ = read_run(config, flags)  # what is wrong with them is told here, not after hours in a queue
-    problems = _problems(settings, written_by)
+    problems = problems_of(settings, written_by)
     if problems:
         raise ConfigError(problems)
     source = resources.files("tsdkd").joinpath("slurm.sh.j2").read_text(encoding="utf-8")
@@ -50,7 +50,7 @@ def sbatch_script(
     )
 
 
-def _problems(settings: dict[str, Any], words: Sequence[str]) -> list[str]:
+def problems_of(settings: Mapping[str, Any], words: Sequence[str]) -> list[str]:
     """What SLURM or the shell would make something else of; `words` are the command's, which all end in the script."""
     problems = [f"{word!r}: has a line break, which a script can't hold" for word in words if "\n" in word]
     for name in ("partition", "account"):

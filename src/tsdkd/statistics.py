@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .losses import generalized_jsd, token_entropy, upcast
+from .losses import Divergence, token_entropy, upcast
 
 
 @dataclass(frozen=True)
@@ -21,21 +21,21 @@ class Request:
     Attributes:
         entropy: of the student's distribution.
         teacher_entropy: of the teacher's.
-        jsd_beta: beta of the generalised JSD, in [0, 1]; the ends are the two KL divergences.
+        divergence: between the student's distribution and the teacher's.
         top_k: how many of the student's largest logits, with the teacher's logits at the same ids.
         ids: `[N, K]`, tokens whose log-probabilities under the student are wanted.
     """
 
     entropy: bool = False
     teacher_entropy: bool = False
-    jsd_beta: float | None = None
+    divergence: Divergence | None = None
     top_k: int = 0
     ids: Tensor | None = None
 
     @property
     def needs_teacher(self) -> bool:
         """Whether a teacher's whole distribution is needed."""
-        return self.teacher_entropy or self.jsd_beta is not None
+        return self.teacher_entropy or self.divergence is not None
 
 
 @dataclass
@@ -45,7 +45,7 @@ class TokenStatistics:
     Attributes:
         entropy: `[N]`, nats; differentiable.
         teacher_entropy: `[N]`, nats.
-        jsd: `[N]`, nats; differentiable.
+        divergence: `[N]`, nats; differentiable.
         top_ids: `[N, k]`, the student's candidates, best first.
         top_logits: `[N, k]`, their logits; differentiable.
         top_logps: `[N, k]`, their log-probabilities, nats; no gradient.
@@ -57,7 +57,7 @@ class TokenStatistics:
 
     entropy: Any = None
     teacher_entropy: Any = None
-    jsd: Any = None
+    divergence: Any = None
     top_ids: Any = None
     top_logits: Any = None
     top_logps: Any = None
@@ -113,8 +113,8 @@ class LogitsHead:
             answer.entropy = token_entropy(student)
         if request.teacher_entropy:
             answer.teacher_entropy = token_entropy(teacher)
-        if request.jsd_beta is not None:
-            answer.jsd = generalized_jsd(student, teacher, request.jsd_beta)
+        if request.divergence is not None:
+            answer.divergence = request.divergence(student, teacher)
         if request.top_k:
             answer.top_logits, answer.top_ids = student.topk(min(request.top_k, student.shape[-1]), dim=-1)
             answer.top_logps = student.detach().log_softmax(-1).gather(-1, answer.top_ids)
@@ -130,9 +130,7 @@ class LogitsHead:
 def check_request(request: Request, count: int, has_teacher: bool) -> None:
     """Raises `ValueError` for a request that can't be answered of `count` tokens."""
     if request.needs_teacher and not has_teacher:
-        raise ValueError("the request needs the teacher's distribution (teacher_entropy or jsd_beta), there is none")
-    if request.jsd_beta is not None and not 0.0 <= request.jsd_beta <= 1.0:
-        raise ValueError(f"jsd_beta must be in [0, 1], found {request.jsd_beta}")
+        raise ValueError("the request needs the teacher's distribution (teacher_entropy or divergence), there is none")
     if request.ids is not None and (request.ids.ndim != 2 or len(request.ids) != count):
         raise ValueError(f"ids must be [{count}, K], a row a token, found {list(request.ids.shape)}")
     if request.top_k < 0:

@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from dataclasses import fields
 from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
@@ -25,14 +26,15 @@ from trl.trainer.utils import disable_dropout_in_model
 from . import model_card
 from .answers import is_correct
 from .completions import CompletionSample, print_completions
-from .config import TokenSelectiveConfig, plain
+from .config import TokenSelectiveConfig
 from .data import collate, completion_mask, longest_sequence, pad_sequences, prepare_rows
 from .errors import ResumeError
 from .finite import FiniteGuard
 from .heads import Heads
 from .metrics import RunningMeans
-from .models import load_student, name_of, resolve_pair, stop_token_ids
-from .objectives import ObjectiveOutput
+from .models import generation_config_of, load_student, name_of, resolve_pair, stop_token_ids
+from .objectives import Answers, Objective, ObjectiveOutput, Responses
+from .options import plain
 from .preemption import Preemption
 from .proof import check_engine
 from .resumable import Resumable
@@ -46,12 +48,12 @@ _COIN = 2  # stream of `prompt_generator`
 
 
 class TokenSelectiveTrainer(Resumable, GKDTrainer):
-    """Base of `TSDKDTrainer` and `EOPDTrainer`; subclasses say what a micro-batch is asked and what the objective is.
+    """Distils by the method that `args` configures; subclasses ask a rollout, or roll out, in their own way.
 
     Args:
         model: the student: path, hub id or loaded model.
         teacher_model: path, hub id or loaded model.
-        args: the method's configuration.
+        args: the method's configuration, one of `tsdkd.methods`.
         train_dataset: rows as `tsdkd.data` describes them.
         eval_dataset: held-out rows; with an `answer` column accuracy is logged too.
         processing_class: the student's tokenizer; by default the one beside `model`.
@@ -64,8 +66,7 @@ class TokenSelectiveTrainer(Resumable, GKDTrainer):
     """
 
     config_class: type[TokenSelectiveConfig]
-    unit: str  # what the loss is a mean of: "responses" or "tokens"
-    objective: Any
+    objective: Objective
 
     def __init__(
         self,
@@ -81,7 +82,10 @@ class TokenSelectiveTrainer(Resumable, GKDTrainer):
         optimizers: tuple[Any, Any] = (None, None),
         peft_config: Any | None = None,
     ) -> None:
-        args = args or self.config_class(f"{Path(name_of(model)).name}-{self._name}")
+        args = args or self.config_class(f"{Path(name_of(model)).name}-{self.config_class.method}")
+        self._tag_names = ["tsdkd", args.method]
+        kind: Any = args.objective
+        self.objective = kind(**{f.name: getattr(args, f.name) for f in fields(kind) if f.init})
         if args.use_vllm:
             check_vllm()
         self.steps_per_rollout = args.steps_per_rollout()
@@ -91,7 +95,8 @@ class TokenSelectiveTrainer(Resumable, GKDTrainer):
             eval_dataset = self._tokenized(eval_dataset, args)
         if isinstance(model, str):
             model = load_student(model, args)
-        if isinstance(teacher_model, str):
+        asked = self.objective.asks_teacher or self.objective.asks_once
+        if isinstance(teacher_model, str) and asked:
             teacher_model = load_teacher(teacher_model, self.pair.teacher_config, args)
 
         # `GKDTrainer.__init__` would refuse differently padded vocabularies: its parent's is called, and what it does
@@ -113,10 +118,10 @@ class TokenSelectiveTrainer(Resumable, GKDTrainer):
             disable_dropout_in_model(self.model)
         self.stop_ids = self._stop_ids(teacher_model)
         self.teacher_name = name_of(teacher_model)
-        self.teacher_model = place_teacher(teacher_model, self.accelerator, args)
+        if asked:
+            self.teacher_model = place_teacher(teacher_model, self.accelerator, args)
 
         self.heads = Heads(self.accelerator, args, self.pair.shared_vocab_size)
-        self.objective = self._make_objective()
         self.sampler = self._make_sampler()
         self.guard = FiniteGuard(
             self.accelerator, Path(args.output_dir), args.max_nonfinite_steps, self.pair.tokenizer.decode
@@ -130,18 +135,35 @@ class TokenSelectiveTrainer(Resumable, GKDTrainer):
         self._loads = 0  # how often the weights changed otherwise than by a step
         self._samples: list[CompletionSample] = []
 
-    # What a method decides
-
-    def _make_objective(self) -> Any:
-        raise NotImplementedError
-
-    def _objective_output(
-        self, model: nn.Module, batch: Batch, mask: Tensor, mode: str, own_in_forward: bool
-    ) -> ObjectiveOutput:
-        raise NotImplementedError
+    # What a trainer of a method may decide
 
     def _annotate(self, model: nn.Module, batch: Batch, step: int, mode: str) -> None:
         """Add to a rolled-out micro-batch what must be known before the student changes."""
+
+    def _mask(self, batch: Batch) -> Tensor:
+        """`[B, S - 1]` bool, the positions that the objective is asked about."""
+        return completion_mask(batch)
+
+    def _responses(self, batch: Batch, mask: Tensor, mode: str) -> Responses:
+        """A micro-batch as the objective sees it."""
+        answers = batch.get("answers")
+        return Responses(
+            mask,
+            ids=batch["input_ids"][:, 1:][mask],
+            training=mode == "train",
+            sampler_logps=batch.get("sampler_logps"),
+            answers=None if answers is None else Answers(**answers),
+        )
+
+    def _sequences(
+        self, model: nn.Module, rows: list[Batch], step: int, mode: str
+    ) -> tuple[list[list[int]], list[Completion]]:
+        """Prompts and completions to train on: the student's, or the data set's, by a coin a rollout."""
+        on_policy = bool(torch.rand(1, generator=prompt_generator(self.args.seed, step, 0, _COIN)) < self.args.lmbda)
+        prompts = [ids for batch in rows for ids in batch["prompt_ids"]]
+        if on_policy:
+            return prompts, self._generate(model, rows, prompts, step, mode)
+        return prompts, [Completion(ids, True) for batch in rows for ids in batch["completion_ids"]]
 
     # Construction
 
@@ -152,13 +174,17 @@ class TokenSelectiveTrainer(Resumable, GKDTrainer):
             return {name: self._tokenized(part, args) for name, part in rows.items()}
         if "prompt_ids" in rows.column_names:
             return rows
-        return prepare_rows(rows, self.pair.template, args, self.pair.context, needs_completion=args.lmbda < 1)
+        return prepare_rows(rows, self.pair.template, args, self.pair.context, args.needs_completions)
 
-    def _stop_ids(self, teacher: PreTrainedModel) -> set[int]:
+    def _stop_ids(self, teacher: str | PreTrainedModel) -> set[int]:
         """Where a completion ends. The saved student gets them, and the template it was trained with, too."""
         sources = [self.model.generation_config, self.pair.tokenizer]
         if self.args.chat_template_source == "teacher":
-            sources += [teacher.generation_config, self.pair.teacher_tokenizer]
+            if isinstance(teacher, str):  # not loaded, as its method doesn't ask it
+                own = generation_config_of(teacher, self.pair.teacher_config, None)
+            else:
+                own = teacher.generation_config
+            sources += [own, self.pair.teacher_tokenizer]
             self.pair.tokenizer.chat_template = self.pair.teacher_tokenizer.chat_template
         ids = {i for i in stop_token_ids(*sources) if i < self.pair.shared_vocab_size}
         self.model.generation_config.eos_token_id = sorted(ids) or None
@@ -191,8 +217,12 @@ class TokenSelectiveTrainer(Resumable, GKDTrainer):
             steps = max(1, min(self.steps_per_rollout, self.state.max_steps - self.state.global_step))
             size = self.args.gradient_accumulation_steps
             rows = list(islice(epoch_iterator, num_batches if steps == 1 else size * steps))
-            batches = self._roll_out(self.model_wrapped, rows, self.state.global_step, "train")
-            self._windows.extend(batches[i : i + size] for i in range(0, len(batches), size))
+            # the rows that are left out belong to the steps of a rollout's other epochs
+            epochs = getattr(self.args, "epochs_per_rollout", 1)
+            some = rows[: -(-len(rows) // epochs)]
+            batches = self._roll_out(self.model_wrapped, some, self.state.global_step, "train")
+            windows = [batches[i : i + size] for i in range(0, len(batches), size)] * epochs
+            self._windows.extend(windows[: -(-len(rows) // size)])
             for batch in batches[size:]:
                 batch.pop("sampler_logps", None)  # the student will have moved on from them
         if not self._windows:
@@ -206,12 +236,7 @@ class TokenSelectiveTrainer(Resumable, GKDTrainer):
         """Collated rows -> padded micro-batches with the student's or the data set's completions."""
         if not rows:
             return []
-        on_policy = bool(torch.rand(1, generator=prompt_generator(self.args.seed, step, 0, _COIN)) < self.args.lmbda)
-        prompts = [ids for batch in rows for ids in batch["prompt_ids"]]
-        if on_policy:
-            completions = self._generate(model, rows, prompts, step, mode)
-        else:
-            completions = [Completion(ids, True) for batch in rows for ids in batch["completion_ids"]]
+        prompts, completions = self._sequences(model, rows, step, mode)
         self.means[mode].add("completions/mean_length", sum(len(c.ids) for c in completions), len(completions))
 
         batches, position = [], 0
@@ -275,7 +300,7 @@ class TokenSelectiveTrainer(Resumable, GKDTrainer):
     ) -> Tensor:
         """This process's share of the global mean, times the number of processes (DDP and ZeRO average gradients)."""
         mode = "eval" if num_items_in_batch is None else "train"
-        mask = completion_mask(inputs)
+        mask = self._mask(inputs)
         log_terms = mode == "train" and self._logs_term_gradients()
         output = self._objective_output(model, inputs, mask, mode, own_in_forward=not log_terms)
         units = self._count_units(inputs)
@@ -296,6 +321,17 @@ class TokenSelectiveTrainer(Resumable, GKDTrainer):
             self._log_term_gradients(model, output, units)
         return output.loss * (self.accelerator.num_processes / num_items_in_batch.clamp(min=1))
 
+    def _objective_output(
+        self, model: nn.Module, batch: Batch, mask: Tensor, mode: str, own_in_forward: bool
+    ) -> ObjectiveOutput:
+        responses, teacher = self._responses(batch, mask, mode), None
+        if self.objective.asks_teacher:
+            with self._teacher_time(batch, mode):
+                teacher = self.heads.teacher(self.teacher_model, batch, mask)
+        return self.heads.ask(
+            model, batch, mask, lambda head: self.objective(head, responses), teacher, own_in_forward
+        )
+
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Trainer's last call before the optimizer's step. DeepSpeed has then left out a step that isn't finite."""
         grad_norm = super()._get_grad_norm(model, grad_norm)
@@ -306,7 +342,8 @@ class TokenSelectiveTrainer(Resumable, GKDTrainer):
 
     def _count_units(self, batch: Batch) -> int:
         lengths = batch["completion_lengths"]
-        return int((lengths > 0).sum() if self.unit == "responses" else lengths.sum())
+        counts = {"responses": (lengths > 0).sum(), "tokens": lengths.sum(), "micro-batches": (lengths > 0).any()}
+        return int(counts[self.objective.unit])
 
     def _teacher_time(self, batch: Batch, mode: str) -> AbstractContextManager[None]:
         return self.means[mode].rate("speed/teacher_tokens_per_second", float(batch["attention_mask"].sum()))
@@ -404,19 +441,12 @@ class TokenSelectiveTrainer(Resumable, GKDTrainer):
         """Write README.md into the output directory: method, teacher, data, both papers."""
         if not self.is_world_process_zero():
             return
-        names = [n for n in vars(self.objective) if hasattr(self.args, n)]
-        names += [
-            "learning_rate",
-            "lr_scheduler_type",
-            "num_train_epochs",
-            "temperature",
-            "top_p",
-            "lmbda",
-            "max_new_tokens",
-        ]
+        names = [n for n in self.args.own_options() if n not in ("max_length", "warmup_steps")]
+        names += ["learning_rate", "lr_scheduler_type", "num_train_epochs", "temperature", "top_p", "lmbda"]
+        names = list(dict.fromkeys([*names, "max_new_tokens"]))
         model_card.write(
             Path(self.args.output_dir) / "README.md",
-            method=self._name,
+            method=self.args.method,
             model_name=model_name or Path(self.args.output_dir).name,
             student=name_of(self.model),
             teacher=self.teacher_name,

@@ -12,10 +12,13 @@ from ..errors import CheckpointError, TSDKDError
 
 _COMMANDS = {
     "train": "distil a student: tsdkd train --config FILE [--key value ...]",
+    "compare": "run a comparison of methods, with a table, a plot and a test",
     "generate": "write completions of the teacher or the student to a file, for off-policy runs",
     "demo": "watch a tiny student learn from a tiny teacher, on a CPU, in minutes",
+    "reproduce": "the papers' small experiments, with the papers' numbers beside",
     "plan": "estimate the memory on each GPU, and which placement fits",
     "slurm": "write an sbatch script for a configuration",
+    "methods": "list the methods, with their options and papers",
     "configs": "list the configurations that ship with tsdkd",
 }
 _EXAMPLES = """examples:

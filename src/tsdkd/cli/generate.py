@@ -1,10 +1,9 @@
 """`tsdkd generate`."""
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from .numbers import at_least
+from .arguments import at_least, run_parser
 
 _EPILOG = """examples:
   tsdkd generate --config my.yaml --output_file teacher.jsonl
@@ -16,15 +15,9 @@ rows already gets the others."""
 
 def main(argv: Sequence[str]) -> int:
     """Parse, and hand over to `tsdkd.generate`."""
-    parser = argparse.ArgumentParser(
-        prog="tsdkd generate",
-        description="Write completions of the teacher (or the student) for a run's prompts to a JSONL file.",
-        epilog=_EPILOG,
-        usage="tsdkd generate --config FILE --output_file FILE [--role ROLE] [--num_completions N] [--key value ...]",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", metavar="FILE", help="a YAML file, or the name of a shipped one (`tsdkd configs`)")
+    about = "Write completions of the teacher (or the student) for a run's prompts to a JSONL file."
+    usage = "--output_file FILE [--role ROLE] [--num_completions N] "
+    parser = run_parser("generate", about, _EPILOG, usage)
     parser.add_argument("--output_file", "--output-file", metavar="FILE", type=Path, required=True)
     parser.add_argument("--role", choices=["teacher", "student"], default="teacher", help="default: %(default)s")
     parser.add_argument(

@@ -1,9 +1,8 @@
 """`tsdkd plan`."""
 
-import argparse
 from collections.abc import Sequence
 
-from .numbers import at_least, positive
+from .arguments import at_least, positive, run_parser
 
 _EPILOG = """The estimate is for full-length completions. It needs the models' configurations, no weights and no GPU.
 example:
@@ -12,15 +11,9 @@ example:
 
 def main(argv: Sequence[str]) -> int:
     """Print what a configuration takes."""
-    parser = argparse.ArgumentParser(
-        prog="tsdkd plan",
-        description="What a configuration takes on each GPU, and which placement fits.",
-        epilog=_EPILOG,
-        usage="tsdkd plan --config FILE --gpus N --gpu_gib GIB [--key value ...]",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", metavar="FILE", help="a YAML file, or the name of a shipped one (`tsdkd configs`)")
+    about = "What a configuration takes on each GPU, and which placement fits."
+    usage = "--gpus N --gpu_gib GIB "
+    parser = run_parser("plan", about, _EPILOG, usage)
     parser.add_argument("--gpus", type=at_least(1), default=8, help="default: %(default)s")
     parser.add_argument("--gpu_gib", type=positive, default=80.0, help="memory of one GPU, GiB; default: %(default)s")
     args, flags = parser.parse_known_args(argv)

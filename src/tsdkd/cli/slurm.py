@@ -1,13 +1,12 @@
 """`tsdkd slurm`."""
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import OutputDirError
 from ..launch import config_names
-from .numbers import at_least
+from .arguments import at_least, run_parser
 
 _EPILOG = """Other flags go to `tsdkd train`. The job saves and is queued again before its time limit, and after a
 preemption; it continues by itself.
@@ -18,15 +17,9 @@ example:
 
 def main(argv: Sequence[str]) -> int:
     """Write the script, or print it."""
-    parser = argparse.ArgumentParser(
-        prog="tsdkd slurm",
-        description="Write an sbatch script for a configuration.",
-        epilog=_EPILOG,
-        usage="tsdkd slurm --config FILE [--nodes N] [--gpus_per_node N] --time HH:MM:SS [--key value ...]",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", metavar="FILE", help="a YAML file, or the name of a shipped one (`tsdkd configs`)")
+    about = "Write an sbatch script for a configuration."
+    usage = "[--nodes N] [--gpus_per_node N] --time HH:MM:SS "
+    parser = run_parser("slurm", about, _EPILOG, usage)
     parser.add_argument("--script", metavar="FILE", help="where the script is written; by default it is printed")
     parser.add_argument("--nodes", type=at_least(1), default=1, help="default: %(default)s")
     parser.add_argument(

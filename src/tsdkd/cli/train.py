@@ -1,11 +1,10 @@
 """`tsdkd train`."""
 
-import argparse
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from .. import launch
-from .numbers import at_least
+from .arguments import at_least, run_parser
 
 _EPILOG = """Every field of the method's configuration, of TRL's ModelConfig and of transformers' TrainingArguments is
 a key of FILE and a flag: --learning_rate 1e-6, --gate false, --report_to tensorboard wandb.
@@ -22,15 +21,9 @@ _LAUNCH: dict[str, tuple[str, Callable[[str], Any]]] = {
 
 def main(argv: Sequence[str]) -> int:
     """Parse, and hand over to `tsdkd.run`."""
-    parser = argparse.ArgumentParser(
-        prog="tsdkd train",
-        description="Distil a student from a teacher.",
-        epilog=_EPILOG,
-        usage="tsdkd train --config FILE [--key value ...] [--dry_run] [--accelerate_config NAME --num_processes N]",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", metavar="FILE", help="a YAML file, or the name of a shipped one (`tsdkd configs`)")
+    about = "Distil a student from a teacher."
+    usage = "[--dry_run] [--accelerate_config NAME --num_processes N] "
+    parser = run_parser("train", about, _EPILOG, usage)
     parser.add_argument("--dry_run", "--dry-run", action="store_true", help="print configuration and plan, and stop")
     parser.add_argument("--help_keys", action="store_true", help="list tsdkd's own keys, and stop")
     group = parser.add_argument_group("several processes, by accelerate")

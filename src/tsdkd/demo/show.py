@@ -1,19 +1,23 @@
 """The demo: accuracy of teacher and student, distillation, accuracy of the student on problems it never saw."""
 
 import time
+from collections.abc import Sequence
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import run
 from ..data import load_rows
+from ..evaluation import Evaluation, Problems, evaluate
+from ..models import stop_token_ids
 from ..parsing import RunArguments
 from ..run_dir import claim
-from .accuracy import Accuracy, measure
+from . import task
 
 PROBLEMS = 256
+_SHOWN = ("greedy", "avg@8", "pass@8")
 
 
 def show(arguments: RunArguments) -> None:
@@ -32,20 +36,34 @@ def show(arguments: RunArguments) -> None:
 
     title = f"{arguments.method} on {len(rows)} held-out problems, {seconds:.0f} s of training"
     table = Table(title=title, caption="percent solved; avg@8 and pass@8 at temperature 1")
-    for column in ("", "greedy", "avg@8", "pass@8"):
+    for column in ("", *_SHOWN):
         table.add_column(column, justify="right" if column else "left")
-    for name, accuracy in (("teacher", teacher), ("student, before", before), ("student, after", after)):
-        table.add_row(name, f"{accuracy.greedy:.1f}", f"{accuracy.avg:.1f}", f"{accuracy.best:.1f}")
-    gains = (after.greedy - before.greedy, after.avg - before.avg, after.best - before.best)
-    table.add_row("gained", *(f"{gain:+.1f}" for gain in gains))
+    for name, found in (("teacher", teacher), ("student, before", before), ("student, after", after)):
+        table.add_row(name, *(f"{found.metrics[metric]:.1f}" for metric in _SHOWN))
+    table.add_row("gained", *(f"{after.metrics[metric] - before.metrics[metric]:+.1f}" for metric in _SHOWN))
     Console().print(table)
 
 
-def measure_saved(folder: str, rows: list[dict[str, str]]) -> Accuracy:
-    """Accuracy of a saved model, loaded as a user would load it."""
+def measure_saved(folder: str, rows: list[dict[str, str]]) -> Evaluation:
+    """A saved model, loaded as a user would load it."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return measure(model, AutoTokenizer.from_pretrained(folder), rows)
 
 
-def _line(accuracy: Accuracy) -> str:
-    return f"greedy {accuracy.greedy:5.1f}   avg@8 {accuracy.avg:5.1f}   pass@8 {accuracy.best:5.1f}"
+def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, str]]) -> Evaluation:
+    """What a model makes of every row (`prompt`, `answer`), greedily and in eight samples."""
+    chats = [[{"role": "user", "content": row["prompt"]}] for row in rows]
+    problems = Problems(
+        prompts=[tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=False) for c in chats],
+        answers=[row["answer"] for row in rows],
+        limits=[task.MAX_COMPLETION_TOKENS + 10] * len(rows),
+        stop_ids=stop_token_ids(tokenizer, model.generation_config),
+        vocab_size=model.config.vocab_size,
+        decode=lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
+        is_correct=task.is_correct,
+    )
+    return evaluate(model, problems)
+
+
+def _line(found: Evaluation) -> str:
+    return "   ".join(f"{metric} {found.metrics[metric]:5.1f}" for metric in _SHOWN)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..losses import Divergence
+
 SCRATCH_TILES = 5
 TILE_WIDTH = 8192
 
@@ -96,31 +98,44 @@ class SoftmaxRows:
         return logits - self.maximum.unsqueeze(-1) - self.log_normalizer.unsqueeze(-1)
 
 
-def _log_mixture(student_p: Tensor, teacher_p: Tensor, beta: float, out: Tensor) -> Tensor:
-    """`log(beta P + (1 - beta) Q)`; where both underflow the result is finite, and multiplied by zero."""
-    torch.mul(student_p, 1.0 - beta, out=out).add_(teacher_p, alpha=beta)
-    return out.clamp_(min=torch.finfo(out.dtype).tiny).log_()
+def _mixture(student_p: Tensor, teacher_p: Tensor, share: float, out: Tensor) -> Tensor:
+    """`share P + (1 - share) Q`, not zero where both underflow: what is divided by it is zero there."""
+    torch.mul(student_p, 1.0 - share, out=out).add_(teacher_p, alpha=share)
+    return out.clamp_(min=torch.finfo(out.dtype).tiny)
 
 
-def divergences(student: SoftmaxRows, teacher: SoftmaxRows, beta: float, tiles: Tiles) -> tuple[Tensor, Tensor]:
-    """Generalised JSD (TSD-KD Eq. 1; beta 0 is KL(P||Q), 1 is KL(Q||P)) and what its gradient needs.
+def _ratio_weight(kind: Divergence) -> float:
+    """The factor of `p / m` in a divergence's derivative by q, where `p / m` isn't the same for all v; a JSD has
+    none."""
+    if kind.mixture in (0.0, 1.0):
+        return 0.0
+    weight = kind.mixture * kind.student - (1.0 - kind.mixture) * kind.teacher
+    return weight if abs(weight) > 1e-12 else 0.0
+
+
+def divergences(
+    student: SoftmaxRows, teacher: SoftmaxRows, kind: Divergence, tiles: Tiles
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A divergence, and what its gradient needs.
 
     Returns:
-        the divergence `[C]` and KL(Q || other) `[C]`, nats; other is the mixture, or P where beta is 1.
+        the divergence `[C]`, KL(Q||M) `[C]`, nats, and sum q p / m `[C]`; the latter two where they are needed.
     """
-    of_student, of_teacher = torch.zeros_like(student.maximum), torch.zeros_like(student.maximum)
+    of_student, of_teacher, ratio = (torch.zeros_like(student.maximum) for _ in range(3))
     for rows, columns, (logq, logp, q, p, mixture) in tiles:
         torch.exp(student.logps(rows, columns, logq), out=q)
         torch.exp(teacher.logps(rows, columns, logp), out=p)
-        if 0.0 < beta < 1.0:
-            _log_mixture(q, p, beta, mixture)
-        if beta < 1.0:
-            of_teacher[rows] += torch.linalg.vecdot(p, logp.sub_(logq if beta == 0.0 else mixture))
-        if beta > 0.0:
-            of_student[rows] += torch.linalg.vecdot(q, logq.sub_(logp if beta == 1.0 else mixture))
-    if beta in (0.0, 1.0):
-        return (of_student if beta else of_teacher), of_student
-    return beta * of_teacher + (1.0 - beta) * of_student, of_student
+        log_mixture = {0.0: logq, 1.0: logp}.get(kind.mixture)
+        if log_mixture is None:
+            _mixture(q, p, kind.mixture, mixture)
+            if _ratio_weight(kind):
+                ratio[rows] += (q * p).div_(mixture).sum(-1)
+            log_mixture = mixture.log_()
+        if kind.teacher and kind.mixture < 1.0:
+            of_teacher[rows] += torch.linalg.vecdot(p, logp.sub_(log_mixture))
+        if kind.student and kind.mixture > 0.0:
+            of_student[rows] += torch.linalg.vecdot(q, logq.sub_(log_mixture))
+    return kind.teacher * of_teacher + kind.student * of_student, of_student, ratio
 
 
 @dataclass
@@ -128,7 +143,7 @@ class Upstream:
     """Derivatives of a loss with respect to the statistics of C tokens, None where zero: `[C]`, `logps` `[C, K]`."""
 
     entropy: Tensor | None = None
-    jsd: Tensor | None = None
+    divergence: Tensor | None = None
     logps: Tensor | None = None
 
     def times(self, factor: float | Tensor) -> "Upstream":
@@ -145,8 +160,9 @@ class Upstream:
 def logits_gradient_(
     student: SoftmaxRows,
     teacher: SoftmaxRows | None,
-    beta: float,
+    kind: Divergence | None,
     student_kl: Tensor,
+    ratio: Tensor,
     ids: Tensor | None,
     upstream: Upstream,
     slope: Callable[[Tensor], Tensor] | None,
@@ -154,46 +170,53 @@ def logits_gradient_(
 ) -> Tensor:
     """Overwrite the student's logits by the loss's gradient with respect to them.
 
-    With q the student's probabilities: `dH/dz = -q (log q + H)`; `dJSD/dz = (1 - beta) q (log q - log m - KL(Q||M))`;
-    `dKL(Q||P)/dz = q (log q - log p - KL(Q||P))`; `dKL(P||Q)/dz = q - p`; `d log q_i/dz = [v = i] - q`.
+    With q the student's probabilities, p the teacher's and m of the mixture with the share s of p:
+    `dH/dz = -q (log q + H)`; `d log q_i/dz = [v = i] - q`; `dKL(P||Q)/dz = q - p`; and of a divergence with weights a
+    (teacher) and b (student) `b q (log q - log m - KL(Q||M)) + (s b - (1 - s) a) q (p / m - sum q p / m)`.
 
     Args:
-        student, teacher: rows; the teacher's only where `upstream.jsd` is set.
-        beta, student_kl: of `divergences`.
+        student, teacher: rows; the teacher's only where `upstream.divergence` is set.
+        kind, student_kl, ratio: of `divergences`.
         ids: `[C, K]`, where `upstream.logps` belong.
         upstream: derivatives with respect to the statistics.
         slope: logits -> derivative of a cap on them, or None.
         tiles: columns and scratch.
     """
     at_ids = _gradient_at_ids(student, ids, upstream.logps, slope)
-    entropy, jsd = upstream.entropy, upstream.jsd
+    entropy, up = upstream.entropy, upstream.divergence
+    forward = kind is not None and kind.mixture == 0.0
+    ratio_weight = 0.0 if kind is None else _ratio_weight(kind)
     constant = torch.zeros_like(student.maximum)  # terms of dz / q that are the same for all v
     if upstream.logps is not None:
         constant -= upstream.logps.sum(-1)
     if entropy is not None:
         constant -= entropy * student.entropy
-    if jsd is not None:
-        jsd = jsd * (1.0 if beta in (0.0, 1.0) else 1.0 - beta)
-        if beta == 0.0:
-            constant += jsd
+    if up is not None and kind is not None:
+        of_ratio = up * ratio_weight
+        up = up * (kind.teacher if forward else kind.student)
+        if forward:
+            constant += up
 
     for rows, columns, (logq, logp, q, p, gradient) in tiles:
         torch.exp(student.logps(rows, columns, logq), out=q)
-        if jsd is not None and teacher is not None:
+        if up is not None and teacher is not None and kind is not None:
             teacher.logps(rows, columns, logp)
-            if beta != 1.0:
+            if kind.mixture != 1.0:
                 torch.exp(logp, out=p)
         gradient.copy_(constant[rows].unsqueeze(-1).expand_as(gradient))
         if entropy is not None:
             gradient.addcmul_(logq, entropy[rows].unsqueeze(-1), value=-1.0)
-        if jsd is not None and beta != 0.0:
-            if beta != 1.0:
-                _log_mixture(q, p, beta, logp)
+        if up is not None and kind is not None and not forward:
+            if kind.mixture != 1.0:
+                _mixture(q, p, kind.mixture, logp)
+                if ratio_weight:
+                    gradient.addcmul_(p.div_(logp).sub_(ratio[rows].unsqueeze(-1)), of_ratio[rows].unsqueeze(-1))
+                logp.log_()
             # the KL comes off before the factor: where one token has all the mass the two must cancel exactly
-            gradient.addcmul_(logq.sub_(logp).sub_(student_kl[rows].unsqueeze(-1)), jsd[rows].unsqueeze(-1))
+            gradient.addcmul_(logq.sub_(logp).sub_(student_kl[rows].unsqueeze(-1)), up[rows].unsqueeze(-1))
         gradient.mul_(q)
-        if jsd is not None and beta == 0.0:
-            gradient.addcmul_(p, jsd[rows].unsqueeze(-1), value=-1.0)
+        if up is not None and forward:
+            gradient.addcmul_(p, up[rows].unsqueeze(-1), value=-1.0)
         if slope is not None:
             gradient.mul_(slope(logp.copy_(student.logits[rows, columns])))
         if at_ids is not None and ids is not None:

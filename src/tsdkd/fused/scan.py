@@ -10,8 +10,8 @@ from .gradients import HeadGradients
 from .projection import Projection
 from .rows import SoftmaxRows, Tiles, Upstream, accumulation_dtype, divergences, logits_gradient_
 
-DIFFERENTIABLE = ("entropy", "jsd", "top_logits", "logps")
-_STUDENT, _TEACHER, _KL = slice(0, 3), slice(3, 6), 6  # rows of `Scan.table`
+DIFFERENTIABLE = ("entropy", "divergence", "top_logits", "logps")
+_STUDENT, _TEACHER, _KL, _RATIO = slice(0, 3), slice(3, 6), 6, 7  # rows of `Scan.table`
 
 
 class Scan:
@@ -50,7 +50,7 @@ class Scan:
         self.needs = needs
         self.gradients = None if self.own is None else HeadGradients(*self.inputs, needs)
         count = len(hidden)
-        self.table = hidden.new_zeros(7, count, dtype=accumulation_dtype(self.student.weight.dtype))
+        self.table = hidden.new_zeros(8, count, dtype=accumulation_dtype(self.student.weight.dtype))
         size = _even_size(count, self.chunk)
         starts = range(0, max(count, 1), size)  # one empty chunk where there is no token
         answer = _joined([self._forward_chunk(slice(i, min(i + size, count))) for i in starts])
@@ -74,8 +74,9 @@ class Scan:
             answer.entropy = student.entropy
         if request.teacher_entropy and teacher is not None:
             answer.teacher_entropy = teacher.entropy
-        if request.jsd_beta is not None and teacher is not None:
-            answer.jsd, self.table[_KL, rows] = divergences(student, teacher, request.jsd_beta, tiles)
+        if request.divergence is not None and teacher is not None:
+            found = divergences(student, teacher, request.divergence, tiles)
+            answer.divergence, self.table[_KL, rows], self.table[_RATIO, rows] = found
         if request.top_k:
             top_logits, answer.top_ids = logits.topk(min(request.top_k, logits.shape[-1]), dim=-1)
             answer.top_logits = top_logits.to(self.table.dtype)
@@ -151,7 +152,7 @@ class Scan:
     def _backward_chunk(self, gradients: HeadGradients, rows: Tensor, upstream: dict[str, Tensor | None]) -> None:
         hidden, logits, tiles = self._project(rows)
         teacher = None
-        if upstream["jsd"] is not None:
+        if upstream["divergence"] is not None:
             teacher = SoftmaxRows(self._project_teacher(rows), self.table[_TEACHER, rows])
         here = Upstream(**{name: None if g is None else g[rows] for name, g in upstream.items()})
         student = SoftmaxRows(logits, self.table[_STUDENT, rows])
@@ -207,8 +208,8 @@ class Scan:
             upstream = upstream.times(1.0 / largest)
         slope = None if self.student.softcap is None else self._slope
         ids = None if self.request.ids is None else self.request.ids[rows]
-        kl = self.table[_KL, rows]
-        gradient = logits_gradient_(student, teacher, self.request.jsd_beta or 0.0, kl, ids, upstream, slope, tiles)
+        known = (self.request.divergence, self.table[_KL, rows], self.table[_RATIO, rows])
+        gradient = logits_gradient_(student, teacher, *known, ids, upstream, slope, tiles)
         gradients.add(rows, gradient, hidden, self.student, largest)
 
 

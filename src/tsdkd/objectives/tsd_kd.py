@@ -2,73 +2,99 @@
 
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ..losses import plackett_luce_nll
+from ..losses import jsd, plackett_luce_nll
+from ..options import NOT_NEGATIVE, POSITIVE, POSITIVE_SHARE, SHARE, option
 from ..selection import adaptive_opener_ratio, entropy_gap_gate, opener_mask, top_entropy_mask
 from ..statistics import Head, OwnTokenLoss, Request, TokenStatistics
-from . import ObjectiveOutput, mean_of, sampling_metrics
+from . import Objective, ObjectiveOutput, Responses, common_metrics, mean_of
+
+_NO_INDIRECT = (lambda v: v["alpha"] == 0, "alpha is 0")
+_NO_RANKING = (lambda v: v >= 2, "must be at least 2 (one candidate has no ranking)")
 
 
 @dataclass
-class TSDKDObjective:
+class TSDKDOptions:
+    """Options of TSD-KD (Table 10; Sec. 4.1).
+
+    Args:
+        alpha: weight of indirect distillation (Eq. 13); 0 turns it off.
+        beta: of the generalised JSD (Eq. 1).
+        indirect_top_k: number of candidates that the student proposes.
+        opener_ratio: c, the opener's share of a response's entropy.
+        adaptive_opener: choose c by the difficulty of the last five responses (A.7).
+        gate: weigh direct distillation by the entropy gap (Eq. 11).
+        gate_temperature: tau of the gate, nats.
+        entropy_weight: weight of entropy minimisation (1 in the paper); 0 turns it off.
+        entropy_ratio: share of a response's tokens whose entropy is minimised.
+        indirect_reduction: over the opener's positions: "mean", "sum" (Eq. 5 as written), or "length" (sum / L).
+    """
+
+    alpha: float = option(0.1, "Weight of indirect distillation; 0 turns it off.", NOT_NEGATIVE)
+    beta: float = option(0.9, "Interpolates between forward (0) and reverse (1) KL.", SHARE)
+    indirect_top_k: int = option(
+        10, "Number of candidates that the student proposes to the teacher.", _NO_RANKING, _NO_INDIRECT
+    )
+    opener_ratio: float = option(
+        0.1,
+        "The opener's share of a response's entropy.",
+        POSITIVE_SHARE,
+        (lambda v: v["alpha"] == 0 or v["adaptive_opener"], "alpha is 0 or adaptive_opener is true"),
+    )
+    adaptive_opener: bool = option(
+        False, "Choose the opener's share by the difficulty of recent responses.", pointless=_NO_INDIRECT
+    )
+    gate: bool = option(True, "Weigh direct distillation by the entropy gap.")
+    gate_temperature: float = option(
+        1.0, "Temperature of the gate, nats.", POSITIVE, (lambda v: not v["gate"], "gate is false")
+    )
+    entropy_weight: float = option(1.0, "Weight of entropy minimisation; 0 turns it off.", NOT_NEGATIVE)
+    entropy_ratio: float = option(
+        0.1,
+        "Share of a response's tokens whose entropy is minimised.",
+        POSITIVE_SHARE,
+        (lambda v: v["entropy_weight"] == 0, "entropy_weight is 0"),
+    )
+    indirect_reduction: Literal["mean", "sum", "length"] = option(
+        "mean", "Reduction over the opener's positions.", pointless=_NO_INDIRECT
+    )
+
+
+@dataclass
+class TSDKDObjective(TSDKDOptions, Objective):
     """The objective of TSD-KD. All three special terms off (`gate=False`, `alpha=0`, `entropy_weight=0`) is GKD.
 
     `window` holds the difficulty of the last five responses that this process trained on (A.7); it is the only state.
     """
 
-    alpha: float = 0.1
-    beta: float = 0.9
-    indirect_top_k: int = 10
-    opener_ratio: float = 0.1
-    adaptive_opener: bool = False
-    gate: bool = True
-    gate_temperature: float = 1.0
-    entropy_weight: float = 1.0
-    entropy_ratio: float = 0.1
-    indirect_reduction: str = "mean"
-    window: deque[float] = field(default_factory=lambda: deque(maxlen=5))
+    window: deque[float] = field(default_factory=lambda: deque(maxlen=5), init=False)
 
     unit = "responses"
 
-    def __call__(
-        self,
-        head: Head,
-        mask: Tensor,
-        *,
-        training: bool = True,
-        sampled_ids: Tensor | None = None,
-        sampler_logps: Tensor | None = None,
-    ) -> ObjectiveOutput:
-        """Sums over the responses of a micro-batch.
-
-        Args:
-            head: answers about the N response tokens of `mask`, in row order.
-            mask: `[B, T]` bool with N true entries, a row a response.
-            training: whether the adaptive opener's window moves on.
-            sampled_ids: `[N]`, the response tokens; only `sampler_logps` needs them.
-            sampler_logps: `[N]`, their log-probabilities under the engine that sampled them, nats, for the log.
-        """
-        share = (1.0 / mask.sum(-1, keepdim=True).clamp(min=1)).expand_as(mask)[mask]  # weight in a response's mean
+    def __call__(self, head: Head, responses: Responses) -> ObjectiveOutput:
+        """See `Objective`."""
+        mask, share = responses.mask, responses.shares
         direct = OwnTokenLoss(
-            {"direct": 1.0}, lambda t, rows: {"direct": share[rows] * t.jsd * (self._gate(t) if self.gate else 1.0)}
+            {"direct": 1.0},
+            lambda t, rows: {"direct": share[rows] * t.divergence * (self._gate(t) if self.gate else 1.0)},
         )
         tokens = head(
             Request(
                 entropy=True,
                 teacher_entropy=True,
-                jsd_beta=self.beta,
+                divergence=jsd(self.beta),
                 top_k=self.indirect_top_k if self.alpha != 0 else 0,
-                ids=None if sampler_logps is None or sampled_ids is None else sampled_ids.unsqueeze(-1),
+                ids=responses.logged_ids,
             ),
             direct,
         )
         loss, terms, weights = tokens.own_loss, dict(tokens.own_terms), dict(direct.weights)
         entropy = tokens.entropy.new_zeros(mask.shape).masked_scatter(mask, tokens.entropy.detach())
-        opener = opener_mask(entropy, mask, self._opener_ratio(tokens, mask, training))
+        opener = opener_mask(entropy, mask, self._opener_ratio(tokens, mask, responses.training))
         if self.alpha != 0:
             terms["indirect"], weights["indirect"] = self._indirect(tokens, mask, opener), self.alpha
             loss = loss + self.alpha * terms["indirect"]
@@ -77,9 +103,7 @@ class TSDKDObjective:
             per_response = (uncertain / uncertain.sum(-1, keepdim=True).clamp(min=1))[mask]
             terms["entropy"], weights["entropy"] = (per_response * tokens.entropy).sum(), self.entropy_weight
             loss = loss + self.entropy_weight * terms["entropy"]
-        metrics = self._metrics(tokens, mask, opener)
-        if tokens.logps is not None:
-            metrics |= sampling_metrics(tokens.logps.squeeze(-1), sampler_logps)
+        metrics = common_metrics(tokens, responses) | self._metrics(tokens, mask, opener)
         return ObjectiveOutput(loss, terms, weights, metrics)
 
     def _gate(self, tokens: TokenStatistics) -> Tensor:
@@ -119,8 +143,6 @@ class TSDKDObjective:
             "opener/length": mean_of(opener.sum(-1)[present]),
             "opener/share": mean_of((opener.sum(-1) / mask.sum(-1).clamp(min=1))[present]),
             "gate": mean_of(self._gate(tokens)),
-            "entropy/student": mean_of(tokens.entropy),
-            "entropy/teacher": mean_of(tokens.teacher_entropy),
         }
         if self.alpha != 0:
             # candidates are sorted: the student's favourite is the first

@@ -4,7 +4,7 @@
 checkpoint's generation config says (Qwen2.5 ships a repetition penalty); this loop samples from the softmax alone.
 """
 
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -81,12 +81,45 @@ def sample(
     Returns:
         Completions in the order of `prompts`.
     """
-    device = next(model.parameters()).device
+
+    def choose(logits: list[Tensor], uniform: Tensor | None) -> Tensor:
+        scaled = logits[0] / temperature
+        return scaled.argmax(-1) if uniform is None else draw(scaled, uniform[:, 0], top_p)[0]
+
+    return sample_together([model], prompts, limits, generators, choose, stop_ids=stop_ids, vocab_size=vocab_size)
+
+
+@torch.no_grad()
+def sample_together(
+    models: Sequence[PreTrainedModel],
+    prompts: Sequence[Sequence[int]],
+    limits: Sequence[int],
+    generators: Sequence[torch.Generator] | None,
+    choose: Callable[[list[Tensor], Tensor | None], Tensor],
+    *,
+    stop_ids: Collection[int],
+    vocab_size: int,
+    numbers: int = 1,
+) -> list[Completion]:
+    """Sample one completion for each prompt, each token from what several models say.
+
+    Args:
+        models: in eval mode, unwrapped.
+        prompts, limits, generators, stop_ids, vocab_size: see `sample`.
+        choose: the models' logits, float32 `[B, V]` each, and uniform numbers in [0, 1), float64 `[B, numbers]` (None
+            without generators) -> the tokens `[B]`.
+        numbers: how many uniform numbers a token takes.
+
+    Returns:
+        Completions in the order of `prompts`.
+    """
+    device = next(models[0].parameters()).device
     longest = max(limits)
     uniform = None
     if generators is not None:
-        # one uniform number a token, drawn beforehand: the same on every device, whatever else is in the batch
-        uniform = torch.stack([torch.rand(longest, dtype=torch.float64, generator=g) for g in generators]).to(device)
+        # drawn beforehand: the same on every device, whatever else is in the batch
+        drawn = [torch.rand(numbers, longest, dtype=torch.float64, generator=g) for g in generators]
+        uniform = torch.stack(drawn).transpose(1, 2).to(device)
     stop = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device)
     limit = torch.tensor(limits, device=device)
     rows = torch.arange(len(prompts), device=device)  # the prompts that are still in the batch
@@ -97,19 +130,22 @@ def sample(
 
     input_ids, attention_mask = _left_pad(prompts, device)
     position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-    cache = None
+    caches: list[Any] = [None] * len(models)
     for t in range(longest):
-        output = model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        cache = output.past_key_values
-        logits = output.logits[:, -1, :vocab_size].float() / temperature
-        next_ids = logits.argmax(-1) if uniform is None else draw(logits, uniform[rows, t], top_p)[0]
+        outputs = [
+            model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            for model, cache in zip(models, caches, strict=True)
+        ]
+        caches = [output.past_key_values for output in outputs]
+        logits = [output.logits[:, -1, :vocab_size].float() for output in outputs]
+        next_ids = choose(logits, None if uniform is None else uniform[rows, t])
         now = rows[growing]
         sampled[now, t] = next_ids[growing]
         lengths[now] = t + 1
@@ -122,7 +158,8 @@ def sample(
             keep = growing.nonzero().squeeze(-1)
             rows, next_ids, growing = rows[keep], next_ids[keep], growing[keep]
             attention_mask, position_ids = attention_mask[keep], position_ids[keep]
-            cache.batch_select_indices(keep)
+            for cache in caches:
+                cache.batch_select_indices(keep)
         input_ids = next_ids.unsqueeze(-1)
         attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(rows), 1)], dim=-1)
         position_ids = position_ids[:, -1:] + 1

@@ -1,8 +1,22 @@
-"""Numbers of the command line, with what they must fulfil in their error messages."""
+"""What several commands take: a run's configuration, and numbers with what they must fulfil in the error messages."""
 
 import argparse
 import math
 from collections.abc import Callable
+
+
+def run_parser(command: str, description: str, epilog: str, usage: str) -> argparse.ArgumentParser:
+    """The parser of a command whose other flags are keys of `tsdkd train`."""
+    parser = argparse.ArgumentParser(
+        prog=f"tsdkd {command}",
+        description=description,
+        epilog=epilog,
+        usage=f"tsdkd {command} --config FILE {usage}[--key value ...]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE", help="a YAML file, or the name of a shipped one (`tsdkd configs`)")
+    return parser
 
 
 def at_least(least: int) -> Callable[[str], int]:

@@ -1,0 +1,42 @@
+"""`tsdkd reproduce`."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..errors import ConfigError
+from .arguments import at_least, positive
+
+_EXPERIMENTS = ("eopd-toy", "tsdkd-gradient")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one of the papers' small experiments."""
+    parser = argparse.ArgumentParser(
+        prog="tsdkd reproduce",
+        description="The papers' small experiments, with the paper's numbers beside ours: EOPD's toy (Sec. 3.2, "
+        "Table 1, Figures 1 and 6) and the gradients of TSD-KD's gate (App. A.2).",
+        allow_abbrev=False,
+    )
+    parser.add_argument("experiment", choices=_EXPERIMENTS)
+    toy = parser.add_argument_group("eopd-toy")
+    toy.add_argument(
+        "--output_dir", type=Path, default=Path("runs/eopd_toy"), help="of the plots; default: %(default)s"
+    )
+    toy.add_argument("--seeds", type=at_least(1), default=3, help="default: %(default)s, as in the paper")
+    toy.add_argument("--learning_rate", type=positive, default=0.2, help="not in the paper; default: %(default)s")
+    toy.add_argument("--steps", type=at_least(25), default=1000, help="not in the paper; default: %(default)s")
+    args = parser.parse_args(argv)
+    if args.experiment == "tsdkd-gradient":
+        from ..reproduce import tsdkd_gradient
+
+        tsdkd_gradient.reproduce()
+        return 0
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(["eopd-toy's plots need matplotlib; pip install 'tsdkd[report]'"]) from error
+    from ..reproduce import eopd_toy
+
+    eopd_toy.reproduce(args.output_dir, args.seeds, args.learning_rate, args.steps)
+    return 0

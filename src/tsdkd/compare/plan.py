@@ -1,0 +1,220 @@
+"""What a comparison is: its YAML file -> runs, seeds, and the flags of `tsdkd train` for each."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from importlib import resources
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from ..coercion import coerce, nearest
+from ..errors import ConfigError
+from ..methods import METHODS
+from ..options import AT_LEAST_ONE, option
+from ..parsing import RunArguments, locate, parse_run, read_run, read_yaml
+
+_SHIPPED = Path(str(resources.files("tsdkd").joinpath("configs/compare")))
+_OWN = ("seed", "output_dir", "resume")
+REFERENCES = ("student", "teacher")
+"""Measured beside the runs, as they are."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One run with one seed, or one of `REFERENCES`.
+
+    Attributes:
+        run: its name in the file.
+        seed: None for a reference.
+        folder: where everything of it is written.
+    """
+
+    run: str
+    seed: int | None
+    folder: Path
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        return self.run if self.seed is None else f"{self.run}, seed {self.seed}"
+
+
+@dataclass
+class Comparison:
+    """A comparison's file.
+
+    Args:
+        config: the configuration that all runs share: a file or a shipped name.
+        output_dir: where runs, results, table and plot go.
+        runs: name -> keys of `tsdkd train` in which the run differs; or another comparison, whose runs are taken.
+        seeds: each run is done with each.
+        settings: keys of `tsdkd train` for all runs, over `config`'s.
+        baseline: the run that the others are tested against; by default the first.
+        x: the key that a sweep varies, for the plot.
+        teacher_completions: runs that need completions train on the teacher's, which are written first.
+        eval_dataset_name: problems with an `answer`; by default `config`'s.
+        eval_problems: how many of them; by default all.
+        eval_samples: completions at temperature 1 for each.
+        eval_batch_size: completions at a time.
+        accelerate_config, num_processes: how each run is launched; by default in one process.
+    """
+
+    config: str = option("", "The configuration that all runs share.")
+    output_dir: str = option("", "Where everything is written.")
+    runs: dict[str, Any] | str = field(default_factory=dict)
+    seeds: list[int] = field(default_factory=lambda: [1, 2, 3, 4, 5])
+    settings: dict[str, Any] = field(default_factory=dict)
+    baseline: str | None = None
+    x: str | None = None
+    teacher_completions: bool = False
+    eval_dataset_name: str | None = None
+    eval_problems: int | None = option(None, "How many problems.", AT_LEAST_ONE)
+    eval_samples: int = option(8, "Completions for each problem.", AT_LEAST_ONE)
+    eval_batch_size: int = option(256, "Completions at a time.", AT_LEAST_ONE)
+    accelerate_config: str | None = None
+    num_processes: int | None = option(None, "Processes of each run.", AT_LEAST_ONE)
+
+    @property
+    def folder(self) -> Path:
+        """`output_dir`."""
+        return Path(self.output_dir)
+
+    @property
+    def teacher_file(self) -> Path:
+        """Where the teacher's completions are."""
+        return self.folder / "teacher_completions.jsonl"
+
+    @property
+    def tasks(self) -> list[Task]:
+        """All that is to be done: references first, then every run with the first seed, and so on."""
+        assert isinstance(self.runs, dict)
+        references = [Task(name, None, self.folder / name) for name in REFERENCES]
+        folders = {name: self.folder / re.sub(r"[^\w.-]+", "_", name) for name in self.runs}
+        return references + [Task(run, s, folders[run] / f"seed-{s}") for s in self.seeds for run in self.runs]
+
+    def flags(self, task: Task) -> list[str]:
+        """Of `tsdkd train --config …`."""
+        assert isinstance(self.runs, dict)
+        values = {**self.settings, **self.runs.get(task.run, {})}
+        values |= {"output_dir": str(task.folder), "resume": True}
+        if task.seed is not None:
+            values["seed"] = task.seed
+        words = [word for key, value in values.items() for word in _flag(key, value)]
+        if self.teacher_completions and self._needs_completions(words):
+            words += ["--dataset_name", str(self.teacher_file)]
+        return words
+
+    def _needs_completions(self, words: list[str]) -> bool:
+        method, values, _, _ = read_run(self.config, words)
+        return METHODS[method].starts_from_data or values["lmbda"] < 1
+
+    def arguments(self, task: Task) -> RunArguments:
+        """The run, parsed and checked. Raises `ConfigError`."""
+        return parse_run(self.config, self.flags(task))
+
+    def varied(self, run: str) -> float:
+        """The value of `x` in a run."""
+        assert isinstance(self.runs, dict) and self.x is not None
+        return float(self.runs[run][self.x])
+
+
+def shipped() -> list[str]:
+    """The comparisons that ship with tsdkd."""
+    return sorted(path.name for path in _SHIPPED.glob("*.yaml"))
+
+
+def print_shipped() -> None:
+    """Names, and the first line of each."""
+    width = max(map(len, shipped()))
+    for name in shipped():
+        first = (_SHIPPED / name).read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+        print(f"{name:<{width}}  {first}")
+
+
+def read_comparison(name: str) -> Comparison:
+    """A file, or a shipped comparison.
+
+    Raises:
+        ConfigError: with every problem found, one line each, of the comparison and of its runs.
+    """
+    found = read_yaml(str(_find(name)))
+    problems = _unknown(found)
+    hints, values = get_type_hints(Comparison), {}
+    metadata = {f.name: f.metadata for f in fields(Comparison)}
+    for key in found.keys() & hints.keys():
+        try:
+            values[key] = coerce(found[key], hints[key])
+        except ValueError as error:
+            problems.append(f"{key}: {error}")
+            continue
+        valid = metadata[key].get("valid")
+        if valid and values[key] is not None and not valid[0](values[key]):
+            problems.append(f"{key}: {valid[1]}, found {values[key]!r}")
+    problems += [
+        f"{key}: missing" for key in ("config", "output_dir", "runs") if not values.get(key) and key not in found
+    ]
+    if problems:
+        raise ConfigError(problems)
+    if isinstance(values["runs"], str):
+        values["runs"] = read_comparison(values["runs"]).runs
+    values["eval_dataset_name"] = locate(values.get("eval_dataset_name"))
+    comparison = Comparison(**values)
+    _check(comparison)
+    return comparison
+
+
+def _find(name: str) -> Path:
+    for path in (Path(name), _SHIPPED / name, _SHIPPED / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    raise ConfigError(
+        [
+            f"--config: no file and no shipped comparison is called {name!r}{nearest(name, shipped())}; see "
+            "`tsdkd compare --list`"
+        ]
+    )
+
+
+def _unknown(found: Mapping[str, Any]) -> list[str]:
+    known = [f.name for f in fields(Comparison)]
+    return [f"{key}: unknown key{nearest(key, known)}" for key in found if key not in known]
+
+
+def _check(comparison: Comparison) -> None:
+    """Every run's keys, before the first one starts."""
+    runs, problems = comparison.runs, []
+    assert isinstance(runs, dict)
+    if not runs or not comparison.seeds:
+        problems.append("runs, seeds: at least one of each is needed")
+    comparison.seeds = [int(seed) for seed in comparison.seeds]
+    folders = [task.folder for task in comparison.tasks]
+    if len(set(folders)) < len(folders):
+        problems.append("runs, seeds: two would be written into one folder; choose names that differ in letters")
+    for name in (comparison.baseline, *(n for n in REFERENCES if n in runs)):
+        if name is not None and (name not in runs or name in REFERENCES):
+            problems.append(f"baseline: must be one of {', '.join(runs)}, found {name!r}")
+    for name, values in runs.items():
+        if values is None:
+            values = runs[name] = {}
+        if not isinstance(values, dict):
+            problems.append(f"runs: {name}: must be a mapping of keys to values, found {values!r}")
+            continue
+        problems += [f"runs: {name}: {key}: the comparison sets it; remove it" for key in _OWN if key in values]
+        if comparison.x is not None and comparison.x not in values:
+            problems.append(f"runs: {name}: {comparison.x}: missing, x says that it varies")
+        task = Task(name, 0, Path("unused"))
+        try:
+            read_run(comparison.config, comparison.flags(task))
+        except ConfigError as error:
+            problems += [f"runs: {name}: {line}" for line in error.problems]
+    if problems:
+        raise ConfigError(list(dict.fromkeys(problems)))
+
+
+def _flag(key: str, value: Any) -> list[str]:
+    if isinstance(value, dict):
+        return [f"--{key}", json.dumps(value)]
+    if isinstance(value, list):
+        return [f"--{key}", *map(str, value)]
+    return [f"--{key}", "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)]

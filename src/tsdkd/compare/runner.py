@@ -1,0 +1,131 @@
+"""All tasks of a comparison on this machine, each in a process of its own; or a SLURM array of them."""
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from importlib import resources
+from pathlib import Path
+
+from jinja2 import Environment, StrictUndefined
+
+from ..errors import ConfigError, PreemptedError, TSDKDError
+from ..slurm import problems_of
+from .plan import Comparison, Task
+from .task import result_of
+
+
+class TasksFailedError(TSDKDError, RuntimeError):
+    """Some tasks failed; the others' results are there."""
+
+    exit_code = 1
+
+
+def run_all(comparison: Comparison, name: str, jobs: int) -> None:
+    """Do what isn't done yet, `jobs` at a time.
+
+    Raises:
+        TasksFailedError: naming the tasks that failed and their logs.
+        PreemptedError: a signal stopped them.
+    """
+    tasks = list(enumerate(comparison.tasks))
+    todo = [(i, task) for i, task in tasks if result_of(comparison, task) is None]
+    _say(f"{len(tasks) - len(todo)} of {len(tasks)} tasks are done, {len(todo)} to go")
+    running: dict[int, subprocess.Popen[bytes]] = {}
+
+    def one(number: int, task: Task) -> tuple[Task, int, float]:
+        start, log = time.perf_counter(), _log(task)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "tsdkd", "compare", "--config", name, "--task", str(number)]
+        with log.open("ab") as file:
+            process = subprocess.Popen(command, stdout=file, stderr=file, env=_environment(jobs))
+        running[number] = process
+        return task, process.wait(), time.perf_counter() - start
+
+    failed: list[Task] = []
+    with ThreadPoolExecutor(jobs) as pool:
+        pending: set[Future[tuple[Task, int, float]]] = {pool.submit(one, *item) for item in todo}
+        try:
+            with _PassingSignalsOn(running) as signals:
+                while pending:
+                    finished, pending = wait(pending, return_when=FIRST_COMPLETED)
+                    for task, code, seconds in (future.result() for future in finished if not future.cancelled()):
+                        failed += [task] if code else []
+                        _tell(comparison, task, code, seconds)
+                    if signals.received:
+                        pool.shutdown(wait=False, cancel_futures=True)
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    if signals.received:
+        raise PreemptedError("stopped by a signal; the same command goes on from here")
+    if failed:
+        logs = "\n".join(f"{task.title}: failed, see {_log(task)}" for task in failed)
+        raise TasksFailedError(logs)
+
+
+class _PassingSignalsOn:
+    """Within it, SIGTERM and SIGUSR1 go to the running tasks, which save and stop.
+
+    Attributes:
+        received: whether one came.
+    """
+
+    def __init__(self, running: dict[int, "subprocess.Popen[bytes]"]) -> None:
+        self.running, self.received = running, False
+
+    def __enter__(self) -> "_PassingSignalsOn":
+        self.before = {n: signal.signal(n, self._pass) for n in (signal.SIGTERM, signal.SIGUSR1)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _pass(self, number: int, frame: object) -> None:
+        self.received = True
+        for process in list(self.running.values()):
+            if process.poll() is None:
+                process.send_signal(number)
+
+
+def _environment(jobs: int) -> dict[str, str]:
+    threads = str(max(1, (os.cpu_count() or 1) // jobs))
+    return {"OMP_NUM_THREADS": threads, **os.environ}
+
+
+def _log(task: Task) -> Path:
+    """Beside the folder, which is the run's own."""
+    return task.folder.parent / f"{task.folder.name}.log"
+
+
+def _tell(comparison: Comparison, task: Task, code: int, seconds: float) -> None:
+    result = result_of(comparison, task) if code == 0 else None
+    if result is None:
+        _say(f"{task.title}: exit code {code} after {seconds:.0f} s, see {_log(task)}")
+        return
+    k = comparison.eval_samples
+    shown = ", ".join(f"{metric} {result[metric]:.1f}" for metric in ("greedy", f"avg@{k}", f"pass@{k}"))
+    _say(f"{task.title}: {shown} ({seconds:.0f} s)")
+
+
+def _say(text: str) -> None:
+    print(f"tsdkd compare: {text}", flush=True)
+
+
+def array_script(comparison: Comparison, name: str, **settings: object) -> str:
+    """An sbatch script with a job for every task. Raises `ConfigError`."""
+    problems = problems_of(settings, [name])
+    if problems:
+        raise ConfigError(problems)
+    source = resources.files("tsdkd").joinpath("compare.sh.j2").read_text(encoding="utf-8")
+    template = Environment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(source)
+    return template.render(
+        name=comparison.folder.resolve().name or "compare",
+        last=len(comparison.tasks) - 1,
+        config=shlex.quote(name),
+        **settings,
+    )

@@ -1,0 +1,182 @@
+"""One task of a comparison: train, measure, and write the result. Whatever is there already isn't done again."""
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from .. import run
+from ..data import load_rows, prepare_rows
+from ..errors import DataError, OutputDirError
+from ..evaluation import Problems, evaluate
+from ..generate import generate
+from ..launch import launch
+from ..models import Pair, resolve_pair, stop_token_ids
+from ..parsing import RunArguments, parse_run, read_yaml
+from .plan import Comparison, Task
+
+RESULT = "result.json"
+_SECONDS = "seconds"  # how long each attempt trained, a line each
+
+
+def result_of(comparison: Comparison, task: Task) -> dict[str, Any] | None:
+    """What is known of a task, None where it isn't finished.
+
+    Raises:
+        OutputDirError: it was done with other settings.
+    """
+    path = task.folder / RESULT
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    wanted, before = _settings(comparison, task), found["settings"]
+    differing = [name for name in wanted.keys() | before.keys() if wanted.get(name) != before.get(name)]
+    if differing:
+        name = min(differing)
+        raise OutputDirError(
+            f"output_dir: {path} is of other settings ({name} was {before.get(name)!r}, now {wanted.get(name)!r}); "
+            "choose another directory"
+        )
+    return found
+
+
+def do(comparison: Comparison, task: Task) -> dict[str, Any]:
+    """The task's result, made if it isn't there.
+
+    Raises:
+        TSDKDError: as `run.train`; a later call goes on from there.
+    """
+    found = result_of(comparison, task)
+    if found is not None:
+        return found
+    arguments = comparison.arguments(task)
+    seconds = 0.0
+    if task.seed is not None:
+        if comparison.teacher_completions:
+            write_teacher_completions(comparison)
+        seconds = _train(comparison, task, arguments)
+    start = time.perf_counter()
+    model = {"student": str(arguments.model.model_name_or_path), "teacher": _teacher(arguments)}.get(task.run)
+    found_metrics = _measure(comparison, arguments, model if task.seed is None else str(task.folder))
+    settings = _settings(comparison, task)
+    timing = {"train_seconds": seconds, "eval_seconds": time.perf_counter() - start}
+    result = {
+        "run": task.run,
+        "seed": task.seed,
+        "method": arguments.method,
+        **found_metrics,
+        **timing,
+        "settings": settings,
+    }
+    _write(task.folder / RESULT, json.dumps(result))
+    return result
+
+
+def write_teacher_completions(comparison: Comparison) -> None:
+    """One for each prompt, once for all runs, whoever comes first."""
+    file = comparison.teacher_file
+    if file.exists():
+        return
+    partial = file.with_suffix(".partial.jsonl")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(file.with_suffix(".lock")):
+        if file.exists():
+            return
+        flags = ["--method", "gkd", "--output_dir", str(file.parent)]
+        settings = {
+            k: v for k, v in comparison.settings.items() if k in ("per_device_eval_batch_size", "max_new_tokens")
+        }
+        flags += [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+        generate(parse_run(comparison.config, flags), "teacher", partial)
+        os.replace(partial, file)
+
+
+def _train(comparison: Comparison, task: Task, arguments: RunArguments) -> float:
+    """Train to the end; the seconds that it took in all, earlier attempts included."""
+    task.folder.parent.mkdir(parents=True, exist_ok=True)
+    clock = task.folder.parent / f"{task.folder.name}.{_SECONDS}"
+    finished = any(task.folder.glob("*.safetensors*"))
+    start = time.perf_counter()
+    try:
+        if not finished:
+            if comparison.accelerate_config or comparison.num_processes:
+                _launch(comparison, task)
+            else:
+                run.train(arguments)
+    finally:
+        with clock.open("a") as file:
+            file.write(f"{time.perf_counter() - start:.1f}\n")
+    return sum(map(float, clock.read_text().split()))
+
+
+def _launch(comparison: Comparison, task: Task) -> None:
+    options = {"num_processes": comparison.num_processes} if comparison.num_processes else {}
+    command = ["train", "--config", comparison.config, *comparison.flags(task)]
+    code = launch(comparison.accelerate_config, options, command)
+    if code:
+        raise SystemExit(code)  # its processes have said why
+
+
+def _measure(comparison: Comparison, arguments: RunArguments, model: str | None) -> dict[str, Any]:
+    training = arguments.training
+    name = comparison.eval_dataset_name or arguments.data.eval_dataset_name
+    if name is None:
+        raise DataError("eval_dataset_name: missing, it names the problems to measure on")
+    split = "train" if Path(name).is_file() else arguments.data.dataset_test_split
+    rows = load_rows(name, None, split, "eval_dataset_name")
+    if "answer" not in rows.column_names:
+        raise DataError(f"eval_dataset_name: {name} has no column 'answer'")
+    rows = rows.select(range(min(comparison.eval_problems or len(rows), len(rows))))
+    student, teacher = str(arguments.model.model_name_or_path), _teacher(arguments)
+    pair = resolve_pair(student, teacher, training)
+    prepared = prepare_rows(rows, pair.template, training, pair.context, needs_completion=False)
+    dtype = torch.bfloat16 if training.device.type == "cuda" else torch.float32
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(training.device)
+    result = evaluate(loaded, _problems(pair, prepared, loaded), comparison.eval_samples, comparison.eval_batch_size)
+    return {**result.metrics, "greedy_right": [int(x) for x in result.greedy], "samples_right": result.right}
+
+
+def _problems(pair: Pair, prepared: Any, model: Any) -> Problems:
+    def decode(ids: list[int]) -> str:
+        return str(pair.tokenizer.decode(ids, skip_special_tokens=True))
+
+    stop_ids = stop_token_ids(pair.tokenizer, pair.teacher_tokenizer, model.generation_config)
+    shared = pair.shared_vocab_size
+    stop_ids = {i for i in stop_ids if i < shared}
+    return Problems(prepared["prompt_ids"], prepared["answer"], prepared["limit"], stop_ids, shared, decode)
+
+
+def _teacher(arguments: RunArguments) -> str:
+    return str(arguments.training.teacher_model_name_or_path or arguments.model.model_name_or_path)
+
+
+def _settings(comparison: Comparison, task: Task) -> dict[str, Any]:
+    """All that the result depends on."""
+    assert isinstance(comparison.runs, dict)
+    own = {} if task.seed is None else {**comparison.settings, **comparison.runs[task.run], "seed": task.seed}
+    names = ("config", "eval_dataset_name", "eval_problems", "eval_samples", "teacher_completions")
+    return {**read_yaml(comparison.config), **own, **{name: getattr(comparison, name) for name in names}}
+
+
+def _write(path: Path, text: str) -> None:
+    """In one go: a result is whole or isn't there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f".{path.name}.new")
+    new.write_text(text, encoding="utf-8")
+    os.replace(new, path)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One process at a time; the lock ends with its process."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

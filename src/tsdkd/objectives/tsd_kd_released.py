@@ -1,0 +1,71 @@
+"""The loss of TSD-KD's public code, which isn't its paper's: to measure the difference (docs/fidelity.md).
+
+The ranking is reversed, one opener is cut for a whole micro-batch (a token short, as a column of all rows), the
+entropy term takes all but the lowest tenth, padding included, and everything is a mean over a micro-batch.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..losses import jsd
+from ..options import NOT_NEGATIVE, POSITIVE_SHARE, SHARE, option
+from ..selection import entropy_gap_gate
+from ..statistics import Head, Request, TokenStatistics
+from . import Objective, ObjectiveOutput, Responses, common_metrics
+
+_CANDIDATES = 10
+
+
+@dataclass
+class TSDKDReleasedOptions:
+    """The public code's arguments; the temperature of the gate and the number of candidates are constants there."""
+
+    alpha: float = option(0.1, "Weight of indirect distillation.", NOT_NEGATIVE)
+    beta: float = option(0.9, "Interpolates between forward (0) and reverse (1) KL.", SHARE)
+    threshold: float = option(
+        0.1, "The opener's share of the entropy, and the quantile of the entropies.", POSITIVE_SHARE
+    )
+
+
+@dataclass
+class TSDKDReleasedObjective(TSDKDReleasedOptions, Objective):
+    """`Responses.mask` is a rectangle of completions and padding, `trained` what isn't padding (or end-of-sequence,
+    which is padding there)."""
+
+    unit = "micro-batches"
+
+    def __call__(self, head: Head, responses: Responses) -> ObjectiveOutput:
+        """See `Objective`."""
+        mask = responses.mask
+        trained = mask if responses.trained is None else responses.trained
+        inside = trained[mask]
+        kind = jsd(self.beta)
+        tokens = head(Request(entropy=True, teacher_entropy=True, divergence=kind, top_k=_CANDIDATES))
+        gate = entropy_gap_gate(tokens.entropy, tokens.teacher_entropy)
+        count = inside.sum().clamp(min=1)
+        terms = {"direct": (gate * tokens.divergence)[inside].sum() / count}
+        valid = tokens.entropy.detach()[inside].float()
+        opener = self._opener(valid, mask)[mask] & inside
+        terms["indirect"] = _reversed_nll(tokens, opener).sum() / opener.sum().clamp(min=1)
+        high = tokens.entropy.detach() >= (torch.quantile(valid, self.threshold) if len(valid) else torch.inf)
+        terms["entropy"] = tokens.entropy[high].sum() / high.sum().clamp(min=1)
+        weights = {"direct": 1.0, "indirect": self.alpha, "entropy": 1.0}
+        loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
+        return ObjectiveOutput(loss, terms, weights, common_metrics(tokens, responses))
+
+    def _opener(self, valid: Tensor, mask: Tensor) -> Tensor:
+        """`[B, T]`: the first columns of the completions, as many as tokens of the flattened micro-batch stay below
+        the threshold."""
+        cut = int((valid.cumsum(0) / valid.sum() < self.threshold).sum())
+        start = mask.int().argmax(-1, keepdim=True)
+        column = torch.arange(mask.shape[1], device=mask.device) - start
+        return (column >= 0) & (column < cut)
+
+
+def _reversed_nll(tokens: TokenStatistics, rows: Tensor) -> Tensor:
+    """A prefix where Eq. 4 has a suffix: the likelihood of the opposite order."""
+    ranking = tokens.teacher_top_logits[rows].argsort(dim=-1, descending=True, stable=True)
+    ranked = tokens.top_logits[rows].gather(-1, ranking)
+    return (ranked.logcumsumexp(-1) - ranked).sum(-1)

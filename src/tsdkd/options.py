@@ -1,0 +1,37 @@
+"""How a method's options are declared, beside its objective: default, help, and the values that make sense."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import field
+from typing import Any
+
+Check = tuple[Callable[[Any], bool], str]
+"""What a value must fulfil, and how to say so."""
+
+POSITIVE: Check = (lambda v: v > 0, "must be greater than 0")
+AT_LEAST_ONE: Check = (lambda v: v >= 1, "must be at least 1")
+NOT_NEGATIVE: Check = (lambda v: v >= 0, "must be at least 0")
+SHARE: Check = (lambda v: 0 <= v <= 1, "must be in [0, 1]")
+POSITIVE_SHARE: Check = (lambda v: 0 < v <= 1, "must be in (0, 1]")
+INSIDE: Check = (lambda v: 0 < v < 1, "must be in (0, 1)")
+
+
+def option(
+    default: Any,
+    help: str,
+    valid: Check | None = None,
+    pointless: tuple[Callable[[Mapping[str, Any]], bool], str] | None = None,
+) -> Any:
+    """A dataclass field.
+
+    Args:
+        default: the paper's value, where it gives one.
+        help: one line for `--help_keys`.
+        valid: what its values must fulfil.
+        pointless: when the option has no effect, of all values of a configuration, and how to say so.
+    """
+    return field(default=default, metadata={"help": help, "valid": valid, "pointless": pointless})
+
+
+def plain(value: Any) -> Any:
+    """An enumeration's member as its value, anything else as it is."""
+    return getattr(value, "value", value)

@@ -1,0 +1,101 @@
+"""Completions that student and teacher write together, token by token.
+
+Both models advance in lockstep. Speculative KD's paper lets the student draft several tokens before the teacher looks
+at them: that changes the speed, not what is sampled, as everything after a replaced token is thrown away.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from trl.models.utils import unwrap_model_for_generation
+
+from ..config import TokenSelectiveConfig
+from ..errors import ConfigError
+from ..objectives.speculative_kd import SpeculativeKDOptions
+from . import Completion, Key, Sampling, prompt_generator
+from .draw import draw
+from .hf import HuggingFaceSampler, sample_together
+
+Choice = Callable[[list[Tensor], Tensor | None], Tensor]
+"""As in `sample_together`, of the student's logits and the teacher's."""
+_NUMBERS = 2
+
+
+class TogetherSampler(HuggingFaceSampler):
+    """Student and teacher as transformers models in this process.
+
+    Args:
+        accelerator: knows the student's wrappers.
+        args: gradient_checkpointing_kwargs, teacher_placement.
+        sampling: where completions stop, and which ids are sampled; temperature and nucleus are the choice's.
+        teacher: whole on this device.
+        choose: each token from both models' logits.
+
+    Raises:
+        ConfigError: the teacher is sharded.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        args: TokenSelectiveConfig,
+        sampling: Sampling,
+        teacher: nn.Module,
+        choose: Choice,
+    ) -> None:
+        super().__init__(accelerator, sampling, args.gradient_checkpointing_kwargs)
+        self.teacher, self.choose = accelerator.unwrap_model(teacher), choose
+        if any(hasattr(p, "ds_status") for p in teacher.parameters()):
+            raise ConfigError(
+                [f"teacher_placement: {args.method} samples with the teacher, which must be whole; set replica"]
+            )
+
+    def generate(
+        self, model: nn.Module, prompts: Sequence[Sequence[int]], limits: Sequence[int], keys: Sequence[Key]
+    ) -> list[Completion]:
+        """See `Sampler`."""
+        was_training = model.training
+        model.eval()
+        with unwrap_model_for_generation(
+            model, self.accelerator, gradient_checkpointing_kwargs=self.gradient_checkpointing_kwargs
+        ) as student:
+            completions = sample_together(
+                [student, self.teacher],
+                prompts,
+                limits,
+                [prompt_generator(*key) for key in keys],
+                self.choose,
+                stop_ids=self.sampling.stop_ids,
+                vocab_size=self.sampling.vocab_size,
+                numbers=_NUMBERS,
+            )
+        model.train(was_training)
+        return completions
+
+
+def interleaved(options: SpeculativeKDOptions) -> Choice:
+    """Speculative KD, Algorithm 1: the student's token if the teacher has it among its top ones, else a sample of the
+    teacher's."""
+
+    def choose(logits: list[Tensor], uniform: Tensor | None) -> Tensor:
+        student, teacher = logits
+        assert uniform is not None
+        drafted, _ = draw(student / options.draft_temperature, uniform[:, 0], options.draft_top_p)
+        corrected, _ = draw(teacher / options.correction_temperature, uniform[:, 1], options.correction_top_p)
+        better = (teacher > teacher.gather(-1, drafted.unsqueeze(-1))).sum(-1)
+        return torch.where(better < options.accept_top_k, drafted, corrected)
+
+    return choose
+
+
+def mixed(teacher_share: float, temperature: float) -> Choice:
+    """MiniLLM, Eq. 5: from `teacher_share P + (1 - teacher_share) Q`."""
+
+    def choose(logits: list[Tensor], uniform: Tensor | None) -> Tensor:
+        assert uniform is not None
+        student, teacher = ((x / temperature).softmax(-1) for x in logits)
+        return draw((teacher_share * teacher + (1 - teacher_share) * student).log(), uniform[:, 0])[0]
+
+    return choose

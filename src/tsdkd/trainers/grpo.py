@@ -1,0 +1,131 @@
+"""`GRPOTrainer`: TRL's, on tsdkd's configuration, with a reward for right answers and tsdkd's checkpoints."""
+
+from dataclasses import fields
+from typing import Any
+
+import trl
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+from ..checks import UNSUPPORTED
+from ..data import prepare_rows, shape_of, split_row
+from ..errors import ConfigError, DataError
+from ..methods import GRPOConfig
+from ..models import load_student, resolve_pair
+from ..preemption import Preemption
+from ..resumable import Resumable
+
+
+def right_answer(completions: list[Any], answer: list[str], **columns: Any) -> list[float]:
+    """1 where math-verify finds the completion's answer equal to `answer`, else 0."""
+    from math_verify import parse, verify  # an extra
+
+    texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+    return [
+        float(verify(parse(f"${expected}$"), parse(text)))
+        for text, expected in zip(texts, map(str, answer), strict=True)
+    ]
+
+
+class GRPOTrainer(Resumable, trl.GRPOTrainer):
+    """Group relative policy optimization (arXiv 2402.03300).
+
+    Args:
+        model: the student: path, hub id or loaded model.
+        teacher_model: not used; there so that all trainers are made alike.
+        args: the configuration.
+        train_dataset: rows with a prompt and an `answer`.
+        eval_dataset, processing_class, callbacks, optimizers, peft_config: as in TRL's.
+
+    Raises:
+        ConfigError, DataError, ModelError: the input can't be used; nothing has been written.
+    """
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        teacher_model: Any = None,
+        args: GRPOConfig | None = None,
+        *,
+        train_dataset: Dataset,
+        eval_dataset: Dataset | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        teacher_processing_class: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        peft_config: Any | None = None,
+    ) -> None:
+        assert args is not None
+        _check_installed()
+        pair = resolve_pair(model, model, args, processing_class, processing_class)
+        rows = [
+            None if d is None else _rows(d, pair.template, args, pair.context) for d in (train_dataset, eval_dataset)
+        ]
+        super().__init__(
+            load_student(model, args) if isinstance(model, str) else model,
+            reward_funcs=right_answer,
+            args=_trl_config(args),
+            train_dataset=rows[0],
+            eval_dataset=rows[1],
+            processing_class=pair.tokenizer,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            peft_config=peft_config,
+        )
+        self.preemption = Preemption(self.accelerator)
+        self.add_callback(self.preemption)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """See `Trainer`; a final model gets TRL's model card."""
+        super().save_model(output_dir, _internal_call)
+        if not _internal_call:
+            self.create_model_card()
+
+    def _own_state(self) -> dict[str, Any]:
+        return {"step": self._step, "buffered": self._buffered_inputs}
+
+    def _load_own_state(self, state: dict[str, Any]) -> None:
+        self._step = state["step"]
+        buffered = state["buffered"]
+        self._buffered_inputs = None if buffered is None else [self._prepare_input(batch) for batch in buffered]
+
+
+def _check_installed() -> None:
+    try:
+        import math_verify  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(["method: grpo's reward needs math-verify; pip install 'tsdkd[eval]'"]) from error
+
+
+def _trl_config(args: GRPOConfig) -> trl.GRPOConfig:
+    """TRL's configuration, with what both have in common and what only the names differ in."""
+    names = {f.name for f in fields(trl.GRPOConfig) if f.init and hasattr(args, f.name)}
+    common = {name: getattr(args, name) for name in names - UNSUPPORTED.keys() - {"beta"}}  # these are GKD's or SFT's
+    try:
+        return trl.GRPOConfig(
+            **{
+                **common,
+                "max_completion_length": args.max_new_tokens,
+                "epsilon": args.clip_epsilon,
+                "generation_batch_size": args.rollout_batch_size * args.num_generations,
+            }
+        )
+    except ValueError as error:
+        raise ConfigError([f"rollout_batch_size, num_generations: {' '.join(str(error).split())}"]) from error
+
+
+def _rows(rows: Dataset, template: PreTrainedTokenizerBase, args: GRPOConfig, context: int) -> Dataset:
+    """Prompts that leave room for a completion, as TRL takes them, and answers."""
+    if "answer" not in rows.column_names:
+        raise DataError(f"grpo rewards right answers: the data set has no column 'answer', it has {rows.column_names}")
+    shape = shape_of(rows, args)
+    kept = prepare_rows(rows, template, args, context, needs_completion=False)["index"]
+
+    def prompt_and_answer(row: dict[str, Any], index: int) -> dict[str, Any]:
+        prompt = split_row(row, index, shape)[0]
+        if isinstance(prompt, str) and args.chat_template_source != "none" and template.chat_template is not None:
+            prompt = [{"role": "user", "content": prompt}]
+        return {"prompt": prompt, "answer": str(row["answer"])}
+
+    chosen = rows.select(kept)
+    return chosen.map(prompt_and_answer, with_indices=True, remove_columns=rows.column_names, desc="Prompts")

@@ -1,0 +1,279 @@
+"""`tsdkd compare`: tasks that are done once, tables and tests that follow from them; `tsdkd reproduce`."""
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+from conftest import build_tokenizer, make_rows, on_cpus, write_jsonl
+from reference import token_entropy
+from tsdkd.cli import main
+from tsdkd.compare.plan import read_comparison, shipped
+from tsdkd.errors import ConfigError
+from tsdkd.evaluation import Problems, evaluate
+
+pytest.importorskip("scipy")
+pytest.importorskip("matplotlib")
+
+
+@pytest.fixture
+def comparison(saved_model: Any, rows_file: str, tmp_path: Path) -> Any:
+    """Writes a comparison of tiny runs; returns its path."""
+    base = {
+        "model_name_or_path": saved_model("qwen3", 0),
+        "teacher_model_name_or_path": saved_model("qwen3", 1),
+        "dataset_name": rows_file,
+        "eval_dataset_name": write_jsonl(tmp_path / "problems.jsonl", make_rows(12, seed=3)),
+        "output_dir": "unused",
+        **{"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none"},
+        **{"per_device_train_batch_size": 4, "max_steps": 3, "max_new_tokens": 8, "learning_rate": 0.01},
+    }
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+
+    def write(**changes: Any) -> str:
+        values = {
+            "config": str(tmp_path / "base.yaml"),
+            "output_dir": str(tmp_path / "out"),
+            "seeds": [1, 2],
+            "eval_samples": 2,
+            "runs": {"plain": {"method": "gkd"}, "no gate": {"gate": False}},
+            **changes,
+        }
+        path = tmp_path / "comparison.yaml"
+        path.write_text(yaml.safe_dump({k: v for k, v in values.items() if v is not None}, sort_keys=False))
+        return str(path)
+
+    return write
+
+
+def do(name: str, tasks: range) -> None:
+    """In this process, as a SLURM array would in others."""
+    for task in tasks:
+        assert main(["compare", "--config", name, "--task", str(task)]) == 0
+
+
+def results(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+
+
+def test_a_comparison_from_end_to_end(comparison: Any, tmp_path: Path, capfd: Any) -> None:
+    """Done once; what is missing afterwards is done again, and only that; the teacher writes its completions once."""
+    runs = {"plain": {"method": "gkd"}, "fixed": {"method": "seq-kd"}}
+    name, out = comparison(runs=runs, teacher_completions=True), tmp_path / "out"
+    do(name, range(6))
+    assert main(["compare", "--config", name]) == 0
+    first = results(out)
+    assert [(r["run"], r["seed"]) for r in first[:2]] == [("student", None), ("teacher", None)]
+    assert [(r["run"], r["seed"]) for r in first[2:]] == [("plain", 1), ("fixed", 1), ("plain", 2), ("fixed", 2)]
+    assert [r["method"] for r in first[2:4]] == ["gkd", "seq-kd"]
+    table = (out / "results.md").read_text()
+    assert "| plain |" in table and "| teacher |" in table and "2 seeds" in table and "12 problems" in table
+    assert (out / "results.png").stat().st_size > 1000
+    assert len((out / "teacher_completions.jsonl").read_text().splitlines()) == 24
+    trained_on = yaml.safe_load((out / "fixed/seed-1/tsdkd_config.yaml").read_text())["dataset_name"]
+    assert trained_on == str(out / "teacher_completions.jsonl")
+
+    kept = (out / "plain/seed-1/model.safetensors").stat().st_mtime_ns
+    shutil.rmtree(out / "fixed/seed-2")
+    capfd.readouterr()
+    assert main(["compare", "--config", name]) == 0
+    assert "5 of 6 tasks are done, 1 to go" in capfd.readouterr().out
+    again = results(out)
+    assert (out / "plain/seed-1/model.safetensors").stat().st_mtime_ns == kept
+    same = [k for k in first[0] if not k.endswith("seconds")]
+    assert [{k: r[k] for k in same} for r in again] == [{k: r[k] for k in same} for r in first]
+
+
+def test_finished_runs_of_other_settings_are_not_mixed_in(comparison: Any, capsys: Any) -> None:
+    name = comparison(seeds=[1], runs={"plain": {"method": "gkd"}})
+    assert main(["compare", "--config", name, "--task", "2"]) == 0
+    comparison(seeds=[1], runs={"plain": {"method": "gkd", "beta": 0.1}})
+    assert main(["compare", "--config", name]) == 2
+    assert "beta was None, now 0.1" in capsys.readouterr().err
+
+
+def test_a_failed_task_is_named_and_the_others_are_kept(comparison: Any, tmp_path: Path, capfd: Any) -> None:
+    rows = write_jsonl(tmp_path / "empty.jsonl", [{"prompt": ""}])
+    name = comparison(seeds=[1], runs={"bad": {"dataset_name": rows}, "plain": {"method": "gkd"}})
+    do(name, range(2))
+    assert main(["compare", "--config", name, "--jobs", "2"]) == 1
+    error = capfd.readouterr().err
+    assert "bad, seed 1: failed" in error and "seed-1.log" in error
+    assert "row 0" in (tmp_path / "out/bad/seed-1.log").read_text()
+    assert main(["compare", "--config", name, "--report"]) == 0
+    assert [r["run"] for r in results(tmp_path / "out")] == ["student", "teacher", "plain"]
+
+
+def test_a_signal_stops_the_running_tasks_and_they_continue(comparison: Any, tmp_path: Path) -> None:
+    name = comparison(seeds=[1], runs={"plain": {"method": "gkd", "max_steps": 400, "save_strategy": "steps"}})
+    do(name, range(2))
+    command = [sys.executable, "-m", "tsdkd", "compare", "--config", name]
+    process = subprocess.Popen(command, env=on_cpus(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    end, folder = time.monotonic() + 120, tmp_path / "out/plain/seed-1"
+    while not (folder / "tsdkd_config.yaml").exists():
+        assert time.monotonic() < end and process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 75
+    assert (folder / ".preempted").exists() and list(folder.glob("checkpoint-*"))
+    assert "goes on from here" in process.stderr.read()
+
+
+def test_what_a_model_solves(saved_model: Any) -> None:
+    """Against completions made one by one, without a batch."""
+    tokenizer = build_tokenizer()
+    model = AutoModelForCausalLM.from_pretrained(saved_model("qwen3", 0), dtype=torch.float32)
+    prompts = [tokenizer(row["prompt"])["input_ids"] for row in make_rows(6)]
+    said: list[list[int]] = []
+
+    def decode(ids: list[int]) -> str:
+        said.append(ids)
+        return str(len(ids))
+
+    problems = Problems(prompts, ["7"] * 6, [7] * 6, {1}, 64, decode)
+    found = evaluate(model, problems, samples=2, batch_size=4)
+    greedy, samples = said[:6], (said[6:12], said[12:])
+    for prompt, completion in zip(prompts, greedy, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+        assert logits.argmax(-1).tolist() == completion
+    assert found.greedy == [len(ids) == 7 for ids in greedy]
+    assert found.right == [sum(len(part[i]) == 7 for part in samples) for i in range(6)]
+    metrics = found.metrics
+    assert metrics["avg@2"] == pytest.approx(100 * sum(found.right) / 12)
+    assert metrics["pass@2"] == pytest.approx(100 * sum(n > 0 for n in found.right) / 6)
+    assert metrics["length"] == pytest.approx(sum(map(len, said[6:])) / 12)
+    entropies = []
+    for prompt, completion in zip(prompts, samples[0], strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+        entropies += [token_entropy(row) for row in logits.double().tolist()]
+    assert metrics["entropy"] == pytest.approx(sum(entropies) / len(entropies), rel=1e-5)
+
+
+def test_the_paired_bootstrap() -> None:
+    """Against a loop with a generator of its own: pairs matter, and it knows when nothing differs."""
+    from tsdkd.compare.numbers import paired_bootstrap
+
+    rng = random.Random(0)
+    theirs = [rng.random() for _ in range(150)]
+    ours = [x + rng.gauss(0.02, 0.1) for x in theirs]
+    difference, p = paired_bootstrap(ours, theirs)
+    assert difference == pytest.approx(sum(a - b for a, b in zip(ours, theirs, strict=True)) / 150)
+    pairs = list(zip(ours, theirs, strict=True))
+    worse = 0
+    for _ in range(4000):
+        some = rng.choices(pairs, k=100)
+        worse += sum(a - b for a, b in some) <= 0
+    assert p == pytest.approx(worse / 4000, abs=0.02)
+    assert paired_bootstrap(ours, ours) == (0.0, 0.5)
+
+
+def test_intervals_are_student_s() -> None:
+    """Five seeds: 2.776 standard errors."""
+    from tsdkd.compare.numbers import summarize
+
+    values = [1.0, 2.0, 3.0, 4.0, 6.0]
+    rows = [{"greedy": v, "samples_right": [1], "settings": {"eval_samples": 2}} for v in values]
+    summary = summarize("a", rows, ["greedy"])
+    spread = (sum((v - 3.2) ** 2 for v in values) / 4) ** 0.5
+    assert summary.means["greedy"] == pytest.approx(3.2)
+    assert summary.halves["greedy"] == pytest.approx(2.7764451 * spread / 5**0.5)
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_shipped_comparisons_are_sound(name: str, capsys: Any) -> None:
+    """Every run's keys, too."""
+    assert len(read_comparison(name).tasks) > 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({"run": {}}, ["run", "did you mean 'runs'"]),
+        ({"runs": {"a": {"bet": 1}}}, ["runs: a: bet", "beta"]),
+        ({"runs": {"a": {"method": "opd", "gate": True}}}, ["runs: a: gate", "tsd-kd"]),
+        ({"runs": {"a": {"seed": 3}}}, ["runs: a: seed", "the comparison sets it"]),
+        ({"runs": {"a": 3}}, ["runs: a", "mapping", "3"]),
+        ({"runs": {}}, ["runs"]),
+        ({"runs": {"a b": {}, "a + b": {}}}, ["runs", "one folder"]),
+        ({"baseline": "b"}, ["baseline", "'b'"]),
+        ({"x": "beta"}, ["plain", "beta", "missing"]),
+        ({"seeds": []}, ["seeds"]),
+        ({"eval_samples": 0}, ["eval_samples", "at least 1"]),
+        ({"config": "none.yaml"}, ["none.yaml"]),
+        ({"output_dir": None}, ["output_dir", "missing"]),
+    ],
+    ids=str,
+)
+def test_a_comparison_that_could_not_run(changes: dict[str, Any], found: list[str], comparison: Any) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_comparison(comparison(**changes))
+    assert all(text in str(caught.value) for text in found), str(caught.value)
+
+
+def test_a_slurm_array(comparison: Any, capsys: Any) -> None:
+    name = comparison()
+    assert main(["compare", "--config", name, "--slurm", "--time", "02:00:00", "--gpus_per_node", "0"]) == 0
+    script = capsys.readouterr().out
+    assert "#SBATCH --array=0-5" in script and f"tsdkd compare --config {name} --task" in script
+    assert main(["compare", "--config", name, "--slurm", "--time", "soon"]) == 2
+    assert main(["compare", "--config", name, "--task", "99"]) == 2
+
+
+# The papers' small experiments ---------------------------------------------------------------------------------------
+
+
+def test_the_toy_gives_the_papers_table(tmp_path: Path, capsys: Any) -> None:
+    """Means over 30 seeds lie within the paper's intervals of three; and the two scenarios differ as they do there."""
+    from tsdkd.reproduce.eopd_toy import SCENARIOS, simulate
+
+    changes = {
+        name: [simulate(temperature, seed).top1_changes for seed in range(30)]
+        for name, temperature in SCENARIOS.items()
+    }
+    low, high = (sum(values) / len(values) for values in changes.values())
+    assert abs(low - 7.3) < 1.6 * 1.5 and abs(high - 84.0) < 16.7
+    assert main(["reproduce", "eopd-toy", "--output_dir", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "7.3 ± 1.6" in printed and "84.0 ± 16.7" in printed
+    assert len(list(tmp_path.glob("*.png"))) == 2
+
+
+def test_a_toy_step_is_the_papers(monkeypatch: Any) -> None:
+    """One update, by hand: only the sampled logit moves, by the reward times the learning rate."""
+    import numpy as np
+
+    from tsdkd.reproduce import eopd_toy
+
+    seen = eopd_toy.simulate(0.3, 4, learning_rate=0.2, steps=1)
+    before = eopd_toy.simulate(0.3, 4, learning_rate=0.0, steps=1)
+    ratio = np.log(seen.student) - np.log(before.student)
+    (moved,) = np.flatnonzero(np.abs(ratio - np.median(ratio)) > 1e-12)
+    top = np.argsort(-before.student)[:10]
+    assert moved in top
+    inside = before.student[top] / before.student[top].sum()
+    reward = np.log(seen.teacher[moved]) - np.log(inside[list(top).index(moved)])
+    assert ratio[moved] - np.median(ratio) == pytest.approx(0.2 * reward, rel=1e-9)
+
+
+def test_the_gates_gradients(capsys: Any) -> None:
+    from tsdkd.reproduce.tsdkd_gradient import cases
+
+    stronger, weaker = cases()
+    for case in (stronger, weaker):
+        for name, (formula, found) in case.values.items():
+            assert formula == pytest.approx(found, rel=1e-10), name
+    assert stronger.values["Eq. 23, C"][0] > 1 > weaker.values["Eq. 23, C"][0]
+    assert main(["reproduce", "tsdkd-gradient"]) == 0
+    assert "Eq. 22" in capsys.readouterr().out

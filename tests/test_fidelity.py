@@ -1,0 +1,167 @@
+"""docs/fidelity.md, point by point: where the authors' releases leave their papers, and that we don't."""
+
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+import reference
+from conftest import QUIET, build_model, build_tokenizer, make_rows
+from tsdkd.methods import EOPDConfig, TSDKDConfig, TSDKDReleasedConfig
+from tsdkd.objectives import Answers, Responses
+from tsdkd.objectives.eopd import EOPDObjective
+from tsdkd.objectives.tsd_kd import TSDKDObjective
+from tsdkd.objectives.tsd_kd_released import TSDKDReleasedObjective
+from tsdkd.statistics import LogitsHead
+from tsdkd.trainers import TSDKDTrainer
+from tsdkd.trainers.tsd_kd_released import TSDKDReleasedTrainer
+
+VOCABULARY = 30
+
+
+def draw(lengths: tuple[int, ...], seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits of student and teacher `[B, T, V]`, of growing sharpness along a response, and the mask of its tokens."""
+    make = torch.Generator().manual_seed(seed)
+    shape = (len(lengths), max(lengths), VOCABULARY)
+    student, teacher = (torch.randn(shape, generator=make, dtype=torch.float64) for _ in range(2))
+    sharpness = torch.linspace(0.5, 4.0, shape[1], dtype=torch.float64)[:, None]
+    return student * sharpness, teacher * 2, torch.arange(shape[1]) < torch.tensor(lengths)[:, None]
+
+
+def term_gradients(objective: Any, student: Tensor, teacher: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """Of each term by the student's logits `[B, T, V]`. The released loss also sees what is masked."""
+    released = isinstance(objective, TSDKDReleasedObjective)
+    logits = student.clone().requires_grad_()
+    asked = torch.ones_like(mask) if released else mask
+    head = LogitsHead(logits[asked], teacher[asked])
+    output = objective(head, Responses(asked, trained=mask if released else None))
+    return {
+        name: torch.autograd.grad(term, logits, retain_graph=True)[0]
+        for name, term in output.terms.items()
+        if term.requires_grad
+    }
+
+
+def touched(gradient: Tensor) -> Tensor:
+    """`[B, T]`, the tokens with a gradient."""
+    return (gradient != 0).any(-1)
+
+
+def both(lengths: tuple[int, ...], **options: Any) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+    student, teacher, mask = draw(lengths)
+    ours = term_gradients(TSDKDObjective(**options), student, teacher, mask)
+    return ours, term_gradients(TSDKDReleasedObjective(), student, teacher, mask), mask
+
+
+def test_ranking() -> None:
+    """Descent raises the teacher's favourite among the student's candidates; the release lowers it."""
+    student, teacher, _ = draw((12,))
+    ours, theirs, _ = both((12,))
+    candidates = student.topk(10, -1).indices
+    favourites = candidates.gather(-1, teacher.gather(-1, candidates).argmax(-1, True))
+    ours_push, theirs_push = (-g["indirect"].gather(-1, favourites).squeeze(-1) for g in (ours, theirs))
+    assert (ours_push[touched(ours["indirect"])] > 0).all()
+    assert (theirs_push[touched(theirs["indirect"])] < 0).all()
+
+
+def test_share_of_the_entropy_term() -> None:
+    """A tenth of the tokens, not all but a tenth."""
+    ours, theirs, _ = both((20,))
+    assert touched(ours["entropy"]).sum() == 2
+    assert touched(theirs["entropy"]).sum() == 18
+
+
+def test_padding_in_the_entropy_term() -> None:
+    ours, theirs, mask = both((20, 6))
+    assert not touched(ours["entropy"])[~mask].any()
+    assert touched(theirs["entropy"])[~mask].any()
+
+
+def test_opener_of_each_response() -> None:
+    """The release counts one opener over the flattened batch, and takes that column of every row, a token short."""
+    student, _, _ = draw((40, 40))
+    entropies = [[reference.token_entropy(row) for row in response] for response in student.tolist()]
+    ours, theirs, _ = both((40, 40))
+    openers = [reference.opener_length(values) for values in entropies]
+    column = reference.opener_length([value for values in entropies for value in values]) - 1
+    assert touched(ours["indirect"]).sum(-1).tolist() == openers
+    assert touched(theirs["indirect"]).sum(-1).tolist() == [column, column] != openers
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "length"])
+def test_reduction_of_the_ranking(reduction: str) -> None:
+    """Eq. 5's sum is an option; the default is the release's mean, the scale that alpha = 0.1 belongs to."""
+    mean, _, _ = both((40,))
+    other, _, _ = both((40,), indirect_reduction=reduction)
+    opener = touched(mean["indirect"]).sum()
+    factor = {"mean": 1.0, "sum": opener, "length": opener / 40}[reduction]
+    torch.testing.assert_close(other["indirect"], factor * mean["indirect"])
+
+
+def test_mean_over_responses() -> None:
+    """Eq. 11: a short response weighs as much as a long one; in the release a token weighs as much as a token."""
+    ours, theirs, _ = both((20, 5), gate=False)
+    student, teacher, mask = draw((20, 5))
+    alone = [
+        term_gradients(TSDKDObjective(gate=False), student[i : i + 1, :n], teacher[i : i + 1, :n], mask[i : i + 1, :n])
+        for i, n in enumerate((20, 5))
+    ]
+    for i, n in enumerate((20, 5)):
+        torch.testing.assert_close(ours["direct"][i, :n], alone[i]["direct"][0])
+    norms = [theirs["direct"][i, :5].norm() / ours["direct"][i, :5].norm() for i in (0, 1)]
+    assert norms[1] < norms[0] / 2
+
+
+def made(config: Any, trainer: Any, folder: Any) -> Any:
+    options = {**QUIET, "max_steps": 1, "per_device_train_batch_size": 6, "max_new_tokens": 20, "lmbda": 0.0}
+    return trainer(
+        model=build_model("qwen3", 0),
+        teacher_model=build_model("qwen3", 1, rows=80),
+        args=config(output_dir=str(folder), **options),
+        train_dataset=Dataset.from_list(make_rows(6)),
+        processing_class=build_tokenizer(pad_token="<eos>"),
+    )
+
+
+def test_end_of_sequence_is_trained_on(tmp_path: Any) -> None:
+    """With pad = eos the release masks it; here lengths decide."""
+    shares = {}
+    for name, config, kind in (
+        ("ours", TSDKDConfig, TSDKDTrainer),
+        ("theirs", TSDKDReleasedConfig, TSDKDReleasedTrainer),
+    ):
+        trainer = made(config, kind, tmp_path / name)
+        (batch,) = trainer._roll_out(trainer.model, [next(iter(trainer.get_train_dataloader()))], 0, "train")
+        responses = trainer._responses(batch, trainer._mask(batch), "train")
+        inside = responses.mask if responses.trained is None else responses.trained
+        ends = batch["input_ids"][:, 1:][inside] == 1
+        shares[name] = int(ends.sum())
+    assert shares == {"ours": 6, "theirs": 0}
+
+
+def test_the_student_keeps_its_vocabulary(tmp_path: Any) -> None:
+    """The release grows it to the teacher's padded size."""
+    trainer = made(TSDKDConfig, TSDKDTrainer, tmp_path)
+    assert trainer.pair.vocab_sizes == (64, 80) and trainer.pair.shared_vocab_size == 64
+    assert trainer.model.get_output_embeddings().weight.shape[0] == 64
+
+
+def test_completions_may_be_as_long_as_the_paper_says() -> None:
+    """TRL's default, which the release leaves as it is, cuts them at 128 tokens."""
+    assert TSDKDConfig("out", use_cpu=True, bf16=False).max_new_tokens == 1024
+    assert EOPDConfig("out", use_cpu=True, bf16=False).max_new_tokens == 4096
+
+
+@pytest.mark.parametrize("above", [False, True])
+def test_trigger_is_strict(above: bool) -> None:
+    """Eq. 9: H > tau; at exactly tau forward KL doesn't act."""
+    make = torch.Generator().manual_seed(3)
+    student, teacher = (torch.randn(1, VOCABULARY, generator=make, dtype=torch.float64) for _ in range(2))
+    logps = teacher.log_softmax(-1)
+    entropy = -(logps.exp() * logps).sum(-1)
+    answers = Answers(entropy, logps[:, 0], *reversed(logps.topk(16)), old_logps=student.log_softmax(-1)[:, 0])
+    objective = EOPDObjective(entropy_threshold=float(entropy) - (1e-9 if above else 0.0))
+    output = objective(LogitsHead(student), Responses(torch.ones(1, 1).bool(), torch.tensor([0]), answers=answers))
+    assert (float(output.terms["forward_kl"]) != 0) == above
