@@ -19,6 +19,7 @@ import reference as ref
 from conftest import QUIET, build_model, build_tokenizer, flags, make_rows, weights
 from crash import run, run_ranks
 from tsdkd.cli import main
+from tsdkd.errors import DataError
 from tsdkd.fused import FusedHead, Projection
 from tsdkd.methods import METHODS
 from tsdkd.objectives import Answers, Objective, Responses
@@ -127,7 +128,7 @@ OBJECTIVES: dict[str, tuple[str, dict[str, Any], Callable[[Rows, Case], float]]]
     "gkd": ("gkd", {}, gkd(0.9)),
     "gkd, forward": ("gkd", {"beta": 0.0}, gkd(0.0)),
     "supervised-kd": ("supervised-kd", {}, token_mean(ref.generalized_jsd, beta=0.0)),
-    "speculative-kd": ("speculative-kd", {}, token_mean(ref.generalized_jsd, beta=0.0)),
+    "speculative-kd": ("speculative-kd", {}, gkd(0.0)),
     "distillm": ("distillm", {}, token_mean(ref.skew_reverse_kl)),
     "distillm, forward": ("distillm", {"skew_kl": "forward", "skew": 0.2}, token_mean(ref.skew_forward_kl, skew=0.2)),
     "seq-kd": ("seq-kd", {}, sequence_kd),
@@ -204,9 +205,9 @@ PROMPTS = [[4, 5, 6], [7], [8, 9, 10, 11, 12], [13, 14]]
 
 def together(choose: Any, prompts: list[list[int]] = PROMPTS, limit: int = 12, step: int = 0) -> list[list[int]]:
     models = [build_model("qwen3", 0), build_model("llama", 1)]
-    generators = [prompt_generator(0, step, i) for i in range(len(prompts))]
+    generators = [[prompt_generator(0, step, i, stream) for stream in (0, 4)] for i in range(len(prompts))]
     limits = [limit] * len(prompts)
-    completions = sample_together(models, prompts, limits, generators, choose, stop_ids={1}, vocab_size=64, numbers=2)
+    completions = sample_together(models, prompts, limits, generators, choose, stop_ids={1}, vocab_size=64)
     return [c.ids for c in completions]
 
 
@@ -277,7 +278,8 @@ STEP |= {"max_new_tokens": 12}
 DISTILLING = [name for name in METHODS if name != "grpo"]
 OWN: dict[str, dict[str, Any]] = {
     "minillm": {"rollout_batch_size": 12, "epochs_per_rollout": 2, "max_steps": 4},
-    "distillm": {"own_share": 0.6},
+    "distillm": {"own_share": 0.9, "replay_capacity": 6, "max_steps": 6},
+    "speculative-kd": {"max_length": 16},  # completions of different limits
     **{name: {"rollout_batch_size": 12} for name in METHODS if "opd" in name},
 }
 
@@ -312,7 +314,7 @@ def test_trains_the_same_from_hidden_states_and_whole_logits(method: str, tmp_pa
 
 @pytest.mark.parametrize("method", [m for m in DISTILLING if m != "tsd-kd-released"])
 def test_any_split_into_micro_batches_gives_the_same_step(method: str, tmp_path: Any) -> None:
-    """Also of what is whitened, replayed or placed at random."""
+    """Also of what is whitened, replayed, sampled with the teacher or placed at random."""
     start = torch.cat([p.detach().flatten() for p in build_model("llama", 0).parameters()])
     options = {"train_sampling_strategy": "sequential"}
     one = flat(train(method, tmp_path, **options))
@@ -323,10 +325,11 @@ def test_any_split_into_micro_batches_gives_the_same_step(method: str, tmp_path:
 
 @pytest.mark.parametrize("method", ["minillm", "distillm", "speculative-kd", "kd", "seq-kd", "eopd-random"])
 def test_two_processes_give_the_same_step(method: str, saved_model: Any, rows_file: str, tmp_path: Path) -> None:
-    """Whitening, replay and placement are of the global batch."""
+    """Whitening and placement are of the global batch. What is replayed is each process's own: none is, here."""
     values = {"model_name_or_path": saved_model("llama", 0), "teacher_model_name_or_path": saved_model("qwen3", 1)}
     values |= {**STEP, **OWN.get(method, {}), "dataset_name": rows_file, "method": method}
     values |= {"train_sampling_strategy": "sequential", "max_steps": 4, "logging_steps": 10, "learning_rate": 0.05}
+    values |= {"replay_capacity": 1000} if method == "distillm" else {}
     one, two = tmp_path / "one", tmp_path / "two"
     assert run(["train", *flags(**values, output_dir=one)], one)[0] == 0
     children = run_ranks(["train", *flags(**{**values, "per_device_train_batch_size": 3}, output_dir=two)], two)
@@ -341,7 +344,6 @@ def test_resumes_bitwise(method: str, saved_model: Any, rows_file: str, tmp_path
     values = {"model_name_or_path": saved_model("llama", 0), "teacher_model_name_or_path": saved_model("qwen3", 1)}
     values |= {**STEP, **OWN.get(method, {}), "dataset_name": rows_file, "method": method, "max_steps": 6}
     values |= {"save_strategy": "steps", "save_steps": 3, "logging_steps": 10, "learning_rate": 0.05, "resume": "true"}
-    values |= {"own_share": 0.9, "replay_capacity": 6} if method == "distillm" else {}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert main(["train", *flags(**values, output_dir=whole)]) == 0
     shutil.copytree(whole, parts)
@@ -368,6 +370,15 @@ def test_minillm_trains_on_a_rollout_several_times(tmp_path: Any) -> None:
     assert rolled_out == [True, False, False, False, True, False, False, False]
 
 
+def test_minillm_steps_as_often_as_there_are_windows(tmp_path: Any) -> None:
+    """An epoch ends within a rollout: 10 windows of 4 micro-batches, 8 from the first rollout, 2 from the second."""
+    split = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "rollout_batch_size": 8}
+    trainer = train("minillm", tmp_path, rows=40, epochs_per_rollout=4, max_steps=-1, num_train_epochs=1, **split)
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert ["speed/rollout_tokens_per_second" in log for log in logs] == [True, *7 * [False], True, False]
+    assert trainer.state.global_step == trainer.state.max_steps == 10
+
+
 def test_distillm_replays_and_asks_for_more_when_the_validation_loss_rises(tmp_path: Any) -> None:
     """Ascent instead of descent, so that the loss rises at every evaluation."""
     evaluated = {"eval_strategy": "steps", "eval_steps": 4, "max_steps": 40, "learning_rate": 0.5, "own_share": 0.0}
@@ -381,6 +392,18 @@ def test_distillm_replays_and_asks_for_more_when_the_validation_loss_rises(tmp_p
     fresh = ["completions/eos_share" in log for log in trainer.state.log_history if "loss" in log]
     assert not any(fresh[:4]) and 2 <= sum(fresh) < 30
     assert len(trainer.replay) == 8
+
+
+@pytest.mark.parametrize("on_start", [False, True])
+def test_distillm_compares_with_the_loss_before_training(on_start: bool, tmp_path: Any) -> None:
+    """With `eval_on_start` the first of two evaluations in training can be a rise already."""
+    student = build_model("llama", 0)
+    for p in student.parameters():
+        p.register_hook(torch.neg)
+    options = {"eval_strategy": "steps", "eval_steps": 2, "max_steps": 3, "learning_rate": 0.5, "own_share": 0.0}
+    models = (student, build_model("qwen3", 1))
+    trainer = train("distillm", tmp_path, models=models, loss_tolerance=0.0, eval_on_start=on_start, **options)
+    assert trainer.own_share == (0.2 if on_start else 0.1)
 
 
 def test_sequence_kd_loads_no_teacher(saved_model: Any, tmp_path: Any) -> None:
@@ -402,6 +425,23 @@ def test_grpo_trains_and_resumes_bitwise(tmp_path: Any) -> None:
     assert main([*command, "--output_dir", str(parts)]) == 0
     assert (weights(whole) == weights(parts)).all()
     assert not (weights(whole) == weights(whole / "checkpoint-3")).all()
+
+
+def test_grpo_finds_the_answer_in_a_solution(tmp_path: Any) -> None:
+    r"""Its last `\boxed{}`, as in MATH; and it says so where there is none."""
+    pytest.importorskip("math_verify")
+    rows = Dataset.from_list([{"prompt": "half of one", "solution": r"\boxed{2}, no, \boxed{\frac{1}{2}}"}] * 8)
+    config = METHODS["grpo"](output_dir=str(tmp_path), **{**STEP, "max_length": None, "rollout_batch_size": 6})
+    make = pkgutil.resolve_name(config.trainer)
+    trainer = make(build_model("llama", 0), args=config, train_dataset=rows, processing_class=build_tokenizer())
+    assert trainer.train_dataset[0]["answer"] == r"\frac{1}{2}"
+    with pytest.raises(DataError, match="row 0: no answer"):
+        make(
+            build_model("llama", 0),
+            args=config,
+            train_dataset=rows.map(lambda row: {"solution": "0.5"}),
+            processing_class=build_tokenizer(),
+        )
 
 
 def test_grpo_rewards_right_answers() -> None:

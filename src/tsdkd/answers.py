@@ -3,7 +3,7 @@
 import re
 
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
-_BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
+_BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")  # braces in it, two deep
 
 
 def is_correct(completion: str, answer: str) -> bool:
@@ -11,10 +11,15 @@ def is_correct(completion: str, answer: str) -> bool:
 
     Enough for a curve during training; a benchmark's score needs the benchmark's own grader.
     """
-    boxed = _BOXED.findall(completion)
-    numbers = _NUMBER.findall(completion)
-    given = boxed[-1] if boxed else numbers[-1] if numbers else completion
+    boxed, numbers = last_boxed(completion), _NUMBER.findall(completion)
+    given = boxed if boxed is not None else numbers[-1] if numbers else completion
     return _normal(given) == _normal(answer)
+
+
+def last_boxed(text: str) -> str | None:
+    r"""What is in the last `\boxed{...}`."""
+    found = _BOXED.findall(text)
+    return found[-1] if found else None
 
 
 def _normal(text: str) -> str:

@@ -277,6 +277,7 @@ class GRPOConfig(TokenSelectiveConfig):
         **_BETA,
         "lmbda": "the method always samples",
         "completion_column": "the reward looks at the column `answer`",
+        "max_length": "TRL's trainer bounds completions only; set max_new_tokens",
         "chat_template_source": "there is no teacher whose template could be taken",
         **dict.fromkeys(("fused_head", "head_chunk_gib", "log_term_gradients"), "TRL's trainer computes the loss"),
         **dict.fromkeys(("max_nonfinite_steps", "vllm_request_timeout", "vllm_check_every"), "TRL's trainer has none"),
@@ -287,7 +288,7 @@ class GRPOConfig(TokenSelectiveConfig):
 
     learning_rate: float = option(3e-6, "Initial learning rate of AdamW.")
     max_new_tokens: int = option(4096, "Completion limit, tokens.")
-    max_length: int | None = option(None, "Limit of prompt plus completion, tokens; none: the models' context.")
+    max_length: int | None = None
     num_generations: int = option(8, "Completions for each prompt.", (lambda v: v >= 2, "must be at least 2"))
     clip_epsilon: float = option(0.2, "PPO's clip.", INSIDE)
     rollout_batch_size: int = option(128, "Prompts in one rollout, over all processes.", AT_LEAST_ONE)

@@ -217,12 +217,13 @@ class TokenSelectiveTrainer(Resumable, GKDTrainer):
             steps = max(1, min(self.steps_per_rollout, self.state.max_steps - self.state.global_step))
             size = self.args.gradient_accumulation_steps
             rows = list(islice(epoch_iterator, num_batches if steps == 1 else size * steps))
-            # the rows that are left out belong to the steps of a rollout's other epochs
+            sizes = [len(rows[i : i + size]) for i in range(0, len(rows), size)]  # the last of an epoch may be smaller
+            # whole windows are rolled out; the rows that are left out belong to the steps of a rollout's other epochs
             epochs = getattr(self.args, "epochs_per_rollout", 1)
-            some = rows[: -(-len(rows) // epochs)]
+            some = rows[: size * -(-len(sizes) // epochs)]
             batches = self._roll_out(self.model_wrapped, some, self.state.global_step, "train")
             windows = [batches[i : i + size] for i in range(0, len(batches), size)] * epochs
-            self._windows.extend(windows[: -(-len(rows) // size)])
+            self._windows.extend(window[:n] for window, n in zip(windows, sizes, strict=False))
             for batch in batches[size:]:
                 batch.pop("sampler_logps", None)  # the student will have moved on from them
         if not self._windows:

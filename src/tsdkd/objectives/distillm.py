@@ -1,6 +1,6 @@
 """DistiLLM: skew KL on the student's, replayed or fixed completions (Ko et al. 2024, arXiv 2402.03898).
 
-Which completions a step trains on is `tsdkd.replay`'s to say.
+Which completions a step trains on is `tsdkd.trainers.distillm`'s to say.
 """
 
 from dataclasses import dataclass

@@ -22,4 +22,6 @@ class SpeculativeKDOptions:
 
 @dataclass
 class SpeculativeKDObjective(SupervisedKDObjective):
-    """A mean over tokens."""
+    """A mean over responses, as in the paper's public code."""
+
+    unit = "responses"

@@ -86,7 +86,8 @@ def sample(
         scaled = logits[0] / temperature
         return scaled.argmax(-1) if uniform is None else draw(scaled, uniform[:, 0], top_p)[0]
 
-    return sample_together([model], prompts, limits, generators, choose, stop_ids=stop_ids, vocab_size=vocab_size)
+    streams = None if generators is None else [(g,) for g in generators]
+    return sample_together([model], prompts, limits, streams, choose, stop_ids=stop_ids, vocab_size=vocab_size)
 
 
 @torch.no_grad()
@@ -94,21 +95,20 @@ def sample_together(
     models: Sequence[PreTrainedModel],
     prompts: Sequence[Sequence[int]],
     limits: Sequence[int],
-    generators: Sequence[torch.Generator] | None,
+    generators: Sequence[Sequence[torch.Generator]] | None,
     choose: Callable[[list[Tensor], Tensor | None], Tensor],
     *,
     stop_ids: Collection[int],
     vocab_size: int,
-    numbers: int = 1,
 ) -> list[Completion]:
     """Sample one completion for each prompt, each token from what several models say.
 
     Args:
         models: in eval mode, unwrapped.
-        prompts, limits, generators, stop_ids, vocab_size: see `sample`.
+        prompts, limits, stop_ids, vocab_size: see `sample`.
+        generators: for each prompt as many as a token takes uniform numbers; None for none.
         choose: the models' logits, float32 `[B, V]` each, and uniform numbers in [0, 1), float64 `[B, numbers]` (None
             without generators) -> the tokens `[B]`.
-        numbers: how many uniform numbers a token takes.
 
     Returns:
         Completions in the order of `prompts`.
@@ -117,9 +117,9 @@ def sample_together(
     longest = max(limits)
     uniform = None
     if generators is not None:
-        # drawn beforehand: the same on every device, whatever else is in the batch
-        drawn = [torch.rand(numbers, longest, dtype=torch.float64, generator=g) for g in generators]
-        uniform = torch.stack(drawn).transpose(1, 2).to(device)
+        # drawn beforehand, each number from its own stream: the same on every device, whatever else is in the batch
+        drawn = [[torch.rand(longest, dtype=torch.float64, generator=g) for g in streams] for streams in generators]
+        uniform = torch.stack([torch.stack(numbers, dim=-1) for numbers in drawn]).to(device)
     stop = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device)
     limit = torch.tensor(limits, device=device)
     rows = torch.arange(len(prompts), device=device)  # the prompts that are still in the batch

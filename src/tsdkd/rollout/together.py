@@ -20,7 +20,7 @@ from .hf import HuggingFaceSampler, sample_together
 
 Choice = Callable[[list[Tensor], Tensor | None], Tensor]
 """As in `sample_together`, of the student's logits and the teacher's."""
-_NUMBERS = 2
+_CORRECTION = 4  # stream of `prompt_generator`
 
 
 class TogetherSampler(HuggingFaceSampler):
@@ -65,11 +65,10 @@ class TogetherSampler(HuggingFaceSampler):
                 [student, self.teacher],
                 prompts,
                 limits,
-                [prompt_generator(*key) for key in keys],
+                [(prompt_generator(*key), prompt_generator(*key, _CORRECTION)) for key in keys],
                 self.choose,
                 stop_ids=self.sampling.stop_ids,
                 vocab_size=self.sampling.vocab_size,
-                numbers=_NUMBERS,
             )
         model.train(was_training)
         return completions

@@ -7,6 +7,7 @@ import trl
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
+from ..answers import last_boxed
 from ..checks import UNSUPPORTED
 from ..data import prepare_rows, shape_of, split_row
 from ..errors import ConfigError, DataError
@@ -34,7 +35,7 @@ class GRPOTrainer(Resumable, trl.GRPOTrainer):
         model: the student: path, hub id or loaded model.
         teacher_model: not used; there so that all trainers are made alike.
         args: the configuration.
-        train_dataset: rows with a prompt and an `answer`.
+        train_dataset: rows with a prompt and an `answer`, or a `solution` with a boxed one.
         eval_dataset, processing_class, callbacks, optimizers, peft_config: as in TRL's.
 
     Raises:
@@ -116,8 +117,12 @@ def _trl_config(args: GRPOConfig) -> trl.GRPOConfig:
 
 def _rows(rows: Dataset, template: PreTrainedTokenizerBase, args: GRPOConfig, context: int) -> Dataset:
     """Prompts that leave room for a completion, as TRL takes them, and answers."""
-    if "answer" not in rows.column_names:
-        raise DataError(f"grpo rewards right answers: the data set has no column 'answer', it has {rows.column_names}")
+    source = next((name for name in ("answer", "solution") if name in rows.column_names), None)
+    if source is None:
+        raise DataError(
+            "grpo rewards right answers: the data set has no column 'answer' or 'solution', it has "
+            f"{', '.join(rows.column_names)}"
+        )
     shape = shape_of(rows, args)
     kept = prepare_rows(rows, template, args, context, needs_completion=False)["index"]
 
@@ -125,7 +130,10 @@ def _rows(rows: Dataset, template: PreTrainedTokenizerBase, args: GRPOConfig, co
         prompt = split_row(row, index, shape)[0]
         if isinstance(prompt, str) and args.chat_template_source != "none" and template.chat_template is not None:
             prompt = [{"role": "user", "content": prompt}]
-        return {"prompt": prompt, "answer": str(row["answer"])}
+        answer = row["answer"] if source == "answer" else last_boxed(row["solution"])
+        if answer is None:
+            raise DataError(f"row {index}: no answer: its solution has no \\boxed{{}}: {row['solution'][-60:]!r}")
+        return {"prompt": prompt, "answer": str(answer)}
 
     chosen = rows.select(kept)
     return chosen.map(prompt_and_answer, with_indices=True, remove_columns=rows.column_names, desc="Prompts")
