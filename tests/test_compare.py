@@ -7,9 +7,11 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -168,15 +170,21 @@ def test_the_paired_bootstrap() -> None:
     rng = random.Random(0)
     theirs = [rng.random() for _ in range(150)]
     ours = [x + rng.gauss(0.02, 0.1) for x in theirs]
-    difference, p = paired_bootstrap(ours, theirs)
-    assert difference == pytest.approx(sum(a - b for a, b in zip(ours, theirs, strict=True)) / 150)
     pairs = list(zip(ours, theirs, strict=True))
-    worse = 0
-    for _ in range(4000):
-        some = rng.choices(pairs, k=100)
-        worse += sum(a - b for a, b in some) <= 0
-    assert p == pytest.approx(worse / 4000, abs=0.02)
-    assert paired_bootstrap(ours, ours) == (0.0, 0.5)
+    for size in (100, 150):
+        worse = sum(sum(a - b for a, b in rng.choices(pairs, k=size)) <= 0 for _ in range(4000))
+        assert paired_bootstrap(ours, theirs, size) == pytest.approx(worse / 4000, abs=0.02)
+    assert paired_bootstrap(ours, theirs) == paired_bootstrap(ours, theirs, 150)
+    assert paired_bootstrap(ours, ours) == 0.5
+
+
+def test_its_p_value_is_calibrated() -> None:
+    """Of runs that solve as much, one in twenty has p < 0.05. With resamples of 100 out of 40 it would be three."""
+    from tsdkd.compare.numbers import paired_bootstrap
+
+    rng = np.random.default_rng(0)
+    found = np.mean([paired_bootstrap(rng.normal(size=40), rng.normal(size=40)) < 0.05 for _ in range(300)])
+    assert 0.02 < found < 0.09
 
 
 def test_intervals_are_student_s() -> None:
@@ -195,6 +203,22 @@ def test_intervals_are_student_s() -> None:
 def test_shipped_comparisons_are_sound(name: str, capsys: Any) -> None:
     """Every run's keys, too."""
     assert len(read_comparison(name).tasks) > 2
+
+
+@pytest.mark.parametrize("name", ["demo_table1.yaml", "demo_eopd_table2.yaml"])
+def test_every_run_of_a_table_trains(name: str, tmp_path: Path) -> None:
+    """One step on a few of the demo's rows, measured on a few problems."""
+    pytest.importorskip("math_verify")
+    package = Path(str(resources.files("tsdkd")))
+    lines = (package / "demo/train.jsonl").read_text().splitlines()[:16]
+    few = write_jsonl(tmp_path / "few.jsonl", [json.loads(line) for line in lines])
+    values = yaml.safe_load((package / "configs/compare" / name).read_text())
+    values["settings"] |= {"dataset_name": few, "max_steps": 1, "per_device_train_batch_size": 8, "max_new_tokens": 16}
+    values |= {"output_dir": str(tmp_path / "out"), "seeds": [1], "eval_samples": 1, "eval_problems": 4}
+    (tmp_path / name).write_text(yaml.safe_dump(values, sort_keys=False))
+    do(str(tmp_path / name), range(2, 2 + len(values["runs"])))
+    assert main(["compare", "--config", str(tmp_path / name), "--report"]) == 0
+    assert {r["run"] for r in results(tmp_path / "out")} == set(values["runs"])
 
 
 @pytest.mark.parametrize(

@@ -52,8 +52,8 @@ CHAT_TEMPLATE = (
 )
 BATCH_SIZE = 32
 MUON_LR, ADAMW_LR = 0.02, 4e-3
-TRAIN_ROWS, TEST_ROWS = 4096, 512
-TRAIN_SEED, TEST_SEED = 1, 2
+TRAIN_ROWS, TEST_ROWS, VALID_ROWS = 4096, 512, 256
+TRAIN_SEED, TEST_SEED, VALID_SEED = 1, 2, 3
 MAX_POSITIONS = 128
 
 Row = dict[str, str]
@@ -217,12 +217,15 @@ def report(label: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFas
 
 
 def build_data(output_dir: Path) -> None:
-    """Write the prompts and prove that no model and no training file has seen a test prompt."""
+    """Write the prompts and prove that no model and no other file has seen a test prompt."""
     test = problem_rows(TEST_SEED, "held_out", TEST_ROWS)
+    tested = {row["prompt"] for row in test}
+    valid = [row for row in problem_rows(VALID_SEED, "held_out", 2 * VALID_ROWS) if row["prompt"] not in tested]
     train = problem_rows(TRAIN_SEED, "train", TRAIN_ROWS)
     seen = [*train, *(row for recipe in RECIPES.values() for row in pretraining_rows(recipe))]
-    assert not {row["prompt"] for row in test} & {row["prompt"] for row in seen}
+    assert not tested & {row["prompt"] for row in seen}
     write_jsonl(output_dir / "train.jsonl", train)
+    write_jsonl(output_dir / "valid.jsonl", valid[:VALID_ROWS])
     write_jsonl(output_dir / "test.jsonl", [{"prompt": row["prompt"], "answer": row["answer"]} for row in test])
 
 

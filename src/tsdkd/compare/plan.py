@@ -96,11 +96,10 @@ class Comparison:
     def flags(self, task: Task) -> list[str]:
         """Of `tsdkd train --config …`."""
         assert isinstance(self.runs, dict)
-        values = {**self.settings, **self.runs.get(task.run, {})}
-        values |= {"output_dir": str(task.folder), "resume": True}
+        own = {"output_dir": str(task.folder), "resume": True}
         if task.seed is not None:
-            values["seed"] = task.seed
-        words = [word for key, value in values.items() for word in _flag(key, value)]
+            own["seed"] = task.seed
+        words = _flags({**self.settings, **self.runs.get(task.run, {}), **own})
         if self.teacher_completions and self._needs_completions(words):
             words += ["--dataset_name", str(self.teacher_file)]
         return words
@@ -112,6 +111,15 @@ class Comparison:
     def arguments(self, task: Task) -> RunArguments:
         """The run, parsed and checked. Raises `ConfigError`."""
         return parse_run(self.config, self.flags(task))
+
+    @property
+    def shared_flags(self) -> list[str]:
+        """What holds for all runs, as one that samples: the teacher's completions and the measurement go by it."""
+        return _flags({**self.settings, "output_dir": self.output_dir, "lmbda": 1})
+
+    def shared_arguments(self) -> RunArguments:
+        """`shared_flags`, parsed and checked. Raises `ConfigError`."""
+        return parse_run(self.config, self.shared_flags)
 
     def varied(self, run: str) -> float:
         """The value of `x` in a run."""
@@ -208,8 +216,16 @@ def _check(comparison: Comparison) -> None:
             read_run(comparison.config, comparison.flags(task))
         except ConfigError as error:
             problems += [f"runs: {name}: {line}" for line in error.problems]
+    try:
+        read_run(comparison.config, comparison.shared_flags)
+    except ConfigError as error:
+        problems += [f"config, settings: {line}" for line in error.problems]
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
+
+
+def _flags(values: Mapping[str, Any]) -> list[str]:
+    return [word for key, value in values.items() for word in _flag(key, value)]
 
 
 def _flag(key: str, value: Any) -> list[str]:

@@ -19,7 +19,7 @@ from ..evaluation import Problems, evaluate
 from ..generate import generate
 from ..launch import launch
 from ..models import Pair, resolve_pair, stop_token_ids
-from ..parsing import RunArguments, parse_run, read_yaml
+from ..parsing import RunArguments, read_yaml
 from .plan import Comparison, Task
 
 RESULT = "result.json"
@@ -90,12 +90,7 @@ def write_teacher_completions(comparison: Comparison) -> None:
     with _locked(file.with_suffix(".lock")):
         if file.exists():
             return
-        flags = ["--method", "gkd", "--output_dir", str(file.parent)]
-        settings = {
-            k: v for k, v in comparison.settings.items() if k in ("per_device_eval_batch_size", "max_new_tokens")
-        }
-        flags += [word for key, value in settings.items() for word in (f"--{key}", str(value))]
-        generate(parse_run(comparison.config, flags), "teacher", partial)
+        generate(comparison.shared_arguments(), "teacher", partial)
         os.replace(partial, file)
 
 
@@ -126,11 +121,13 @@ def _launch(comparison: Comparison, task: Task) -> None:
 
 
 def _measure(comparison: Comparison, arguments: RunArguments, model: str | None) -> dict[str, Any]:
-    training = arguments.training
-    name = comparison.eval_dataset_name or arguments.data.eval_dataset_name
+    """On the same problems and with the same limits, whatever those of the run were; in the template that it had."""
+    training, shared = arguments.training, comparison.shared_arguments()
+    training.max_new_tokens, training.max_length = shared.training.max_new_tokens, shared.training.max_length
+    name = comparison.eval_dataset_name or shared.data.eval_dataset_name
     if name is None:
         raise DataError("eval_dataset_name: missing, it names the problems to measure on")
-    split = "train" if Path(name).is_file() else arguments.data.dataset_test_split
+    split = "train" if Path(name).is_file() else shared.data.dataset_test_split
     rows = load_rows(name, None, split, "eval_dataset_name")
     if "answer" not in rows.column_names:
         raise DataError(f"eval_dataset_name: {name} has no column 'answer'")
