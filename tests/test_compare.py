@@ -104,6 +104,52 @@ def test_finished_runs_of_other_settings_are_not_mixed_in(comparison: Any, capsy
     assert "beta was None, now 0.1" in capsys.readouterr().err
 
 
+def test_the_models_themselves_are_of_these_settings_too(comparison: Any, capsys: Any) -> None:
+    name = comparison()
+    do(name, range(1))
+    comparison(settings={"max_new_tokens": 4})
+    assert main(["compare", "--config", name, "--report"]) == 2
+    assert "max_new_tokens was 8, now 4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["", "null", "{}", '{"run": "pl'])
+def test_a_damaged_result_is_named(text: str, comparison: Any, tmp_path: Path, capsys: Any) -> None:
+    name, file = comparison(), tmp_path / "out/plain/seed-1/result.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(text)
+    assert main(["compare", "--config", name, "--report"]) == 2
+    assert f"{file} is damaged" in capsys.readouterr().err
+
+
+def test_nothing_is_reported_of_nothing(comparison: Any, tmp_path: Path, capsys: Any) -> None:
+    assert main(["compare", "--config", comparison(), "--report"]) == 0
+    assert "nothing is finished" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+def test_problems_and_folder_are_looked_at_first(comparison: Any, tmp_path: Path, capsys: Any) -> None:
+    rows = write_jsonl(tmp_path / "no_answers.jsonl", [{"prompt": "1 + 1"}])
+    for changes, found in (
+        ({"eval_dataset_name": rows}, "no column 'answer'"),
+        ({"eval_dataset_name": str(tmp_path / "nowhere.jsonl")}, "nowhere.jsonl"),
+        ({"output_dir": f"{rows}/out"}, "can't be made"),
+    ):
+        assert main(["compare", "--config", comparison(**changes)]) == 2
+        assert found in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.log"))
+
+
+def test_two_processes_do_a_task_once(comparison: Any, tmp_path: Path) -> None:
+    """As after a kill of the one that started them: the second waits, and finds it done."""
+    name = comparison(seeds=[1], runs={"plain": {"method": "gkd", "max_steps": 30}})
+    command = [sys.executable, "-m", "tsdkd", "compare", "--config", name, "--task", "2"]
+    pipes: dict[str, Any] = {"env": on_cpus(), "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    said = [process.communicate()[0] for process in [subprocess.Popen(command, **pipes) for _ in range(2)]]
+    assert sum("saved the student" in text for text in said) == 1
+    assert sum("waiting for it" in text for text in said) == 1
+    assert (tmp_path / "out/plain/seed-1/result.json").exists()
+
+
 def test_a_failed_task_is_named_and_the_others_are_kept(comparison: Any, tmp_path: Path, capfd: Any) -> None:
     rows = write_jsonl(tmp_path / "empty.jsonl", [{"prompt": ""}])
     name = comparison(seeds=[1], runs={"bad": {"dataset_name": rows}, "plain": {"method": "gkd"}})
@@ -117,7 +163,8 @@ def test_a_failed_task_is_named_and_the_others_are_kept(comparison: Any, tmp_pat
 
 
 def test_a_signal_stops_the_running_tasks_and_they_continue(comparison: Any, tmp_path: Path) -> None:
-    name = comparison(seeds=[1], runs={"plain": {"method": "gkd", "max_steps": 400, "save_strategy": "steps"}})
+    run = {"method": "gkd", "max_steps": 400, "save_strategy": "steps"}
+    name = comparison(seeds=[1], runs={"plain": run, "never begun": run})
     do(name, range(2))
     command = [sys.executable, "-m", "tsdkd", "compare", "--config", name]
     process = subprocess.Popen(command, env=on_cpus(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -129,6 +176,7 @@ def test_a_signal_stops_the_running_tasks_and_they_continue(comparison: Any, tmp
     assert process.wait(60) == 75
     assert (folder / ".preempted").exists() and list(folder.glob("checkpoint-*"))
     assert "goes on from here" in process.stderr.read()
+    assert not (tmp_path / "out/never_begun").exists()
 
 
 def test_what_a_model_solves(saved_model: Any) -> None:
@@ -232,8 +280,18 @@ def test_every_run_of_a_table_trains(name: str, tmp_path: Path) -> None:
         ({"runs": {}}, ["runs"]),
         ({"runs": {"a b": {}, "a + b": {}}}, ["runs", "one folder"]),
         ({"baseline": "b"}, ["baseline", "'b'"]),
-        ({"x": "beta"}, ["plain", "beta", "missing"]),
+        ({"x": "beta"}, ["plain", "beta", "nothing"]),
+        (
+            {"x": "indirect_reduction", "runs": {"a": {"indirect_reduction": "sum"}}},
+            ["a", "must be a number", "'sum'"],
+        ),
         ({"seeds": []}, ["seeds"]),
+        ({"seeds": 5}, ["seeds", "list", "5"]),
+        ({"seeds": [1, "two"]}, ["seeds", "'two'"]),
+        ({"seeds": [1, -3]}, ["seeds", "-3"]),
+        ({"seeds": [1, 1]}, ["seeds", "twice"]),
+        ({"runs": {"student": {}}}, ["student", "choose another name"]),
+        ({"runs": "qwen3_table5.yaml"}, ["qwen3_table5.yaml", "runs of its own"]),
         ({"eval_samples": 0}, ["eval_samples", "at least 1"]),
         ({"config": "none.yaml"}, ["none.yaml"]),
         ({"output_dir": None}, ["output_dir", "missing"]),
@@ -244,6 +302,20 @@ def test_a_comparison_that_could_not_run(changes: dict[str, Any], found: list[st
     with pytest.raises(ConfigError) as caught:
         read_comparison(comparison(**changes))
     assert all(text in str(caught.value) for text in found), str(caught.value)
+
+
+def test_names_stay_in_the_folder(comparison: Any, tmp_path: Path) -> None:
+    """Whatever they are called; numbers are names, too."""
+    tasks = read_comparison(comparison(runs={"..": {}, 0.5: {"gate": False}, "/tmp/x": {"beta": 0.5}})).tasks
+    assert [task.run for task in tasks[2:5]] == ["..", "0.5", "/tmp/x"]
+    assert all(task.folder.resolve().is_relative_to(tmp_path / "out") for task in tasks)
+    assert len({task.folder.parent for task in tasks[2:5]}) == 3
+
+
+def test_what_all_runs_share_may_be_off_policy(comparison: Any) -> None:
+    runs = {"slow": {"learning_rate": 0.001}, "fast": {}}
+    shared = read_comparison(comparison(settings={"method": "supervised-kd"}, runs=runs)).shared_arguments()
+    assert shared.method == "supervised-kd"
 
 
 def test_a_slurm_array(comparison: Any, capsys: Any) -> None:
@@ -259,7 +331,7 @@ def test_a_slurm_array(comparison: Any, capsys: Any) -> None:
 
 
 def test_the_toy_gives_the_papers_table(tmp_path: Path, capsys: Any) -> None:
-    """Means over 30 seeds lie within the paper's intervals of three; and the two scenarios differ as they do there."""
+    """Means over 30 seeds are as far from the paper's as three seeds may be; the two scenarios differ as there."""
     from tsdkd.reproduce.eopd_toy import SCENARIOS, simulate
 
     changes = {
@@ -299,5 +371,7 @@ def test_the_gates_gradients(capsys: Any) -> None:
         for name, (formula, found) in case.values.items():
             assert formula == pytest.approx(found, rel=1e-10), name
     assert stronger.values["Eq. 23, C"][0] > 1 > weaker.values["Eq. 23, C"][0]
+    with pytest.raises(SystemExit):
+        main(["reproduce", "tsdkd-gradient", "--seeds", "4"])
     assert main(["reproduce", "tsdkd-gradient"]) == 0
     assert "Eq. 22" in capsys.readouterr().out

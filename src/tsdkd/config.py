@@ -67,6 +67,7 @@ class TokenSelectiveConfig(GKDConfig):
     trainer: ClassVar[str] = "tsdkd.trainer:TokenSelectiveTrainer"
     paper: ClassVar[str]
     starts_from_data: ClassVar[bool] = False  # whether it trains on the data set's completions whatever lmbda is
+    completions: ClassVar[str] = "the student's; the data set's in 1 - lmbda of the steps"  # that it trains on
     refused: ClassVar[dict[str, str]] = {"beta": "the method has no generalised JSD"}  # inherited options, and why
 
     temperature: float = option(1.0, "Divides student and teacher logits, in rollouts and in the loss.")

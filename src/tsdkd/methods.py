@@ -79,6 +79,7 @@ class DistiLLMConfig(DistiLLMOptions, _TSDKDTables):
     """Skew KL; own, replayed and given completions, more of the former when the validation loss rises."""
 
     method = "distillm"
+    completions = "the data set's; the student's, or replayed ones, the more the validation loss rises"
     objective = DistiLLMObjective
     trainer = "tsdkd.trainers.distillm:DistiLLMTrainer"
     paper = "Ko et al. 2024, arXiv 2402.03898"
@@ -98,6 +99,7 @@ class SpeculativeKDConfig(SpeculativeKDOptions, _TSDKDTables):
     """Forward KL on completions in which the teacher replaces the student's unlikely tokens."""
 
     method = "speculative-kd"
+    completions = "the student's, in which the teacher replaces unlikely tokens"
     objective = SpeculativeKDObjective
     trainer = "tsdkd.trainers.speculative_kd:SpeculativeKDTrainer"
     paper = "Xu et al. 2025, arXiv 2410.11325"
@@ -111,6 +113,7 @@ class SupervisedKDConfig(_TSDKDTables):
     """Forward KL on all tokens of the data set's completions."""
 
     method = "supervised-kd"
+    completions = "the data set's"
     objective = SupervisedKDObjective
     paper = "Hinton et al. 2015, arXiv 1503.02531"
     refused = _OFF_POLICY
@@ -123,6 +126,7 @@ class SeqKDConfig(_TSDKDTables):
     """Cross-entropy on the data set's completions, which are the teacher's; it isn't loaded again."""
 
     method = "seq-kd"
+    completions = "the data set's"
     objective = SeqKDObjective
     paper = "Kim and Rush 2016, arXiv 1606.07947"
     refused = {**_OFF_POLICY, "teacher_placement": "the teacher isn't loaded"}
@@ -229,6 +233,7 @@ class KDConfig(KDOptions, TokenSelectiveConfig):
     """Half cross-entropy, half top-16 forward KL on the data set's completions (EOPD's Table 7)."""
 
     method = "kd"
+    completions = "the data set's"
     objective = KDObjective
     trainer = "tsdkd.trainers.policy:PolicyTrainer"
     paper = "Hinton et al. 2015; EOPD Table 2"
@@ -245,6 +250,7 @@ class MiniLLMConfig(MiniLLMOptions, _RolloutConfig):
     """Reverse KL by policy gradient, on completions from a mixture of teacher and student."""
 
     method = "minillm"
+    completions = "from a mixture of teacher and student; each serves epochs_per_rollout epochs"
     objective = MiniLLMObjective
     trainer = "tsdkd.trainers.minillm:MiniLLMTrainer"
     paper = "Gu et al. 2023, arXiv 2306.08543"
@@ -271,6 +277,7 @@ class GRPOConfig(TokenSelectiveConfig):
     """
 
     method = "grpo"
+    completions = "the student's, num_generations for each prompt; rows have an answer or a solution"
     trainer = "tsdkd.trainers.grpo:GRPOTrainer"
     paper = "Shao et al. 2024, arXiv 2402.03300; EOPD Table 8"
     refused = {

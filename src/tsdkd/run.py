@@ -171,6 +171,7 @@ def _plan_table(arguments: RunArguments, pair: Pair, prepared: dict[str, Dataset
         "method": arguments.method,
         "student": f"{arguments.model.model_name_or_path} ({student.model_type}, {pair.vocab_sizes[0]} logits)",
         "teacher": f"{training.teacher_model_name_or_path} ({teacher.model_type}, {pair.vocab_sizes[1]} logits)"
+        f"{', not loaded' if 'teacher_placement' in training.refused else ''}"
         if training.teacher_model_name_or_path
         else "none",
         "shared vocabulary": str(pair.shared_vocab_size),
@@ -178,8 +179,8 @@ def _plan_table(arguments: RunArguments, pair: Pair, prepared: dict[str, Dataset
         "global batch": f"{training.per_device_train_batch_size} x {training.gradient_accumulation_steps} accumulated "
         f"x {training.world_size} processes = {batch}",
         "optimizer steps": str(_total_steps(batches, training)),
-        "rollouts": f"{f'vLLM, {training.vllm_mode}' if training.use_vllm else 'by the student itself'}, temperature "
-        f"{training.temperature}, top_p {training.top_p}",
+        "completions": training.completions,
+        **_rollouts(training),
         "completion tokens": f"at most {round(tokens_per_step):,} a step",
         "output": f"{training.output_dir}{f', resuming from {checkpoint}' if checkpoint else ''}",
     }
@@ -187,6 +188,15 @@ def _plan_table(arguments: RunArguments, pair: Pair, prepared: dict[str, Dataset
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def _rollouts(training: TokenSelectiveConfig) -> dict[str, str]:
+    """How completions are sampled, where they are."""
+    if training.lmbda == 0 and not training.starts_from_data:
+        return {}
+    engine = f"vLLM, {training.vllm_mode}" if training.use_vllm else "transformers"
+    serves = f", each for {steps} steps" if (steps := training.steps_per_rollout()) > 1 else ""
+    return {"rollouts": f"by {engine}, temperature {training.temperature}, top_p {training.top_p}{serves}"}
 
 
 def _teacher(arguments: RunArguments) -> str:
@@ -235,6 +245,7 @@ def print_methods() -> None:
         own = {option: default_of(cls, option) for option in cls.own_options() if option not in common}
         if own:
             console.print(Padding(", ".join(f"{k} {str(v).lower()}" for k, v in own.items()), (0, 0, 0, 4)))
+        console.print(Padding(f"completions: {cls.completions}", (0, 0, 0, 4)))
 
 
 def print_keys() -> None:

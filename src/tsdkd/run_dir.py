@@ -47,6 +47,14 @@ _FREE = {
 _LENGTH = {"max_steps", "num_train_epochs"}  # a run may be made longer
 
 
+def make_folder(folder: Path) -> None:
+    """Raises `OutputDirError`."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputDirError(f"output_dir: {folder} can't be made: {error.strerror or error}") from error
+
+
 def claim(arguments: RunArguments) -> str | None:
     """The checkpoint that the run is resumed from, or None to start. All processes must call it.
 
@@ -99,7 +107,7 @@ def mark(arguments: RunArguments) -> None:
     """
     if arguments.training.process_index == 0:
         folder = Path(str(arguments.training.output_dir))
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         if (folder / RUN_FILE).exists() and not _resumes(arguments):
             raise OutputDirError(f"output_dir: another run has begun in {folder}; choose another")
         text = yaml.safe_dump(resolved(arguments), sort_keys=True, allow_unicode=True)

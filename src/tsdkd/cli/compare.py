@@ -62,6 +62,9 @@ def main(argv: Sequence[str]) -> int:
     if not args.report:
         runner.run_all(comparison, args.config, args.jobs)
     path = table.write_results(comparison)
+    if path is None:
+        print("tsdkd compare: nothing is finished yet")
+        return 0
     print(path.read_text(encoding="utf-8"))
     print(f"written to {path}, with results.jsonl and results.png beside it")
     return 0

@@ -7,19 +7,19 @@ from pathlib import Path
 from ..errors import ConfigError
 from .arguments import at_least, positive
 
-_EXPERIMENTS = ("eopd-toy", "tsdkd-gradient")
-
 
 def main(argv: Sequence[str]) -> int:
     """Run one of the papers' small experiments."""
     parser = argparse.ArgumentParser(
         prog="tsdkd reproduce",
-        description="The papers' small experiments, with the paper's numbers beside ours: EOPD's toy (Sec. 3.2, "
-        "Table 1, Figures 1 and 6) and the gradients of TSD-KD's gate (App. A.2).",
+        description="The papers' small experiments, with the paper's numbers beside ours.",
         allow_abbrev=False,
     )
-    parser.add_argument("experiment", choices=_EXPERIMENTS)
-    toy = parser.add_argument_group("eopd-toy")
+    experiments = parser.add_subparsers(dest="experiment", required=True)
+    experiments.add_parser("tsdkd-gradient", help="the gradients of TSD-KD's gate (App. A.2)")
+    toy = experiments.add_parser(
+        "eopd-toy", help="EOPD's toy (Sec. 3.2, Table 1, Figures 1 and 6)", allow_abbrev=False
+    )
     toy.add_argument(
         "--output_dir", type=Path, default=Path("runs/eopd_toy"), help="of the plots; default: %(default)s"
     )
@@ -37,6 +37,8 @@ def main(argv: Sequence[str]) -> int:
     except ImportError as error:
         raise ConfigError(["eopd-toy's plots need matplotlib; pip install 'tsdkd[report]'"]) from error
     from ..reproduce import eopd_toy
+    from ..run_dir import make_folder
 
+    make_folder(args.output_dir)
     eopd_toy.reproduce(args.output_dir, args.seeds, args.learning_rate, args.steps)
     return 0

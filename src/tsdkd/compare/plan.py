@@ -63,7 +63,7 @@ class Comparison:
     config: str = option("", "The configuration that all runs share.")
     output_dir: str = option("", "Where everything is written.")
     runs: dict[str, Any] | str = field(default_factory=dict)
-    seeds: list[int] = field(default_factory=lambda: [1, 2, 3, 4, 5])
+    seeds: list[Any] = field(default_factory=lambda: [1, 2, 3, 4, 5])
     settings: dict[str, Any] = field(default_factory=dict)
     baseline: str | None = None
     x: str | None = None
@@ -90,7 +90,7 @@ class Comparison:
         """All that is to be done: references first, then every run with the first seed, and so on."""
         assert isinstance(self.runs, dict)
         references = [Task(name, None, self.folder / name) for name in REFERENCES]
-        folders = {name: self.folder / re.sub(r"[^\w.-]+", "_", name) for name in self.runs}
+        folders = {name: self.folder / (re.sub(r"[^\w.-]+", "_", name).lstrip(".") or "_") for name in self.runs}
         return references + [Task(run, s, folders[run] / f"seed-{s}") for s in self.seeds for run in self.runs]
 
     def flags(self, task: Task) -> list[str]:
@@ -115,7 +115,9 @@ class Comparison:
     @property
     def shared_flags(self) -> list[str]:
         """What holds for all runs, as one that samples: the teacher's completions and the measurement go by it."""
-        return _flags({**self.settings, "output_dir": self.output_dir, "lmbda": 1})
+        values = {**self.settings, "output_dir": self.output_dir}
+        method = read_run(self.config, _flags(values))[0]
+        return _flags(values if "lmbda" in METHODS[method].refused else {**values, "lmbda": 1})
 
     def shared_arguments(self) -> RunArguments:
         """`shared_flags`, parsed and checked. Raises `ConfigError`."""
@@ -150,6 +152,8 @@ def read_comparison(name: str) -> Comparison:
     problems = _unknown(found)
     hints, values = get_type_hints(Comparison), {}
     metadata = {f.name: f.metadata for f in fields(Comparison)}
+    if "seeds" in found and not isinstance(found["seeds"], list):
+        problems.append(f"seeds: must be a list, such as [1, 2, 3], found {found.pop('seeds')!r}")
     for key in found.keys() & hints.keys():
         try:
             values[key] = coerce(found[key], hints[key])
@@ -165,7 +169,11 @@ def read_comparison(name: str) -> Comparison:
     if problems:
         raise ConfigError(problems)
     if isinstance(values["runs"], str):
-        values["runs"] = read_comparison(values["runs"]).runs
+        other = read_yaml(str(_find(values["runs"]))).get("runs")
+        if not isinstance(other, dict):
+            raise ConfigError([f"runs: {values['runs']}: must have runs of its own, found {other!r}"])
+        values["runs"] = other
+    values["runs"] = {str(name): run for name, run in values["runs"].items()}
     values["eval_dataset_name"] = locate(values.get("eval_dataset_name"))
     comparison = Comparison(**values)
     _check(comparison)
@@ -195,13 +203,17 @@ def _check(comparison: Comparison) -> None:
     assert isinstance(runs, dict)
     if not runs or not comparison.seeds:
         problems.append("runs, seeds: at least one of each is needed")
-    comparison.seeds = [int(seed) for seed in comparison.seeds]
-    folders = [task.folder for task in comparison.tasks]
-    if len(set(folders)) < len(folders):
-        problems.append("runs, seeds: two would be written into one folder; choose names that differ in letters")
-    for name in (comparison.baseline, *(n for n in REFERENCES if n in runs)):
-        if name is not None and (name not in runs or name in REFERENCES):
-            problems.append(f"baseline: must be one of {', '.join(runs)}, found {name!r}")
+    problems += _check_seeds(comparison.seeds)
+    folders: dict[Path, str] = {}
+    for task in comparison.tasks:
+        other = folders.setdefault(task.folder.parent if task.seed is not None else task.folder, task.run)
+        if other != task.run:
+            problems.append(f"runs: {other!r} and {task.run!r} would be written into one folder; change a name")
+    if comparison.baseline is not None and comparison.baseline not in runs:
+        problems.append(f"baseline: must be one of {', '.join(runs)}, found {comparison.baseline!r}")
+    problems += [
+        f"runs: {name}: the model itself is called so; choose another name" for name in REFERENCES if name in runs
+    ]
     for name, values in runs.items():
         if values is None:
             values = runs[name] = {}
@@ -209,8 +221,9 @@ def _check(comparison: Comparison) -> None:
             problems.append(f"runs: {name}: must be a mapping of keys to values, found {values!r}")
             continue
         problems += [f"runs: {name}: {key}: the comparison sets it; remove it" for key in _OWN if key in values]
-        if comparison.x is not None and comparison.x not in values:
-            problems.append(f"runs: {name}: {comparison.x}: missing, x says that it varies")
+        if comparison.x is not None and not _is_number(values.get(comparison.x)):
+            found = values.get(comparison.x, "nothing")
+            problems.append(f"runs: {name}: {comparison.x}: x says that it varies, must be a number, found {found!r}")
         task = Task(name, 0, Path("unused"))
         try:
             read_run(comparison.config, comparison.flags(task))
@@ -222,6 +235,22 @@ def _check(comparison: Comparison) -> None:
         problems += [f"config, settings: {line}" for line in error.problems]
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
+
+
+def _check_seeds(seeds: list[Any]) -> list[str]:
+    wrong = [seed for seed in seeds if type(seed) is not int or seed < 0]
+    twice = {seed for seed in seeds if seeds.count(seed) > 1}
+    return [
+        *(f"seeds: must be whole numbers of at least 0, found {seed!r}" for seed in wrong),
+        *(f"seeds: {seed} is there twice" for seed in twice),
+    ]
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        return type(value) is not bool and float(value) == float(value)
+    except (TypeError, ValueError):
+        return False
 
 
 def _flags(values: Mapping[str, Any]) -> list[str]:

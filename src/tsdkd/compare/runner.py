@@ -1,6 +1,7 @@
 """All tasks of a comparison on this machine, each in a process of its own; or a SLURM array of them."""
 
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -13,9 +14,10 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 
 from ..errors import ConfigError, PreemptedError, TSDKDError
+from ..run_dir import make_folder
 from ..slurm import problems_of
 from .plan import Comparison, Task
-from .task import result_of
+from .task import load_problems, result_of
 
 
 class TasksFailedError(TSDKDError, RuntimeError):
@@ -31,32 +33,37 @@ def run_all(comparison: Comparison, name: str, jobs: int) -> None:
         TasksFailedError: naming the tasks that failed and their logs.
         PreemptedError: a signal stopped them.
     """
+    make_folder(comparison.folder)
+    load_problems(comparison)  # what is wrong with them is told before hours of training
     tasks = list(enumerate(comparison.tasks))
     todo = [(i, task) for i, task in tasks if result_of(comparison, task) is None]
     _say(f"{len(tasks) - len(todo)} of {len(tasks)} tasks are done, {len(todo)} to go")
     running: dict[int, subprocess.Popen[bytes]] = {}
+    signals = _PassingSignalsOn(running)
 
-    def one(number: int, task: Task) -> tuple[Task, int, float]:
+    def one(number: int, task: Task) -> tuple[Task, int, float] | None:
+        if signals.received:
+            return None
         start, log = time.perf_counter(), _log(task)
-        log.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(log.parent)
         command = [sys.executable, "-m", "tsdkd", "compare", "--config", name, "--task", str(number)]
         with log.open("ab") as file:
             process = subprocess.Popen(command, stdout=file, stderr=file, env=_environment(jobs))
         running[number] = process
+        if signals.received:  # meanwhile
+            process.send_signal(signal.SIGTERM)
         return task, process.wait(), time.perf_counter() - start
 
     failed: list[Task] = []
     with ThreadPoolExecutor(jobs) as pool:
-        pending: set[Future[tuple[Task, int, float]]] = {pool.submit(one, *item) for item in todo}
+        pending: set[Future[tuple[Task, int, float] | None]] = {pool.submit(one, *item) for item in todo}
         try:
-            with _PassingSignalsOn(running) as signals:
+            with signals:
                 while pending:
                     finished, pending = wait(pending, return_when=FIRST_COMPLETED)
-                    for task, code, seconds in (future.result() for future in finished if not future.cancelled()):
+                    for task, code, seconds in filter(None, (future.result() for future in finished)):
                         failed += [task] if code else []
                         _tell(comparison, task, code, seconds)
-                    if signals.received:
-                        pool.shutdown(wait=False, cancel_futures=True)
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -77,9 +84,8 @@ class _PassingSignalsOn:
     def __init__(self, running: dict[int, "subprocess.Popen[bytes]"]) -> None:
         self.running, self.received = running, False
 
-    def __enter__(self) -> "_PassingSignalsOn":
+    def __enter__(self) -> None:
         self.before = {n: signal.signal(n, self._pass) for n in (signal.SIGTERM, signal.SIGUSR1)}
-        return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self.before.items():
@@ -124,7 +130,7 @@ def array_script(comparison: Comparison, name: str, **settings: object) -> str:
     source = resources.files("tsdkd").joinpath("compare.sh.j2").read_text(encoding="utf-8")
     template = Environment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(source)
     return template.render(
-        name=comparison.folder.resolve().name or "compare",
+        name=re.sub(r"[^\w.-]", "-", comparison.folder.resolve().name) or "compare",
         last=len(comparison.tasks) - 1,
         config=shlex.quote(name),
         **settings,

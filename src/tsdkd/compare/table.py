@@ -17,12 +17,13 @@ _SMALL_TEST = 100  # problems
 _PALE, _DARK = "#9aa5b1", "#1f4e79"
 
 
-def write_results(comparison: Comparison) -> Path:
-    """Write what is finished into the comparison's folder; returns the table's path."""
+def write_results(comparison: Comparison) -> Path | None:
+    """Write what is finished into the comparison's folder; returns the table's path, None where nothing is."""
     found = [(task, result_of(comparison, task)) for task in comparison.tasks]
     results = [result for _, result in found if result is not None]
+    if not results:
+        return None
     lines = "".join(json.dumps(result) + "\n" for result in results)
-    comparison.folder.mkdir(parents=True, exist_ok=True)
     (comparison.folder / "results.jsonl").write_text(lines, encoding="utf-8")
     metrics = _metrics(comparison)
     runs = [*REFERENCES, *comparison.runs]
@@ -55,7 +56,7 @@ def markdown(comparison: Comparison, summaries: Sequence[Summary]) -> str:
     best = {m: max((s.means[m] for s in summaries if s.run not in REFERENCES), default=None) for m in metrics[:3]}
     for summary in summaries:
         cells = [_cell(summary, metric, best.get(metric)) for metric in metrics]
-        rows.append([summary.run, *cells, _against(summary, base)])
+        rows.append([summary.run.replace("|", "\\|"), *cells, _against(summary, base)])
     text = "".join(f"| {' | '.join(row)} |\n" for row in rows)
     count = len(summaries[0].solved) if summaries else 0
     counts = sorted({s.seeds for s in summaries if s.run not in REFERENCES})
@@ -74,7 +75,7 @@ def _cell(summary: Summary, metric: str, best: float | None) -> str:
     if metric == "train_seconds" and summary.run in REFERENCES:
         return ""
     text = f"{mean:.{digits}f}"
-    text = f"**{text}**" if best is not None and mean == best else text
+    text = f"**{text}**" if mean == best and summary.run not in REFERENCES else text
     return text if half != half else f"{text} ± {half:.{digits}f}"
 
 
@@ -86,10 +87,19 @@ def _against(summary: Summary, base: Summary | None) -> str:
     return f"{difference:+.1f} (p {shares[0]:.3f}; {shares[1]:.3f})"
 
 
+def _limits(percents: Sequence[float]) -> tuple[float, float]:
+    """Of an axis: with few seeds an interval is far longer than what there is to be seen."""
+    low, high = min(percents), max(percents)
+    margin = max(2.0, 0.15 * (high - low))
+    return max(0.0, low - margin), min(100.0, high + margin)
+
+
 def plot(comparison: Comparison, summaries: Sequence[Summary], path: Path) -> None:
     """Accuracy of every run: each seed a dot, the mean with its interval; of a sweep as a line over `x`."""
     metrics = _metrics(comparison)[:3]
     runs = [s for s in summaries if s.run not in REFERENCES]
+    if comparison.x:
+        runs.sort(key=lambda s: comparison.varied(s.run))
     references = {s.run: s for s in summaries if s.run in REFERENCES}
     height = 2.8 if comparison.x else 0.9 + 0.38 * len(runs)
     figure, axes = plt.subplots(1, 3, figsize=(11, height), sharey=not comparison.x, layout="constrained")
@@ -106,12 +116,14 @@ def plot(comparison: Comparison, summaries: Sequence[Summary], path: Path) -> No
         else:
             axis.plot([value for _, value in dots], [place for place, _ in dots], ".", color=_PALE, zorder=1)
             axis.errorbar(means, places, xerr=halves, fmt="o", color=_DARK, capsize=3)
-            axis.set_yticks(places, [s.run for s in runs])
+            axis.set_yticks(places, [s.run.replace("$", r"\$") for s in runs])
             axis.set_xlabel(f"{metric}, %")
             axis.margins(y=0.12)
             draw = axis.axvline
         if "student" in references:
             draw(references["student"].means[metric], color="black", lw=0.8, ls=":", label="student before")
+        shown = [value for _, value in dots] + [s.means[metric] for s in references.values() if s.run == "student"]
+        (axis.set_ylim if comparison.x else axis.set_xlim)(_limits(shown))
         axis.spines[["top", "right"]].set_visible(False)
     if "student" in references:
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", frameon=False, fontsize="small")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
 from .. import run
@@ -20,6 +21,7 @@ from ..generate import generate
 from ..launch import launch
 from ..models import Pair, resolve_pair, stop_token_ids
 from ..parsing import RunArguments, read_yaml
+from ..run_dir import make_folder
 from .plan import Comparison, Task
 
 RESULT = "result.json"
@@ -35,9 +37,11 @@ def result_of(comparison: Comparison, task: Task) -> dict[str, Any] | None:
     path = task.folder / RESULT
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        wanted, before = _settings(comparison, task), dict(found["settings"])
     except FileNotFoundError:
         return None
-    wanted, before = _settings(comparison, task), found["settings"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise OutputDirError(f"output_dir: {path} is damaged; remove it, and the task is measured again") from error
     differing = [name for name in wanted.keys() | before.keys() if wanted.get(name) != before.get(name)]
     if differing:
         name = min(differing)
@@ -57,7 +61,13 @@ def do(comparison: Comparison, task: Task) -> dict[str, Any]:
     found = result_of(comparison, task)
     if found is not None:
         return found
-    arguments = comparison.arguments(task)
+    make_folder(task.folder.parent)
+    with _locked(task.folder.parent / f"{task.folder.name}.lock"):
+        return result_of(comparison, task) or _do(comparison, task)
+
+
+def _do(comparison: Comparison, task: Task) -> dict[str, Any]:
+    arguments, rows = comparison.arguments(task), load_problems(comparison)
     seconds = 0.0
     if task.seed is not None:
         if comparison.teacher_completions:
@@ -65,7 +75,7 @@ def do(comparison: Comparison, task: Task) -> dict[str, Any]:
         seconds = _train(comparison, task, arguments)
     start = time.perf_counter()
     model = {"student": str(arguments.model.model_name_or_path), "teacher": _teacher(arguments)}.get(task.run)
-    found_metrics = _measure(comparison, arguments, model if task.seed is None else str(task.folder))
+    found_metrics = _measure(comparison, arguments, rows, model if task.seed is None else str(task.folder))
     settings = _settings(comparison, task)
     timing = {"train_seconds": seconds, "eval_seconds": time.perf_counter() - start}
     result = {
@@ -86,7 +96,6 @@ def write_teacher_completions(comparison: Comparison) -> None:
     if file.exists():
         return
     partial = file.with_suffix(".partial.jsonl")
-    file.parent.mkdir(parents=True, exist_ok=True)
     with _locked(file.with_suffix(".lock")):
         if file.exists():
             return
@@ -96,7 +105,6 @@ def write_teacher_completions(comparison: Comparison) -> None:
 
 def _train(comparison: Comparison, task: Task, arguments: RunArguments) -> float:
     """Train to the end; the seconds that it took in all, earlier attempts included."""
-    task.folder.parent.mkdir(parents=True, exist_ok=True)
     clock = task.folder.parent / f"{task.folder.name}.{_SECONDS}"
     finished = any(task.folder.glob("*.safetensors*"))
     start = time.perf_counter()
@@ -120,10 +128,9 @@ def _launch(comparison: Comparison, task: Task) -> None:
         raise SystemExit(code)  # its processes have said why
 
 
-def _measure(comparison: Comparison, arguments: RunArguments, model: str | None) -> dict[str, Any]:
-    """On the same problems and with the same limits, whatever those of the run were; in the template that it had."""
-    training, shared = arguments.training, comparison.shared_arguments()
-    training.max_new_tokens, training.max_length = shared.training.max_new_tokens, shared.training.max_length
+def load_problems(comparison: Comparison) -> Dataset:
+    """What all models are measured on. Raises `DataError`."""
+    shared = comparison.shared_arguments()
     name = comparison.eval_dataset_name or shared.data.eval_dataset_name
     if name is None:
         raise DataError("eval_dataset_name: missing, it names the problems to measure on")
@@ -131,7 +138,13 @@ def _measure(comparison: Comparison, arguments: RunArguments, model: str | None)
     rows = load_rows(name, None, split, "eval_dataset_name")
     if "answer" not in rows.column_names:
         raise DataError(f"eval_dataset_name: {name} has no column 'answer'")
-    rows = rows.select(range(min(comparison.eval_problems or len(rows), len(rows))))
+    return rows.select(range(min(comparison.eval_problems or len(rows), len(rows))))
+
+
+def _measure(comparison: Comparison, arguments: RunArguments, rows: Dataset, model: str | None) -> dict[str, Any]:
+    """With the same limits, whatever those of the run were; in the template that it had."""
+    training, shared = arguments.training, comparison.shared_arguments().training
+    training.max_new_tokens, training.max_length = shared.max_new_tokens, shared.max_length
     student, teacher = str(arguments.model.model_name_or_path), _teacher(arguments)
     pair = resolve_pair(student, teacher, training)
     prepared = prepare_rows(rows, pair.template, training, pair.context, needs_completion=False)
@@ -158,14 +171,15 @@ def _teacher(arguments: RunArguments) -> str:
 def _settings(comparison: Comparison, task: Task) -> dict[str, Any]:
     """All that the result depends on."""
     assert isinstance(comparison.runs, dict)
-    own = {} if task.seed is None else {**comparison.settings, **comparison.runs[task.run], "seed": task.seed}
+    own = {} if task.seed is None else {**comparison.runs[task.run], "seed": task.seed}
     names = ("config", "eval_dataset_name", "eval_problems", "eval_samples", "teacher_completions")
-    return {**read_yaml(comparison.config), **own, **{name: getattr(comparison, name) for name in names}}
+    measured = {name: getattr(comparison, name) for name in names}
+    return {**read_yaml(comparison.config), **comparison.settings, **own, **measured}
 
 
 def _write(path: Path, text: str) -> None:
     """In one go: a result is whole or isn't there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     new = path.with_name(f".{path.name}.new")
     new.write_text(text, encoding="utf-8")
     os.replace(new, path)
@@ -173,7 +187,11 @@ def _write(path: Path, text: str) -> None:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """One process at a time; the lock ends with its process."""
+    """One process at a time, whoever started it; the lock ends with its process."""
     with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"tsdkd compare: another process holds {path}, waiting for it", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield

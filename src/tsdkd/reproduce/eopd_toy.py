@@ -63,7 +63,7 @@ def reproduce(folder: Path, seeds: int, learning_rate: float, steps: int) -> Non
         for name, temperature in SCENARIOS.items()
     }
     table = Table(title=f"Top-1 changes in {steps} steps, learning rate {learning_rate}")
-    for column in ("teacher", "temperature", "paper, 3 seeds", f"here, {seeds} seeds"):
+    for column in ("teacher", "temperature", "paper, 3 seeds", f"here, {seeds} seed{'s' if seeds > 1 else ''}"):
         table.add_column(column)
     for name, found in runs.items():
         counts = [toy.top1_changes for toy in found]
@@ -71,7 +71,6 @@ def reproduce(folder: Path, seeds: int, learning_rate: float, steps: int) -> Non
         table.add_row(name, str(SCENARIOS[name]), PAPER[name], f"{np.mean(counts):.1f}{spread}")
     console = Console()
     console.print(table)
-    folder.mkdir(parents=True, exist_ok=True)
     for path in (_plot_rates(runs, folder), _plot_distributions(runs, folder)):
         console.print(f"wrote {path}", highlight=False)
 
