@@ -34,24 +34,40 @@ def sbatch_script(
     """
     find_config(accelerate_config)
     _, values, _, _ = read_run(config, flags)  # what is wrong with them is told here, not after hours in a queue
-    problems = problems_of(settings, written_by)
+    folder = Path(str(values["output_dir"]))
+    own = {
+        "marker": shlex.quote(str(folder / MARKER)),
+        "command": shlex.join(["train", *(["--config", config] if config else []), *flags]),
+        "accelerate_config": shlex.quote(accelerate_config),
+        "written_by": shlex.join(written_by),
+    }
+    return render("slurm.sh.j2", folder, settings, written_by, **own)
+
+
+def render(template: str, folder: Path, settings: Mapping[str, Any], words: Sequence[str], **own: Any) -> str:
+    """A script of this package, for jobs that are called after the folder that they write into.
+
+    Args:
+        template: its file.
+        folder: where the jobs write.
+        settings: time, signal_seconds, partition, account, and what else the template names.
+        words: of the command, which all end in the script.
+        own: the same, checked and quoted by the caller.
+
+    Raises:
+        ConfigError: settings or words that can't be run.
+    """
+    problems = _problems(settings, words)
     if problems:
         raise ConfigError(problems)
-    source = resources.files("tsdkd").joinpath("slurm.sh.j2").read_text(encoding="utf-8")
-    template = Environment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(source)
-    command = ["train", *(["--config", config] if config else []), *flags]
-    return template.render(
-        name=re.sub(r"[^\w.-]", "-", Path(str(values["output_dir"])).resolve().name) or "tsdkd",
-        marker=shlex.quote(str(Path(str(values["output_dir"]), MARKER))),
-        command=shlex.join(command),
-        accelerate_config=shlex.quote(accelerate_config),
-        written_by=shlex.join(written_by),
-        **settings,
-    )
+    source = resources.files("tsdkd").joinpath(template).read_text(encoding="utf-8")
+    name = re.sub(r"[^\w.-]", "-", folder.resolve().name) or "tsdkd"
+    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
+    return environment.from_string(source).render(name=name, **own, **settings)
 
 
-def problems_of(settings: Mapping[str, Any], words: Sequence[str]) -> list[str]:
-    """What SLURM or the shell would make something else of; `words` are the command's, which all end in the script."""
+def _problems(settings: Mapping[str, Any], words: Sequence[str]) -> list[str]:
+    """What SLURM or the shell would make something else of."""
     problems = [f"{word!r}: has a line break, which a script can't hold" for word in words if "\n" in word]
     for name in ("partition", "account"):
         if not re.fullmatch(r"[\w.,@-]*", settings[name]):

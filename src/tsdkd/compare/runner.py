@@ -1,21 +1,17 @@
 """All tasks of a comparison on this machine, each in a process of its own; or a SLURM array of them."""
 
 import os
-import re
 import shlex
 import signal
 import subprocess
 import sys
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from importlib import resources
 from pathlib import Path
 
-from jinja2 import Environment, StrictUndefined
-
-from ..errors import ConfigError, PreemptedError, TSDKDError
+from ..errors import PreemptedError, TSDKDError
 from ..run_dir import make_folder
-from ..slurm import problems_of
+from ..slurm import render
 from .plan import Comparison, Task
 from .task import load_problems, result_of
 
@@ -124,14 +120,5 @@ def _say(text: str) -> None:
 
 def array_script(comparison: Comparison, name: str, **settings: object) -> str:
     """An sbatch script with a job for every task. Raises `ConfigError`."""
-    problems = problems_of(settings, [name])
-    if problems:
-        raise ConfigError(problems)
-    source = resources.files("tsdkd").joinpath("compare.sh.j2").read_text(encoding="utf-8")
-    template = Environment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(source)
-    return template.render(
-        name=re.sub(r"[^\w.-]", "-", comparison.folder.resolve().name) or "compare",
-        last=len(comparison.tasks) - 1,
-        config=shlex.quote(name),
-        **settings,
-    )
+    own = {"last": len(comparison.tasks) - 1, "config": shlex.quote(name)}
+    return render("compare.sh.j2", comparison.folder, settings, [name], **own)

@@ -58,7 +58,7 @@ def markdown(comparison: Comparison, summaries: Sequence[Summary]) -> str:
         cells = [_cell(summary, metric, best.get(metric)) for metric in metrics]
         rows.append([summary.run.replace("|", "\\|"), *cells, _against(summary, base)])
     text = "".join(f"| {' | '.join(row)} |\n" for row in rows)
-    count = len(summaries[0].solved) if summaries else 0
+    count = len(summaries[0].solved)
     counts = sorted({s.seeds for s in summaries if s.run not in REFERENCES})
     seeds = " to ".join(map(str, counts)) or "no"
     note = (
@@ -120,9 +120,11 @@ def plot(comparison: Comparison, summaries: Sequence[Summary], path: Path) -> No
             axis.set_xlabel(f"{metric}, %")
             axis.margins(y=0.12)
             draw = axis.axvline
+        shown = [value for _, value in dots]
         if "student" in references:
-            draw(references["student"].means[metric], color="black", lw=0.8, ls=":", label="student before")
-        shown = [value for _, value in dots] + [s.means[metric] for s in references.values() if s.run == "student"]
+            before = references["student"].means[metric]
+            draw(before, color="black", lw=0.8, ls=":", label="student before")
+            shown.append(before)
         (axis.set_ylim if comparison.x else axis.set_xlim)(_limits(shown))
         axis.spines[["top", "right"]].set_visible(False)
     if "student" in references:

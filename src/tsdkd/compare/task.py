@@ -37,11 +37,12 @@ def result_of(comparison: Comparison, task: Task) -> dict[str, Any] | None:
     path = task.folder / RESULT
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        wanted, before = _settings(comparison, task), dict(found["settings"])
+        before = dict(found["settings"])
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, KeyError) as error:
         raise OutputDirError(f"output_dir: {path} is damaged; remove it, and the task is measured again") from error
+    wanted = _settings(comparison, task)
     differing = [name for name in wanted.keys() | before.keys() if wanted.get(name) != before.get(name)]
     if differing:
         name = min(differing)
