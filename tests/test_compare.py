@@ -213,7 +213,7 @@ def test_what_a_model_solves(saved_model: Any) -> None:
 
 def test_the_paired_bootstrap() -> None:
     """Against a loop with a generator of its own: pairs matter, and it knows when nothing differs."""
-    from tsdkd.compare.numbers import paired_bootstrap
+    from tsdkd.evaluation.scores import paired_bootstrap
 
     rng = random.Random(0)
     theirs = [rng.random() for _ in range(150)]
@@ -228,7 +228,7 @@ def test_the_paired_bootstrap() -> None:
 
 def test_its_p_value_is_calibrated() -> None:
     """Of runs that solve as much, one in twenty has p < 0.05. With resamples of 100 out of 40 it would be three."""
-    from tsdkd.compare.numbers import paired_bootstrap
+    from tsdkd.evaluation.scores import paired_bootstrap
 
     rng = np.random.default_rng(0)
     found = np.mean([paired_bootstrap(rng.normal(size=40), rng.normal(size=40)) < 0.05 for _ in range(300)])

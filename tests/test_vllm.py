@@ -1,5 +1,6 @@
 """Rollouts on a real vLLM engine: they are samples of the student's weights, or the run stops."""
 
+import json
 import os
 from importlib import resources
 from pathlib import Path
@@ -82,6 +83,17 @@ def test_the_engine_samples_from_the_students_weights(family, saved_model, tmp_p
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)), alpha=0.2)
     assert sampler.update("trained")
     assert draw() != first
+
+
+def test_evaluation_is_that_of_transformers(tmp_path):
+    """In float32 an engine's greedy responses are the model's."""
+    for backend, extra in (("hf", ""), ("vllm", ",max_model_len=128")):
+        command = ["eval", "tsdkd://demo/student", "--suite", "demo", "--benchmarks", "demo_greedy", "--limit", "16"]
+        command += ["--backend", backend, "--model_args", f"dtype=float32{extra}"]
+        assert main([*command, "--output_dir", str(tmp_path / backend)]) == 0
+    found = [tmp_path / backend / "student/demo_greedy.jsonl" for backend in ("hf", "vllm")]
+    hf, vllm = ([json.loads(line)["responses"][0].strip() for line in path.read_text().splitlines()] for path in found)
+    assert len(hf) == 16 and hf == vllm
 
 
 @pytest.mark.parametrize("method", ["tsd-kd", "eopd"])

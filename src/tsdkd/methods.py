@@ -129,7 +129,7 @@ class SeqKDConfig(_TSDKDTables):
     completions = "the data set's"
     objective = SeqKDObjective
     paper = "Kim and Rush 2016, arXiv 1606.07947"
-    refused = {**_OFF_POLICY, "teacher_placement": "the teacher isn't loaded"}
+    refused = {**_OFF_POLICY, **dict.fromkeys(("teacher_placement", "record_steps"), "the teacher isn't loaded")}
 
     lmbda: float = option(0.0, "The method never generates.")
 
@@ -287,7 +287,10 @@ class GRPOConfig(TokenSelectiveConfig):
         "max_length": "TRL's trainer bounds completions only; set max_new_tokens",
         "chat_template_source": "there is no teacher whose template could be taken",
         **dict.fromkeys(("fused_head", "head_chunk_gib", "log_term_gradients"), "TRL's trainer computes the loss"),
-        **dict.fromkeys(("max_nonfinite_steps", "vllm_request_timeout", "vllm_check_every"), "TRL's trainer has none"),
+        **dict.fromkeys(
+            ("record_steps", "max_nonfinite_steps", "vllm_request_timeout", "vllm_check_every"),
+            "TRL's trainer has none",
+        ),
         **dict.fromkeys(
             ("teacher_model_name_or_path", "teacher_model_init_kwargs", "teacher_placement"), "there is no teacher"
         ),

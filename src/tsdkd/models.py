@@ -123,8 +123,11 @@ def load_frozen(name: str, args: TokenSelectiveConfig, field: str = "teacher_mod
 def revision_of(name: str, config: PretrainedConfig) -> str:
     """The commit of a model from the hub; of a local one a digest of its weight files' names, sizes and times."""
     folder = Path(name)
-    if not folder.is_dir():
-        return str(getattr(config, "_commit_hash", None))
+    return digest_of(folder) if folder.is_dir() else str(getattr(config, "_commit_hash", None))
+
+
+def digest_of(folder: Path) -> str:
+    """Of a local model's weight files: their names, sizes and times."""
     files = sorted(path for pattern in ("*.safetensors", "*.bin") for path in folder.glob(pattern))
     facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return "local-" + hashlib.sha256(repr(facts).encode()).hexdigest()[:12]

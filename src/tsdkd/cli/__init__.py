@@ -14,6 +14,7 @@ _COMMANDS = {
     "train": "distil a student: tsdkd train --config FILE [--key value ...]",
     "compare": "run a comparison of methods, with a table, a plot and a test",
     "generate": "write completions of the teacher or the student to a file, for off-policy runs",
+    "eval": "measure models on the papers' benchmarks: a table with intervals and tests",
     "demo": "watch a tiny student learn from a tiny teacher, on a CPU, in minutes",
     "reproduce": "the papers' small experiments, with the papers' numbers beside",
     "plan": "estimate the memory on each GPU, and which placement fits",

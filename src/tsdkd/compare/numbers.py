@@ -1,4 +1,4 @@
-"""What can be said of a comparison's results: intervals over seeds, and a paired bootstrap over problems."""
+"""What can be said of a comparison's results over seeds."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,8 +6,6 @@ from typing import Any
 
 import numpy as np
 from scipy import stats
-
-RESAMPLES = 10_000
 
 
 @dataclass
@@ -45,21 +43,3 @@ def _half_interval(values: Sequence[float]) -> float:
     if len(values) < 2:
         return float("nan")
     return float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
-
-
-def paired_bootstrap(ours: np.ndarray, theirs: np.ndarray, size: int | None = None, seed: int = 0) -> float:
-    """How sure it is that one run solves more than another, on the same problems.
-
-    Args:
-        ours, theirs: `[problems]`, what each run makes of each problem.
-        size: problems in a resample; by default as many as there are, which makes the result a one-sided p-value. With
-            fewer it says how often a test set of that size would show the opposite.
-        seed: of the resampling.
-
-    Returns:
-        The share of 10,000 resamples in which `ours` hasn't the larger mean; ties count half.
-    """
-    difference = np.asarray(ours, dtype=float) - np.asarray(theirs, dtype=float)
-    chosen = np.random.default_rng(seed).integers(len(difference), size=(RESAMPLES, size or len(difference)))
-    means = difference[chosen].mean(axis=1)
-    return float(((means < 0).sum() + 0.5 * (means == 0).sum()) / RESAMPLES)

@@ -9,7 +9,8 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-from .numbers import RESAMPLES, Summary, paired_bootstrap, summarize
+from ..evaluation.scores import RESAMPLES, paired_bootstrap
+from .numbers import Summary, summarize
 from .plan import REFERENCES, Comparison
 from .task import result_of
 

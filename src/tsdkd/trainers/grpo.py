@@ -19,13 +19,10 @@ from ..resumable import Resumable
 
 def right_answer(completions: list[Any], answer: list[str], **columns: Any) -> list[float]:
     """1 where math-verify finds the completion's answer equal to `answer`, else 0."""
-    from math_verify import parse, verify  # an extra
+    from ..evaluation.grading import same_mathematics  # math-verify is an extra
 
     texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
-    return [
-        float(verify(parse(f"${expected}$"), parse(text)))
-        for text, expected in zip(texts, map(str, answer), strict=True)
-    ]
+    return [float(same_mathematics(text, str(expected))) for text, expected in zip(texts, answer, strict=True)]
 
 
 class GRPOTrainer(Resumable, trl.GRPOTrainer):

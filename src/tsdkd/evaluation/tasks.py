@@ -1,0 +1,186 @@
+"""Benchmarks as tasks of lm-evaluation-harness: its own, with the papers' shots, and some of ours."""
+
+import hashlib
+from collections.abc import Callable
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from lm_eval.api.task import Task
+from lm_eval.tasks import TaskManager
+
+from ..answers import is_correct
+from ..errors import DataError
+from ..sandbox import run_program
+from .grading import boxed_letter_is, same_mathematics
+from .suites import Benchmark
+
+Grade = Callable[[str, dict[str, Any]], bool]
+
+_BOXED = "Please reason step by step, and put your final answer within \\boxed{}."  # EOPD, appendix C
+_SAMPLED = {"do_sample": True, "temperature": 1.0, "top_p": 0.8}
+_NEUTRAL = {"top_k": 0, "repetition_penalty": 1.0}  # or a checkpoint's own generation settings would join in
+_LETTERS = "ABCD"
+
+
+def _mathematics(path: str, split: str, question: str, answer: str) -> dict[str, Any]:
+    def grade(response: str, doc: dict[str, Any]) -> bool:
+        gold = doc[answer]
+        return same_mathematics(response, str(gold[0] if isinstance(gold, list) else gold))
+
+    return {
+        "dataset_path": path,
+        "test_split": split,
+        "doc_to_text": lambda doc: f"{doc[question]}\n{_BOXED}",
+        "grade": grade,
+        "generation_kwargs": _SAMPLED,
+    }
+
+
+def _multiple_choice() -> dict[str, Any]:
+    def choices(doc: dict[str, Any]) -> list[str]:
+        """The right one and the others, in an order that depends on the question alone."""
+        names = ["Correct Answer", *(f"Incorrect Answer {i}" for i in (1, 2, 3))]
+        key = {name: hashlib.sha256(f"{doc['Question']}\0{name}".encode()).digest() for name in names}
+        return sorted(names, key=key.__getitem__)
+
+    def text(doc: dict[str, Any]) -> str:
+        lines = [f"({letter}) {doc[name].strip()}" for letter, name in zip(_LETTERS, choices(doc), strict=True)]
+        return "\n".join([doc["Question"].strip(), *lines, _BOXED])
+
+    return {
+        "dataset_path": "Idavidrein/gpqa",
+        "dataset_name": "gpqa_diamond",
+        "test_split": "train",
+        "doc_to_text": text,
+        "grade": lambda response, doc: boxed_letter_is(response, _LETTERS[choices(doc).index("Correct Answer")]),
+        "generation_kwargs": _SAMPLED,
+    }
+
+
+def _demo(**generation: Any) -> dict[str, Any]:
+    return {
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(resources.files("tsdkd").joinpath("demo/test.jsonl"))}},
+        "test_split": "test",
+        "doc_to_text": lambda doc: doc["prompt"],
+        "grade": lambda response, doc: is_correct(response, str(doc["answer"])),
+        "generation_kwargs": {"max_gen_toks": 64, **generation},
+    }
+
+
+OWN: dict[str, dict[str, Any]] = {
+    "math500": _mathematics("HuggingFaceH4/MATH-500", "test", "problem", "answer"),
+    "amc23": _mathematics("math-ai/amc23", "test", "question", "answer"),
+    "minerva": _mathematics("math-ai/minervamath", "test", "question", "answer"),
+    "olympiadbench": _mathematics("math-ai/olympiadbench", "test", "question", "final_answer"),
+    "aime24": _mathematics("HuggingFaceH4/aime_2024", "train", "problem", "answer"),
+    "aime25": _mathematics("math-ai/aime25", "test", "problem", "answer"),
+    "gpqa_diamond": _multiple_choice(),
+    "demo": _demo(do_sample=True, temperature=1.0),
+    "demo_greedy": _demo(do_sample=False),
+}
+"""Tasks of our own: as the harness's, and `grade`, which takes a response and its item."""
+
+
+def build(benchmark: Benchmark, samples: int, max_new_tokens: int, data_dir: Path | None) -> list[Task]:
+    """The benchmark's tasks, with their data loaded.
+
+    Args:
+        benchmark: of `suites`.
+        samples: completions of each item.
+        max_new_tokens: of each, where they are sampled.
+        data_dir: where `<task>/<split>.jsonl` are read instead of the hub's data sets.
+
+    Raises:
+        DataError: a data set that isn't there.
+    """
+    manager = _index() if benchmark.task not in OWN else TaskManager(include_defaults=False)
+    if benchmark.task in OWN:
+        specs = [_own(benchmark.task, samples, max_new_tokens)]
+    elif benchmark.runs_code:
+        specs = [_in_the_sandbox(manager.task_index[benchmark.task].cfg)]
+    else:
+        specs = [_theirs(name, benchmark, max_new_tokens) for name in leaves(manager, benchmark.task)]
+    if data_dir is not None:
+        specs = [spec | _local(spec["task"], data_dir) for spec in specs]
+    if specs[0]["task"] in manager.task_index:  # a group's members may say in what they differ from the index
+        specs = [{"group": benchmark.name, "task": specs}]
+    try:
+        return list(manager.load(specs)["tasks"].values())
+    except KeyError as error:
+        if data_dir is None:
+            raise
+        raise DataError(
+            f"--data_dir: {benchmark.title} needs a split or column {error} that {data_dir} hasn't"
+        ) from error
+    except (OSError, ConnectionError, ValueError) as error:
+        line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise DataError(f"{benchmark.title}: its data can't be loaded: {line}") from error
+
+
+@cache
+def _index() -> TaskManager:
+    """All of the harness's tasks: thousands of small files."""
+    return TaskManager()
+
+
+def leaves(manager: TaskManager, name: str) -> list[str]:
+    """The harness's tasks of that name: itself, a group's, a tag's."""
+    entry = manager.task_index[name]
+    members = entry.cfg.get("task") if entry.cfg else sorted(entry.tags)
+    if isinstance(members, str):
+        return [name]
+    return [leaf for member in members for leaf in leaves(manager, member)]
+
+
+def _own(name: str, samples: int, max_new_tokens: int) -> dict[str, Any]:
+    config = dict(OWN[name])
+    grade: Grade = config.pop("grade")
+    return config | {
+        "task": name,
+        "output_type": "generate_until",
+        "doc_to_target": "",
+        "num_fewshot": 0,
+        "repeats": samples,
+        "generation_kwargs": {"until": [], "max_gen_toks": max_new_tokens, **_NEUTRAL, **config["generation_kwargs"]},
+        "filter_list": [{"name": "all", "filter": [{"function": "take_first_k", "k": samples}]}],
+        "process_results": lambda doc, results: {"score": [float(grade(text, doc)) for text in results[0]]},
+        "metric_list": [{"metric": "score", "aggregation": len, "higher_is_better": True}],
+    }
+
+
+def _theirs(name: str, benchmark: Benchmark, max_new_tokens: int) -> dict[str, Any]:
+    spec: dict[str, Any] = {"task": name, "num_fewshot": benchmark.shots}
+    if benchmark.sampled:
+        spec["generation_kwargs"] = {"until": ["Question:"], "max_gen_toks": max_new_tokens, **_NEUTRAL, **_SAMPLED}
+    return spec
+
+
+def _in_the_sandbox(config: dict[str, Any]) -> dict[str, Any]:
+    """The harness's task of writing programs, without its way to run them, which is no sandbox."""
+    kept = ("dataset_path", "dataset_name", "test_split", "doc_to_text", "target_delimiter", "generation_kwargs")
+    return {
+        **{key: config[key] for key in kept},
+        "task": "mbpp_sandboxed",
+        "output_type": "generate_until",
+        "doc_to_target": "",
+        "num_fewshot": 0,
+        "process_results": lambda doc, results: {"pass_at_1": float(_passes(results[0], doc))},
+        "metric_list": [{"metric": "pass_at_1", "aggregation": "mean", "higher_is_better": True}],
+    }
+
+
+def _passes(response: str, doc: dict[str, Any]) -> bool:
+    program = response.removeprefix("```python").rpartition("```")[0] or response
+    setup = doc.get("test_setup_code") or ""
+    return run_program("\n".join([setup, program, *doc["test_list"]])).passed
+
+
+def _local(task: str, data_dir: Path) -> dict[str, Any]:
+    folder = data_dir / task
+    files = {path.stem: str(path) for path in sorted(folder.glob("*.jsonl"))}
+    if not files:
+        raise DataError(f"--data_dir: no {folder}/<split>.jsonl")
+    return {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": files}}

@@ -1,0 +1,385 @@
+"""`tsdkd eval`: benchmarks from local data, grades, tables, resumption. No network, no model of any size."""
+
+import json
+import math
+import os
+import random
+import shutil
+from collections.abc import Callable
+from importlib import resources
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tsdkd.cli import main
+
+pytest.importorskip("lm_eval")
+
+from lm_eval.api.model import LM
+from lm_eval.tasks import TaskManager
+
+from tsdkd.evaluation import harness
+from tsdkd.evaluation.grading import same_mathematics
+from tsdkd.evaluation.scores import interval, pass_at_k
+from tsdkd.evaluation.suites import SUITES
+from tsdkd.evaluation.tasks import OWN, build, leaves
+
+BENCHMARKS = {benchmark.name: benchmark for suite in SUITES.values() for benchmark in suite.benchmarks}
+
+
+@pytest.fixture(scope="module")
+def manager() -> TaskManager:
+    return TaskManager()
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_every_task_is_in_the_installed_harness(name: str, manager: TaskManager) -> None:
+    """With the paper's shots; groups down to their tasks."""
+    benchmark = BENCHMARKS[name]
+    if benchmark.task in OWN:
+        return
+    counts = {"mmlu_stem": 19, "bbh": 27, "musr": 3, "math": 7, "mmlu_pro": 14}
+    assert len(leaves(manager, benchmark.task)) == counts.get(name, 1)
+
+
+# Data of our own, in each benchmark's format, and what a model that is right would say -------------------------------
+
+Rows = dict[str, list[dict[str, Any]]]
+
+
+def gsm(n: int) -> dict[str, Any]:
+    return {"question": f"{n} and {n} are?", "answer": f"Add them. #### {2 * n}", "solution": f"Add. #### {2 * n}"}
+
+
+def competition(n: int) -> dict[str, Any]:
+    return {
+        "problem": f"What is {n} + 1?",
+        "solution": rf"It is $\boxed{{{n + 1}}}$.",
+        "level": "1",
+        "type": "Algebra",
+    }
+
+
+def choice(n: int) -> dict[str, Any]:
+    return {"question": f"{n} + 1?", "choices": ["0", str(n + 1), "x", "y"], "answer": 1, "subject": "s"}
+
+
+def many_choices(n: int, category: str) -> dict[str, Any]:
+    row = {
+        "question": f"{n} + 1?",
+        "options": ["0", str(n + 1), "7", "8", "9", "10"],
+        "answer": "B",
+        "answer_index": 1,
+    }
+    return row | {
+        "cot_content": "A: Let's think step by step. The answer is (B).",
+        "category": category,
+        "src": "ours",
+    }
+
+
+def science(n: int) -> dict[str, Any]:
+    row = {"question": f"What is {n}?", "correct_answer": f"number {n}", "support": "Numbers are numbers."}
+    return row | {f"distractor{i}": f"thing {i}" for i in (1, 2, 3)}
+
+
+def mystery(n: int) -> dict[str, Any]:
+    row = {"narrative": "There was one who did it.", "question": "Who?", "choices": str(["Ann", "Bob"])}
+    return row | {"answer_index": n % 2, "answer_choice": ["Ann", "Bob"][n % 2]}
+
+
+def instruction(n: int) -> dict[str, Any]:
+    return {
+        "key": n,
+        "prompt": "Answer without a comma.",
+        "instruction_id_list": ["punctuation:no_comma"],
+        "kwargs": [{}],
+    }
+
+
+def programming(n: int) -> dict[str, Any]:
+    tests = [f"assert add({i}, {n}) == {i + n}" for i in range(3)]
+    return {"task_id": n, "text": "Add two numbers.", "code": "", "test_list": tests, "test_setup_code": ""}
+
+
+def graduate(n: int) -> dict[str, Any]:
+    wrong = {f"Incorrect Answer {i}": f"{n + 1 + i}" for i in (1, 2, 3)}
+    return {"Question": f"What is {n} + 1?", "Correct Answer": f"{n + 1}", **wrong}
+
+
+def written(folder: Path, task: str, splits: Rows) -> None:
+    for split, rows in splits.items():
+        path = folder / task / f"{split}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def some(make: Callable[[int], dict[str, Any]], count: int = 8, start: int = 0) -> list[dict[str, Any]]:
+    return [make(start + n) for n in range(count)]
+
+
+def fields(question: str, answer: str) -> Callable[[int], dict[str, Any]]:
+    return lambda n: {question: f"What is {n} + 1?", answer: [str(n + 1)] if answer == "final_answer" else str(n + 1)}
+
+
+@pytest.fixture(scope="module")
+def data(manager: TaskManager, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for `--data_dir` with all benchmarks."""
+    folder = tmp_path_factory.mktemp("benchmarks")
+    written(folder, "gsm8k", {"train": some(gsm, start=10), "test": some(gsm)})
+    written(folder, "gsm_plus", {"test": some(gsm)})
+    for task in leaves(manager, "minerva_math"):
+        written(folder, task, {"train": some(competition, 2, 20), "test": some(competition, 2)})
+    for task in leaves(manager, "mmlu_stem"):
+        written(folder, task, {"dev": some(choice, 5, 10), "test": some(choice, 1)})
+    for task in leaves(manager, "mmlu_pro"):
+        category = task.removeprefix("mmlu_pro_").replace("_", " ")
+        rows = [many_choices(n, category) for n in range(6)]
+        written(folder, task, {"validation": rows, "test": rows[:2]})
+    for task in leaves(manager, "bbh_cot_fewshot"):
+        written(folder, task, {"test": [{"input": "Is it so?", "target": "yes"}]})
+    for task in leaves(manager, "leaderboard_musr"):
+        written(folder, task, {task.removeprefix("leaderboard_musr_"): some(mystery, 2)})
+    written(folder, "sciq", {"train": some(science, 2), "validation": some(science, 2), "test": some(science)})
+    written(folder, "ifeval", {"train": some(instruction, 4)})
+    written(folder, "mbpp_sandboxed", {"test": some(programming, 4)})
+    written(folder, "gpqa_diamond", {"train": some(graduate)})
+    for name, split, question, answer in [
+        ("math500", "test", "problem", "answer"),
+        ("amc23", "test", "question", "answer"),
+        ("minerva", "test", "question", "answer"),
+        ("olympiadbench", "test", "question", "final_answer"),
+        ("aime24", "train", "problem", "answer"),
+        ("aime25", "test", "problem", "answer"),
+    ]:
+        written(folder, name, {split: some(fields(question, answer))})
+    return folder
+
+
+class Oracle(LM):
+    """Says what it is told to, about each item; finds the options likelier that it is told to."""
+
+    tokenizer_name = "oracle"
+
+    def __init__(self, says: Callable[[dict[str, Any]], str], prefers: Callable[[dict[str, Any], str], bool]) -> None:
+        super().__init__()
+        self.says, self.prefers = says, prefers
+        self.prompts: list[str] = []
+
+    def generate_until(self, requests: Any) -> list[str]:
+        self.prompts += [request.args[0] for request in requests]
+        return [self.says(request.doc) for request in requests]
+
+    def loglikelihood(self, requests: Any) -> list[tuple[float, bool]]:
+        self.prompts += [request.args[0] for request in requests]
+        return [(0.0 if self.prefers(r.doc, r.args[1].strip()) else -9.0, True) for r in requests]
+
+    def loglikelihood_rolling(self, requests: Any) -> list[float]:
+        raise NotImplementedError
+
+
+def letter_of(doc: dict[str, Any], prompt: str) -> str:
+    line = next(line for line in prompt.splitlines() if line.endswith(f") {doc['Correct Answer']}"))
+    return line[1]
+
+
+ADD = "def add(a, b):\n    return a + b\n"
+# benchmark -> what a model that is right says, or prefers
+RIGHT: dict[str, Any] = {
+    "gsm8k": lambda doc: f" So. {doc['answer'].partition('. ')[2]}",
+    "gsm_plus": lambda doc: f" So. {doc['solution'].partition('. ')[2]}",
+    "math": lambda doc: f" Final Answer: The final answer is ${doc['answer']}$. I hope it is correct.",
+    "mbpp": lambda doc: ADD,
+    "ifeval": lambda doc: "Yes.",
+    "mmlu_stem": lambda doc, option: option == "B",
+    "mmlu_pro_math": lambda doc: " The answer is (B).",
+    "mmlu_pro": lambda doc: " The answer is (B).",
+    "sciq": lambda doc, option: option == doc["correct_answer"],
+    "bbh": lambda doc: " So the answer is yes.",
+    "musr": lambda doc, option: option == doc["answer_choice"],
+    **dict.fromkeys(["math500", "aime24"], lambda doc: rf"\boxed{{{doc['answer']}.0}}"),
+    **dict.fromkeys(["aime25", "amc23", "minerva"], lambda doc: rf"is $\boxed{{{doc['answer']}}}$."),
+    "olympiadbench": lambda doc: rf"\boxed{{{doc['final_answer'][0]}}}",
+    "demo": lambda doc: f"so answer {doc['answer']}",
+    "demo_greedy": lambda doc: f"so answer {doc['answer']}",
+}
+
+
+def asked(name: str, data: Path | None, lm: LM, samples: int = 2) -> list[Any]:
+    benchmark = BENCHMARKS[name]
+    count = samples if benchmark.samples > 1 else 1
+    tasks = build(benchmark, count, 8192, data)
+    return [
+        item for t in tasks for item in harness.ask(lm, t, list(range(min(4, len(t.eval_docs)))), benchmark, False, 0)
+    ]
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_right_and_wrong_answers(name: str, data: Path) -> None:
+    """From local data in the benchmark's format; right is right, wrong is wrong, item by item."""
+    place = None if name.startswith("demo") else data
+    right = RIGHT[name]
+    wrong = {"ifeval": "No, never, no.", "mbpp": "def add(a, b):\n    return None"}.get(
+        name, "I can't say. answer none"
+    )
+    good = asked(name, place, Oracle(right, right))
+    bad = asked(name, place, Oracle(lambda doc: wrong, lambda doc, option: not right(doc, option)))
+    assert good and all(score == 1.0 for item in good for score in item.scores)
+    assert bad and all(score == 0.0 for item in bad for score in item.scores)
+    assert {len(item.scores) for item in good} == {2 if BENCHMARKS[name].samples > 1 else 1}
+
+
+def test_multiple_choice_is_shuffled_and_graded_by_letter(data: Path) -> None:
+    seen: list[str] = []
+
+    class Reader(Oracle):
+        def generate_until(self, requests: Any) -> list[str]:
+            letters = [letter_of(r.doc, r.args[0]) for r in requests]
+            seen.extend(letters)
+            return [rf"Thus \boxed{{{letter}}}" for letter in letters]
+
+    items = asked("gpqa_diamond", data, Reader(str, bool))
+    assert all(score == 1.0 for item in items for score in item.scores)
+    assert len(set(seen)) > 1
+
+
+def test_prompts_are_the_papers(data: Path) -> None:
+    """EOPD's sentence at the end; TSD-KD's shots."""
+    oracle = Oracle(lambda doc: "", lambda doc, option: False)
+    asked("math500", data, oracle)
+    sentence = "Please reason step by step, and put your final answer within \\boxed{}."
+    assert oracle.prompts[0] == f"What is 0 + 1?\n{sentence}"
+    for name, word in [("gsm8k", "Question:"), ("math", "Problem:"), ("mmlu_stem", "Answer:"), ("bbh", "Q:")]:
+        oracle.prompts.clear()
+        asked(name, data, oracle)
+        assert {prompt.count(word) for prompt in oracle.prompts} == {BENCHMARKS[name].shots + 1}, name
+
+
+def test_mathematics_is_compared_by_meaning() -> None:
+    assert same_mathematics(r"so \boxed{\frac{1}{2}}", "0.5")
+    assert same_mathematics(r"\boxed{\left(3, \frac{\pi}{2}\right)}", r"\left( 3, \frac{\pi}{2} \right)")
+    assert same_mathematics(r"first \boxed{3}, no, \boxed{4}", "4") and not same_mathematics(r"\boxed{3}", "4")
+    assert not same_mathematics("", "4")
+
+
+# Numbers -------------------------------------------------------------------------------------------------------------
+
+
+def test_pass_at_k_counts_subsets() -> None:
+    """Against all subsets of k samples, for every number of right ones."""
+    for right in range(7):
+        scores = [1.0] * right + [0.0] * (6 - right)
+        for k in range(1, 7):
+            expected = np.mean([any(subset) for subset in combinations(scores, k)])
+            assert pass_at_k(np.array([scores]), k)[0] == pytest.approx(expected, abs=1e-12)
+    assert pass_at_k(np.array([[1.0] * 3 + [0.0] * 125]), 128)[0] == 1.0
+
+
+def test_intervals_cover_the_mean() -> None:
+    """Of 200 samples of 60 coins about 95 % have the true mean in their interval."""
+    rng = random.Random(0)
+    covered = 0
+    for seed in range(200):
+        low, high = interval(np.array([float(rng.random() < 0.4) for _ in range(60)]), seed)
+        covered += low <= 0.4 <= high
+    assert 0.90 <= covered / 200 <= 0.99
+    assert interval(np.ones(5)) == (1.0, 1.0)
+
+
+# The command ---------------------------------------------------------------------------------------------------------
+
+DEMO = ["tsdkd://demo/student", "teacher=tsdkd://demo/teacher", "--suite", "demo"]
+
+
+def ran(out: Path, *flags: str, models: list[str] = DEMO) -> int:
+    return main(["eval", *models, "--output_dir", str(out), "--limit", "12", "--samples", "2", *flags])
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_two_models_in_one_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And nothing is asked twice: a second call adds what the first one lacks, to the same result."""
+    out = tmp_path / "out"
+    assert ran(out, "--batch_size", "16") == 0
+    table = (out / "results-demo.md").read_text()
+    assert table in capsys.readouterr().out
+    assert "| student |" in table and "against student" in table and "demo pass@2" in table
+    results = json.loads((out / "results-demo.json").read_text())["results"]
+    teacher = {e["metric"]: e for e in results if e["model"] == "teacher" and e["benchmark"] == "demo"}
+    student = {e["metric"]: e for e in results if e["model"] == "student" and e["benchmark"] == "demo"}
+    assert teacher["avg@2"]["mean"] > student["avg@2"]["mean"] and teacher["avg@2"]["p"] < 0.05
+    assert teacher["avg@2"]["low"] <= teacher["avg@2"]["mean"] <= teacher["avg@2"]["high"]
+    items = rows(out / "teacher/demo.jsonl")
+    assert teacher["avg@2"]["mean"] == pytest.approx(100 * np.mean([row["scores"] for row in items]))
+
+    file = out / "teacher/demo_greedy.jsonl"
+    whole = file.read_text()
+    lines = whole.splitlines(keepends=True)
+    file.write_text("".join(lines[:7]) + lines[7][:20])  # a kill in the middle of a line
+    assert ran(out, "--batch_size", "16") == 0
+    assert sorted(file.read_text().splitlines()) == sorted(whole.splitlines())
+    assert (out / "results-demo.md").read_text() == table
+
+
+def test_published_rows_are_beside_their_pair(data: Path, tmp_path: Path) -> None:
+    """A run's student belongs to the model that it started from."""
+    from tsdkd.evaluation.table import Measured, markdown
+
+    (tmp_path / "tsdkd_config.yaml").write_text("model_name_or_path: Qwen/Qwen2.5-1.5B-Instruct\n")
+    measured = [Measured("mine", BENCHMARKS[name], np.ones((4, 1))) for name in ("gsm8k", "sciq")]
+    table = markdown(measured, {"mine": str(tmp_path)}, "mine")
+    assert "TSD-KD, Tables 1 and 2" in table and "| TSD-KD | 60.1 | 93.0 |" in table
+    assert "Tables 1 and 2" not in markdown(measured, {"mine": "gpt2"}, "mine")
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        (["--suite", "tsd-kd"], "--allow_code_execution"),
+        (["--benchmarks", "demmo"], "did you mean 'demo'"),
+        (["--baseline", "nobody"], "--baseline: must be one of"),
+        (["--data_dir", "nowhere"], "--data_dir: no such directory"),
+    ],
+)
+def test_bad_input(changes: list[str], found: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One line, exit code 2, before a model is loaded and with nothing written."""
+    assert ran(tmp_path / "out", *changes) == 2
+    error = capsys.readouterr().err
+    assert found in error and len(error.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_models_and_data(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ran(tmp_path / "a", models=["nowhere/at-all", "--suite", "demo"]) == 2
+    assert "nowhere/at-all" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert ran(tmp_path / "b", "--suite", "eopd", "--data_dir", str(tmp_path / "empty")) == 2
+    assert "math500/<split>.jsonl" in capsys.readouterr().err
+    assert ran(tmp_path / "c", models=["a=x", "a=y", "--suite", "demo"]) == 2
+    assert "two are called 'a'" in capsys.readouterr().err
+
+
+def test_a_context_that_is_too_short(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--suite", "eopd", "--benchmarks", "aime24", "--data_dir", str(data)]
+    assert ran(tmp_path, *flags, models=["tsdkd://demo/student"]) == 2
+    assert "the context of student has 128; --max_new_tokens" in capsys.readouterr().err
+    assert ran(tmp_path, *flags, "--max_new_tokens", "8", models=["tsdkd://demo/student"]) == 0
+
+
+def test_items_of_other_settings_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one = ["tsdkd://demo/student", "--suite", "demo", "--benchmarks", "demo"]
+    assert ran(tmp_path, models=one) == 0
+    capsys.readouterr()
+    assert ran(tmp_path, "--seed", "5", models=one) == 2
+    assert "seed was 0, now 5" in capsys.readouterr().err
+    shutil.copytree(resources.files("tsdkd") / "demo/student", tmp_path / "copy")
+    assert ran(tmp_path / "out", models=["a=" + str(tmp_path / "copy"), *one[1:]]) == 0
+    os.utime(tmp_path / "copy/model.safetensors", (0, 0))  # other weights
+    assert ran(tmp_path / "out", models=["a=" + str(tmp_path / "copy"), *one[1:]]) == 2
+    assert "revision was" in capsys.readouterr().err
+    assert not math.isnan(len(rows(tmp_path / "student/demo.jsonl")))
