@@ -18,7 +18,7 @@ from .checks import check_values, default_of, own_fields
 from .coercion import coerce
 from .errors import ConfigError
 from .objectives import Objective
-from .options import option
+from .options import AT_LEAST_ONE, NOT_NEGATIVE, option
 
 
 @dataclass
@@ -36,6 +36,9 @@ class TokenSelectiveConfig(GKDConfig):
         log_completions: print some completions, as a table, at every logging step.
         log_term_gradients: every how many optimizer steps the gradient norm of each term is logged (on the first
             micro-batch of the step); 0 is never.
+        record_steps: every how many optimizer steps the next rollout is recorded in `<output_dir>/records`, for
+            `tsdkd analyze` and `tsdkd report`: what both models say at each token of some completions; 0 is never.
+        record_completions: how many of them.
         fused_head: compute the loss from hidden states, a chunk of tokens at a time. False: from whole logits, for
             models whose logits are more than a scaled, soft-capped projection.
         head_chunk_gib: GiB for the logits of one chunk; the numbers don't depend on it. By default 0.25 on a CPU and
@@ -86,6 +89,17 @@ class TokenSelectiveConfig(GKDConfig):
     completion_column: str | None = option(None, "Column of the completion, if it is not 'completion'.")
     log_completions: bool = option(False, "Print a table of completions at every logging step.")
     log_term_gradients: int = option(100, "Log each term's gradient norm every so many steps; 0 is never.")
+    record_steps: int = option(
+        0,
+        "Record what both models say at each token of some completions, every so many steps; 0 is never.",
+        NOT_NEGATIVE,
+    )
+    record_completions: int = option(
+        8,
+        "How many completions a record holds.",
+        AT_LEAST_ONE,
+        (lambda v: v["record_steps"] == 0, "record_steps is 0"),
+    )
     fused_head: bool = option(True, "Compute the loss from hidden states, without whole logits.")
     head_chunk_gib: float | None = option(None, "GiB for the logits of one chunk; none: 0.25 on a CPU, 1 on a GPU.")
     teacher_placement: Literal["replica", "zero3", "cpu_offload"] | None = option(

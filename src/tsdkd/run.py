@@ -62,6 +62,7 @@ def train(arguments: RunArguments) -> TokenSelectiveTrainer:
             "--resume true"
         )
     trainer.save_model()
+    trainer.save_state()  # the log, for `tsdkd report` and whoever else looks for it there
     _say(f"saved the student to {arguments.training.output_dir}")
     return trainer
 

@@ -21,7 +21,7 @@ RUN_FILE = "tsdkd_config.yaml"  # the resolved configuration; marks an output di
 _NEW_RUN_FILE = f".{RUN_FILE}.new"
 
 # What may differ when a run goes on: it decides what is reported, kept, and how fast it goes, not what is learnt.
-_FREE_PREFIXES = ("logging_", "log_", "save_", "eval_", "hub_", "push_to_", "ddp_", "vllm_", "resume")
+_FREE_PREFIXES = ("logging_", "log_", "record_", "save_", "eval_", "hub_", "push_to_", "ddp_", "vllm_", "resume")
 _FREE = {
     "output_dir",
     "disable_tqdm",

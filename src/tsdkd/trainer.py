@@ -37,6 +37,7 @@ from .objectives import Answers, Objective, ObjectiveOutput, Responses
 from .options import plain
 from .preemption import Preemption
 from .proof import check_engine
+from .records import Recorder, Sample
 from .resumable import Resumable
 from .rollout import Completion, Sampler, Sampling, check_vllm, prompt_generator
 from .rollout.hf import HuggingFaceSampler
@@ -122,6 +123,7 @@ class TokenSelectiveTrainer(Resumable, GKDTrainer):
             self.teacher_model = place_teacher(teacher_model, self.accelerator, args)
 
         self.heads = Heads(self.accelerator, args, self.pair.shared_vocab_size)
+        self.recorder = Recorder(self.heads, args, self.pair.tokenizer.decode)
         self.sampler = self._make_sampler()
         self.guard = FiniteGuard(
             self.accelerator, Path(args.output_dir), args.max_nonfinite_steps, self.pair.tokenizer.decode
@@ -239,6 +241,10 @@ class TokenSelectiveTrainer(Resumable, GKDTrainer):
             return []
         prompts, completions = self._sequences(model, rows, step, mode)
         self.means[mode].add("completions/mean_length", sum(len(c.ids) for c in completions), len(completions))
+        if self.recorder.is_due(step, mode):
+            indices = [int(i) for batch in rows for i in batch["index"]]
+            samples = [Sample(i, p, c.ids) for i, p, c in zip(indices, prompts, completions, strict=True)]
+            self.recorder.record(model, self.teacher_model, samples, step)
 
         batches, position = [], 0
         for batch in rows:

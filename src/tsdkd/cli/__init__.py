@@ -15,6 +15,8 @@ _COMMANDS = {
     "compare": "run a comparison of methods, with a table, a plot and a test",
     "generate": "write completions of the teacher or the student to a file, for off-policy runs",
     "eval": "measure models on the papers' benchmarks: a table with intervals and tests",
+    "report": "one HTML file about a run, or several beside each other",
+    "analyze": "the papers' figures, from recorded runs or any two models",
     "demo": "watch a tiny student learn from a tiny teacher, on a CPU, in minutes",
     "reproduce": "the papers' small experiments, with the papers' numbers beside",
     "plan": "estimate the memory on each GPU, and which placement fits",

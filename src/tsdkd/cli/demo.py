@@ -28,8 +28,11 @@ def main(argv: Sequence[str]) -> int:
     from .. import run  # torch from here on
     from ..demo import show
 
-    if not any(flag.split("=")[0] in ("--output_dir", "--output-dir") for flag in flags):
+    given = {flag.split("=")[0].replace("-", "_") for flag in flags}
+    if "__output_dir" not in given:
         flags += ["--output_dir", str(_free_folder(Path("runs/demo")))]
+    if "__record_steps" not in given:
+        flags += ["--record_steps", "30"]  # the report's tokens
     show.show(run.parse(_CONFIGS[args.method], flags))
     return 0
 

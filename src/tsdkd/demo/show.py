@@ -2,7 +2,9 @@
 
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -42,6 +44,32 @@ def show(arguments: RunArguments) -> None:
         table.add_row(name, *(f"{found.metrics[metric]:.1f}" for metric in _SHOWN))
     table.add_row("gained", *(f"{after.metrics[metric] - before.metrics[metric]:+.1f}" for metric in _SHOWN))
     Console().print(table)
+    _report(arguments, {"before": before, "after": after, "teacher": teacher})
+
+
+def _report(arguments: RunArguments, found: dict[str, Evaluation]) -> None:
+    """The evaluation's files and the run's report, both in its folder."""
+    try:
+        from ..evaluation import table
+        from ..evaluation.suites import SUITES
+        from ..report.page import write_report
+    except ImportError as error:
+        print(f"no report: it needs {error.name}; pip install 'tsdkd[report]'")
+        return
+    folder = Path(str(arguments.training.output_dir))
+    models = {
+        "before": str(arguments.model.model_name_or_path),
+        "after": str(folder),
+        "teacher": str(arguments.training.teacher_model_name_or_path),
+    }
+    greedy, sampled = SUITES["demo"].benchmarks
+    measured = []
+    for name, of in found.items():
+        samples = np.arange(of.samples) < np.array(of.right)[:, None]  # which of them are right doesn't matter
+        measured.append(table.Measured(name, greedy, np.array(of.greedy, dtype=float)[:, None]))
+        measured.append(table.Measured(name, sampled, samples.astype(float)))
+    table.write(measured, models, "before", folder / "eval", "demo")
+    print(f"report: {write_report([folder], folder / 'report.html')}")
 
 
 def measure_saved(folder: str, rows: list[dict[str, str]]) -> Evaluation:

@@ -1,0 +1,215 @@
+"""The papers' figures: what each shows, in numbers, and how it is drawn."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from ..records import MASSES
+from .load import Record
+
+SURE, UNSURE = 0.8, 1.0  # nats: EOPD's trigger, and what its Sec. 3.1 calls high
+BINS = np.linspace(0.0, 4.0, 41)
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito's
+TEACHER = "#000000"
+
+Runs = dict[str, list[Record]]
+Numbers = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """A figure.
+
+    Attributes:
+        name: of its file.
+        title: what it shows.
+        source: the paper's figure.
+        numbers: of runs -> what is drawn, for JSON.
+        draw: the numbers on an axis.
+    """
+
+    name: str
+    title: str
+    source: str
+    numbers: Callable[[Runs], Numbers]
+    draw: Callable[[Axes, Numbers], None]
+
+
+def figure_of(analysis: Analysis, numbers: Numbers) -> Figure:
+    """Drawn, for the caller to save and close."""
+    figure, axis = plt.subplots(figsize=(6.4, 3.4), layout="constrained")
+    analysis.draw(axis, numbers)
+    axis.spines[["top", "right"]].set_visible(False)
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(frameon=False, fontsize="small")
+    return figure
+
+
+# What is counted -----------------------------------------------------------------------------------------------------
+
+
+def _by_position(runs: Runs) -> Numbers:
+    """Mean entropies at each twentieth of a response."""
+
+    def means(record: Record, name: str) -> list[float]:
+        place = record.columns["position"] / record.lengths[record.columns["sample"]]
+        bins = np.minimum((place * 20).astype(int), 19)
+        sums, counts = np.bincount(bins, record.columns[name], 20), np.bincount(bins, minlength=20)
+        return (sums / np.maximum(counts, 1)).tolist()
+
+    return {
+        run: {who: means(records[-1], f"{who}_entropy") for who in ("student", "teacher")}
+        for run, records in runs.items()
+    }
+
+
+def _histogram(runs: Runs) -> Numbers:
+    def shares(values: np.ndarray) -> Numbers:
+        counts, _ = np.histogram(np.minimum(values, BINS[-1] - 1e-6), BINS)
+        return {"share": (counts / max(len(values), 1)).tolist(), "above": float((values >= UNSURE).mean())}
+
+    return {
+        run: {who: shares(records[-1].columns[f"{who}_entropy"]) for who in ("student", "teacher")}
+        for run, records in runs.items()
+    }
+
+
+def _over_steps(value: Callable[[Record], float | None]) -> Callable[[Runs], Numbers]:
+    def numbers(runs: Runs) -> Numbers:
+        return {
+            run: {"step": [r.step for r in records], "value": [value(r) for r in records]}
+            for run, records in runs.items()
+        }
+
+    return numbers
+
+
+def _uncertain_forward_kl(record: Record) -> float | None:
+    chosen = record.columns["forward_kl"][record.columns["teacher_entropy"] > SURE]
+    return float(chosen.mean()) if len(chosen) else None
+
+
+def _masses(runs: Runs) -> Numbers:
+    means = {
+        run: np.mean([r.columns["teacher_mass"].mean(axis=0) for r in records], axis=0).tolist()
+        for run, records in runs.items()
+    }
+    # an id of 8 bytes and a log-probability of 4 for each of k tokens, as torch gives them
+    return {"k": list(MASSES), "bytes": [12 * k for k in MASSES], "mass": means}
+
+
+def _openers(runs: Runs) -> Numbers:
+    def lengths(record: Record) -> list[int]:
+        return np.bincount(record.columns["sample"][record.opener], minlength=len(record.samples)).tolist()
+
+    return {run: {"length": lengths(records[-1]), "of": records[-1].lengths.tolist()} for run, records in runs.items()}
+
+
+def _gates(runs: Runs) -> Numbers:
+    bins = np.linspace(0.0, 1.0, 41)
+    return {run: (np.histogram(r[-1].gate, bins)[0] / len(r[-1].gate)).tolist() for run, r in runs.items()}
+
+
+# How it is drawn -----------------------------------------------------------------------------------------------------
+
+
+def _draw_by_position(axis: Axes, numbers: Numbers) -> None:
+    places = np.arange(20) * 5 + 2.5
+    for (run, found), color in zip(numbers.items(), _cycle(), strict=False):
+        axis.plot(places, found["student"], color=color, label=f"{run}: student")
+        axis.plot(places, found["teacher"], color=color, ls=":", label=f"{run}: teacher")
+    axis.set(xlabel="position in the response, %", ylabel="mean entropy, nats")
+
+
+def _draw_histogram(axis: Axes, numbers: Numbers) -> None:
+    for i, ((run, found), color) in enumerate(zip(numbers.items(), _cycle(), strict=False)):
+        above = f"{100 * found['student']['above']:.1f} % at {UNSURE} nat or more"
+        axis.stairs(found["student"]["share"], BINS, color=color, label=f"{run}: student, {above}")
+        if i == 0:
+            above = f"{100 * found['teacher']['above']:.1f} %"
+            axis.stairs(found["teacher"]["share"], BINS, color=TEACHER, ls=":", label=f"teacher, {above}")
+    axis.set(xlabel="entropy of a token, nats", ylabel="share of tokens", yscale="log")
+
+
+def _draw_over_steps(label: str) -> Callable[[Axes, Numbers], None]:
+    def draw(axis: Axes, numbers: Numbers) -> None:
+        for (run, found), color in zip(numbers.items(), _cycle(), strict=False):
+            axis.plot(found["step"], np.array(found["value"], dtype=float), ".-", color=color, label=run)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.set(xlabel="optimizer step", ylabel=label)
+
+    return draw
+
+
+def _draw_masses(axis: Axes, numbers: Numbers) -> None:
+    for (run, mass), color in zip(numbers["mass"].items(), _cycle(), strict=False):
+        axis.plot(numbers["bytes"], mass, "o-", color=color, label=run)
+    for k, size in zip(numbers["k"], numbers["bytes"], strict=True):
+        lowest = min(m[numbers["k"].index(k)] for m in numbers["mass"].values())
+        axis.annotate(
+            f"k = {k}", (size, lowest), (0, -7), textcoords="offset points", fontsize=7, ha="center", va="top"
+        )
+    axis.margins(y=0.15)
+    axis.set(xlabel="bytes a token", ylabel="the teacher's probability in its top k", xscale="log")
+
+
+def _draw_openers(axis: Axes, numbers: Numbers) -> None:
+    for (run, found), color in zip(numbers.items(), _cycle(), strict=False):
+        shares = 100 * np.array(found["length"]) / np.maximum(found["of"], 1)
+        axis.hist(
+            shares, bins=20, range=(0, 100), histtype="step", color=color, label=f"{run}: {np.mean(shares):.1f} %"
+        )
+    axis.set(xlabel="the opener's share of a response's tokens, %", ylabel="responses")
+
+
+def _draw_gates(axis: Axes, numbers: Numbers) -> None:
+    for (run, shares), color in zip(numbers.items(), _cycle(), strict=False):
+        axis.stairs(shares, np.linspace(0.0, 1.0, 41), color=color, label=run)
+    axis.set(xlabel="gate of a token", ylabel="share of tokens")
+
+
+def _cycle() -> Sequence[str]:
+    return COLORS * 4
+
+
+ANALYSES = (
+    Analysis("entropy_by_position", "Token entropy by position", "TSD-KD, Figure 1", _by_position, _draw_by_position),
+    Analysis(
+        "entropy_histogram", "Token entropies of student and teacher", "EOPD, Figure 3", _histogram, _draw_histogram
+    ),
+    Analysis(
+        "policy_entropy",
+        "The student's mean entropy over training",
+        "EOPD, Figure 4",
+        _over_steps(lambda r: float(r.columns["student_entropy"].mean())),
+        _draw_over_steps("mean entropy, nats"),
+    ),
+    Analysis(
+        "uncertain_forward_kl",
+        f"Forward KL where the teacher's entropy is above {SURE} nats",
+        "EOPD, Figures 5 and 11",
+        _over_steps(_uncertain_forward_kl),
+        _draw_over_steps("mean forward KL, nats"),
+    ),
+    Analysis(
+        "uncertain_share",
+        "Share of tokens at which the trigger fires",
+        "EOPD, Figure 9",
+        _over_steps(lambda r: float(r.triggered.mean())),
+        _draw_over_steps("share of tokens"),
+    ),
+    Analysis(
+        "top_k_mass", "What the teacher's top k hold, and what they cost", "EOPD, Figure 10", _masses, _draw_masses
+    ),
+    Analysis("opener_length", "Length of the opener", "TSD-KD, Sec. 3.1", _openers, _draw_openers),
+    Analysis("gate", "The gate's values", "TSD-KD, Eq. 11", _gates, _draw_gates),
+)

@@ -1,0 +1,129 @@
+"""Records of a run, read back, and what a method makes of them."""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+import yaml
+
+from ..errors import DataError
+from ..records import FOLDER
+from ..run_dir import RUN_FILE
+from ..selection import entropy_gap_gate, opener_mask, top_entropy_mask
+
+
+@dataclass(frozen=True)
+class Options:
+    """What decides which tokens a method looks at; TSD-KD's and EOPD's defaults where a run has none."""
+
+    opener_ratio: float = 0.1
+    entropy_ratio: float = 0.1
+    gate_temperature: float = 1.0
+    entropy_threshold: float = 0.8
+
+
+@dataclass
+class Record:
+    """One recorded step.
+
+    Attributes:
+        step: optimizer steps done.
+        columns: name -> `[N]` or `[N, K]`, as `tsdkd.records.describe` makes them, and `sample` and `position`.
+        samples: of each completion its row's `index` and its `prompt`'s ids.
+        texts: id -> text.
+        options: of the run.
+    """
+
+    step: int
+    columns: dict[str, np.ndarray]
+    samples: list[dict[str, Any]]
+    texts: dict[int, str]
+    options: Options
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """`[samples]`, tokens."""
+        return np.bincount(self.columns["sample"], minlength=len(self.samples))
+
+    @cached_property
+    def gate(self) -> np.ndarray:
+        """`[N]`, TSD-KD's Eq. 11."""
+        ours, theirs = (torch.from_numpy(self.columns[name]) for name in ("student_entropy", "teacher_entropy"))
+        return entropy_gap_gate(ours, theirs, self.options.gate_temperature).numpy()
+
+    @cached_property
+    def opener(self) -> np.ndarray:
+        """`[N]` bool, TSD-KD's Sec. 3.1."""
+        entropy, mask = self._by_sample()
+        return opener_mask(entropy, mask, self.options.opener_ratio)[mask].numpy()
+
+    @cached_property
+    def uncertain(self) -> np.ndarray:
+        """`[N]` bool, whose entropy L_EM minimises (TSD-KD Eq. 12)."""
+        entropy, mask = self._by_sample()
+        return top_entropy_mask(entropy, mask, self.options.entropy_ratio)[mask].numpy()
+
+    @cached_property
+    def triggered(self) -> np.ndarray:
+        """`[N]` bool, where EOPD adds forward KL (Eq. 9)."""
+        return self.columns["teacher_entropy"] > self.options.entropy_threshold
+
+    @cached_property
+    def agreement(self) -> np.ndarray:
+        """`[N]` in [-1, 1], Kendall's tau between the student's order of its candidates and the teacher's."""
+        theirs = self.columns["candidate_teacher_logps"]
+        first, second = np.triu_indices(theirs.shape[1], 1)  # the student's order is theirs to begin with
+        return np.sign(theirs[:, first] - theirs[:, second]).mean(axis=1)
+
+    def _by_sample(self) -> tuple[torch.Tensor, torch.Tensor]:
+        lengths = torch.from_numpy(self.lengths)
+        mask = torch.arange(int(lengths.max())) < lengths.unsqueeze(-1)
+        entropy = torch.zeros(mask.shape).masked_scatter(mask, torch.from_numpy(self.columns["student_entropy"]))
+        return entropy, mask
+
+
+def read(run: Path) -> list[Record]:
+    """All records of a run, by step.
+
+    Raises:
+        DataError: there are none, or one can't be read.
+    """
+    paths = sorted((run / FOLDER).glob("step-*.parquet"))
+    if not paths:
+        raise DataError(
+            f"{run} has no records; training writes them with --record_steps N, and tsdkd analyze --config makes some"
+        )
+    options = _options(run)
+    return [_read(path, options) for path in paths]
+
+
+def _read(path: Path, options: Options) -> Record:
+    try:
+        table = pq.read_table(path)
+        about = json.loads(table.schema.metadata[b"tsdkd"])
+        columns = {name: _numbers(table[name]) for name in table.column_names}
+        texts = {int(i): text for i, text in about["texts"].items()}
+        return Record(about["step"], columns, about["samples"], texts, options)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} isn't a record of tsdkd: {' '.join(str(error).split())[:200]}") from error
+
+
+def _numbers(column: Any) -> np.ndarray:
+    whole = column.combine_chunks()
+    size = getattr(whole.type, "list_size", None)
+    flat = whole.flatten() if size else whole
+    numbers = flat.to_numpy(zero_copy_only=False)
+    numbers = numbers.astype(np.float32) if numbers.dtype == np.float16 else numbers
+    return numbers.reshape(-1, size) if size else numbers.copy()
+
+
+def _options(run: Path) -> Options:
+    path = run / RUN_FILE
+    found = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    names = Options.__dataclass_fields__
+    return Options(**{name: float(found[name]) for name in names if found.get(name) is not None})

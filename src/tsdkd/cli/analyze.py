@@ -1,0 +1,41 @@
+"""`tsdkd analyze`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..errors import ConfigError
+from .arguments import at_least, run_parser
+
+_EPILOG = """examples:
+  tsdkd analyze runs/tsdkd runs/gkd --figures_dir figures         runs that recorded (--record_steps N)
+  tsdkd analyze --config demo.yaml --model_name_or_path runs/demo --output_dir runs/look     any two models
+With --config, the student answers some of the run's prompts, and what both models say at each token is recorded in
+output_dir first."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Parse, and hand over to `tsdkd.analysis`."""
+    about = "The papers' figures, and the numbers in them, from recorded runs or any two models."
+    parser = run_parser("analyze", about, _EPILOG, "RUN_DIR ... | ")
+    parser.add_argument("--figures_dir", type=Path, help="default: figures/ in the first run's directory")
+    parser.add_argument("--num_prompts", type=at_least(1), default=50, help="with --config; default: %(default)s")
+    args, rest = parser.parse_known_args(argv)
+    if not args.config and not rest:
+        raise ConfigError(["name directories of runs, or a configuration with --config"])
+    if not args.config and rest[0].startswith("-"):
+        raise ConfigError([f"{rest[0]}: only with --config"])
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(["analyze needs matplotlib; pip install 'tsdkd[report]'"]) from error
+
+    from .. import run
+    from ..analysis.draw import draw_all
+    from ..analysis.pair import record_pair
+
+    if args.config:
+        folders = [record_pair(run.parse(args.config, [*rest, "--lmbda", "1"]), args.num_prompts)]
+    else:
+        folders = [Path(text) for text in rest]
+    draw_all(folders, args.figures_dir or folders[0] / "figures")
+    return 0

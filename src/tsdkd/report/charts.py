@@ -1,0 +1,82 @@
+"""matplotlib's figures as inline SVG that follows the page's colours."""
+
+import io
+import re
+from collections.abc import Sequence
+
+import matplotlib
+
+matplotlib.use("Agg")
+from markupsafe import Markup
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+from ..analysis import pass_at_k
+from ..analysis.figures import ANALYSES, COLORS, figure_of
+from ..evaluation.table import results_in
+from .gather import Run
+
+_GROUPS = (  # title, how its metrics begin
+    ("Loss", ("loss", "eval_loss")),
+    ("Accuracy", ("eval_accuracy",)),
+    ("Entropy, nats", ("entropy/",)),
+    ("Opener and gate", ("opener/", "gate")),
+    ("Completions", ("completions/",)),
+    ("Gradient norm", ("grad_norm",)),
+    ("Learning rate", ("learning_rate",)),
+    ("Speed", ("speed/",)),
+)
+_MOST_POINTS = 400
+
+
+def curves(runs: Sequence[Run]) -> list[tuple[str, Markup]]:
+    """Every logged metric: its name and its chart, with a line a run."""
+    names = dict.fromkeys(name for run in runs for name in run.curves)
+    ordered = [name for _, starts in _GROUPS for name in names if name.startswith(starts)]
+    charts = []
+    for name in dict.fromkeys(ordered):
+        if any(len(run.curves.get(name, [])) > 1 for run in runs):
+            charts.append((name, _curve(name, runs)))
+    return charts
+
+
+def analyses(runs: Sequence[Run]) -> list[tuple[str, str, Markup]]:
+    """The papers' figures of the runs that recorded or were evaluated: title, source, chart."""
+    recorded = {run.name: run.records for run in runs if run.records}
+    found = [(a.title, a.source, svg(figure_of(a, a.numbers(recorded)), a.title)) for a in ANALYSES if recorded]
+    files = {f"{run.name}/{name}": path for run in runs for name, path in results_in(run.folder).items()}
+    if curves := pass_at_k.read_curves(files):
+        title = pass_at_k.TITLE
+        found.append((title, pass_at_k.SOURCE, svg(pass_at_k.figure_of(curves), title)))
+    return found
+
+
+def _curve(name: str, runs: Sequence[Run]) -> Markup:
+    figure, axis = plt.subplots(figsize=(4.6, 2.4), layout="constrained")
+    for run, color in zip(runs, COLORS * 4, strict=False):
+        points = run.curves.get(name, [])
+        points = points[:: max(1, len(points) // _MOST_POINTS)]
+        axis.plot(*zip(*points, strict=True), color=color, lw=1.2, label=run.name) if points else None
+    axis.set_xlabel("step")
+    axis.spines[["top", "right"]].set_visible(False)
+    if len(runs) > 1:
+        axis.legend(frameon=False, fontsize="small")
+    return svg(figure, name)
+
+
+def svg(figure: Figure, label: str) -> Markup:
+    """Without a background, its text as text, black in the page's own colour."""
+    buffer = io.StringIO()
+    with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": label, "font.family": "sans-serif"}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    plt.close(figure)
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"#000000|(?<=[:\s])black", "currentColor", text)
+    text = re.sub(r'id="([^"]+)"', lambda m: f'id="{_slug(label)}-{m[1]}"', text)
+    text = re.sub(r"(#)((?:[mpC]|clip|image)\w+)(?=[\"')])", lambda m: f"#{_slug(label)}-{m[2]}", text)
+    return Markup(text.replace("<svg ", f'<svg role="img" aria-label="{Markup.escape(label)}" ', 1))
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"\W+", "-", text)

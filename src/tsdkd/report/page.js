@@ -1,0 +1,169 @@
+"use strict";
+// The token view. Completions are a model's: their text only ever becomes textContent.
+(async () => {
+  const runs = JSON.parse(document.getElementById("data").textContent);
+  const at = (id) => document.getElementById(id);
+  const view = { run: Object.keys(runs)[0], record: 0, sample: 0, token: 0, quantity: "student_entropy" };
+  const cache = new Map();
+
+  async function numbers(column) {
+    const bytes = Uint8Array.from(atob(column.data), (c) => c.charCodeAt(0));
+    const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+    const buffer = await new Response(stream).arrayBuffer();
+    return new { 1: Uint8Array, 2: Uint16Array, 4: Uint32Array }[column.size](buffer);
+  }
+
+  async function columns() {
+    const key = `${view.run}/${view.record}`;
+    if (!cache.has(key)) {
+      const packed = Object.entries(record().columns);
+      cache.set(key, Object.fromEntries(await Promise.all(packed.map(async ([k, v]) => [k, await numbers(v)]))));
+    }
+    return cache.get(key);
+  }
+
+  const run = () => runs[view.run];
+  const record = () => run().records[view.record];
+  const start = () => record().lengths.slice(0, view.sample).reduce((a, b) => a + b, 0);
+  const value = (data, name, i) => {
+    const [low, high] = record().ranges[name];
+    return low + (data[name][i] / 65535) * (high - low);
+  };
+  const isFlag = (name) => ["opener", "uncertain", "triggered"].includes(name);
+  const visible = (text) => (text.trim() === "" ? text.replace(/\n/g, "⏎\n").replace(/\t/g, "⇥").replace(/ /g, "␣") : text);
+
+  function range() {
+    if (view.quantity === "agreement") return [-1, 1];
+    if (isFlag(view.quantity) || view.quantity === "gate") return [0, 1];
+    return [0, Math.max(...run().records.map((r) => r.ranges[view.quantity][1]))];
+  }
+
+  function colour(x, [low, high]) {
+    const share = (x - low) / Math.max(high - low, 1e-12);
+    if (low < 0) {
+      const side = share < 0.5 ? "--minus" : "--scale";
+      return `color-mix(in oklab, var(${side}) ${Math.round(200 * Math.abs(share - 0.5))}%, var(--low))`;
+    }
+    return `color-mix(in oklab, var(--scale) ${Math.round(100 * Math.min(1, Math.max(0, share)))}%, var(--low))`;
+  }
+
+  async function draw(focus = false) {
+    view.record = Math.min(view.record, run().records.length - 1);
+    view.sample = Math.min(view.sample, record().lengths.length - 1);
+    view.token = Math.max(0, Math.min(view.token, record().lengths[view.sample] - 1));
+    const data = await columns();
+    const limits = range();
+    at("place").textContent = `${view.sample + 1} of ${record().lengths.length}`;
+    at("step").max = run().records.length - 1;
+    at("step").value = view.record;
+    at("at").textContent = record().step;
+    at("step").setAttribute("aria-valuetext", `step ${record().step}`);
+    at("low").textContent = isFlag(view.quantity) ? "no" : limits[0].toFixed(1);
+    at("high").textContent = isFlag(view.quantity) ? "yes" : limits[1].toFixed(1);
+    at("scale").style.setProperty("--from", colour(limits[0], limits));
+    at("scale").style.setProperty("--to", colour(limits[1], limits));
+    at("prompt").textContent = record().prompts[view.sample].map((i) => run().texts[i]).join("");
+    const first = start();
+    at("text").replaceChildren(
+      ...Array.from({ length: record().lengths[view.sample] }, (_, t) => {
+        const span = document.createElement("span");
+        span.textContent = visible(run().texts[data.token[first + t]]);
+        span.style.background = colour(value(data, view.quantity, first + t), limits);
+        span.setAttribute("role", "option");
+        span.tabIndex = -1;
+        span.dataset.token = t;
+        return span;
+      }),
+    );
+    await select(view.token, focus);
+  }
+
+  async function select(token, focus = true) {
+    const spans = at("text").children;
+    if (!spans.length) return at("details").replaceChildren();
+    spans[view.token]?.setAttribute("aria-selected", "false");
+    if (spans[view.token]) spans[view.token].tabIndex = -1;
+    view.token = token;
+    spans[token].setAttribute("aria-selected", "true");
+    spans[token].tabIndex = 0;
+    if (focus) spans[token].focus({ preventScroll: false });
+    await explain();
+  }
+
+  async function explain() {
+    const data = await columns();
+    const i = start() + view.token;
+    const list = document.createElement("dl");
+    for (const { name, title } of run().quantities) {
+      const entry = document.createElement("div");
+      const key = document.createElement("dt");
+      const shown = document.createElement("dd");
+      const x = value(data, name, i);
+      key.textContent = `${title}: `;
+      shown.textContent = isFlag(name) ? (x > 0.5 ? "yes" : "no") : x.toFixed(3);
+      entry.append(key, shown);
+      list.append(entry);
+    }
+    const table = document.createElement("table");
+    const heads = ["student's candidate", "student", "teacher", "teacher's order"];
+    table.append(row("th", heads));
+    const n = record().candidates;
+    for (let c = 0; c < n; c++) {
+      const j = i * n + c;
+      const text = visible(run().texts[data.candidates[j]]);
+      const mark = data.candidates[j] === data.token[i] ? " ←" : "";
+      const percent = (x) => `${((100 * x) / 255).toFixed(1)} %`;
+      table.append(row("td", [text + mark, percent(data.student_share[j]), percent(data.teacher_share[j]), `${data.teacher_rank[j] + 1}.`]));
+    }
+    const title = document.createElement("strong");
+    title.textContent = `Token ${view.token + 1} of ${record().lengths[view.sample]}: ${visible(run().texts[data.token[i]])}`;
+    at("details").replaceChildren(title, list, table);
+  }
+
+  function row(kind, cells) {
+    const line = document.createElement("tr");
+    for (const text of cells) {
+      const cell = document.createElement(kind);
+      cell.textContent = text;
+      line.append(cell);
+    }
+    return line;
+  }
+
+  function turn(by) {
+    const count = record().lengths.length;
+    view.sample = (view.sample + by + count) % count;
+    view.token = 0;
+  }
+
+  at("text").addEventListener("click", (event) => {
+    if (event.target.dataset.token) select(Number(event.target.dataset.token));
+  });
+  at("text").addEventListener("mouseover", (event) => {
+    if (event.target.dataset.token) select(Number(event.target.dataset.token), false);
+  });
+  at("text").addEventListener("keydown", async (event) => {
+    const last = record().lengths[view.sample] - 1;
+    const to = { ArrowRight: view.token + 1, ArrowLeft: view.token - 1, Home: 0, End: last }[event.key];
+    if (to !== undefined) await select(Math.max(0, Math.min(last, to)));
+    else if (event.key === "PageDown" || event.key === "PageUp") {
+      turn(event.key === "PageDown" ? 1 : -1);
+      await draw(true);
+    } else return;
+    event.preventDefault();
+  });
+  at("previous").addEventListener("click", () => (turn(-1), draw()));
+  at("next").addEventListener("click", () => (turn(1), draw()));
+  at("step").addEventListener("input", () => ((view.record = Number(at("step").value)), draw()));
+  at("quantity").addEventListener("change", () => ((view.quantity = at("quantity").value), draw()));
+  at("run")?.addEventListener("change", () => ((view.run = at("run").value), draw()));
+  at("controls").addEventListener("submit", (event) => event.preventDefault());
+  for (const { name, title } of run().quantities) {
+    const option = document.createElement("option");
+    option.value = name;
+    option.textContent = title;
+    at("quantity").append(option);
+  }
+  await draw();
+  document.body.dataset.ready = "true";
+})();

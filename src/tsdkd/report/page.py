@@ -1,0 +1,88 @@
+"""The page: template, style and script, with everything in it."""
+
+from collections.abc import Sequence
+from importlib import resources
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from ..analysis.draw import named
+from ..errors import OutputDirError
+from ..run_dir import make_folder
+from . import charts
+from .gather import Run, gather
+from .tokens import pack
+from .verdict import verdict
+
+
+def write_report(folders: Sequence[Path], output: Path) -> Path:
+    """One HTML file about some runs.
+
+    Raises:
+        DataError: a directory isn't a run's, or something in it can't be read.
+        OutputDirError: the file can't be written.
+    """
+    runs = [gather(name, folder) for name, folder in named(folders).items()]
+    make_folder(output.parent)
+    page = render(runs)
+    try:
+        output.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise OutputDirError(f"--output: {output} can't be written: {error.strerror}") from error
+    return output
+
+
+def render(runs: Sequence[Run]) -> str:
+    """The page. Whatever comes from runs is escaped."""
+    environment = Environment(undefined=StrictUndefined, autoescape=True, trim_blocks=True)
+    template = environment.from_string(_part("page.html.j2"))
+    packed: dict[str, Any] = {run.name: pack(run.records) for run in runs if run.records}
+    return template.render(
+        title=" and ".join(run.name for run in runs),
+        style=Markup(_part("page.css")),
+        script=Markup(_part("page.js")),
+        version=version("tsdkd"),
+        verdicts=[(run, verdict(run)) for run in runs],
+        evaluations=[(f"{run.name}: {name}", _table(text)) for run in runs for name, text in run.evaluations.items()],
+        curves=charts.curves(runs),
+        analyses=charts.analyses(runs),
+        packed=packed,
+        configurations=[(run, yaml.safe_dump(run.config, allow_unicode=True)) for run in runs],
+    )
+
+
+def _part(name: str) -> str:
+    return resources.files("tsdkd").joinpath("report", name).read_text(encoding="utf-8")
+
+
+def _table(markdown: str) -> Markup:
+    """Of the tables that tsdkd writes itself: rows of cells between bars, and paragraphs."""
+    parts: list[Markup] = []
+    lines: list[list[str]] = []
+
+    def close() -> None:
+        if lines:
+            rows = Markup("").join(
+                Markup("<tr>{}</tr>").format(
+                    Markup("").join(Markup("<{0}>{1}</{0}>").format(kind, cell.strip("* ")) for cell in cells)
+                )
+                for kind, cells in zip(["th"] + ["td"] * len(lines), lines, strict=False)
+            )
+            parts.append(Markup("<table>{}</table>").format(rows))
+            lines.clear()
+
+    for line in markdown.splitlines():
+        if line.startswith("|"):
+            cells = line.strip("|").split(" | ")
+            if not set("".join(cells)) <= set("-: |"):
+                lines.append(cells)
+            continue
+        close()
+        if line.strip():
+            parts.append(Markup("<p>{}</p>").format(line))
+    close()
+    return Markup("").join(parts)

@@ -1,0 +1,87 @@
+"""Records for the token view, small enough to lie in a page: columns as numbers of one or two bytes, compressed."""
+
+import base64
+import gzip
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ..analysis.load import Record
+
+_MOST_COMPLETIONS = 50
+
+# name in the page, kind, what it is; of each the smallest and the largest value stand beside its bytes
+QUANTITIES = (
+    ("student_entropy", "Student's entropy, nats"),
+    ("teacher_entropy", "Teacher's entropy, nats"),
+    ("gate", "Gate (TSD-KD Eq. 11)"),
+    ("divergence", "JSD, nats"),
+    ("forward_kl", "Forward KL over the teacher's top 16, nats"),
+    ("agreement", "Agreement of the rankings (Kendall's tau)"),
+    ("opener", "In the opener"),
+    ("uncertain", "In the most uncertain 10 %"),
+    ("triggered", "Forward KL is triggered (EOPD Eq. 9)"),
+)
+
+
+def pack(records: Sequence[Record]) -> dict[str, Any]:
+    """Of one run, for the page's script: as many whole records as have at most 50 completions together."""
+    chosen = thin(records)
+    texts = sorted({i for record in chosen for i in record.texts})
+    place = {token: i for i, token in enumerate(texts)}
+    text_of = {i: text for record in chosen for i, text in record.texts.items()}
+    return {
+        "texts": [text_of[i] for i in texts],
+        "quantities": [{"name": name, "title": title} for name, title in QUANTITIES],
+        "records": [_record(record, place) for record in chosen],
+    }
+
+
+def thin(records: Sequence[Record]) -> list[Record]:
+    """First, last and evenly between."""
+    if not records:
+        return []
+    most = max(1, _MOST_COMPLETIONS // max(len(r.samples) for r in records))
+    if len(records) <= most:
+        return list(records)
+    return [records[round(i * (len(records) - 1) / max(most - 1, 1))] for i in range(most)]
+
+
+def _record(record: Record, place: dict[int, int]) -> dict[str, Any]:
+    columns = record.columns
+    look = np.vectorize(place.__getitem__, otypes=[np.uint32])
+    theirs = columns["candidate_teacher_logps"]
+    parts: dict[str, np.ndarray] = {
+        "token": look(columns["token"]),
+        "candidates": look(columns["candidates"]),
+        "student_share": np.round(255 * np.exp(columns["candidate_logps"])).astype(np.uint8),
+        "teacher_share": np.round(255 * np.exp(theirs)).astype(np.uint8),
+        "teacher_rank": np.argsort(np.argsort(-theirs, axis=1), axis=1).astype(np.uint8),
+    }
+    ranges = {}
+    for name, _ in QUANTITIES:
+        values = np.asarray(getattr(record, name) if hasattr(record, name) else columns[name], dtype=np.float32)
+        low, high = float(values.min()), float(values.max())
+        ranges[name] = [low, high]
+        parts[name] = np.round(65535 * (values - low) / max(high - low, 1e-12)).astype(np.uint16)
+    return {
+        "step": record.step,
+        "lengths": record.lengths.tolist(),
+        "prompts": [[place[i] for i in sample["prompt"]] for sample in record.samples],
+        "candidates": columns["candidates"].shape[1],
+        "ranges": ranges,
+        "columns": {name: _bytes(values) for name, values in parts.items()},
+    }
+
+
+def _bytes(values: np.ndarray) -> dict[str, Any]:
+    """Little-endian; the browser's own decompression reads it."""
+    raw = values.astype(values.dtype.newbyteorder("<")).tobytes()
+    return {"size": values.dtype.itemsize, "data": base64.b64encode(gzip.compress(raw, 9, mtime=0)).decode()}
+
+
+def json_size(packed: dict[str, Any]) -> int:
+    """Bytes in the page."""
+    return len(json.dumps(packed))
