@@ -9,11 +9,14 @@ from torch import Tensor
 
 import reference
 from conftest import QUIET, build_model, build_tokenizer, make_rows
-from tsdkd.methods import EOPDConfig, TSDKDConfig, TSDKDReleasedConfig
+from tsdkd.compare.plan import read_comparison
+from tsdkd.methods import EOPDConfig, KDConfig, TSDKDConfig, TSDKDReleasedConfig
 from tsdkd.objectives import Answers, Responses
 from tsdkd.objectives.eopd import EOPDObjective
 from tsdkd.objectives.tsd_kd import TSDKDObjective
 from tsdkd.objectives.tsd_kd_released import TSDKDReleasedObjective
+from tsdkd.options import plain
+from tsdkd.parsing import parse_run
 from tsdkd.statistics import LogitsHead
 from tsdkd.trainers import TSDKDTrainer
 from tsdkd.trainers.tsd_kd_released import TSDKDReleasedTrainer
@@ -165,3 +168,51 @@ def test_trigger_is_strict(above: bool) -> None:
     objective = EOPDObjective(entropy_threshold=float(entropy) - (1e-9 if above else 0.0))
     output = objective(LogitsHead(student), Responses(torch.ones(1, 1).bool(), torch.tensor([0]), answers=answers))
     assert (float(output.terms["forward_kl"]) != 0) == above
+
+
+# The papers' tables of hyperparameters ------------------------------------------------------------------------------
+
+TSD_KD_TABLE_10 = {"batch": 128, "lr_scheduler_type": "cosine", "temperature": 1.0, "max_length": 1024}
+TSD_KD_TABLE_10 |= {"num_train_epochs": 3, "optim": "adamw", "warmup_steps": 0.1, "alpha": 0.1}
+TSD_KD_TABLE_10 |= {"indirect_top_k": 10, "opener_ratio": 0.1, "entropy_ratio": 0.1}
+EOPD_TABLE_8 = {"learning_rate": 3e-6, "lr_scheduler_type": "cosine", "optim": "adamw", "rollout_batch_size": 128}
+EOPD_TABLE_8 |= {
+    "batch": 32,
+    "temperature": 1.0,
+    "max_new_tokens": 4096,
+    "forward_kl_top_k": 16,
+    "num_train_epochs": 3,
+}
+
+
+@pytest.mark.parametrize(
+    "preset, table",
+    [
+        ("qwen25_14b_to_1p5b.yaml", TSD_KD_TABLE_10 | {"learning_rate": 5e-6}),
+        ("gemma2_9b_to_2b.yaml", TSD_KD_TABLE_10 | {"learning_rate": 1e-7}),
+        ("qwen3_8b_to_1p7b.yaml", TSD_KD_TABLE_10),
+        ("eopd_qwen3_8b_to_0p6b_base.yaml", EOPD_TABLE_8 | {"top_p": 1.0}),
+        ("eopd_qwen3_8b_to_1p7b_base.yaml", EOPD_TABLE_8 | {"top_p": 1.0}),
+        ("eopd_qwen3_8b_to_4b_base.yaml", EOPD_TABLE_8 | {"top_p": 1.0, "num_train_epochs": 2}),  # DAPO
+        ("eopd_llama31_8b_to_llama32_3b.yaml", EOPD_TABLE_8 | {"top_p": 0.8}),
+    ],
+)
+def test_hyperparameters_are_the_papers(preset: str, table: dict[str, Any]) -> None:
+    """TSD-KD's Table 10, EOPD's Table 8, on the 8 GPUs that the presets are written for."""
+    parsed = parse_run(preset, ["--use_cpu", "true", "--bf16", "false"]).training
+    found = {name: getattr(parsed, name) for name in table if name not in ("batch", "optim")}
+    found |= {"batch": 8 * parsed.per_device_train_batch_size * parsed.gradient_accumulation_steps}
+    found |= {"optim": plain(parsed.optim).split("_")[0]}
+    assert {name: plain(value) for name, value in found.items()} == table
+
+
+def test_hyperparameters_of_kd() -> None:
+    """EOPD's Table 7, on 8 GPUs with the 4 rows a step of the presets."""
+    runs = read_comparison("eopd_table2.yaml").runs
+    assert isinstance(runs, dict)
+    values = {key: value for key, value in runs["KD"].items() if key != "method"}
+    config = KDConfig(output_dir="none", use_cpu=True, bf16=False, **values)
+    assert (config.learning_rate, config.cross_entropy_weight, config.forward_kl_weight) == (1e-5, 0.5, 0.5)
+    assert (config.max_length, config.forward_kl_top_k, config.num_train_epochs) == (4096, 16, 3)
+    assert 8 * 4 * config.gradient_accumulation_steps == 128
+    assert plain(config.lr_scheduler_type) == "cosine" and plain(config.optim).startswith("adamw")

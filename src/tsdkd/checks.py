@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from typing import Any
 
-from .options import AT_LEAST_ONE, NOT_NEGATIVE, POSITIVE, POSITIVE_SHARE, SHARE, Check, plain
+from .options import AT_LEAST_ONE, NOT_NEGATIVE, POSITIVE, POSITIVE_SHARE, SHARE, Check, Pointless, plain
 
 # Options of TRL and transformers that would have no effect here, or a wrong one: refused, not ignored.
 UNSUPPORTED = {
@@ -174,13 +174,19 @@ def default_of(cls: type, name: str) -> Any:
     raise KeyError(name)
 
 
-def check_values(cls: Any, values: Mapping[str, Any]) -> list[str]:
-    """All problems of a configuration's values: range, support, contradiction. Values are already of their types."""
+def rules_of(cls: Any) -> tuple[dict[str, Check], dict[str, Pointless]]:
+    """What the options of a configuration must fulfil, and when they have no effect, by name."""
     metadata = {f.name: f.metadata for f in fields(cls)}
     ranges = {n: valid for n, m in metadata.items() if (valid := m.get("valid") or _RANGES.get(n))}
     pointless = {n: test for n, m in metadata.items() if (test := m.get("pointless") or _POINTLESS.get(n))}
+    return ranges, pointless
+
+
+def check_values(cls: Any, values: Mapping[str, Any]) -> list[str]:
+    """All problems of a configuration's values: range, support, contradiction. Values are already of their types."""
+    ranges, pointless = rules_of(cls)
     refused = getattr(cls, "refused", {})
-    changed = sorted(n for n in metadata.keys() & set(values) if values[n] != default_of(cls, n))
+    changed = sorted(f.name for f in fields(cls) if f.name in values and values[f.name] != default_of(cls, f.name))
     problems = []
     for name, (valid, text) in sorted(ranges.items()):
         value = values.get(name)

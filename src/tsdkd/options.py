@@ -7,6 +7,9 @@ from typing import Any
 Check = tuple[Callable[[Any], bool], str]
 """What a value must fulfil, and how to say so."""
 
+Pointless = tuple[Callable[[Mapping[str, Any]], bool], str]
+"""When an option has no effect, of all values of a configuration, and how to say so."""
+
 POSITIVE: Check = (lambda v: v > 0, "must be greater than 0")
 AT_LEAST_ONE: Check = (lambda v: v >= 1, "must be at least 1")
 NOT_NEGATIVE: Check = (lambda v: v >= 0, "must be at least 0")
@@ -19,17 +22,22 @@ def option(
     default: Any,
     help: str,
     valid: Check | None = None,
-    pointless: tuple[Callable[[Mapping[str, Any]], bool], str] | None = None,
+    pointless: Pointless | None = None,
 ) -> Any:
     """A dataclass field.
 
     Args:
-        default: the paper's value, where it gives one.
-        help: one line for `--help_keys`.
+        default: the paper's value, where it gives one; a class makes a new one each time.
+        help: one line for `--help_keys` and docs/configuration.md.
         valid: what its values must fulfil.
-        pointless: when the option has no effect, of all values of a configuration, and how to say so.
+        pointless: when the option has no effect.
     """
-    return field(default=default, metadata={"help": help, "valid": valid, "pointless": pointless})
+    metadata = {"help": help, "valid": valid, "pointless": pointless}
+    return (
+        field(default_factory=default, metadata=metadata)
+        if callable(default)
+        else field(default=default, metadata=metadata)
+    )
 
 
 def plain(value: Any) -> Any:

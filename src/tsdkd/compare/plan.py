@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from importlib import resources
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -42,37 +42,25 @@ class Task:
 
 @dataclass
 class Comparison:
-    """A comparison's file.
+    """A comparison's file; what its keys mean is in their help, and in docs/configuration.md."""
 
-    Args:
-        config: the configuration that all runs share: a file or a shipped name.
-        output_dir: where runs, results, table and plot go.
-        runs: name -> keys of `tsdkd train` in which the run differs; or another comparison, whose runs are taken.
-        seeds: each run is done with each.
-        settings: keys of `tsdkd train` for all runs, over `config`'s.
-        baseline: the run that the others are tested against; by default the first.
-        x: the key that a sweep varies, for the plot.
-        teacher_completions: runs that need completions train on the teacher's, which are written first.
-        eval_dataset_name: problems with an `answer`; by default `config`'s.
-        eval_problems: how many of them; by default all.
-        eval_samples: completions at temperature 1 for each.
-        eval_batch_size: completions at a time.
-        accelerate_config, num_processes: how each run is launched; by default in one process.
-    """
-
-    config: str = option("", "The configuration that all runs share.")
-    output_dir: str = option("", "Where everything is written.")
-    runs: dict[str, Any] | str = field(default_factory=dict)
-    seeds: list[Any] = field(default_factory=lambda: [1, 2, 3, 4, 5])
-    settings: dict[str, Any] = field(default_factory=dict)
-    baseline: str | None = None
-    x: str | None = None
-    teacher_completions: bool = False
-    eval_dataset_name: str | None = None
-    eval_problems: int | None = option(None, "How many problems.", AT_LEAST_ONE)
-    eval_samples: int = option(8, "Completions for each problem.", AT_LEAST_ONE)
+    config: str = option("", "The configuration that all runs share: a file or a shipped name.")
+    output_dir: str = option("", "Where runs, results, table and plot go.")
+    runs: dict[str, Any] | str = option(
+        dict, "Name -> keys of `tsdkd train` in which the run differs; or another comparison, whose runs are taken."
+    )
+    seeds: list[Any] = option(lambda: [1, 2, 3, 4, 5], "Each run is done with each.")
+    settings: dict[str, Any] = option(dict, "Keys of `tsdkd train` for all runs, over those of `config`.")
+    baseline: str | None = option(None, "The run that the others are tested against; none: the first.")
+    x: str | None = option(None, "The key that a sweep varies, for the plot.")
+    teacher_completions: bool = option(
+        False, "Runs that need completions train on the teacher's, which are written first."
+    )
+    eval_dataset_name: str | None = option(None, "Problems with an `answer`; none: those of `config`.")
+    eval_problems: int | None = option(None, "How many of them; none: all.", AT_LEAST_ONE)
+    eval_samples: int = option(8, "Completions at temperature 1 for each.", AT_LEAST_ONE)
     eval_batch_size: int = option(256, "Completions at a time.", AT_LEAST_ONE)
-    accelerate_config: str | None = None
+    accelerate_config: str | None = option(None, "How each run is launched; none: in one process.")
     num_processes: int | None = option(None, "Processes of each run.", AT_LEAST_ONE)
 
     @property
