@@ -47,8 +47,8 @@ class _Deadline(HTTPAdapter):
         super().__init__(pool_maxsize=_CONNECTIONS)
         self.seconds = seconds
 
-    def send(self, request: Any, timeout: Any = None, **kwargs: Any) -> Any:
-        return super().send(request, timeout=timeout or self.seconds, **kwargs)
+    def send(self, request: Any, stream: bool = False, timeout: Any = None, *args: Any, **kwargs: Any) -> Any:
+        return super().send(request, stream, timeout or self.seconds, *args, **kwargs)
 
 
 class Client(VLLMClient):
