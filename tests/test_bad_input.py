@@ -1,7 +1,10 @@
 """Bad input through the command line: exit code 2, one line a problem that names the field, nothing written."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -605,6 +608,24 @@ def test_model_that_isn_t_there(field: str, place: Workplace) -> None:
     for name in ("./none", "/none/such/folder", "nobody/has-this-model", "empty", "file.bin", "a b:c"):
         place.refuses_config({field: name}, (), (field, name))
         place.refuses_config({field: name}, ("--dry_run",), (field, name))
+
+
+def test_model_of_the_hub_that_needs_something_else(place: Workplace) -> None:
+    """Its files are there, so the reason is another."""
+    repository = place.folder / "hub/models--somebody--student"
+    shutil.copytree(place.base["model_name_or_path"], repository / "snapshots/abc")
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text("abc", encoding="utf-8")
+    config = place.write({"model_name_or_path": "somebody/student", "attn_implementation": "flash_attention_2"})
+    result = subprocess.run(
+        [sys.executable, "-m", "tsdkd", "train", "--config", config],
+        env=os.environ | {"HF_HUB_CACHE": str(place.folder / "hub")},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 2, result.stderr
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("tsdkd")]
+    assert "model_name_or_path" in line and "flash" in line.lower() and "hub doesn't have it" not in line
 
 
 def _damage(folder: Path, how: str) -> None:

@@ -89,6 +89,17 @@ def test_resuming_a_finished_run_trains_no_more(saved_model, rows_file, tmp_path
     assert [p.name for p in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]
 
 
+def test_a_finished_run_without_checkpoints_is_not_trained_again(saved_model, rows_file, tmp_path, capsys):
+    folder = tmp_path / "out"
+    command = run_flags(saved_model, rows_file, folder, max_steps=2, learning_rate=0.1)
+    command += ["--save_strategy", "no", "--resume", "true"]
+    assert main(command) == 0
+    before = (folder / "model.safetensors").stat()
+    assert main(command) == 2
+    assert "output_dir" in capsys.readouterr().err
+    assert (folder / "model.safetensors").stat() == before
+
+
 def test_help_answers_without_torch():
     code = "import sys; from tsdkd.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
     code += "print(sorted({'torch', 'transformers', 'trl'} & set(sys.modules)))"

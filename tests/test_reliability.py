@@ -45,7 +45,8 @@ def command(saved_model, rows_file, tmp_path):
             "resume": "true",
             **QUIET,
         }
-        return ["train", *flags(**{**values, **changes})]
+        chosen = {name: value for name, value in {**values, **changes}.items() if value is not None}
+        return ["train", *flags(**chosen)]
 
     return make
 
@@ -201,6 +202,23 @@ def test_a_file_that_cannot_be_written(kib, command, tmp_path, capsys):
     assert main(command(**constant)) == 0
     assert main(command("whole", **constant)) == 0
     assert final(folder) == final(tmp_path / "whole")
+
+
+def test_a_student_that_cannot_be_written(command, tmp_path, capsys):
+    """At the very end, without a checkpoint: the same command trains it again."""
+    no_checkpoints = {"save_strategy": "no", "save_steps": None, "save_total_limit": None}
+    argv = command(max_steps=2, **no_checkpoints)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20 * 1024, hard))
+    try:
+        assert main(argv) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("tsdkd")]
+    assert "output_dir" in line and str(tmp_path / "out") in line and "can't be written" in line
+    assert main(argv) == 0
+    whole = command("whole", max_steps=2, **no_checkpoints)
+    assert main(whole) == 0 and final(tmp_path / "out") == final(tmp_path / "whole")
 
 
 def test_rotation_keeps_the_one_that_was_just_written(command, tmp_path):
@@ -385,6 +403,16 @@ def test_another_configuration_is_not_resumed(command, tmp_path, capsys):
     assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
     assert main(command(max_steps=4, logging_steps=1)) == 0  # longer, and logged otherwise
     assert "max_steps was 2, now 4" in capsys.readouterr().out
+
+
+def test_a_checkpoint_of_another_run_is_not_resumed(command, tmp_path, capsys):
+    assert main(command(max_steps=2)) == 0
+    theirs = {"resume": "false", "resume_from_checkpoint": tmp_path / "out/checkpoint-2"}
+    assert main(command("other", learning_rate=0.02, **theirs)) == 2
+    error = capsys.readouterr().err
+    assert "resume_from_checkpoint" in error and "learning_rate was 0.01, now 0.02" in error
+    assert not (tmp_path / "other").exists()
+    assert main(command("longer", **theirs)) == 0
 
 
 def test_other_rows_are_not_resumed(command, tmp_path, capsys):

@@ -7,6 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RevisionNotFoundError,
+)
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -182,13 +190,24 @@ def _load(load: Callable[..., Any], name: str, field: str, what: str, shown: Any
     try:
         return load(name, **kwargs)
     except Exception as error:  # OSError, ValueError, KeyError, safetensors' and tokenizers' own, ...
-        if os.path.isdir(name):
-            reason = " ".join(str(error).split())[:300] + (f" (with {_INIT_KWARGS[field]} {shown})" if shown else "")
-        elif os.path.exists(name):
+        if os.path.isfile(name):
             reason = "it is a file, expected a folder or a hub name"
-        else:
+        elif not os.path.isdir(name) and _is_of_the_hub(error):
             reason = "no such folder here, and the hub doesn't have it or can't be reached"
+        else:
+            reason = " ".join(str(error).split())[:300] + (f" (with {_INIT_KWARGS[field]} {shown})" if shown else "")
         raise ModelError(f"{field}: no {what} in {name!r}: {reason}") from error
+
+
+def _is_of_the_hub(error: BaseException | None) -> bool:
+    """Whether files couldn't be had; a gated model's and a missing revision's own messages say more than ours."""
+    while error is not None:
+        if isinstance(error, GatedRepoError | RevisionNotFoundError):
+            return False
+        if isinstance(error, HfHubHTTPError | LocalEntryNotFoundError | OfflineModeIsEnabled | HFValidationError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _load_tokenizer(name: str, field: str, **kwargs: Any) -> PreTrainedTokenizerBase:

@@ -1,5 +1,6 @@
 """One flat YAML and command-line flags -> typed, checked arguments; all problems of both reported together."""
 
+import re
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -98,9 +99,10 @@ def _build(method: str, values: dict[str, Any], given: dict[str, Any], notes: li
     except ConfigError:
         raise
     except Exception as error:  # what transformers, TRL and accelerate check themselves
+        text = " ".join(str(error).split())
         culprits = [key for key in given if all(_works(partial(build, cls, key)) for cls in classes)]
-        where = f"{', '.join(culprits)}: " if culprits else ""
-        raise ConfigError([where + " ".join(str(error).split())]) from error
+        mentioned = [f.name for f in fields(METHODS[method]) if f.name in re.findall(r"\w+", text)]
+        raise ConfigError([f"{', '.join(culprits or mentioned)}: {text}".removeprefix(": ")]) from error
     if training.top_p < 1.0:
         notes.append(f"note: top_p {training.top_p}: rollouts come from a nucleus, which the loss doesn't model")
     return RunArguments(method, training, model, data, given, notes)

@@ -21,7 +21,7 @@ from trl import get_peft_config
 from .checks import default_of
 from .config import DataArguments, TokenSelectiveConfig
 from .data import load_rows, prepare_rows
-from .errors import ConfigError, DataError, PreemptedError, TSDKDError
+from .errors import CheckpointError, ConfigError, DataError, PreemptedError, TSDKDError
 from .methods import METHODS
 from .models import Pair, resolve_pair
 from .options import plain
@@ -61,10 +61,22 @@ def train(arguments: RunArguments) -> TokenSelectiveTrainer:
             f"stopped by a signal after step {trainer.state.global_step}, the checkpoint is saved; continue with "
             "--resume true"
         )
-    trainer.save_model()
-    trainer.save_state()  # the log, for `tsdkd report` and whoever else looks for it there
+    _save(trainer)
     _say(f"saved the student to {arguments.training.output_dir}")
     return trainer
+
+
+def _save(trainer: TokenSelectiveTrainer) -> None:
+    """The student, and then the log, for `tsdkd report`; it also says that the run has ended."""
+    try:
+        trainer.save_model()
+        trainer.save_state()
+    except Exception as error:  # safetensors has exceptions of its own for a full disk
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"output_dir: the student can't be written to {trainer.args.output_dir}: {reason}; continue with "
+            "--resume true, from the last checkpoint if there is one"
+        ) from error
 
 
 def build_trainer(arguments: RunArguments) -> TokenSelectiveTrainer:
@@ -126,7 +138,9 @@ def _blame(error: Exception, given: dict[str, Any]) -> str:
     def words(value: Any) -> list[str]:
         if isinstance(value, dict):
             return [w for item in value.items() for part in item for w in words(part)]
-        return [w for part in value for w in words(part)] if isinstance(value, list) else [str(value)]
+        if isinstance(value, list):
+            return [w for part in value for w in words(part)]
+        return [] if isinstance(value, bool) else [str(value)]  # "true" is in many a sentence
 
     named = [key for key in given if key in plain]
     named = named or [

@@ -7,12 +7,13 @@ from typing import Any
 
 import yaml
 from accelerate import PartialState
+from transformers.trainer import TRAINER_STATE_NAME
 from trl import ModelConfig
 
 from . import checkpoint
 from .checks import default_of, own_fields
 from .config import DataArguments
-from .errors import OutputDirError
+from .errors import OutputDirError, ResumeError
 from .methods import METHODS
 from .options import plain
 from .parsing import RunArguments
@@ -59,9 +60,9 @@ def claim(arguments: RunArguments) -> str | None:
     """The checkpoint that the run is resumed from, or None to start. All processes must call it.
 
     Raises:
-        OutputDirError: the directory has files that the run would mix with or overwrite, or a run of another
-            configuration.
-        ResumeError: there is nothing to resume from.
+        OutputDirError: the directory has files that the run would mix with or overwrite, a run of another
+            configuration, or one that has ended without a checkpoint.
+        ResumeError: there is nothing to resume from, or a run of another configuration.
     """
     training = arguments.training
     folder, asked = Path(str(training.output_dir)), _asked(arguments)
@@ -78,16 +79,37 @@ def claim(arguments: RunArguments) -> str | None:
         raise OutputDirError(
             f"output_dir: {folder} holds an earlier run; continue it with --resume true, or choose another"
         )
-    if present:
-        _check_same_run(arguments, folder)
+    if changes := _changes(arguments, folder) if present else "":
+        raise OutputDirError(f"output_dir: {folder} holds another run: {changes}; choose another directory")
     if not resumes:
         return None
     if asked.lower() not in ("true", "false"):
-        checkpoint.verify(Path(asked))
-        return asked
+        return _chosen(arguments, Path(asked), folder)
     if training.resume and not checkpoint.in_run(folder):
+        if has_ended(folder):
+            raise OutputDirError(
+                f"output_dir: {folder} holds a run that has ended, without a checkpoint to go on from; choose another"
+            )
         return None
     return str(checkpoint.newest(folder))
+
+
+def has_ended(folder: Path) -> bool:
+    """Whether a run has saved its student; the log is the last that it writes."""
+    return (folder / TRAINER_STATE_NAME).is_file()
+
+
+def _chosen(arguments: RunArguments, path: Path, folder: Path) -> str:
+    """A checkpoint that `resume_from_checkpoint` names, of this run or of one like it elsewhere."""
+    checkpoint.verify(path)
+    run = path.resolve().parent
+    elsewhere = run != folder.resolve() and (run / RUN_FILE).is_file()
+    if elsewhere and (changes := _changes(arguments, run)):
+        raise ResumeError(
+            f"resume_from_checkpoint: {path} is of another run: {changes}; to start from its weights alone, "
+            "make it model_name_or_path"
+        )
+    return str(path)
 
 
 def _asked(arguments: RunArguments) -> str:
@@ -122,7 +144,8 @@ def resolved(arguments: RunArguments) -> dict[str, Any]:
     return {"method": arguments.method, **{k: plain(v) for k, v in values.items()}}
 
 
-def _check_same_run(arguments: RunArguments, folder: Path) -> None:
+def _changes(arguments: RunArguments, folder: Path) -> str:
+    """In what a run differs from this one so that it isn't the same; what else differs is said."""
     try:
         before = dict(yaml.safe_load((folder / RUN_FILE).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
@@ -139,8 +162,7 @@ def _check_same_run(arguments: RunArguments, folder: Path) -> None:
         if name not in _FREE and (not name.startswith(_FREE_PREFIXES) or "importance" in name)
     ]
     changed = [(name, old, new) for name, old, new in changed if old != new]
-    hard = [f"{name} was {old!r}, now {new!r}" for name, old, new in changed if name not in _LENGTH]
-    if hard:
-        raise OutputDirError(f"output_dir: {folder} holds another run: {'; '.join(hard)}; choose another directory")
-    for name, old, new in changed:
-        PartialState().print(f"resume: {name} was {old!r}, now {new!r}", flush=True)
+    lengths = [f"{name} was {old!r}, now {new!r}" for name, old, new in changed if name in _LENGTH]
+    for line in lengths:
+        PartialState().print(f"resume: {line}", flush=True)
+    return "; ".join(f"{name} was {old!r}, now {new!r}" for name, old, new in changed if name not in _LENGTH)

@@ -21,7 +21,7 @@ from ..generate import generate
 from ..launch import launch
 from ..models import Pair, resolve_pair, stop_token_ids
 from ..parsing import RunArguments, read_yaml
-from ..run_dir import make_folder
+from ..run_dir import has_ended, make_folder
 from .plan import Comparison, Task
 
 RESULT = "result.json"
@@ -107,10 +107,9 @@ def write_teacher_completions(comparison: Comparison) -> None:
 def _train(comparison: Comparison, task: Task, arguments: RunArguments) -> float:
     """Train to the end; the seconds that it took in all, earlier attempts included."""
     clock = task.folder.parent / f"{task.folder.name}.{_SECONDS}"
-    finished = any(task.folder.glob("*.safetensors*"))
     start = time.perf_counter()
     try:
-        if not finished:
+        if not has_ended(task.folder):
             if comparison.accelerate_config or comparison.num_processes:
                 _launch(comparison, task)
             else:
