@@ -344,6 +344,7 @@ def test_published_rows_are_beside_their_pair(data: Path, tmp_path: Path) -> Non
         (["--benchmarks", "demmo"], "did you mean 'demo'"),
         (["--baseline", "nobody"], "--baseline: must be one of"),
         (["--data_dir", "nowhere"], "--data_dir: no such directory"),
+        (["--model_args", "foo"], "--model_args: expected name=value, found 'foo'"),
     ],
 )
 def test_bad_input(changes: list[str], found: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -364,10 +365,36 @@ def test_missing_models_and_data(data: Path, tmp_path: Path, capsys: pytest.Capt
     assert "two are called 'a'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["gsm8k", "sciq", "aime24", "mmlu_stem"])
+def test_rows_of_another_shape(name: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Are found before a model is loaded."""
+    suite = "eopd" if name == "aime24" else "tsd-kd"
+    shutil.copytree(data, tmp_path / "data")
+    for file in (tmp_path / "data").rglob("*.jsonl"):
+        file.write_text(file.read_text().replace('"answer"', '"anwser"').replace('"correct_answer"', '"right"'))
+    flags = ["--suite", suite, "--benchmarks", name, "--data_dir", str(tmp_path / "data")]
+    assert ran(tmp_path / "out", *flags, models=["tsdkd://demo/student"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert str(tmp_path / "data") in error and BENCHMARKS[name].title in error
+
+
+def test_a_model_without_a_chat_template(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(resources.files("tsdkd") / "demo/student", tmp_path / "base")
+    (tmp_path / "base/chat_template.jinja").unlink()
+    both = ["tsdkd://demo/student", str(tmp_path / "base"), "--suite", "demo"]
+    assert ran(tmp_path / "out", models=both) == 2
+    assert "--apply_chat_template: base has no chat template" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert ran(tmp_path / "out", "--apply_chat_template", "false", models=both) == 0
+
+
 def test_a_context_that_is_too_short(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--suite", "eopd", "--benchmarks", "aime24", "--data_dir", str(data)]
     assert ran(tmp_path, *flags, models=["tsdkd://demo/student"]) == 2
     assert "the context of student has 128; --max_new_tokens" in capsys.readouterr().err
+    greedy = ["tsdkd://demo/student", "--suite", "tsd-kd", "--benchmarks", "gsm8k", "--data_dir", str(data)]
+    assert ran(tmp_path, models=greedy) == 2
+    assert "the context of student has 128; leave it out" in capsys.readouterr().err
     assert ran(tmp_path, *flags, "--max_new_tokens", "8", models=["tsdkd://demo/student"]) == 0
 
 

@@ -88,11 +88,11 @@ def resolve_pair(
         for model, (field, kwargs) in ((student, ours), (teacher, theirs))
     )
     if tokenizer is None:
-        tokenizer = _load_tokenizer(name_of(student), ours[0], **ours[1])
+        tokenizer = load_tokenizer(name_of(student), ours[0], **ours[1])
     if teacher_tokenizer is None:
         # a teacher built in memory has no tokenizer of its own to compare with
         name = name_of(teacher)
-        teacher_tokenizer = _load_tokenizer(name, theirs[0], **theirs[1]) if name else tokenizer
+        teacher_tokenizer = load_tokenizer(name, theirs[0], **theirs[1]) if name else tokenizer
     check_same_tokenizer(tokenizer, teacher_tokenizer)
     _check_tokens_fit(tokenizer, student_config, ours[0])
     _check_tokens_fit(teacher_tokenizer, teacher_config, theirs[0])
@@ -210,7 +210,8 @@ def _is_of_the_hub(error: BaseException | None) -> bool:
     return False
 
 
-def _load_tokenizer(name: str, field: str, **kwargs: Any) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, field: str, **kwargs: Any) -> PreTrainedTokenizerBase:
+    """A model's tokenizer; `kwargs` are `from_pretrained`'s. Raises `ModelError`."""
     folder = Path(name)
     if folder.is_dir() and not any(next(folder.glob(pattern), None) for pattern in _TOKENIZER_FILES):
         # transformers would make one up from the model type

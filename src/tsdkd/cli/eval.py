@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--backend", choices=["hf", "vllm"], default="hf", help="default: %(default)s")
     parser.add_argument("--model_args", metavar="K=V,K=V", default="", help="of lm-evaluation-harness's model class")
-    parser.add_argument("--batch_size", default="8", help="a number or auto; default: %(default)s")
+    parser.add_argument("--batch_size", type=_batch_size, default="8", help="a number or auto; default: %(default)s")
     parser.add_argument(
         "--samples", type=at_least(2), metavar="N", help="of each item, where it is sampled; default: 8"
     )
@@ -98,9 +98,16 @@ def _named(models: Sequence[str]) -> dict[str, str]:
     return found
 
 
+def _batch_size(text: str) -> str:
+    return text if text == "auto" else str(at_least(1)(text))
+
+
 def _model_args(text: str) -> dict[str, object]:
     from lm_eval.utils import simple_parse_args_string
 
+    bad = [part for part in text.split(",") if part and not re.fullmatch(r"\w+=.+", part)]
+    if bad:
+        raise ConfigError([f"--model_args: expected name=value, found {bad[0]!r}"])
     return dict(simple_parse_args_string(text)) if text else {}
 
 

@@ -18,11 +18,25 @@ from lm_eval.api.registry import get_model
 from lm_eval.api.task import Task
 
 from ..errors import ModelError
+from ..models import load_config, load_tokenizer, revision_of
 from .items import Item
 from .suites import Benchmark
 
-logging.getLogger("lm_eval").setLevel(logging.ERROR)
+for _name in ("lm_eval", "transformers.generation"):  # the latter's complaints are of the former's settings
+    logging.getLogger(_name).setLevel(logging.ERROR)
 _FEWSHOT_SEED = 1234
+
+
+def look(path: str, model_args: dict[str, Any]) -> tuple[str, bool]:
+    """What is known of a model without its weights: their revision, and whether it has a chat template.
+
+    Raises:
+        ModelError: there is no such model.
+    """
+    options = {name: model_args[name] for name in ("revision", "trust_remote_code") if name in model_args}
+    config = load_config(str(_adapter(path, "hf").get("pretrained", path)), "models", **options)
+    tokenizer = load_tokenizer(str(model_args.get("tokenizer", path)), "models", **options)
+    return revision_of(path, config), tokenizer.chat_template is not None
 
 
 def load(path: str, backend: str, batch_size: str, model_args: dict[str, Any]) -> LM:
@@ -42,7 +56,7 @@ def load(path: str, backend: str, batch_size: str, model_args: dict[str, Any]) -
         arguments = {"device": "cpu", "dtype": "float32", **arguments}
     try:
         lm = _wrapper(backend)(**arguments)
-    except (OSError, ValueError, TypeError, RuntimeError, ImportError) as error:
+    except Exception as error:  # the wrapper's, transformers', vLLM's, torch's own
         line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ModelError(f"{path}: {line}") from error
     if backend == "hf":  # greedy is greedy, and sampling is from the softmax, whatever the checkpoint's settings add

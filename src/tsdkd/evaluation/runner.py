@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..errors import ConfigError, DataError
-from ..models import digest_of
 from ..parsing import locate
 from ..run_dir import make_folder
 from ..sandbox import SandboxError, run_program
@@ -71,12 +70,16 @@ class Evaluation:
         """Completions of each item."""
         return self.samples if self.samples and benchmark.samples > 1 else benchmark.samples
 
-    def source(self, model: str, benchmark: Benchmark) -> dict[str, Any]:
+    def path(self, model: str) -> str:
+        """Its folder or hub id."""
+        return str(locate(self.models[model]))
+
+    def source(self, model: str, revision: str, benchmark: Benchmark) -> dict[str, Any]:
         """All that an item depends on."""
-        path = Path(str(locate(self.models[model])))
+        path = Path(self.path(model))
         return {
             "model": str(path.resolve()) if path.is_dir() else self.models[model],
-            "revision": digest_of(path) if path.is_dir() else None,
+            "revision": revision,
             "backend": self.backend,
             "shots": benchmark.shots,
             "samples": self.samples_of(benchmark),
@@ -95,20 +98,22 @@ def run(evaluation: Evaluation) -> list[Measured]:
         TSDKDError: with all finished items kept.
     """
     benchmarks = _checked(evaluation)
+    revisions = {model: _revision(evaluation, model) for model in evaluation.models}
     make_folder(evaluation.output_dir)
     tasks = {
         b.name: build(b, evaluation.samples_of(b), evaluation.max_new_tokens, evaluation.data_dir) for b in benchmarks
     }
     wanted = {name: _wanted(some, evaluation.limit) for name, some in tasks.items()}
-    measured = []
-    for model in evaluation.models:
-        files = {
-            b.name: Items(evaluation.output_dir / model / f"{b.name}.jsonl", evaluation.source(model, b))
+    files = {
+        model: {
+            b.name: Items(evaluation.output_dir / model / f"{b.name}.jsonl", evaluation.source(model, revision, b))
             for b in benchmarks
         }
-        _complete(evaluation, model, benchmarks, tasks, wanted, files)
-        measured += [Measured(model, b, files[b.name].scores(wanted[b.name])) for b in benchmarks]
-    return measured
+        for model, revision in revisions.items()
+    }
+    for model, own in files.items():
+        _complete(evaluation, model, benchmarks, tasks, wanted, own)
+    return [Measured(model, b, own[b.name].scores(wanted[b.name])) for model, own in files.items() for b in benchmarks]
 
 
 def _checked(evaluation: Evaluation) -> list[Benchmark]:
@@ -117,6 +122,18 @@ def _checked(evaluation: Evaluation) -> list[Benchmark]:
     if any(b.runs_code for b in benchmarks) and not run_program("print('here')").passed:
         raise SandboxError("the sandbox doesn't run programs here")
     return benchmarks
+
+
+def _revision(evaluation: Evaluation, model: str) -> str:
+    revision, has_template = harness.look(evaluation.path(model), evaluation.model_args)
+    if evaluation.with_chat_template and not has_template:
+        raise ConfigError(
+            [
+                f"--apply_chat_template: {model} has no chat template, suite {evaluation.suite} uses one by default; "
+                "false does without, for all models"
+            ]
+        )
+    return revision
 
 
 def _wanted(tasks: Sequence[Task], limit: int | None) -> list[tuple[str, int]]:
@@ -137,8 +154,7 @@ def _complete(
     missing = {b.name: [key for key in wanted[b.name] if key not in files[b.name].found] for b in benchmarks}
     if not any(missing.values()):
         return
-    path = str(locate(evaluation.models[model]))
-    lm = harness.load(path, evaluation.backend, evaluation.batch_size, evaluation.model_args)
+    lm = harness.load(evaluation.path(model), evaluation.backend, evaluation.batch_size, evaluation.model_args)
     _check_room(model, lm, benchmarks, tasks)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=Console(file=sys.stderr)) as progress:
@@ -155,12 +171,16 @@ def _complete(
 
 def _check_room(model: str, lm: LM, benchmarks: Sequence[Benchmark], tasks: dict[str, list[Task]]) -> None:
     for benchmark in benchmarks:
-        count = (tasks[benchmark.name][0].config.generation_kwargs or {}).get("max_gen_toks", 0)
+        task = tasks[benchmark.name][0]
+        if task.OUTPUT_TYPE != "generate_until":
+            continue
+        count = (task.config.generation_kwargs or {}).get("max_gen_toks", lm.max_gen_toks)
         if count >= lm.max_length:
+            hint = "--max_new_tokens bounds it" if benchmark.sampled else "leave it out with --benchmarks"
             raise ConfigError(
                 [
                     f"{benchmark.title}: up to {count} tokens are generated, and the context of {model} has "
-                    f"{lm.max_length}; --max_new_tokens bounds what is sampled"
+                    f"{lm.max_length}; {hint}"
                 ]
             )
 

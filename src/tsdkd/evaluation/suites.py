@@ -116,10 +116,11 @@ def choose(suite: str, names: list[str] | None, allow_code_execution: bool = Fal
     coded = [b.title for b in chosen if b.runs_code]
     if coded and not allow_code_execution:
         others = ",".join(b.name for b in chosen if not b.runs_code)
+        alternative = f", or leave it out: --benchmarks {others}" if others else ""
         raise ConfigError(
             [
                 f"{', '.join(coded)}: its programs, which the model writes, would have to be run; allow it with "
-                f"--allow_code_execution, or leave it out: --benchmarks {others}"
+                f"--allow_code_execution{alternative}"
             ]
         )
     return chosen

@@ -119,10 +119,11 @@ def markdown(measured: Sequence[Measured], models: dict[str, str], baseline: str
         parts.append(_rows([f"against {baseline}", *heads], tests))
     parts += [_published(pair, [b.name for b in benchmarks]) for pair in _pairs(models)]
     items = ", ".join(f"{b.title} {len(_of(measured, baseline, b).scores)}" for b in benchmarks)
-    parts.append(
-        f"Percent, with 95 % bootstrap intervals over items ({items}). p: two-sided, of {RESAMPLES:,} paired "
-        "bootstrap resamples, twice the share in which the difference has the other sign, ties counting half.\n"
+    test = (
+        f" p: two-sided, of {RESAMPLES:,} paired bootstrap resamples, twice the share in which the difference has the "
+        "other sign, ties counting half."
     )
+    parts.append(f"Percent, with 95 % bootstrap intervals over items ({items}).{test if others else ''}\n")
     return "\n".join(part for part in parts if part)
 
 

@@ -7,6 +7,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from jinja2 import UndefinedError
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 
@@ -94,7 +95,7 @@ def build(benchmark: Benchmark, samples: int, max_new_tokens: int, data_dir: Pat
         data_dir: where `<task>/<split>.jsonl` are read instead of the hub's data sets.
 
     Raises:
-        DataError: a data set that isn't there.
+        DataError: a data set that isn't there, or local rows that aren't the benchmark's.
     """
     manager = _index() if benchmark.task not in OWN else TaskManager(include_defaults=False)
     if benchmark.task in OWN:
@@ -108,16 +109,42 @@ def build(benchmark: Benchmark, samples: int, max_new_tokens: int, data_dir: Pat
     if specs[0]["task"] in manager.task_index:  # a group's members may say in what they differ from the index
         specs = [{"group": benchmark.name, "task": specs}]
     try:
-        return list(manager.load(specs)["tasks"].values())
-    except KeyError as error:
+        tasks = list(manager.load(specs)["tasks"].values())
+    except (KeyError, UndefinedError) as error:
         if data_dir is None:
             raise
         raise DataError(
-            f"--data_dir: {benchmark.title} needs a split or column {error} that {data_dir} hasn't"
+            f"--data_dir: {benchmark.title} needs a split or column that {data_dir} hasn't: {error}"
         ) from error
     except (OSError, ConnectionError, ValueError) as error:
         line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise DataError(f"{benchmark.title}: its data can't be loaded: {line}") from error
+        place = f" from {data_dir}" if data_dir else ""
+        raise DataError(f"{benchmark.title}: its data can't be loaded{place}: {line}") from error
+    if data_dir is not None:
+        for task in tasks:
+            _check_rows(task, benchmark, data_dir)
+    return tasks
+
+
+def _check_rows(task: Task, benchmark: Benchmark, data_dir: Path) -> None:
+    """What the harness would stumble over when models have been loaded, or have answered."""
+    examples = task.fewshot_docs() if benchmark.shots else None
+    for kind, rows in (("item", task.eval_docs), ("few-shot example", examples or [])):
+        for number, row in enumerate(rows):
+            try:
+                _, target = task.doc_to_text(row), task.doc_to_target(row)
+                if task.OUTPUT_TYPE == "multiple_choice":
+                    choices = task.doc_to_choice(row)
+                    if target not in (*choices, *range(len(choices))):  # the harness would count it as wrong
+                        raise ValueError(f"no choice is {target!r}")
+                if benchmark.task in OWN:
+                    OWN[benchmark.task]["grade"]("", row)
+            except Exception as error:  # of templates and functions of many hands
+                text = " ".join(str(error).split())
+                raise DataError(
+                    f"--data_dir: {kind} {number} of {data_dir / task.task_name} isn't a row of {benchmark.title}: "
+                    f"{type(error).__name__}: {text}; it has {', '.join(row)}"
+                ) from error
 
 
 @cache
