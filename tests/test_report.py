@@ -143,7 +143,7 @@ def test_legible(dark: bool, width: int, run: Path, browser: Any) -> None:
     opened(browser, run / "report.html")
     wide = """
         const outside = (e) => e.getBoundingClientRect().right > innerWidth + 1
-          && !e.closest("#details, pre, .wide, .skip");
+          && !e.closest("#details, pre, .wide, .skip, figure");
         return [...document.querySelectorAll("body *")].filter(outside).map((e) => e.outerHTML.slice(0, 80))"""
     assert browser.execute_script(wide) == []
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
@@ -161,12 +161,16 @@ def test_legible(dark: bool, width: int, run: Path, browser: Any) -> None:
         const text = bright(getComputedStyle(document.body).color);
         const backs = ["--low", "--scale", "--minus", "--page", "--pale"]
           .map((n) => bright(root.getPropertyValue(n).trim()));
-        return Math.min(...backs.map((b) => contrast(text, b)),
-          ...["--muted", "--good", "--warning", "--mark"].map((n) =>
-            contrast(bright(root.getPropertyValue(n).trim()), bright(root.getPropertyValue("--page").trim()))));
+        const onPage = (n) =>
+          contrast(bright(root.getPropertyValue(n).trim()), bright(root.getPropertyValue("--page").trim()));
+        const lines = [0, 1, 2, 3, 4, 5].map((i) => onPage(`--series-${i}`));
+        const texts = ["--muted", "--good", "--warning", "--mark"].map(onPage);
+        const height = (e) => e.getBoundingClientRect().height;
+        const labels = [...document.querySelectorAll("#analyses svg text")].map(height);
+        return [Math.min(...backs.map((b) => contrast(text, b)), ...texts), Math.min(...lines), Math.min(...labels)];
         """
     )
-    assert worst >= 4.5
+    assert worst[0] >= 4.5 and worst[1] >= 3.0 and worst[2] >= 8
     browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
@@ -227,10 +231,29 @@ def test_runs_beside_each_other(run: Path, browser: Any, tmp_path: Path) -> None
     other = tmp_path / "other"
     shutil.copytree(run, other)
     shutil.rmtree(other / "records")
+    config = (other / "tsdkd_config.yaml").read_text().replace("beta: 0.9", "beta: 0.5")
+    (other / "tsdkd_config.yaml").write_text(config)
     assert main(["report", str(run), str(other), "--output", str(tmp_path / "both.html")]) == 0
     opened(browser, tmp_path / "both.html")
     assert browser.title == "a run and other"
     assert len(browser.find_elements(By.CSS_SELECTOR, "#summary h3")) == 2
+    assert shown(browser, "configuration").splitlines()[:3] == ["Configuration", "differs a run other", "beta 0.9 0.5"]
+    assert "didn't record any" in shown(browser, "summary")
+
+
+def test_what_is_damaged_is_left_out(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Records and evaluations, each with its reason; the rest is there."""
+    folder = tmp_path / "out"
+    shutil.copytree(run, folder)
+    record = min((folder / "records").iterdir())
+    record.write_bytes(record.read_bytes()[:-100])
+    (folder / "eval/results-demo.json").write_text('{"results": [')
+    assert main(["report", str(folder)]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    page = (folder / "report.html").read_text()
+    for name in (record.name, "results-demo.json"):
+        assert any("left out" in line and name in line for line in lines) and name in page
+    assert 'id="curves"' in page and 'id="tokens"' not in page and 'id="evaluation"' not in page
 
 
 def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -164,7 +164,7 @@ def test_one_rollout_serves_several_steps(saved_model, tmp_path):
 def test_padded_vocabularies_are_compared_over_the_shared_ids(
     student_rows, teacher_rows, trainer_class, config_class, saved_model, tmp_path
 ):
-    """SPEC trap 1: one tokenizer, 64 and 80 rows."""
+    """One tokenizer, 64 and 80 rows."""
     student, teacher, data = saved_model("qwen2", 0, student_rows), saved_model("qwen3", 1, teacher_rows), rows()
     extra = {"rollout_batch_size": 6} if config_class is EOPDConfig else {}
     trainer = train(trainer_class, config(config_class, tmp_path, **extra), student, teacher, data)
@@ -187,7 +187,7 @@ def test_padded_vocabularies_are_compared_over_the_shared_ids(
 
 
 def test_eos_is_supervised_even_when_it_is_the_pad_token(saved_model, tmp_path):
-    """SPEC trap 3: off-policy, so that every completion surely ends in EOS."""
+    """Off-policy, so that every completion surely ends in EOS."""
     data = rows()
     losses = {}
     for pad in ("<pad>", "<eos>"):
@@ -217,7 +217,7 @@ def test_lmbda_mixes_by_a_coin(saved_model, tmp_path):
 
 @pytest.mark.parametrize("trainer_class, config_class", [(TSDKDTrainer, TSDKDConfig), (EOPDTrainer, EOPDConfig)])
 def test_the_data_sets_completions_change_nothing_on_policy(trainer_class, config_class, saved_model, tmp_path):
-    """SPEC trap 2, bitwise."""
+    """Bitwise."""
     weights = []
     prompts = [{"prompt": row["prompt"]} for row in make_rows(12)]
     texts = (["w1"] * 12, ["w2 w3 w4 w5 w6 w7"] * 12, None)

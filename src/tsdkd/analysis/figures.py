@@ -18,8 +18,8 @@ from .load import Record
 
 SURE, UNSURE = 0.8, 1.0  # nats: EOPD's trigger, and what its Sec. 3.1 calls high
 BINS = np.linspace(0.0, 4.0, 41)
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito's
-TEACHER = "#000000"
+# Okabe and Ito's, the light ones darker, so that a thin line is seen on white
+COLORS = ("#0072b2", "#d55e00", "#009170", "#b9628f", "#b27a00", "#3a8fc4")
 
 Runs = dict[str, list[Record]]
 Numbers = dict[str, Any]
@@ -60,11 +60,11 @@ def figure_of(analysis: Analysis, numbers: Numbers) -> Figure:
 def _by_position(runs: Runs) -> Numbers:
     """Mean entropies at each twentieth of a response."""
 
-    def means(record: Record, name: str) -> list[float]:
+    def means(record: Record, name: str) -> list[float | None]:
         place = record.columns["position"] / record.lengths[record.columns["sample"]]
         bins = np.minimum((place * 20).astype(int), 19)
         sums, counts = np.bincount(bins, record.columns[name], 20), np.bincount(bins, minlength=20)
-        return (sums / np.maximum(counts, 1)).tolist()
+        return [float(total / count) if count else None for total, count in zip(sums, counts, strict=True)]
 
     return {
         run: {who: means(records[-1], f"{who}_entropy") for who in ("student", "teacher")}
@@ -125,18 +125,17 @@ def _gates(runs: Runs) -> Numbers:
 def _draw_by_position(axis: Axes, numbers: Numbers) -> None:
     places = np.arange(20) * 5 + 2.5
     for (run, found), color in zip(numbers.items(), _cycle(), strict=False):
-        axis.plot(places, found["student"], color=color, label=f"{run}: student")
-        axis.plot(places, found["teacher"], color=color, ls=":", label=f"{run}: teacher")
+        for who, style in (("student", "-"), ("teacher", ":")):
+            values = np.array(found[who], dtype=float)  # None, where no response has a token there, as NaN
+            axis.plot(places, values, color=color, ls=style, label=f"{run}: {who}")
     axis.set(xlabel="position in the response, %", ylabel="mean entropy, nats")
 
 
 def _draw_histogram(axis: Axes, numbers: Numbers) -> None:
-    for i, ((run, found), color) in enumerate(zip(numbers.items(), _cycle(), strict=False)):
-        above = f"{100 * found['student']['above']:.1f} % at {UNSURE} nat or more"
-        axis.stairs(found["student"]["share"], BINS, color=color, label=f"{run}: student, {above}")
-        if i == 0:
-            above = f"{100 * found['teacher']['above']:.1f} %"
-            axis.stairs(found["teacher"]["share"], BINS, color=TEACHER, ls=":", label=f"teacher, {above}")
+    for (run, found), color in zip(numbers.items(), _cycle(), strict=False):
+        for who, style in (("student", "-"), ("teacher", ":")):
+            label = f"{run}: {who}, {100 * found[who]['above']:.1f} % at {UNSURE} nat or more"
+            axis.stairs(found[who]["share"], BINS, color=color, ls=style, label=label)
     axis.set(xlabel="entropy of a token, nats", ylabel="share of tokens", yscale="log")
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
+from ..evaluation.suites import title_of
 from ..evaluation.table import read
 from .figures import COLORS
 
@@ -47,7 +48,7 @@ def figure_of(curves: _Curves) -> Figure:
         axis.set_xscale("log", base=2)
         ticks = sorted({k for curve in of.values() for k in curve["k"]})
         axis.set_xticks(ticks, [str(k) for k in ticks])
-        axis.set(title=benchmark if len(curves) > 1 else None, xlabel="k", ylabel="pass@k, %")
+        axis.set(title=title_of(benchmark) if len(curves) > 1 else None, xlabel="k", ylabel="pass@k, %")
         axis.spines[["top", "right"]].set_visible(False)
     for axis in axes.flat[len(curves) :]:
         axis.remove()

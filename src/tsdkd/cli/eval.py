@@ -77,7 +77,7 @@ def main(argv: Sequence[str]) -> int:
         allow_code_execution=args.allow_code_execution,
         seed=args.seed,
     )
-    path = table.write(runner.run(evaluation), models, baseline, args.output_dir, args.suite)
+    path = table.write(runner.run(evaluation), models, baseline, args.output_dir, args.suite, evaluation.settings)
     print(path.read_text(encoding="utf-8"))
     print(f"written to {path}, with {path.with_suffix('.json').name} and every item beside it")
     return 0

@@ -74,6 +74,20 @@ class Evaluation:
         """Its folder or hub id."""
         return str(locate(self.models[model]))
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the table is of, for its readers."""
+        found = {
+            "backend": self.backend,
+            "chat template": "yes" if self.with_chat_template else "no",
+            "most tokens sampled": self.max_new_tokens,
+            "seed": self.seed,
+            "first items only": self.limit,
+            "data": self.data_dir,
+        }
+        found = {name: str(value) for name, value in found.items() if value is not None}
+        return found | {name: str(value) for name, value in self.model_args.items()}
+
     def source(self, model: str, revision: str, benchmark: Benchmark) -> dict[str, Any]:
         """All that an item depends on."""
         path = Path(self.path(model))

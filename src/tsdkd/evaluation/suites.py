@@ -99,6 +99,11 @@ SUITES = {
 }
 
 
+def title_of(name: str) -> str:
+    """A benchmark's title; of an unknown one its name."""
+    return next((b.title for suite in SUITES.values() for b in suite.benchmarks if b.name == name), name)
+
+
 def choose(suite: str, names: list[str] | None, allow_code_execution: bool = False) -> list[Benchmark]:
     """The suite's benchmarks, or those of them that are named.
 

@@ -46,15 +46,25 @@ class Measured:
         return ["accuracy"] if n == 1 else [f"avg@{n}", f"pass@{n}"]
 
 
-def write(measured: Sequence[Measured], models: dict[str, str], baseline: str, folder: Path, suite: str) -> Path:
-    """Write `results-<suite>.json` and `results-<suite>.md`; returns the latter."""
+def write(
+    measured: Sequence[Measured],
+    models: dict[str, str],
+    baseline: str,
+    folder: Path,
+    suite: str,
+    settings: dict[str, Any] | None = None,
+) -> Path:
+    """Write `results-<suite>.json` and `results-<suite>.md`, with the settings that the numbers are of; returns the
+    latter."""
     make_folder(folder)
     numbers = [entry for m in measured for entry in _numbers(m, _of(measured, baseline, m.benchmark))]
     paths = {name: str(Path(model).resolve()) if Path(model).is_dir() else model for name, model in models.items()}
-    text = json.dumps({"models": paths, "results": numbers}, indent=1)
+    text = json.dumps({"models": paths, "settings": settings or {}, "results": numbers}, indent=1)
     (folder / f"results-{suite}.json").write_text(text, encoding="utf-8")
     path = folder / f"results-{suite}.md"
-    path.write_text(markdown(measured, models, baseline), encoding="utf-8")
+    asked = ", ".join(f"{name} {value}" for name, value in (settings or {}).items())
+    asked = f"\nSuite {suite}: {asked}.\n" if asked else ""
+    path.write_text(markdown(measured, models, baseline) + asked, encoding="utf-8")
     return path
 
 

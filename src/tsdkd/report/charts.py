@@ -13,7 +13,6 @@ from matplotlib.figure import Figure
 
 from ..analysis import pass_at_k
 from ..analysis.figures import ANALYSES, COLORS, figure_of
-from ..evaluation.table import results_in
 from .gather import Run
 
 _GROUPS = (  # title, how its metrics begin
@@ -44,7 +43,7 @@ def analyses(runs: Sequence[Run]) -> list[tuple[str, str, Markup]]:
     """The papers' figures of the runs that recorded or were evaluated: title, source, chart."""
     recorded = {run.name: run.records for run in runs if run.records}
     found = [(a.title, a.source, svg(figure_of(a, a.numbers(recorded)), a.title)) for a in ANALYSES if recorded]
-    files = {f"{run.name}/{name}": path for run in runs for name, path in results_in(run.folder).items()}
+    files = {f"{run.name}/{name}": path for run in runs for name, path in run.results.items()}
     if curves := pass_at_k.read_curves(files):
         title = pass_at_k.TITLE
         found.append((title, pass_at_k.SOURCE, svg(pass_at_k.figure_of(curves), title)))
@@ -65,7 +64,7 @@ def _curve(name: str, runs: Sequence[Run]) -> Markup:
 
 
 def svg(figure: Figure, label: str) -> Markup:
-    """Without a background, its text as text, black in the page's own colour."""
+    """Without a background, its text as text, in the page's own colours."""
     buffer = io.StringIO()
     with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": label, "font.family": "sans-serif"}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
@@ -73,6 +72,8 @@ def svg(figure: Figure, label: str) -> Markup:
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"#000000|(?<=[:\s])black", "currentColor", text)
+    for number, color in enumerate(COLORS):
+        text = text.replace(color, f"var(--series-{number})")
     text = re.sub(r'id="([^"]+)"', lambda m: f'id="{_slug(label)}-{m[1]}"', text)
     text = re.sub(r"(#)((?:[mpC]|clip|image)\w+)(?=[\"')])", lambda m: f"#{_slug(label)}-{m[2]}", text)
     return Markup(text.replace("<svg ", f'<svg role="img" aria-label="{Markup.escape(label)}" ', 1))

@@ -1,7 +1,8 @@
 """What a run has left in its directory."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import yaml
 
 from ..analysis.load import Record, read
+from ..config import TokenSelectiveConfig
 from ..errors import DataError
 from ..evaluation.table import read as read_results
 from ..evaluation.table import results_in
@@ -28,19 +30,23 @@ class Run:
         config: the resolved configuration.
         state: of the trainer, as transformers writes it; empty before the first checkpoint.
         records: see `tsdkd.analysis`; empty where nothing was recorded.
-        evaluations: the Markdown tables of `tsdkd eval` that lie in the run's directory.
-        differences: what they say of this run's student against their baseline, entries of `results-*.json`.
+        results: of `tsdkd eval` that lie in the run's directory, `results-*.json`.
+        evaluations: their Markdown tables.
+        differences: what they say of this run's student against their baseline, entries of the files.
         nonfinite: steps whose loss or gradient wasn't finite.
+        left_out: why some of it couldn't be read.
     """
 
     name: str
     folder: Path
     config: dict[str, Any]
     state: dict[str, Any]
-    records: list[Record]
-    evaluations: dict[str, str]
-    differences: list[dict[str, Any]]
-    nonfinite: int
+    records: list[Record] = field(default_factory=list)
+    results: dict[str, Path] = field(default_factory=dict)
+    evaluations: dict[str, str] = field(default_factory=dict)
+    differences: list[dict[str, Any]] = field(default_factory=list)
+    nonfinite: int = 0
+    left_out: list[str] = field(default_factory=list)
 
     @cached_property
     def curves(self) -> dict[str, list[tuple[int, float]]]:
@@ -54,8 +60,16 @@ class Run:
 
     def shown(self, key: str) -> str:
         """A setting for people who may have another machine: of a path its last component."""
-        value = str(self.config.get(key) or "none")
-        return Path(value).name if Path(value).is_absolute() else value
+        value = self.config.get(key, getattr(TokenSelectiveConfig, key, None))
+        if value is None:
+            return "none"
+        return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else str(value)
+
+    @property
+    def duration(self) -> str | None:
+        """h:mm:ss of training, since it was last resumed; None before its end."""
+        seconds = self.curves.get("train_runtime")
+        return str(timedelta(seconds=round(seconds[-1][1]))) if seconds else None
 
     @property
     def is_finished(self) -> bool:
@@ -64,22 +78,31 @@ class Run:
 
 
 def gather(name: str, folder: Path) -> Run:
-    """Read a run's directory.
+    """Read a run's directory. Of records and evaluations, those that can't be read are left out.
 
     Raises:
-        DataError: it isn't one, or something in it can't be read.
+        DataError: it isn't one, or its configuration or log can't be read.
     """
     config = folder / RUN_FILE
     if not config.is_file():
         raise DataError(f"{folder} isn't the directory of a run: it has no {RUN_FILE}")
-    records = read(folder) if (folder / FOLDER).is_dir() else []
-    results = results_in(folder)
-    tables = {
-        key: path.with_suffix(".md").read_text(encoding="utf-8", errors="replace") for key, path in results.items()
-    }
-    differences = [entry for path in results.values() for entry in _differences(path, folder.resolve())]
-    nonfinite = len(list(folder.glob("nonfinite_step_*.jsonl")))
-    return Run(name, folder, _config(config), _newest_state(folder), records, tables, differences, nonfinite)
+    run = Run(name, folder, _config(config), _newest_state(folder))
+    run.nonfinite = len(list(folder.glob("nonfinite_step_*.jsonl")))
+    if (folder / FOLDER).is_dir():
+        try:
+            run.records = read(folder)
+        except DataError as error:
+            run.left_out.append(str(error))
+    for key, path in results_in(folder).items():
+        try:
+            differences = _differences(path, folder.resolve())
+            run.evaluations[key] = path.with_suffix(".md").read_text(encoding="utf-8", errors="replace")
+        except (DataError, OSError) as error:
+            run.left_out.append(str(error))
+            continue
+        run.results[key] = path
+        run.differences += differences
+    return run
 
 
 def _config(path: Path) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The page: template, style and script, with everything in it."""
 
+import sys
 from collections.abc import Sequence
 from importlib import resources
 from importlib.metadata import version
@@ -27,6 +28,8 @@ def write_report(folders: Sequence[Path], output: Path) -> Path:
         OutputDirError: the file can't be written.
     """
     runs = [gather(name, folder) for name, folder in named(folders).items()]
+    for reason in (reason for run in runs for reason in run.left_out):
+        print(f"left out: {reason}", file=sys.stderr)
     make_folder(output.parent)
     page = render(runs)
     try:
@@ -50,9 +53,19 @@ def render(runs: Sequence[Run]) -> str:
         evaluations=[(f"{run.name}: {name}", _table(text)) for run in runs for name, text in run.evaluations.items()],
         curves=charts.curves(runs),
         analyses=charts.analyses(runs),
+        recorded=[(run.name, run.records) for run in runs if run.records],
         packed=packed,
+        names=[run.name for run in runs],
+        differing=_differing(runs),
         configurations=[(run, yaml.safe_dump(run.config, allow_unicode=True)) for run in runs],
     )
+
+
+def _differing(runs: Sequence[Run]) -> dict[str, list[str]]:
+    """Key -> what each run has, where they differ; a key that wasn't set has the default of all."""
+    keys = sorted({key for run in runs for key in run.config} - {"output_dir", "run_name"})
+    values = {key: [str(run.config.get(key, "default")) for run in runs] for key in keys}
+    return {key: of for key, of in values.items() if len(set(of)) > 1}
 
 
 def _part(name: str) -> str:

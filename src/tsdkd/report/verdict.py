@@ -4,7 +4,9 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from ..evaluation.suites import title_of
 from ..evaluation.table import difference_of
+from ..records import FOLDER
 from .gather import Run
 
 Curve = list[tuple[int, float]]
@@ -25,7 +27,7 @@ class Sentence:
 
 def verdict(run: Run) -> list[Sentence]:
     """What stands out, the most important first."""
-    parts = (_end, _accuracy, _benchmarks, _loss, _entropy, _completions, _nonfinite)
+    parts = (_end, _accuracy, _benchmarks, _loss, _entropy, _completions, _nonfinite, _missing)
     found = [sentence for part in parts for sentence in part(run)]
     return sorted(found, key=lambda sentence: ["warning", "good", "note"].index(sentence.kind))
 
@@ -60,7 +62,8 @@ def _benchmarks(run: Run) -> Iterator[Sentence]:
         kind, word = (kind, word) if sure else ("note", "no clear difference")
         percent = f"{entry['mean']:.1f} % ({entry['metric']})"
         yield Sentence(
-            kind, f"{entry['benchmark']}: {percent}, against {entry['baseline']} {difference_of(entry)}: {word}."
+            kind,
+            f"{title_of(entry['benchmark'])}: {percent}, against {entry['baseline']} {difference_of(entry)}: {word}.",
         )
 
 
@@ -98,6 +101,17 @@ def _completions(run: Run) -> Iterator[Sentence]:
 def _nonfinite(run: Run) -> Iterator[Sentence]:
     if run.nonfinite:
         yield Sentence("warning", f"Loss or gradient was not finite in {run.nonfinite} steps: nonfinite_step_*.jsonl.")
+
+
+def _missing(run: Run) -> Iterator[Sentence]:
+    """What isn't in the report, and why."""
+    for reason in run.left_out:
+        yield Sentence("warning", f"Left out: {reason}.")
+    if run.state and len(run.curves.get("loss", [])) < 2:
+        every, steps = run.state.get("logging_steps"), run.state["global_step"]
+        yield Sentence("note", f"No curves: the loss was logged every {every} steps (logging_steps), of {steps}.")
+    if not run.records and not (run.folder / FOLDER).is_dir():
+        yield Sentence("note", "No tokens and analyses: the run didn't record any (record_steps).")
 
 
 def _quarters(curve: Curve) -> tuple[float, float]:
