@@ -297,6 +297,11 @@ CONFIGS: dict[str, tuple[dict[str, Any], tuple[str, ...], list[Say]]] = {
         (),
         [("own_share_step", "eval_strategy")],
     ),
+    "best model without checkpoints": (
+        {"load_best_model_at_end": True, "save_strategy": "no"},
+        (),
+        [("load_best_model_at_end", "no effect", "save_strategy")],
+    ),
     "best model without evaluation": (
         {"load_best_model_at_end": True, "save_strategy": "steps"},
         (),

@@ -428,7 +428,7 @@ def test_another_number_of_processes_is_refused(command, tmp_path):
     assert run(command(max_steps=2), folder)[0] == 0
     children = run_ranks(command(max_steps=4), folder)
     assert [child.wait() for child in children] == [2, 2]
-    assert "written by 1 processes, found 2" in children[0].output
+    assert "written by 1 process, found 2" in children[0].output
 
 
 # Secrets

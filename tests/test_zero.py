@@ -172,6 +172,16 @@ def test_a_launcher_that_is_terminated(command, tmp_path):
     assert (checkpoint / "manifest.json").exists()
 
 
+def test_a_lock_that_a_killed_compilation_left(tmp_path):
+    """DeepSpeed would wait for it, forever and silently."""
+    (tmp_path / "comm").mkdir()
+    (tmp_path / "comm" / "lock").touch()
+    environment = on_cpus() | {"ACCELERATE_USE_DEEPSPEED": "true", "TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    command = [sys.executable, "-m", "tsdkd", "train", "--config", "nowhere.yaml"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert str(tmp_path / "comm" / "lock") in result.stderr
+
+
 def test_what_a_launch_says(command, tmp_path):
     """One line from the first process, and its exit code; nothing of the launcher's."""
     result = start(command("tsd-kd", "out", 2, learning_rat=1), "ddp")

@@ -126,7 +126,8 @@ def damage(folder: Path) -> str | None:
         return found
     if found.processes != state.num_processes:
         raise ResumeError(
-            f"resume: {folder} was written by {found.processes} processes, found {state.num_processes}; start as many"
+            f"resume: {folder} was written by {found.processes} process{'es' * (found.processes > 1)}, found "
+            f"{state.num_processes}; start as many"
         )
     present = _files_in(folder)
     missing = sorted(set(found.files) - set(present))

@@ -121,6 +121,7 @@ _POINTLESS: dict[str, Check] = {
     "chat_template_kwargs": (lambda v: v["chat_template_source"] == "none", "chat_template_source is none"),
     "save_steps": (lambda v: plain(v["save_strategy"]) != "steps", "save_strategy is not steps"),
     "save_total_limit": (lambda v: plain(v["save_strategy"]) == "no", "save_strategy is no"),
+    "load_best_model_at_end": (lambda v: plain(v["save_strategy"]) == "no", "save_strategy is no"),
     "eval_steps": (lambda v: plain(v["eval_strategy"]) != "steps", "eval_strategy is not steps"),
     "use_vllm": (lambda v: v["lmbda"] == 0, "lmbda is 0: nothing is generated"),
     "vllm_importance_sampling_clip_max": (

@@ -62,7 +62,8 @@ class FiniteGuard:
         text = f"step {step}: {what} is not finite; the responses are in {path.parent}/nonfinite_step_{step}_*.jsonl"
         if self.skipped > self.allowed:
             raise NonFiniteError(
-                f"{text}; the step was not taken. Lower learning_rate, or leave such steps out: max_nonfinite_steps"
+                f"{text}; the step was not taken. Resume with max_nonfinite_steps to leave such steps out, or start "
+                "from the last checkpoint's weights, in a new output_dir, with a lower learning_rate"
             )
         self.accelerator.print(f"{text}; left out ({self.skipped} of {self.allowed})", flush=True)
         return False

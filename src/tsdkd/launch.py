@@ -65,6 +65,18 @@ def launch(config: str | None, options: dict[str, Any], command: Sequence[str]) 
     return 0
 
 
+def tell_locks() -> None:
+    """Say which of torch's compilations have a lock: one that was killed leaves it, and DeepSpeed waits for it without
+    a word."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true" or int(os.environ.get("LOCAL_RANK", "0")):
+        return
+    from torch.utils.cpp_extension import get_default_build_root
+
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    for lock in root.rglob("lock"):
+        print(f"tsdkd: {lock} is there; if no other run is compiling, remove it, or this one waits", file=sys.stderr)
+
+
 def _terminate(*_: Any) -> None:
     """SIGTERM to itself, which is passed on once there are processes."""
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:

@@ -422,7 +422,9 @@ class TokenSelectiveTrainer(Resumable, GKDTrainer):
 
     def _load_own_state(self, state: dict[str, Any]) -> None:
         if state["rows"] != self._rows_digest:
-            raise ResumeError("resume: train_dataset has other rows, or other tokens of them, than at the checkpoint")
+            raise ResumeError(
+                "resume: train_dataset (dataset_name) has other rows, or other tokens of them, than at the checkpoint"
+            )
         self.guard.skipped = state["skipped"]
         self.objective.load_state_dict(state["objective"])
         self._windows = deque(state["windows"])

@@ -40,6 +40,7 @@ def main(argv: Sequence[str]) -> int:
         own = ["--config", args.config] if args.config else []
         return launch.launch(args.accelerate_config, options, ["train", *own, *flags])
 
+    launch.tell_locks()
     from .. import run  # torch from here on
 
     if args.help_keys:
