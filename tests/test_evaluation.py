@@ -317,6 +317,14 @@ def test_two_models_in_one_table(tmp_path: Path, capsys: pytest.CaptureFixture[s
     items = rows(out / "teacher/demo.jsonl")
     assert teacher["avg@2"]["mean"] == pytest.approx(100 * np.mean([row["scores"] for row in items]))
 
+    assert ran(out, "--samples", "8", "--k", "5,8", "--output_dir", str(tmp_path / "k")) == 0
+    assert "demo pass@5 | demo pass@8 |" in (tmp_path / "k/results-demo.md").read_text()
+    right = [sum(row["scores"]) for row in rows(tmp_path / "k/teacher/demo.jsonl")]
+    results = json.loads((tmp_path / "k/results-demo.json").read_text())["results"]
+    (five,) = [e["mean"] for e in results if e["model"] == "teacher" and e["metric"] == "pass@5"]
+    assert five == pytest.approx(100 * np.mean([1 - math.comb(8 - int(c), 5) / math.comb(8, 5) for c in right]))
+    capsys.readouterr()
+
     file = out / "teacher/demo_greedy.jsonl"
     whole = file.read_text()
     lines = whole.splitlines(keepends=True)
@@ -344,6 +352,7 @@ def test_published_rows_are_beside_their_pair(data: Path, tmp_path: Path) -> Non
         (["--benchmarks", "demmo"], "did you mean 'demo'"),
         (["--baseline", "nobody"], "--baseline: must be one of"),
         (["--data_dir", "nowhere"], "--data_dir: no such directory"),
+        (["--k", "3"], "--k: pass@3 needs as many samples, found 2"),
         (["--model_args", "foo"], "--model_args: expected name=value, found 'foo'"),
     ],
 )

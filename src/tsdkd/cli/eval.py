@@ -38,6 +38,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--samples", type=at_least(2), metavar="N", help="of each item, where it is sampled; default: 8"
     )
+    parser.add_argument(
+        "--k", type=_whole_numbers, metavar="K,K", default=(), help="of pass@k in the table; default: the samples"
+    )
     parser.add_argument("--limit", type=at_least(1), metavar="N", help="only the first items of each task")
     parser.add_argument(
         "--max_new_tokens", type=at_least(1), metavar="N", default=8192, help="where they are sampled; default: 8192"
@@ -53,6 +56,9 @@ def main(argv: Sequence[str]) -> int:
     baseline = args.baseline or next(iter(models))
     if baseline not in models:
         raise ConfigError([f"--baseline: must be one of {', '.join(models)}, found {baseline!r}"])
+    samples = args.samples or 8
+    if args.k and max(args.k) > samples:
+        raise ConfigError([f"--k: pass@{max(args.k)} needs as many samples, found {samples}; set --samples"])
     if args.data_dir is not None and not args.data_dir.is_dir():
         raise ConfigError([f"--data_dir: no such directory: {args.data_dir}"])
 
@@ -70,6 +76,7 @@ def main(argv: Sequence[str]) -> int:
         model_args=_model_args(args.model_args),
         batch_size=args.batch_size,
         samples=args.samples,
+        ks=args.k,
         limit=args.limit,
         max_new_tokens=args.max_new_tokens,
         data_dir=args.data_dir,
@@ -96,6 +103,10 @@ def _named(models: Sequence[str]) -> dict[str, str]:
             raise ConfigError([f"models: two are called {name!r}; name them: {name}-2={path}"])
         found[name] = path
     return found
+
+
+def _whole_numbers(text: str) -> tuple[int, ...]:
+    return tuple(sorted({at_least(2)(part) for part in text.split(",")}))
 
 
 def _batch_size(text: str) -> str:

@@ -38,6 +38,7 @@ class Evaluation:
         model_args: of the harness's wrapper of that backend.
         batch_size: completions at a time.
         samples: of each item, where they are sampled.
+        ks: of pass@k, at most as many; beside the powers of two.
         limit: only the first items of each task.
         max_new_tokens: of each completion, where they are sampled.
         data_dir: local data instead of the hub's.
@@ -54,6 +55,7 @@ class Evaluation:
     model_args: dict[str, Any] = field(default_factory=dict)
     batch_size: str = "8"
     samples: int | None = None
+    ks: Sequence[int] = ()
     limit: int | None = None
     max_new_tokens: int = 8192
     data_dir: Path | None = None
@@ -127,7 +129,11 @@ def run(evaluation: Evaluation) -> list[Measured]:
     }
     for model, own in files.items():
         _complete(evaluation, model, benchmarks, tasks, wanted, own)
-    return [Measured(model, b, own[b.name].scores(wanted[b.name])) for model, own in files.items() for b in benchmarks]
+    return [
+        Measured(model, b, own[b.name].scores(wanted[b.name]), evaluation.ks)
+        for model, own in files.items()
+        for b in benchmarks
+    ]
 
 
 def _checked(evaluation: Evaluation) -> list[Benchmark]:

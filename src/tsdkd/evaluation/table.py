@@ -24,26 +24,28 @@ class Measured:
         model: its name.
         benchmark: of `suites`.
         scores: `[items, samples]`.
+        ks: of pass@k in the Markdown table, each at most the number of samples; none: that number.
     """
 
     model: str
     benchmark: Benchmark
     scores: np.ndarray
+    ks: Sequence[int] = ()
 
     @property
     def metrics(self) -> dict[str, np.ndarray]:
-        """Metric -> `[items]`; accuracy, or avg@n and pass@k for the powers of two up to n."""
+        """Metric -> `[items]`; accuracy, or avg@n and pass@k for `ks`, the powers of two up to n, and n."""
         n = self.scores.shape[1]
         if n == 1:
             return {"accuracy": self.scores[:, 0]}
-        ks = sorted({2**i for i in range(1, n.bit_length())} | {n})
-        return {f"avg@{n}": self.scores.mean(axis=1), **{f"pass@{k}": pass_at_k(self.scores, k) for k in ks if k <= n}}
+        ks = sorted({2**i for i in range(1, n.bit_length())} | {n, *self.ks})
+        return {f"avg@{n}": self.scores.mean(axis=1), **{f"pass@{k}": pass_at_k(self.scores, k) for k in ks}}
 
     @property
     def shown(self) -> list[str]:
         """The metrics of the Markdown table."""
         n = self.scores.shape[1]
-        return ["accuracy"] if n == 1 else [f"avg@{n}", f"pass@{n}"]
+        return ["accuracy"] if n == 1 else [f"avg@{n}", *(f"pass@{k}" for k in self.ks or (n,))]
 
 
 def write(
