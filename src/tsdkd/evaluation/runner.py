@@ -78,13 +78,13 @@ class Evaluation:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the table is of, for its readers."""
+        """What the table is of, for its readers; defaults that the docs tell are left out."""
         found = {
             "backend": self.backend,
             "chat template": "yes" if self.with_chat_template else "no",
-            "most tokens sampled": self.max_new_tokens,
+            "max_new_tokens": self.max_new_tokens if self.max_new_tokens != Evaluation.max_new_tokens else None,
             "seed": self.seed,
-            "first items only": self.limit,
+            "limit": self.limit,
             "data": self.data_dir,
         }
         found = {name: str(value) for name, value in found.items() if value is not None}
