@@ -49,11 +49,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     command = parser.parse_args(argv[:1]).command
     try:
-        return int(import_module(f".{command}", __name__).main(argv[1:]))
+        code = int(import_module(f".{command}", __name__).main(argv[1:]))
     except TSDKDError as error:
         if int(os.environ.get("RANK", "0")) == 0 or isinstance(error, CheckpointError):
             print(*(f"tsdkd {command}: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
-        return error.exit_code
+        code = error.exit_code
     except KeyboardInterrupt:
         print(f"\ntsdkd {command}: interrupted", file=sys.stderr)
         return 130
+    _leave_process_group()
+    return code
+
+
+def _leave_process_group() -> None:
+    """Ends gloo's threads: one that lets go of its last tensor while Python ends would abort the process."""
+    distributed = getattr(sys.modules.get("torch"), "distributed", None)
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
