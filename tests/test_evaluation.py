@@ -329,8 +329,12 @@ def test_two_models_in_one_table(tmp_path: Path, capsys: pytest.CaptureFixture[s
     whole = file.read_text()
     lines = whole.splitlines(keepends=True)
     file.write_text("".join(lines[:7]) + lines[7][:20])  # a kill in the middle of a line
+    sampled = out / "teacher/demo.jsonl"
+    samples = sampled.read_text()
+    sampled.write_text(samples[:-50])
     assert ran(out, "--batch_size", "16") == 0
     assert sorted(file.read_text().splitlines()) == sorted(whole.splitlines())
+    assert sampled.read_text() == samples
     assert (out / "results-demo.md").read_text() == table
 
 
@@ -353,6 +357,7 @@ def test_published_rows_are_beside_their_pair(data: Path, tmp_path: Path) -> Non
         (["--baseline", "nobody"], "--baseline: must be one of"),
         (["--data_dir", "nowhere"], "--data_dir: no such directory"),
         (["--k", "3"], "--k: pass@3 needs as many samples, found 2"),
+        (["--model_args", "pretrained=x"], "--model_args: pretrained is set"),
         (["--model_args", "foo"], "--model_args: expected name=value, found 'foo'"),
     ],
 )
@@ -385,6 +390,63 @@ def test_rows_of_another_shape(name: str, data: Path, tmp_path: Path, capsys: py
     assert ran(tmp_path / "out", *flags, models=["tsdkd://demo/student"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert str(tmp_path / "data") in error and BENCHMARKS[name].title in error
+
+
+CUT = {
+    "empty": lambda lines: [],
+    "not JSON": lambda lines: ["not json", *lines[1:]],
+    "a list": lambda lines: ["[1, 2]", *lines[1:]],
+    "cut off": lambda lines: [*lines[:-1], lines[-1][:9]],
+    "a row without a question": lambda lines: [lines[0], lines[1].replace("question", "qestion"), *lines[2:]],
+    "a row without an answer": lambda lines: [*lines[:2], json.dumps(json.loads(lines[2]) | {"answer": None})],
+    "too few examples": lambda lines: lines[:3],
+}
+
+
+@pytest.mark.parametrize("how", CUT)
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_damaged_local_data(
+    how: str, split: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if how == "too few examples" and split == "test":
+        return
+    shutil.copytree(data / "gsm8k", tmp_path / "data/gsm8k")
+    file = tmp_path / f"data/gsm8k/{split}.jsonl"
+    file.write_text("\n".join(CUT[how](file.read_text().splitlines())))
+    flags = ["--suite", "tsd-kd", "--benchmarks", "gsm8k", "--data_dir", str(tmp_path / "data")]
+    assert ran(tmp_path / "out", *flags, models=["tsdkd://demo/student"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert str(tmp_path / "data") in error and error.startswith("tsdkd eval:")
+
+
+def test_changed_local_data_is_not_mixed(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(data / "aime24", tmp_path / "data/aime24")
+    flags = [
+        "--suite",
+        "eopd",
+        "--benchmarks",
+        "aime24",
+        "--data_dir",
+        str(tmp_path / "data"),
+        "--max_new_tokens",
+        "8",
+    ]
+    assert ran(tmp_path / "out", *flags, models=["tsdkd://demo/student"]) == 0
+    file = tmp_path / "data/aime24/train.jsonl"
+    file.write_text(file.read_text().replace("+ 1?", "+ 2?"))
+    assert ran(tmp_path / "out", *flags, models=["tsdkd://demo/student"]) == 2
+    assert "data was" in capsys.readouterr().err
+
+
+def test_output_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one = ["tsdkd://demo/student", "--suite", "demo", "--benchmarks", "demo"]
+    for number, name in enumerate(("student/demo.jsonl", "results-demo.md")):
+        (tmp_path / f"{number}" / name).mkdir(parents=True)
+        assert ran(tmp_path / f"{number}", models=one) == 2
+        assert str(tmp_path / f"{number}" / name) in capsys.readouterr().err.splitlines()[-1]
+    (tmp_path / "student").write_text("a file")
+    assert ran(tmp_path, models=one) == 2
+    assert str(tmp_path / "student") in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_model_without_a_chat_template(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

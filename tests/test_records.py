@@ -162,7 +162,9 @@ def test_pass_at_k_of_evaluations(run: dict[str, Any], tmp_path: Path) -> None:
     assert main(["analyze", str(tmp_path)]) == 2
 
 
-def test_any_two_models(run: dict[str, Any], rows_file: str, tmp_path: Path) -> None:
+def test_any_two_models(
+    run: dict[str, Any], rows_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     values = {"model_name_or_path": run["student"], "teacher_model_name_or_path": run["teacher"], "use_cpu": True}
     values |= {"dataset_name": rows_file, "max_new_tokens": 10, "bf16": False}
     config = tmp_path / "pair.yaml"
@@ -171,6 +173,11 @@ def test_any_two_models(run: dict[str, Any], rows_file: str, tmp_path: Path) -> 
     assert main(command) == 0
     (record,) = read(tmp_path / "look")
     assert len(record.samples) == 5 and record.step == 0
+    before = {path: path.stat() for path in run["folder"].rglob("*")}
+    for folder in (tmp_path / "look", run["folder"]):  # whose records are another's
+        assert main(["analyze", "--config", str(config), "--output_dir", str(folder)]) == 2
+        assert "output_dir" in capsys.readouterr().err
+    assert before == {path: path.stat() for path in run["folder"].rglob("*")}
     assert len(list((tmp_path / "look/figures").glob("*.png"))) == 8
 
 
@@ -180,7 +187,8 @@ def test_bad_input(run: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFi
         (["analyze", str(tmp_path / "nowhere")], "no such directory"),
         (["analyze", str(tmp_path)], "has no records"),
         (["analyze", "--gate", "false", str(run["folder"])], "--gate: only with --config"),
-        (["analyze", str(run["folder"]), "--gate"], "no such directory: --gate"),
+        (["analyze", str(run["folder"]), "--gate"], "--gate: only with --config"),
+        (["analyze", str(run["folder"]), "--num_prompts", "5"], "--num_prompts: only with --config"),
     ):
         assert main(command) == 2
         assert found in capsys.readouterr().err
@@ -188,3 +196,7 @@ def test_bad_input(run: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFi
     (tmp_path / "records/step-00000000.parquet").write_text("no")
     assert main(["analyze", str(tmp_path)]) == 2
     assert "isn't a record" in capsys.readouterr().err
+    for text in ("", "a: [", "opener_ratio: many"):
+        (tmp_path / "tsdkd_config.yaml").write_text(text)
+        assert main(["analyze", str(tmp_path)]) == 2
+        assert "tsdkd_config.yaml" in capsys.readouterr().err

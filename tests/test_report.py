@@ -253,7 +253,11 @@ def test_what_is_damaged_is_left_out(run: Path, tmp_path: Path, capsys: pytest.C
     page = (folder / "report.html").read_text()
     for name in (record.name, "results-demo.json"):
         assert any("left out" in line and name in line for line in lines) and name in page
-    assert 'id="curves"' in page and 'id="tokens"' not in page and 'id="evaluation"' not in page
+    assert 'id="curves"' in page and 'id="tokens"' in page and 'id="evaluation"' not in page
+    for path in (folder / "records").iterdir():
+        path.write_text("no")
+    assert main(["report", str(folder)]) == 0
+    assert 'id="tokens"' not in (folder / "report.html").read_text()
 
 
 def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -261,6 +265,17 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "no such directory" in capsys.readouterr().err
     assert main(["report", str(tmp_path)]) == 2
     assert "isn't the directory of a run" in capsys.readouterr().err
+
+
+def test_nothing_but_a_report_is_overwritten(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    student = tmp_path / "model.safetensors"
+    student.write_bytes(b"weights")
+    assert main(["report", str(run), "--output", str(student)]) == 2
+    assert "--output" in capsys.readouterr().err and student.read_bytes() == b"weights"
+    assert main(["report", str(run), "--output", str(student / "page.html")]) == 2
+    assert "--output" in capsys.readouterr().err
+    for _ in range(2):
+        assert main(["report", str(run), "--output", str(tmp_path / "page.html")]) == 0
 
 
 def test_the_demo_ends_with_a_report(

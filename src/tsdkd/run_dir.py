@@ -1,6 +1,8 @@
 """The output directory of a run: whose it is, of which configuration, and whether there is something to continue."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -48,12 +50,34 @@ _FREE = {
 _LENGTH = {"max_steps", "num_train_epochs"}  # a run may be made longer
 
 
-def make_folder(folder: Path) -> None:
+def make_folder(folder: Path, field: str = "output_dir") -> None:
     """Raises `OutputDirError`."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputDirError(f"output_dir: {folder} can't be made: {error.strerror or error}") from error
+        raise OutputDirError(f"{field}: {folder} can't be made: {error.strerror or error}") from error
+
+
+def check_empty(folder: Path) -> None:
+    """Raises `OutputDirError` where there is something already."""
+    _check_folder(folder)
+    if folder.is_dir() and (present := sorted(path.name for path in folder.iterdir())):
+        raise OutputDirError(f"output_dir: {folder} holds files already ({present[0]}, …); choose another")
+
+
+@contextmanager
+def writing(path: Path, field: str = "output_dir") -> Iterator[None]:
+    """What the system says of a file, or of a disk that is full, in one line. Raises `OutputDirError`."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputDirError(f"{field}: {path} can't be written or read: {error.strerror or error}") from error
+
+
+def _check_folder(folder: Path) -> None:
+    for place in (folder, *folder.parents):
+        if place.exists() and not place.is_dir():
+            raise OutputDirError(f"output_dir: {place} is a file, expected a folder")
 
 
 def claim(arguments: RunArguments) -> str | None:
@@ -66,9 +90,7 @@ def claim(arguments: RunArguments) -> str | None:
     """
     training = arguments.training
     folder, asked = Path(str(training.output_dir)), _asked(arguments)
-    for place in (folder, *folder.parents):
-        if place.exists() and not place.is_dir():
-            raise OutputDirError(f"output_dir: {place} is a file, expected a folder")
+    _check_folder(folder)
     present = {path.name for path in folder.iterdir()} - {_NEW_RUN_FILE} if folder.is_dir() else set()
     if present and RUN_FILE not in present:
         raise OutputDirError(

@@ -28,7 +28,7 @@ def draw_all(folders: Sequence[Path], output: Path) -> None:
     """
     runs, evaluations = _found(folders)
     curves = pass_at_k.read_curves(evaluations)
-    make_folder(output)
+    make_folder(output, "--figures_dir")
     found: dict[str, Any] = {}
     table = Table("figure", "shows", "in the paper")
 

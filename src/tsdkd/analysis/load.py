@@ -87,8 +87,12 @@ class Record:
         return entropy, mask
 
 
-def read(run: Path) -> list[Record]:
+def read(run: Path, left_out: list[str] | None = None) -> list[Record]:
     """All records of a run, by step.
+
+    Args:
+        run: its directory.
+        left_out: takes the reasons why some can't be read, instead of an error.
 
     Raises:
         DataError: there are none, or one can't be read.
@@ -99,7 +103,15 @@ def read(run: Path) -> list[Record]:
             f"{run} has no records; training writes them with --record_steps N, and tsdkd analyze --config makes some"
         )
     options = _options(run)
-    return [_read(path, options) for path in paths]
+    found = []
+    for path in paths:
+        try:
+            found.append(_read(path, options))
+        except DataError as error:
+            if left_out is None:
+                raise
+            left_out.append(str(error))
+    return found
 
 
 def _read(path: Path, options: Options) -> Record:
@@ -110,7 +122,8 @@ def _read(path: Path, options: Options) -> Record:
         texts = {int(i): text for i, text in about["texts"].items()}
         return Record(about["step"], columns, about["samples"], texts, options)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} isn't a record of tsdkd: {' '.join(str(error).split())[:200]}") from error
+        reason = " ".join(str(error).split())[:200].rstrip(".")
+        raise DataError(f"{path} isn't a record of tsdkd, or is damaged: {reason}") from error
 
 
 def _numbers(column: Any) -> np.ndarray:
@@ -124,6 +137,9 @@ def _numbers(column: Any) -> np.ndarray:
 
 def _options(run: Path) -> Options:
     path = run / RUN_FILE
-    found = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    names = Options.__dataclass_fields__
-    return Options(**{name: float(found[name]) for name in names if found.get(name) is not None})
+    try:
+        found = dict(yaml.safe_load(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+        names = Options.__dataclass_fields__
+        return Options(**{name: float(found[name]) for name in names if found.get(name) is not None})
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        raise DataError(f"{path} can't be read: {' '.join(str(error).split())[:200]}") from error

@@ -15,6 +15,7 @@ from ..parsing import RunArguments
 from ..records import Sample, describe, write
 from ..rollout import prompt_generator
 from ..rollout.hf import sample
+from ..run_dir import check_empty, writing
 
 _AT_A_TIME = 8
 
@@ -24,8 +25,11 @@ def record_pair(arguments: RunArguments, count: int) -> Path:
 
     Raises:
         DataError, ModelError, TokenizerMismatchError: as for training.
+        OutputDirError: the folder isn't empty: its records may be a run's.
     """
     training = arguments.training
+    folder = Path(str(training.output_dir))
+    check_empty(folder)
     rows, _ = run.load_data(arguments.data, training)
     run.set_model_kwargs(arguments)
     names = str(arguments.model.model_name_or_path), str(training.teacher_model_name_or_path)
@@ -52,6 +56,6 @@ def record_pair(arguments: RunArguments, count: int) -> Path:
         parts.append(describe(heads, student, teacher, batch, jsd(getattr(training, "beta", 0.9))))
         samples += [Sample(i, p, c.ids) for i, p, c in zip(some["index"], prompts, completions, strict=True)]
     columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    folder = Path(str(training.output_dir))
-    write(folder, 0, samples, columns, pair.tokenizer.decode)
+    with writing(folder):
+        write(folder, 0, samples, columns, pair.tokenizer.decode)
     return folder

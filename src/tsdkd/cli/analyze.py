@@ -18,12 +18,13 @@ def main(argv: Sequence[str]) -> int:
     about = "The papers' figures, and the numbers in them, from recorded runs or any two models."
     parser = run_parser("analyze", about, _EPILOG, "RUN_DIR ... | ")
     parser.add_argument("--figures_dir", type=Path, help="default: figures/ in the first run's directory")
-    parser.add_argument("--num_prompts", type=at_least(1), default=50, help="with --config; default: %(default)s")
+    parser.add_argument("--num_prompts", type=at_least(1), help="with --config; default: 50")
     args, rest = parser.parse_known_args(argv)
     if not args.config and not rest:
         raise ConfigError(["name directories of runs, or a configuration with --config"])
-    if not args.config and rest[0].startswith("-"):
-        raise ConfigError([f"{rest[0]}: only with --config"])
+    options = [text for text in rest if text.startswith("-")] + ["--num_prompts"] * bool(args.num_prompts)
+    if not args.config and options:
+        raise ConfigError([f"{options[0]}: only with --config"])
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
@@ -34,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
     from ..analysis.pair import record_pair
 
     if args.config:
-        folders = [record_pair(run.parse(args.config, [*rest, "--lmbda", "1"]), args.num_prompts)]
+        folders = [record_pair(run.parse(args.config, [*rest, "--lmbda", "1"]), args.num_prompts or 50)]
     else:
         folders = [Path(text) for text in rest]
     draw_all(folders, args.figures_dir or folders[0] / "figures")

@@ -119,7 +119,12 @@ def _model_args(text: str) -> dict[str, object]:
     bad = [part for part in text.split(",") if part and not re.fullmatch(r"\w+=.+", part)]
     if bad:
         raise ConfigError([f"--model_args: expected name=value, found {bad[0]!r}"])
-    return dict(simple_parse_args_string(text)) if text else {}
+    found = dict(simple_parse_args_string(text)) if text else {}
+    if taken := found.keys() & {"pretrained", "peft", "lora_local_path", "batch_size"}:
+        raise ConfigError(
+            [f"--model_args: {min(taken)} is set by the model's name, --batch_size, or an adapter's folder"]
+        )
+    return found
 
 
 def _heavy():  # type: ignore[no-untyped-def]

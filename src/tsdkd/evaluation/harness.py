@@ -56,9 +56,12 @@ def load(path: str, backend: str, batch_size: str, model_args: dict[str, Any]) -
         arguments = {"device": "cpu", "dtype": "float32", **arguments}
     try:
         lm = _wrapper(backend)(**arguments)
+        if lm.max_length < 1:
+            raise ValueError(f"max_length is {lm.max_length}")
     except Exception as error:  # the wrapper's, transformers', vLLM's, torch's own
         line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ModelError(f"{path}: {line}") from error
+        given = f" (with --model_args {', '.join(f'{k}={v}' for k, v in model_args.items())})" if model_args else ""
+        raise ModelError(f"{path}: {line}{given}") from error
     if backend == "hf":  # greedy is greedy, and sampling is from the softmax, whatever the checkpoint's settings add
         lm.model.generation_config.update(repetition_penalty=1.0, top_k=0, top_p=1.0, temperature=1.0)
     return lm

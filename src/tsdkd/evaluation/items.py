@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import OutputDirError
+from ..run_dir import writing
 
 
 @dataclass
@@ -37,23 +38,25 @@ class Items:
         source: what all rows share: the model, how it was asked. Rows of another source are refused.
 
     Raises:
-        OutputDirError: the file has other rows.
+        OutputDirError: the file has other rows, or can't be read.
     """
 
     def __init__(self, path: Path, source: dict[str, Any]) -> None:
         self.path, self.source = path, source
         self.found: dict[tuple[str, int], Item] = {}
-        if path.exists():
-            self._read()
+        with writing(path):
+            if path.exists():
+                self._read()
 
     def add(self, items: Iterable[Item]) -> None:
-        """Append."""
-        items = list(items)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            for item in items:
-                file.write(json.dumps(asdict(item) | self.source, ensure_ascii=False) + "\n")
-        self.found |= {(item.task, item.doc): item for item in items}
+        """Append those that aren't there. Raises `OutputDirError`."""
+        new = [item for item in items if (item.task, item.doc) not in self.found]
+        lines = [json.dumps(asdict(item) | self.source, ensure_ascii=False) + "\n" for item in new]
+        with writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write("".join(lines))
+        self.found |= {(item.task, item.doc): item for item in new}
 
     def scores(self, wanted: Iterable[tuple[str, int]]) -> np.ndarray:
         """`[items, samples]`, in the order of `wanted`."""

@@ -20,7 +20,7 @@ from . import harness
 from .items import Items
 from .suites import SUITES, Benchmark, choose
 from .table import Measured
-from .tasks import build
+from .tasks import build, local_digest
 
 _AT_A_TIME = 64  # completions between two writes of the file
 
@@ -90,7 +90,7 @@ class Evaluation:
         found = {name: str(value) for name, value in found.items() if value is not None}
         return found | {name: str(value) for name, value in self.model_args.items()}
 
-    def source(self, model: str, revision: str, benchmark: Benchmark) -> dict[str, Any]:
+    def source(self, model: str, revision: str, benchmark: Benchmark, data: str | None) -> dict[str, Any]:
         """All that an item depends on."""
         path = Path(self.path(model))
         return {
@@ -100,7 +100,7 @@ class Evaluation:
             "shots": benchmark.shots,
             "samples": self.samples_of(benchmark),
             "chat_template": self.with_chat_template,
-            "data_dir": None if self.data_dir is None else str(self.data_dir.resolve()),
+            "data": data,
             "max_new_tokens": self.max_new_tokens if benchmark.sampled else None,
             "model_args": self.model_args,
             "seed": self.seed,
@@ -120,9 +120,12 @@ def run(evaluation: Evaluation) -> list[Measured]:
         b.name: build(b, evaluation.samples_of(b), evaluation.max_new_tokens, evaluation.data_dir) for b in benchmarks
     }
     wanted = {name: _wanted(some, evaluation.limit) for name, some in tasks.items()}
+    data = {name: local_digest(some, evaluation.data_dir) for name, some in tasks.items()}
     files = {
         model: {
-            b.name: Items(evaluation.output_dir / model / f"{b.name}.jsonl", evaluation.source(model, revision, b))
+            b.name: Items(
+                evaluation.output_dir / model / f"{b.name}.jsonl", evaluation.source(model, revision, b, data[b.name])
+            )
             for b in benchmarks
         }
         for model, revision in revisions.items()
@@ -182,10 +185,11 @@ def _complete(
             name, total = benchmark.name, len(wanted[benchmark.name])
             bar = progress.add_task(f"{model}: {benchmark.title}", total=total, completed=total - len(missing[name]))
             size = max(1, _AT_A_TIME // evaluation.samples_of(benchmark))
-            for task, docs in _chunks(tasks[name], missing[name], size):
+            for task, docs in _chunks(tasks[name], wanted[name], set(missing[name]), size):
                 seed = _seed(evaluation.seed, task.task_name, docs[0])
+                before = len(files[name].found)
                 files[name].add(harness.ask(lm, task, docs, benchmark, evaluation.with_chat_template, seed))
-                progress.advance(bar, len(docs))
+                progress.advance(bar, len(files[name].found) - before)
     harness.release(lm)
 
 
@@ -210,8 +214,13 @@ def _seed(*facts: object) -> int:
     return int.from_bytes(hashlib.sha256(repr(facts).encode()).digest()[:4])
 
 
-def _chunks(tasks: Sequence[Task], missing: Sequence[tuple[str, int]], size: int) -> Iterator[tuple[Task, list[int]]]:
+def _chunks(
+    tasks: Sequence[Task], wanted: Sequence[tuple[str, int]], missing: set[tuple[str, int]], size: int
+) -> Iterator[tuple[Task, list[int]]]:
+    """Those of which something is missing. Samples depend on what is asked together, so a chunk is asked whole."""
     for task in tasks:
-        docs = [doc for name, doc in missing if name == task.task_name]
+        docs = [doc for name, doc in wanted if name == task.task_name]
         for start in range(0, len(docs), size):
-            yield task, docs[start : start + size]
+            chunk = docs[start : start + size]
+            if any((task.task_name, doc) in missing for doc in chunk):
+                yield task, chunk

@@ -11,7 +11,7 @@ import numpy as np
 import yaml
 
 from ..errors import DataError
-from ..run_dir import make_folder
+from ..run_dir import make_folder, writing
 from .scores import RESAMPLES, interval, paired_bootstrap, pass_at_k
 from .suites import Benchmark
 
@@ -58,15 +58,16 @@ def write(
 ) -> Path:
     """Write `results-<suite>.json` and `results-<suite>.md`, with the settings that the numbers are of; returns the
     latter."""
-    make_folder(folder)
     numbers = [entry for m in measured for entry in _numbers(m, _of(measured, baseline, m.benchmark))]
     paths = {name: str(Path(model).resolve()) if Path(model).is_dir() else model for name, model in models.items()}
     text = json.dumps({"models": paths, "settings": settings or {}, "results": numbers}, indent=1)
-    (folder / f"results-{suite}.json").write_text(text, encoding="utf-8")
     path = folder / f"results-{suite}.md"
     asked = ", ".join(f"{name} {value}" for name, value in (settings or {}).items())
     asked = f"\nSuite {suite}: {asked}.\n" if asked else ""
-    path.write_text(markdown(measured, models, baseline) + asked, encoding="utf-8")
+    make_folder(folder)
+    with writing(path):
+        path.with_suffix(".json").write_text(text, encoding="utf-8")
+        path.write_text(markdown(measured, models, baseline) + asked, encoding="utf-8")
     return path
 
 

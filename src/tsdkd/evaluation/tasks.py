@@ -1,12 +1,13 @@
 """Benchmarks as tasks of lm-evaluation-harness: its own, with the papers' shots, and some of ours."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from datasets.exceptions import DatasetGenerationError
 from jinja2 import UndefinedError
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
@@ -116,8 +117,9 @@ def build(benchmark: Benchmark, samples: int, max_new_tokens: int, data_dir: Pat
         raise DataError(
             f"--data_dir: {benchmark.title} needs a split or column that {data_dir} hasn't: {error}"
         ) from error
-    except (OSError, ConnectionError, ValueError) as error:
-        line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    except Exception as error:  # of the hub, datasets, pyarrow, and the task's own functions
+        cause = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
+        line = next((line for line in str(cause).splitlines() if line.strip()), f"empty ({type(cause).__name__})")
         place = f" from {data_dir}" if data_dir else ""
         raise DataError(f"{benchmark.title}: its data can't be loaded{place}: {line}") from error
     if data_dir is not None:
@@ -128,10 +130,19 @@ def build(benchmark: Benchmark, samples: int, max_new_tokens: int, data_dir: Pat
 
 def _check_rows(task: Task, benchmark: Benchmark, data_dir: Path) -> None:
     """What the harness would stumble over when models have been loaded, or have answered."""
-    examples = task.fewshot_docs() if benchmark.shots else None
-    for kind, rows in (("item", task.eval_docs), ("few-shot example", examples or [])):
+    examples = list(task.fewshot_docs() or []) if benchmark.shots else []
+    if len(examples) < benchmark.shots:
+        raise DataError(
+            f"--data_dir: {data_dir / task.task_name} has {len(examples)} few-shot examples, {benchmark.title} shows "
+            f"{benchmark.shots}"
+        )
+    for kind, rows in (("item", task.eval_docs), ("few-shot example", examples)):
         for number, row in enumerate(rows):
             try:
+                if empty := [name for name in row if row[name] is None and _is_used(name, task, benchmark, row)]:
+                    raise ValueError(f"no {', '.join(empty)}")
+                if benchmark.runs_code and not isinstance(row["test_list"], list):
+                    raise ValueError("test_list isn't a list")
                 _, target = task.doc_to_text(row), task.doc_to_target(row)
                 if task.OUTPUT_TYPE == "multiple_choice":
                     choices = task.doc_to_choice(row)
@@ -203,6 +214,29 @@ def _passes(response: str, doc: dict[str, Any]) -> bool:
     program = response.removeprefix("```python").rpartition("```")[0] or response
     setup = doc.get("test_setup_code") or ""
     return run_program("\n".join([setup, program, *doc["test_list"]])).passed
+
+
+def _is_used(column: str, task: Task, benchmark: Benchmark, row: dict[str, Any]) -> bool:
+    """Whether prompt or grade depend on it. A row that lacks a column has None there, as others have for good."""
+
+    def shown(row: dict[str, Any]) -> tuple[Any, ...]:
+        grade = OWN[benchmark.task]["grade"](r"\boxed{7}", row) if benchmark.task in OWN else None
+        return task.doc_to_text(row), task.doc_to_target(row), grade
+
+    try:
+        return shown(row) != shown({**row, column: "7"})
+    except Exception:  # it can't do without, or not with that
+        return True
+
+
+def local_digest(tasks: Sequence[Task], data_dir: Path | None) -> str | None:
+    """Of the files in `--data_dir` that some tasks read; None without."""
+    if data_dir is None:
+        return None
+    digest = hashlib.sha256()
+    for path in sorted(path for task in tasks for path in (data_dir / task.task_name).glob("*.jsonl")):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def _local(task: str, data_dir: Path) -> dict[str, Any]:

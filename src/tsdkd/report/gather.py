@@ -67,7 +67,7 @@ class Run:
 
     @property
     def duration(self) -> str | None:
-        """h:mm:ss of training, since it was last resumed; None before its end."""
+        """h:mm:ss of training, since it was last started; None before its end."""
         seconds = self.curves.get("train_runtime")
         return str(timedelta(seconds=round(seconds[-1][1]))) if seconds else None
 
@@ -90,18 +90,18 @@ def gather(name: str, folder: Path) -> Run:
     run.nonfinite = len(list(folder.glob("nonfinite_step_*.jsonl")))
     if (folder / FOLDER).is_dir():
         try:
-            run.records = read(folder)
+            run.records = read(folder, run.left_out)
         except DataError as error:
             run.left_out.append(str(error))
     for key, path in results_in(folder).items():
         try:
-            differences = _differences(path, folder.resolve())
+            run.differences += _differences(path, folder.resolve())
+            run.results[key] = path
             run.evaluations[key] = path.with_suffix(".md").read_text(encoding="utf-8", errors="replace")
-        except (DataError, OSError) as error:
+        except DataError as error:
             run.left_out.append(str(error))
-            continue
-        run.results[key] = path
-        run.differences += differences
+        except OSError as error:
+            run.left_out.append(f"{error.filename} can't be read: {error.strerror}")
     return run
 
 

@@ -139,9 +139,13 @@
   at("text").addEventListener("click", (event) => {
     if (event.target.dataset.token) select(Number(event.target.dataset.token));
   });
+  let pointer = "";
+  const placeOf = (event) => `${event.screenX} ${event.screenY}`;
   at("text").addEventListener("mouseover", (event) => {
-    if (event.target.dataset.token) select(Number(event.target.dataset.token), false);
+    // a pointer that rests is over another token when the text changes: nobody has pointed at that
+    if (event.target.dataset.token && placeOf(event) !== pointer) select(Number(event.target.dataset.token), false);
   });
+  at("text").addEventListener("mousemove", (event) => (pointer = placeOf(event)));
   at("text").addEventListener("keydown", async (event) => {
     const last = record().lengths[view.sample] - 1;
     const to = { ArrowRight: view.token + 1, ArrowLeft: view.token - 1, Home: 0, End: last }[event.key];

@@ -13,11 +13,13 @@ from markupsafe import Markup
 
 from ..analysis.draw import named
 from ..errors import OutputDirError
-from ..run_dir import make_folder
+from ..run_dir import make_folder, writing
 from . import charts
 from .gather import Run, gather
 from .tokens import pack
 from .verdict import verdict
+
+_MARK = b"<footer>Written by tsdkd "
 
 
 def write_report(folders: Sequence[Path], output: Path) -> Path:
@@ -25,17 +27,18 @@ def write_report(folders: Sequence[Path], output: Path) -> Path:
 
     Raises:
         DataError: a directory isn't a run's, or something in it can't be read.
-        OutputDirError: the file can't be written.
+        OutputDirError: the file can't be written, or is something else than a report.
     """
+    with writing(output, "--output"):
+        if output.exists() and _MARK not in output.read_bytes():
+            raise OutputDirError(f"--output: {output} isn't a report; choose another file")
     runs = [gather(name, folder) for name, folder in named(folders).items()]
     for reason in (reason for run in runs for reason in run.left_out):
         print(f"left out: {reason}", file=sys.stderr)
-    make_folder(output.parent)
+    make_folder(output.parent, "--output")
     page = render(runs)
-    try:
+    with writing(output, "--output"):
         output.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise OutputDirError(f"--output: {output} can't be written: {error.strerror}") from error
     return output
 
 
