@@ -122,6 +122,9 @@ def test_numbers_are_the_records(run: Path, browser: Any) -> None:
     orders = [int(row.text.split()[-1].strip(".")) for row in rows[1:]]
     theirs = record.columns["candidate_teacher_logps"][0]
     assert orders == [1 + int((theirs > value).sum()) for value in theirs]
+    for row, share in zip(rows[1:], 100 * np.exp(record.columns["candidate_logps"][0]), strict=True):
+        found = row.text.split(" %")[0].split()
+        assert float(found[-1]) == pytest.approx(share, abs=0.1) and ("<" in found) == (share < 0.05)
 
     Select(browser.find_element(By.ID, "quantity")).select_by_value("opener")
     own = record.columns["sample"] == 0

@@ -47,7 +47,8 @@ def load_rows(name: str, config: str | None, split: str, field: str = "dataset_n
             f"{field}: {name!r} is no local file, and the hub doesn't have it or can't be reached"
         ) from error
     except Exception as error:  # the readers raise whatever their formats raise
-        reason = " ".join(str(error.__cause__ or error).split())[:300]
+        cause = error.__cause__ or error
+        reason = " ".join(str(cause).split())[:300] or f"it is empty, or has no rows ({type(cause).__name__})"
         raise DataError(f"{field}: {name} (split {split}) can't be read: {reason}") from error
     if len(rows) == 0:
         raise DataError(f"{field}: {name} has no rows")

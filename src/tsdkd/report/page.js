@@ -9,8 +9,13 @@
   async function numbers(column) {
     const bytes = Uint8Array.from(atob(column.data), (c) => c.charCodeAt(0));
     const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
-    const buffer = await new Response(stream).arrayBuffer();
-    return new { 1: Uint8Array, 2: Uint16Array, 4: Uint32Array }[column.size](buffer);
+    const planes = new Uint8Array(await new Response(stream).arrayBuffer());
+    const count = planes.length / column.size;
+    return Uint32Array.from({ length: count }, (_, i) => {
+      let value = 0;
+      for (let k = column.size - 1; k >= 0; k--) value = value * 256 + planes[k * count + i];
+      return value;
+    });
   }
 
   async function columns() {
@@ -112,7 +117,7 @@
       const j = i * n + c;
       const text = visible(run().texts[data.candidates[j]]);
       const mark = data.candidates[j] === data.token[i] ? " ←" : "";
-      const percent = (x) => `${((100 * x) / 255).toFixed(1)} %`;
+      const percent = (x) => (x < 1 ? "< 0.1 %" : `${(x / 10).toFixed(1)} %`);
       table.append(row("td", [text + mark, percent(data.student_share[j]), percent(data.teacher_share[j]), `${data.teacher_rank[j] + 1}.`]));
     }
     const title = document.createElement("strong");
