@@ -15,7 +15,7 @@ from trl import ModelConfig
 from . import checkpoint
 from .checks import default_of, own_fields
 from .config import DataArguments
-from .errors import OutputDirError, ResumeError
+from .errors import OutputDirError, ResumeError, TSDKDError
 from .methods import METHODS
 from .options import plain
 from .parsing import RunArguments
@@ -70,6 +70,8 @@ def writing(path: Path, field: str = "output_dir") -> Iterator[None]:
     """What the system says of a file, or of a disk that is full, in one line. Raises `OutputDirError`."""
     try:
         yield
+    except TSDKDError:  # some are an OSError too
+        raise
     except OSError as error:
         raise OutputDirError(f"{field}: {path} can't be written or read: {error.strerror or error}") from error
 
