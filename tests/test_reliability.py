@@ -15,6 +15,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -253,7 +254,10 @@ def test_a_signal_to_a_launcher_before_there_is_anything_to_save(number, command
     folder = tmp_path / "out"
     launcher = [sys.executable, "-m", "tsdkd", *command(folder), "--num_processes", "2", "--main_process_port", "0"]
     process = subprocess.Popen(launcher, env=on_cpus(), stderr=subprocess.PIPE, text=True)
-    time.sleep(8)
+    while len(psutil.Process(process.pid).children()) < 2:
+        assert process.poll() is None
+        time.sleep(0.1)
+    time.sleep(1)  # they import torch, for longer than that
     process.send_signal(number)
     assert process.wait(60) == PREEMPTED, process.stderr.read()[-2000:]
     assert not folder.exists()
