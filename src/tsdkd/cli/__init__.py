@@ -62,7 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _leave_process_group() -> None:
-    """Ends gloo's threads: one that lets go of its last tensor while Python ends would abort the process."""
-    distributed = getattr(sys.modules.get("torch"), "distributed", None)
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        distributed.destroy_process_group()
+    """Ends gloo's threads: one that lets go of its last tensor while Python ends would abort the process. A group of
+    one process has nobody to wait for, and may be an engine's that a caller goes on using."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        distributed = getattr(sys.modules.get("torch"), "distributed", None)
+        if distributed is not None and distributed.is_initialized():
+            distributed.destroy_process_group()
