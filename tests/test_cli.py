@@ -1,6 +1,8 @@
 """The command line end to end, on tiny models: invariance, resume, processes, presets, what is printed."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -106,6 +108,31 @@ def test_help_answers_without_torch():
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.rstrip().endswith("[]")
     assert "train" in result.stdout
+
+
+ABORTS = """
+import os
+
+class Aborts:
+    def __del__(self):
+        os.abort()
+
+last = Aborts()
+"""
+
+
+@pytest.mark.parametrize(("command", "code"), [(["configs"], 0), (["train", "--config", "none.yaml"], 2), (["no"], 2)])
+def test_one_of_several_processes_isnt_torn_down(command, code, tmp_path):
+    """What aborts while Python ends (a thread of gloo's may) costs neither the output nor the exit code."""
+    (tmp_path / "sitecustomize.py").write_text(ABORTS)
+    where = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    program = [sys.executable, "-m", "tsdkd", *command]
+    alone, one_of_two = [
+        subprocess.run(program, env=where | {"WORLD_SIZE": n}, capture_output=True, text=True) for n in ("1", "2")
+    ]
+    assert (alone.returncode, one_of_two.returncode) == (-signal.SIGABRT, code)
+    assert one_of_two.stdout == alone.stdout
+    assert one_of_two.stdout or one_of_two.stderr
 
 
 def test_configs_lists_every_preset(capsys):

@@ -1,8 +1,31 @@
-"""`python -m tsdkd`, and `accelerate launch -m tsdkd`."""
+"""`tsdkd`, `python -m tsdkd`, and `accelerate launch -m tsdkd`."""
 
+import atexit
+import os
 import sys
 
 from .cli import main
 
+
+def run() -> int:
+    """`main` as a program. One of several processes ends without tearing Python down: a thread of torch.distributed's
+    that lets go of its last tensor during that would abort it, and the launcher then kills the others as they save."""
+    code: object = 1
+
+    def leave() -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else 1)
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        atexit.register(leave)  # the first to be registered is the last to run: trackers have ended by then
+    try:
+        code = main()
+    except SystemExit as end:
+        code = end.code or 0
+        raise
+    return code
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run())

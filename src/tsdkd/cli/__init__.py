@@ -49,22 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     command = parser.parse_args(argv[:1]).command
     try:
-        code = int(import_module(f".{command}", __name__).main(argv[1:]))
+        return int(import_module(f".{command}", __name__).main(argv[1:]))
     except TSDKDError as error:
         if int(os.environ.get("RANK", "0")) == 0 or isinstance(error, CheckpointError):
             print(*(f"tsdkd {command}: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
-        code = error.exit_code
+        return error.exit_code
     except KeyboardInterrupt:
         print(f"\ntsdkd {command}: interrupted", file=sys.stderr)
         return 130
-    _leave_process_group()
-    return code
-
-
-def _leave_process_group() -> None:
-    """Ends gloo's threads: one that lets go of its last tensor while Python ends would abort the process. A group of
-    one process has nobody to wait for, and may be an engine's that a caller goes on using."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        distributed = getattr(sys.modules.get("torch"), "distributed", None)
-        if distributed is not None and distributed.is_initialized():
-            distributed.destroy_process_group()
