@@ -340,13 +340,15 @@ def test_two_models_in_one_table(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 def test_published_rows_are_beside_their_pair(data: Path, tmp_path: Path) -> None:
     """A run's student belongs to the model that it started from."""
-    from tsdkd.evaluation.table import Measured, markdown
+    from tsdkd.evaluation.table import Measured, write
 
     (tmp_path / "tsdkd_config.yaml").write_text("model_name_or_path: Qwen/Qwen2.5-1.5B-Instruct\n")
     measured = [Measured("mine", BENCHMARKS[name], np.ones((4, 1))) for name in ("gsm8k", "sciq")]
-    table = markdown(measured, {"mine": str(tmp_path)}, "mine")
+    table = write(measured, {"mine": str(tmp_path)}, "mine", tmp_path, "tsd-kd").read_text()
     assert "TSD-KD, Tables 1 and 2" in table and "| TSD-KD | 60.1 | 93.0 |" in table
-    assert "Tables 1 and 2" not in markdown(measured, {"mine": "gpt2"}, "mine")
+    (tmp_path / "tsdkd_config.yaml").write_text("[")
+    assert "Tables 1 and 2" not in write(measured, {"mine": str(tmp_path)}, "mine", tmp_path, "tsd-kd").read_text()
+    assert "Tables 1 and 2" not in write(measured, {"mine": "gpt2"}, "mine", tmp_path, "tsd-kd").read_text()
 
 
 @pytest.mark.parametrize(
@@ -403,13 +405,12 @@ CUT = {
 }
 
 
-@pytest.mark.parametrize("how", CUT)
-@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize(
+    ("how", "split"), [*((how, "train") for how in CUT), *((how, "test") for how in CUT if how != "too few examples")]
+)
 def test_damaged_local_data(
     how: str, split: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if how == "too few examples" and split == "test":
-        return
     shutil.copytree(data / "gsm8k", tmp_path / "data/gsm8k")
     file = tmp_path / f"data/gsm8k/{split}.jsonl"
     file.write_text("\n".join(CUT[how](file.read_text().splitlines())))
@@ -421,16 +422,8 @@ def test_damaged_local_data(
 
 def test_changed_local_data_is_not_mixed(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(data / "aime24", tmp_path / "data/aime24")
-    flags = [
-        "--suite",
-        "eopd",
-        "--benchmarks",
-        "aime24",
-        "--data_dir",
-        str(tmp_path / "data"),
-        "--max_new_tokens",
-        "8",
-    ]
+    flags = ["--suite", "eopd", "--benchmarks", "aime24", "--data_dir", str(tmp_path / "data")]
+    flags += ["--max_new_tokens", "8"]
     assert ran(tmp_path / "out", *flags, models=["tsdkd://demo/student"]) == 0
     file = tmp_path / "data/aime24/train.jsonl"
     file.write_text(file.read_text().replace("+ 1?", "+ 2?"))

@@ -15,7 +15,7 @@ from trl import ModelConfig
 from . import checkpoint
 from .checks import default_of, own_fields
 from .config import DataArguments
-from .errors import OutputDirError, ResumeError, TSDKDError
+from .errors import DataError, OutputDirError, ResumeError, TSDKDError
 from .methods import METHODS
 from .options import plain
 from .parsing import RunArguments
@@ -161,6 +161,15 @@ def mark(arguments: RunArguments) -> None:
         os.replace(folder / _NEW_RUN_FILE, folder / RUN_FILE)
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """The resolved configuration of the run in a folder. Raises `DataError`."""
+    path = folder / RUN_FILE
+    try:
+        return dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        raise DataError(f"{path} can't be read: {' '.join(str(error).split())[:200]}") from error
+
+
 def resolved(arguments: RunArguments) -> dict[str, Any]:
     """Every of our keys, and every key of transformers and TRL that was set; no token of the hub."""
     values = {name: getattr(arguments.training, name) for name in own_fields(METHODS[arguments.method])}
@@ -171,12 +180,9 @@ def resolved(arguments: RunArguments) -> dict[str, Any]:
 def _changes(arguments: RunArguments, folder: Path) -> str:
     """In what a run differs from this one so that it isn't the same; what else differs is said."""
     try:
-        before = dict(yaml.safe_load((folder / RUN_FILE).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
-        raise OutputDirError(
-            f"output_dir: {folder / RUN_FILE} can't be read: {' '.join(str(error).split())}"
-        ) from error
-    now = resolved(arguments)
+        before, now = read_config(folder), resolved(arguments)
+    except DataError as error:
+        raise OutputDirError(f"output_dir: {error}") from error
     defaults = {"method": None}
     for cls in (METHODS[arguments.method], ModelConfig, DataArguments):
         defaults |= {f.name: default_of(cls, f.name) for f in fields(cls)}

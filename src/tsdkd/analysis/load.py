@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-import yaml
 
 from ..errors import DataError
 from ..records import FOLDER
-from ..run_dir import RUN_FILE
+from ..run_dir import RUN_FILE, read_config
 from ..selection import entropy_gap_gate, opener_mask, top_entropy_mask
 
 
@@ -137,9 +136,9 @@ def _numbers(column: Any) -> np.ndarray:
 
 def _options(run: Path) -> Options:
     path = run / RUN_FILE
+    found = read_config(run) if path.is_file() else {}
+    given = {name: found[name] for name in Options.__dataclass_fields__ if found.get(name) is not None}
     try:
-        found = dict(yaml.safe_load(path.read_text(encoding="utf-8"))) if path.is_file() else {}
-        names = Options.__dataclass_fields__
-        return Options(**{name: float(found[name]) for name in names if found.get(name) is not None})
-    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
-        raise DataError(f"{path} can't be read: {' '.join(str(error).split())[:200]}") from error
+        return Options(**{name: float(value) for name, value in given.items()})
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{path}: one of {given} isn't a number") from error

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import yaml
 
 from ..errors import DataError
-from ..run_dir import make_folder, writing
+from ..run_dir import RUN_FILE, make_folder, read_config, writing
 from .scores import RESAMPLES, interval, paired_bootstrap, pass_at_k
 from .suites import Benchmark
 
@@ -58,7 +59,7 @@ def write(
 ) -> Path:
     """Write `results-<suite>.json` and `results-<suite>.md`, with the settings that the numbers are of; returns the
     latter."""
-    numbers = [entry for m in measured for entry in _numbers(m, _of(measured, baseline, m.benchmark))]
+    numbers = _all_numbers(measured, baseline)
     paths = {name: str(Path(model).resolve()) if Path(model).is_dir() else model for name, model in models.items()}
     text = json.dumps({"models": paths, "settings": settings or {}, "results": numbers}, indent=1)
     path = folder / f"results-{suite}.md"
@@ -67,7 +68,7 @@ def write(
     make_folder(folder)
     with writing(path):
         path.with_suffix(".json").write_text(text, encoding="utf-8")
-        path.write_text(markdown(measured, models, baseline) + asked, encoding="utf-8")
+        path.write_text(_markdown(measured, numbers, models, baseline) + asked, encoding="utf-8")
     return path
 
 
@@ -87,6 +88,12 @@ def read(path: Path) -> tuple[dict[str, str], list[dict[str, Any]]]:
         return dict(found["models"]), list(found["results"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} isn't from tsdkd eval: {' '.join(repr(error).split())[:200]}") from error
+
+
+def _all_numbers(measured: Sequence[Measured], baseline: str) -> list[dict[str, Any]]:
+    """An entry for each model, benchmark and metric: its mean and interval and, of other models than the baseline, the
+    difference from that, in percent."""
+    return [entry for m in measured for entry in _numbers(m, _of(measured, baseline, m.benchmark))]
 
 
 def _numbers(measured: Measured, base: Measured) -> list[dict[str, Any]]:
@@ -110,19 +117,17 @@ def _of(measured: Sequence[Measured], model: str, benchmark: Benchmark) -> Measu
     return next(m for m in measured if m.model == model and m.benchmark == benchmark)
 
 
-def markdown(measured: Sequence[Measured], models: dict[str, str], baseline: str) -> str:
+def _markdown(
+    measured: Sequence[Measured], numbers: Sequence[dict[str, Any]], models: dict[str, str], baseline: str
+) -> str:
     """Means with 95 % intervals, then the differences from the baseline, then the papers' rows."""
+    entries = {(e["model"], e["benchmark"], e["metric"]): e for e in numbers}
     benchmarks = list(dict.fromkeys(m.benchmark for m in measured))
     columns = [(b, metric) for b in benchmarks for metric in _of(measured, baseline, b).shown]
     heads = [b.title if metric == "accuracy" else f"{b.title} {metric}" for b, metric in columns]
-    numbers = {
-        (e["model"], e["benchmark"], e["metric"]): e
-        for m in measured
-        for e in _numbers(m, _of(measured, baseline, m.benchmark))
-    }
 
     def row(model: str, cell: Any) -> list[str]:
-        return [model, *(cell(numbers[model, b.name, metric]) for b, metric in columns)]
+        return [model, *(cell(entries[model, b.name, metric]) for b, metric in columns)]
 
     means = [row(m, lambda e: f"{e['mean']:.1f} [{e['low']:.1f}, {e['high']:.1f}]") for m in models]
     parts = [_rows(["", *heads], means)]
@@ -161,9 +166,9 @@ def _pairs(models: dict[str, str]) -> list[dict[str, Any]]:
 def _family(path: str) -> set[str]:
     """A model's own name; of a run's student, also the one that it started from."""
     names = {Path(path).name}
-    config = Path(path, "tsdkd_config.yaml")
-    if config.is_file():
-        names.add(Path(str(yaml.safe_load(config.read_text(encoding="utf-8")).get("model_name_or_path"))).name)
+    if Path(path, RUN_FILE).is_file():
+        with suppress(DataError):  # no reason to lose a table
+            names.add(Path(str(read_config(Path(path)).get("model_name_or_path"))).name)
     return names
 
 

@@ -7,15 +7,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..analysis.load import Record, read
 from ..config import TokenSelectiveConfig
 from ..errors import DataError
 from ..evaluation.table import read as read_results
 from ..evaluation.table import results_in
 from ..records import FOLDER
-from ..run_dir import RUN_FILE
+from ..run_dir import RUN_FILE, read_config
 
 _STATE = "trainer_state.json"
 
@@ -83,10 +81,9 @@ def gather(name: str, folder: Path) -> Run:
     Raises:
         DataError: it isn't one, or its configuration or log can't be read.
     """
-    config = folder / RUN_FILE
-    if not config.is_file():
+    if not (folder / RUN_FILE).is_file():
         raise DataError(f"{folder} isn't the directory of a run: it has no {RUN_FILE}")
-    run = Run(name, folder, _config(config), _newest_state(folder))
+    run = Run(name, folder, read_config(folder), _newest_state(folder))
     run.nonfinite = len(list(folder.glob("nonfinite_step_*.jsonl")))
     if (folder / FOLDER).is_dir():
         try:
@@ -103,14 +100,6 @@ def gather(name: str, folder: Path) -> Run:
         except OSError as error:
             run.left_out.append(f"{error.filename} can't be read: {error.strerror}")
     return run
-
-
-def _config(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return dict(values)
-    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
-        raise _damaged(path, error) from error
 
 
 def _differences(path: Path, folder: Path) -> list[dict[str, Any]]:
@@ -133,8 +122,4 @@ def _newest_state(folder: Path) -> dict[str, Any]:
         steps = {name: int(state[name]) for name in ("global_step", "max_steps")}
         return state | steps | {"log_history": history}
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise _damaged(path, error) from error
-
-
-def _damaged(path: Path, error: Exception) -> DataError:
-    return DataError(f"{path} is damaged: {' '.join(repr(error).split())[:200]}")
+        raise DataError(f"{path} is damaged: {' '.join(repr(error).split())[:200]}") from error

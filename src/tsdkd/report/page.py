@@ -19,7 +19,7 @@ from .gather import Run, gather
 from .tokens import pack
 from .verdict import verdict
 
-_MARK = b"<footer>Written by tsdkd "
+_MARK = "<footer>Written by tsdkd "
 
 
 def write_report(folders: Sequence[Path], output: Path) -> Path:
@@ -30,7 +30,7 @@ def write_report(folders: Sequence[Path], output: Path) -> Path:
         OutputDirError: the file can't be written, or is something else than a report.
     """
     with writing(output, "--output"):
-        if output.exists() and _MARK not in output.read_bytes():
+        if output.exists() and _MARK.encode() not in output.read_bytes():
             raise OutputDirError(f"--output: {output} isn't a report; choose another file")
     runs = [gather(name, folder) for name, folder in named(folders).items()]
     for reason in (reason for run in runs for reason in run.left_out):
@@ -51,7 +51,7 @@ def render(runs: Sequence[Run]) -> str:
         title=" and ".join(run.name for run in runs),
         style=Markup(_part("page.css")),
         script=Markup(_part("page.js")),
-        version=version("tsdkd"),
+        footer=Markup(_MARK + version("tsdkd")),
         verdicts=[(run, verdict(run)) for run in runs],
         evaluations=[(f"{run.name}: {name}", _table(text)) for run in runs for name, text in run.evaluations.items()],
         curves=charts.curves(runs),
