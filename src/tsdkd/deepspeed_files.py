@@ -19,11 +19,17 @@ def only_data_is_loaded() -> Iterator[None]:
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
+    def member(owner: Any, name: str) -> Any:
+        if owner is not ZeroStageEnum:
+            raise pickle.UnpicklingError(f"getattr of {owner}")
+        return owner[name]
+
     classes = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+    allowed = [*classes, (member, "builtins.getattr")]  # Python 3.11.0 to 3.11.3 pickles enums as getattr
 
     def load(self: TorchCheckpointEngine, path: str, map_location: Any = None) -> Any:
         try:
-            with torch.serialization.safe_globals(classes):
+            with torch.serialization.safe_globals(allowed):
                 return torch.load(path, map_location=map_location, weights_only=True)
         except pickle.UnpicklingError as error:
             raise CheckpointError(

@@ -30,7 +30,8 @@ def launch(config: str | None, options: dict[str, Any], command: Sequence[str]) 
         command: the arguments of tsdkd.
 
     Returns:
-        The exit code of the process that failed first; 0 if none did; 75 after SIGTERM or SIGUSR1 to the launcher.
+        The exit code of the process that failed first, or that says more than 1; 0 if none did; 75 after SIGTERM or
+        SIGUSR1 to the launcher.
 
     Raises:
         ConfigError: no such configuration, or options that accelerate refuses.
@@ -53,8 +54,9 @@ def launch(config: str | None, options: dict[str, Any], command: Sequence[str]) 
     try:
         launch_command(arguments)
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        return _reported(rank, failure.exitcode)
+        # a process that lost another ends with 1, maybe before the launcher looks: errors of ours come before
+        rank, first = min(error.failures.items(), key=lambda failure: (failure[1].exitcode <= 1, failure[1].timestamp))
+        return _reported(rank, first.exitcode)
     except CalledProcessError as error:
         return _reported(0, error.returncode)
     except SignalException as error:
