@@ -188,8 +188,10 @@ def test_over_two_processes(sharing, saved_model, rows_file, tmp_path):
     if sharing == "ZeRO-3":
         pytest.importorskip("deepspeed")
         launcher = zero_launcher(3, tmp_path)
+    before = set(Path("/dev/shm").glob("*"))
     logs = launch(launcher, ["train", *flags(**values)])
     assert logs.count("sampling/sampling_logp_difference/mean") == 3
+    assert set(Path("/dev/shm").glob("*")) <= before  # or the next engine couldn't start
 
 
 def test_weights_are_copied_once_and_again_after_a_resume(saved_model, tmp_path, monkeypatch):

@@ -9,10 +9,13 @@ from .cli import main
 
 def run() -> int:
     """`main` as a program. One of several processes ends without tearing Python down: a thread of torch.distributed's
-    that lets go of its last tensor during that would abort it, and the launcher then kills the others as they save."""
+    that lets go of its last tensor during that would abort it, and the launcher then kills the others as they save.
+    Where vLLM rolls out, a process ends as usual: destructors of its engine remove shared memory."""
     code: object = 1
 
     def leave() -> None:
+        if "tsdkd.rollout.engine" in sys.modules:
+            return
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code if isinstance(code, int) else 1)
