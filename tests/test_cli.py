@@ -135,6 +135,13 @@ def test_one_of_several_processes_isnt_torn_down(command, code, tmp_path):
     assert one_of_two.stdout or one_of_two.stderr
 
 
+def test_an_error_that_the_first_process_does_not_have():
+    where = os.environ | {"WORLD_SIZE": "2", "RANK": "1"}
+    program = [sys.executable, "-m", "tsdkd", "train", "--config", "nowhere.yaml"]
+    result = subprocess.run(program, env=where, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.count("nowhere.yaml") == 1
+
+
 def test_configs_lists_every_preset(capsys):
     assert main(["configs"]) == 0
     lines = capsys.readouterr().out.splitlines()

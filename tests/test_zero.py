@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -210,3 +211,12 @@ def test_what_a_launch_says(command, tmp_path):
     result = start(command("tsd-kd", "out", 2), "zero9")
     assert result.returncode == 2 and "accelerate_config" in result.stderr and "zero3" in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_launch_whose_first_process_is_late(command, tmp_path, monkeypatch):
+    """It is the one that says what is wrong with all."""
+    (tmp_path / "sitecustomize.py").write_text("import os, time\ntime.sleep(3 * (os.environ.get('RANK') == '0'))\n")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    result = start(command("tsd-kd", "out", 2, learning_rat=1), "ddp")
+    assert result.returncode == 2
+    assert result.stderr.strip().count("\n") == 0 and "learning_rat" in result.stderr

@@ -3,12 +3,13 @@
 import argparse
 import os
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import version
 
-from ..errors import CheckpointError, TSDKDError
+from ..errors import CheckpointError, NonFiniteError, PreemptedError, TSDKDError
 
 _COMMANDS = {
     "train": "distil a student: tsdkd train --config FILE [--key value ...]",
@@ -24,6 +25,7 @@ _COMMANDS = {
     "methods": "list the methods, with their options and papers",
     "configs": "list the configurations that ship with tsdkd",
 }
+_FIRST_SPEAKS = 10  # seconds, that the first process may be behind another
 _EXAMPLES = """examples:
   tsdkd demo
   tsdkd train --config qwen25_14b_to_1p5b.yaml --output_dir student
@@ -51,9 +53,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(import_module(f".{command}", __name__).main(argv[1:]))
     except TSDKDError as error:
-        if int(os.environ.get("RANK", "0")) == 0 or isinstance(error, CheckpointError):
+        if _is_mine_to_say(error):
             print(*(f"tsdkd {command}: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print(f"\ntsdkd {command}: interrupted", file=sys.stderr)
         return 130
+
+
+def _is_mine_to_say(error: TSDKDError) -> bool:
+    """Most errors are all processes'; the first says them, after which the launcher ends the others. One that ended
+    sooner would have the launcher end the first before it has spoken; one that is still there later was alone."""
+    if int(os.environ.get("RANK", "0")) == 0 or isinstance(error, CheckpointError):
+        return True
+    if isinstance(error, PreemptedError):
+        return False
+    time.sleep(_FIRST_SPEAKS)
+    return not isinstance(error, NonFiniteError)  # which is always all processes'
