@@ -17,10 +17,11 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from . import run
 from .config import TokenSelectiveConfig
 from .data import prepare_rows, shape_of, split_row
-from .errors import ConfigError, OutputDirError, TSDKDError
+from .errors import ConfigError, OutputDirError
 from .models import Pair, generation_config_of, load_frozen, resolve_pair, revision_of, stop_token_ids
 from .parsing import RunArguments
 from .rollout import Completion, Key, Sampling, check_vllm, prompt_generator, prompt_seed
+from .run_dir import writing
 
 ROLES = {"teacher": "teacher_model_name_or_path", "student": "model_name_or_path"}
 _SAY_EVERY = 10.0  # seconds
@@ -204,14 +205,10 @@ def _read(output: Path, job: Job) -> set[tuple[int, int]]:
 @contextmanager
 def _writing(output: Path) -> Iterator[TextIO]:
     """The file, open for more rows."""
-    try:
+    with writing(output, "output_file", "written"):
         output.parent.mkdir(parents=True, exist_ok=True)
         with output.open("a", encoding="utf-8") as file:
             yield file
-    except TSDKDError:
-        raise
-    except OSError as error:
-        raise OutputDirError(f"output_file: {output} can't be written: {error.strerror or error}") from error
 
 
 def _by_vllm(job: Job, tickets: list[Ticket]) -> Iterator[tuple[int, Completion]]:

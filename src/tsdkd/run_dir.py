@@ -52,10 +52,8 @@ _LENGTH = {"max_steps", "num_train_epochs"}  # a run may be made longer
 
 def make_folder(folder: Path, field: str = "output_dir") -> None:
     """Raises `OutputDirError`."""
-    try:
+    with writing(folder, field, "made"):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputDirError(f"{field}: {folder} can't be made: {error.strerror or error}") from error
 
 
 def check_empty(folder: Path) -> None:
@@ -66,14 +64,14 @@ def check_empty(folder: Path) -> None:
 
 
 @contextmanager
-def writing(path: Path, field: str = "output_dir") -> Iterator[None]:
+def writing(path: Path, field: str = "output_dir", done: str = "written or read") -> Iterator[None]:
     """What the system says of a file, or of a disk that is full, in one line. Raises `OutputDirError`."""
     try:
         yield
     except TSDKDError:  # some are an OSError too
         raise
     except OSError as error:
-        raise OutputDirError(f"{field}: {path} can't be written or read: {error.strerror or error}") from error
+        raise OutputDirError(f"{field}: {path} can't be {done}: {error.strerror or error}") from error
 
 
 def _check_folder(folder: Path) -> None:

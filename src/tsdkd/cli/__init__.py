@@ -53,20 +53,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(import_module(f".{command}", __name__).main(argv[1:]))
     except TSDKDError as error:
-        if _is_mine_to_say(error):
-            print(*(f"tsdkd {command}: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
+        _say(command, error)
         return error.exit_code
     except KeyboardInterrupt:
         print(f"\ntsdkd {command}: interrupted", file=sys.stderr)
         return 130
 
 
-def _is_mine_to_say(error: TSDKDError) -> bool:
+def _say(command: str, error: TSDKDError) -> None:
     """Most errors are all processes'; the first says them, after which the launcher ends the others. One that ended
     sooner would have the launcher end the first before it has spoken; one that is still there later was alone."""
-    if int(os.environ.get("RANK", "0")) == 0 or isinstance(error, CheckpointError):
-        return True
-    if isinstance(error, PreemptedError):
-        return False
-    time.sleep(_FIRST_SPEAKS)
-    return not isinstance(error, NonFiniteError)  # which is always all processes'
+    if int(os.environ.get("RANK", "0")) != 0 and not isinstance(error, CheckpointError):
+        if isinstance(error, PreemptedError):
+            return
+        time.sleep(_FIRST_SPEAKS)
+        if isinstance(error, NonFiniteError):  # which is always all processes'
+            return
+    print(*(f"tsdkd {command}: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)

@@ -41,6 +41,7 @@ def main(argv: Sequence[str]) -> int:
     )
     args, flags = parser.parse_known_args(argv)
 
+    from ..run_dir import writing  # torch from here on
     from ..slurm import sbatch_script
 
     settings = vars(args)
@@ -53,9 +54,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     if Path(script).exists():
         raise OutputDirError(f"script: {script} exists; choose another name")
-    try:
+    with writing(Path(script), "script", "written"):
         Path(script).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise OutputDirError(f"script: {script} can't be written: {error.strerror}") from error
     print(f"wrote {script}; start it with: sbatch {script}")
     return 0

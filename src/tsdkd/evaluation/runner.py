@@ -174,7 +174,7 @@ def _complete(
     wanted: dict[str, list[tuple[str, int]]],
     files: dict[str, Items],
 ) -> None:
-    missing = {b.name: [key for key in wanted[b.name] if key not in files[b.name].found] for b in benchmarks}
+    missing = {b.name: set(wanted[b.name]) - files[b.name].found.keys() for b in benchmarks}
     if not any(missing.values()):
         return
     lm = harness.load(evaluation.path(model), evaluation.backend, evaluation.batch_size, evaluation.model_args)
@@ -185,7 +185,7 @@ def _complete(
             name, total = benchmark.name, len(wanted[benchmark.name])
             bar = progress.add_task(f"{model}: {benchmark.title}", total=total, completed=total - len(missing[name]))
             size = max(1, _AT_A_TIME // evaluation.samples_of(benchmark))
-            for task, docs in _chunks(tasks[name], wanted[name], set(missing[name]), size):
+            for task, docs in _chunks(tasks[name], wanted[name], missing[name], size):
                 seed = _seed(evaluation.seed, task.task_name, docs[0])
                 before = len(files[name].found)
                 files[name].add(harness.ask(lm, task, docs, benchmark, evaluation.with_chat_template, seed))

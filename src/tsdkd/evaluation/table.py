@@ -59,7 +59,7 @@ def write(
 ) -> Path:
     """Write `results-<suite>.json` and `results-<suite>.md`, with the settings that the numbers are of; returns the
     latter."""
-    numbers = _all_numbers(measured, baseline)
+    numbers = [entry for m in measured for entry in _numbers(m, _of(measured, baseline, m.benchmark))]
     paths = {name: str(Path(model).resolve()) if Path(model).is_dir() else model for name, model in models.items()}
     text = json.dumps({"models": paths, "settings": settings or {}, "results": numbers}, indent=1)
     path = folder / f"results-{suite}.md"
@@ -88,12 +88,6 @@ def read(path: Path) -> tuple[dict[str, str], list[dict[str, Any]]]:
         return dict(found["models"]), list(found["results"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} isn't from tsdkd eval: {' '.join(repr(error).split())[:200]}") from error
-
-
-def _all_numbers(measured: Sequence[Measured], baseline: str) -> list[dict[str, Any]]:
-    """An entry for each model, benchmark and metric: its mean and interval and, of other models than the baseline, the
-    difference from that, in percent."""
-    return [entry for m in measured for entry in _numbers(m, _of(measured, baseline, m.benchmark))]
 
 
 def _numbers(measured: Measured, base: Measured) -> list[dict[str, Any]]:

@@ -234,14 +234,17 @@ def local_digest(tasks: Sequence[Task], data_dir: Path | None) -> str | None:
     if data_dir is None:
         return None
     digest = hashlib.sha256()
-    for path in sorted(path for task in tasks for path in (data_dir / task.task_name).glob("*.jsonl")):
+    for path in sorted(path for task in tasks for path in _splits(task.task_name, data_dir)):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:12]
 
 
+def _splits(task: str, data_dir: Path) -> list[Path]:
+    return sorted((data_dir / task).glob("*.jsonl"))
+
+
 def _local(task: str, data_dir: Path) -> dict[str, Any]:
-    folder = data_dir / task
-    files = {path.stem: str(path) for path in sorted(folder.glob("*.jsonl"))}
+    files = {path.stem: str(path) for path in _splits(task, data_dir)}
     if not files:
-        raise DataError(f"--data_dir: no {folder}/<split>.jsonl")
+        raise DataError(f"--data_dir: no {data_dir / task}/<split>.jsonl")
     return {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": files}}
