@@ -1,9 +1,9 @@
-"""`tsdkd plan`'s estimate against measured peak memory, on a CPU, each case in a process of its own.
+"""`tsdkd plan`'s estimate against measured peak memory, each case in a process of its own.
 
     python benchmarks/plan.py [--cases NAME ...]
 
 Random Qwen2 pairs, one process, float32, the student's own rollouts of full length. Measured is the process's peak
-resident memory over what it has before the models are loaded.
+resident memory over what it has before the models are loaded; on a GPU what its allocator had at most given out.
 """
 
 import argparse
@@ -52,6 +52,7 @@ def resident(field: str) -> float:
 
 def measure(folder: str, case: dict[str, Any]) -> None:
     """Train two steps and print estimate and measurement, GiB, as JSON."""
+    import torch
     from datasets import Dataset
     from transformers import AutoConfig, AutoTokenizer
 
@@ -64,8 +65,9 @@ def measure(folder: str, case: dict[str, Any]) -> None:
     tokenizer.eos_token = None
     args = TSDKDConfig(
         f"{folder}/out",
-        use_cpu=True,
+        use_cpu=not torch.cuda.is_available(),
         bf16=False,
+        head_chunk_gib=0.25,
         per_device_train_batch_size=case["batch"],
         max_length=case["tokens"],
         max_new_tokens=case["tokens"],
@@ -82,7 +84,8 @@ def measure(folder: str, case: dict[str, Any]) -> None:
     TSDKDTrainer(
         student, teacher, args, train_dataset=rows, processing_class=tokenizer, teacher_processing_class=tokenizer
     ).train()
-    measured = resident("VmHWM") - before
+    on_gpu = torch.cuda.is_available()
+    measured = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else resident("VmHWM") - before
     config = AutoConfig.from_pretrained(teacher)
     values = {**vars(args), "dtype": "float32", "teacher_model_init_kwargs": None, "head_chunk_gib": 0.25}
     work = workload(values, config, 0.0)

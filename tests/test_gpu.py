@@ -1,7 +1,7 @@
 """On a GPU: `scripts/gpu_check OUT`, or `scripts/test -m gpu`. Skipped without one.
 
 With TSDKD_GPU_REHEARSAL=1 and no GPU the same tests run on the CPU, those of a GPU's memory excepted: it shows that
-they can run, and catches what doesn't need CUDA. The riskiest come first.
+they can run, and catches what doesn't need CUDA.
 """
 
 import json
@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from datasets import Dataset
@@ -56,7 +57,7 @@ def logged(folder: Path, step: int) -> dict[str, Any]:
     return entry
 
 
-# Wrapped, as accelerate wraps on this device ------------------------------------------------------------------------
+# Launched, as accelerate does on this device -------------------------------------------------------------------------
 
 
 @dataclass
@@ -109,30 +110,37 @@ def launched(command: list[str], folder: Path, config: str) -> Launched:
     several = ["--accelerate_config", config, "--num_processes", "1", "--main_process_port", "0"]
     found = Launched(folder)
     for attempt in ("first", "resumed"):
-        result = subprocess.run(
+        process = subprocess.Popen(
             [sys.executable, "-m", "tsdkd", *command, *several],
             env=dict(os.environ) if CUDA else on_cpus(),
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             text=True,
         )
-        if result.returncode:
-            found.error = f"{attempt}: {result.stdout[-1000:]}\n{result.stderr[-3000:]}"
+        try:
+            output, _ = process.communicate(timeout=70 if CUDA else 600)
+        except subprocess.TimeoutExpired:
+            for child in [*psutil.Process(process.pid).children(recursive=True), process]:
+                child.kill()
+            output = "it hung\n" + process.communicate()[0]
+        if process.returncode:
+            found.error = f"{attempt}: {output[-4000:]}"
             return found
         setattr(found, attempt, weights(folder) if attempt == "resumed" else again(folder))
     return found
 
 
-@pytest.fixture(scope="module")
-def launches(saved_model, rows_file, tmp_path_factory):
-    """Name -> a future of `Launched`. All start at once: most of their time is imports."""
-    names = [name for name, (_, config, _) in LAUNCHES.items() if config == "ddp" or find_spec("deepspeed")]
+@pytest.fixture(scope="module", autouse=True)
+def launches(request, saved_model, rows_file, tmp_path_factory):
+    """Name -> a future of `Launched`. All start at once and before everything else: most of their time is imports."""
+    wanted = {item.callspec.params.get("name") for item in request.session.items if hasattr(item, "callspec")}
     pool = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2))
     futures: dict[str, Future[Launched]] = {}
-    for name in names:
-        method, config, changes = LAUNCHES[name]
-        folder = tmp_path_factory.mktemp("launched") / "run"
-        command = training(method, folder, saved_model, rows_file, **changes)
-        futures[name] = pool.submit(launched, command, folder, config)
+    for name, (method, config, changes) in LAUNCHES.items():
+        if name in wanted and (config == "ddp" or find_spec("deepspeed")):
+            folder = tmp_path_factory.mktemp("launched") / "run"
+            command = training(method, folder, saved_model, rows_file, **changes)
+            futures[name] = pool.submit(launched, command, folder, config)
     yield futures
     pool.shutdown(cancel_futures=True)
 
@@ -149,27 +157,7 @@ def unwrapped(saved_model, rows_file, tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("name", LAUNCHES)
-def test_a_wrapped_student_takes_the_same_steps(name, launches, unwrapped, saved_model):
-    if name not in launches:
-        pytest.skip("DeepSpeed isn't installed")
-    method, _, changes = LAUNCHES[name]
-    folder = unwrapped(method, changes)
-    found = launches[name].result()
-    assert not found.error
-    start, expected = weights(saved_model("llama", 0)), weights(folder)
-    moved = (expected - start).norm()
-    # DeepSpeed's weights are rounded, autocast rounds what it multiplies
-    allowed = 0.15 if changes.get("bf16", True) else 1e-3
-    assert (found.first - expected).norm() <= allowed * moved
-    assert (found.resumed - found.first).norm() <= 0.01 * moved
-    theirs, ours = logged(found.folder, 1), logged(folder, 1)
-    assert theirs["grad_norm"] == pytest.approx(ours["grad_norm"], rel=0.03)
-    if method == "eopd":  # the first step after a rollout: the student still is the policy that sampled
-        assert theirs["policy/ratio"] == pytest.approx(1.0, abs=1e-4)
-
-
-# Every method --------------------------------------------------------------------------------
+# Every method --------------------------------------------------------------------------------------------------------
 
 OWN: dict[str, dict[str, Any]] = {
     "minillm": {"epochs_per_rollout": 2},
@@ -207,7 +195,27 @@ def test_two_steps_and_the_second_again(method, saved_model, rows_file, tmp_path
     assert (weights(folder) - first).norm() <= 0.01 * moved
 
 
-# The head --------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_a_wrapped_student_takes_the_same_steps(name, launches, unwrapped, saved_model):
+    if name not in launches:
+        pytest.skip("DeepSpeed isn't installed")
+    method, _, changes = LAUNCHES[name]
+    folder = unwrapped(method, changes)
+    found = launches[name].result()
+    assert not found.error
+    start, expected = weights(saved_model("llama", 0)), weights(folder)
+    moved = (expected - start).norm()
+    # DeepSpeed's weights are rounded, autocast rounds what it multiplies
+    allowed = 0.15 if changes.get("bf16", True) else 1e-3
+    assert (found.first - expected).norm() <= allowed * moved
+    assert (found.resumed - found.first).norm() <= 0.01 * moved
+    theirs, ours = logged(found.folder, 1), logged(folder, 1)
+    assert theirs["grad_norm"] == pytest.approx(ours["grad_norm"], rel=0.03)
+    if method == "eopd":  # the first step after a rollout: the student still is the policy that sampled
+        assert theirs["policy/ratio"] == pytest.approx(1.0, abs=1e-4)
+
+
+# The head ------------------------------------------------------------------------------------------------------------
 
 
 def inputs(dtype: torch.dtype, tokens: int = RESPONSES * LENGTH) -> list[torch.Tensor]:
