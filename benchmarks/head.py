@@ -66,7 +66,7 @@ class Contest:
             "JSD, TRL's GKDTrainer": self.trl_gkd,
             "four matrix products": self.floor,
         }
-        if DEVICE == "cuda" and importlib.util.find_spec("liger_kernel"):
+        if importlib.util.find_spec("liger_kernel"):
             found["JSD, Liger's fused"] = self.liger
         return found
 

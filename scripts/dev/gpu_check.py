@@ -131,7 +131,8 @@ def tests(output: str) -> dict[str, str]:
     found: dict[str, str] = {}
     for line in output.splitlines():
         if match := re.match(r"tests/\S+::(.+?)(?: (PASSED|FAILED|ERROR|SKIPPED|XFAIL)\b.*)?$", line):
-            found[match[1].strip()] = (match[2] or "unfinished").lower()
+            name = match[1].strip()
+            found[name] = (match[2] or found.get(name, "unfinished")).lower()
     return found
 
 

@@ -43,15 +43,13 @@ def train(method: str, flags: list[str], stop: bool) -> None:
         raise RuntimeError(f"{method}: exit code {process.returncode} instead of {expected}, {said!r}")
 
 
-def row(method: str, stage: str, model: Path | None, problems: int, start: float) -> None:
-    """Print a stage and, of a model, its accuracy in percent."""
-    cells = [""] * 3
-    if model is not None:
-        rows = list(load_rows(str(DEMO / "test.jsonl"), None, "train"))[:problems]
-        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).to("cuda" if CUDA else "cpu")
-        found = measure(loaded, AutoTokenizer.from_pretrained(model), rows).metrics
-        cells = [f"{found[name]:.1f}" for name in ("greedy", "avg@8", "pass@8")]
-    print(f"| {method} | {stage} | {' | '.join(cells)} | {time.monotonic() - start:.0f} |", flush=True)
+def row(method: str, stage: str, model: Path, problems: int, start: float) -> None:
+    """Print a stage and its model's accuracy, percent."""
+    rows = list(load_rows(str(DEMO / "test.jsonl"), None, "train"))[:problems]
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).to("cuda" if CUDA else "cpu")
+    found = measure(loaded, AutoTokenizer.from_pretrained(model), rows).metrics
+    cells = " | ".join(f"{found[name]:.1f}" for name in ("greedy", "avg@8", "pass@8"))
+    print(f"| {method} | {stage} | {cells} | {time.monotonic() - start:.0f} |", flush=True)
 
 
 def check(method: str, folder: Path, steps: int, batch: int, problems: int) -> None:
@@ -82,8 +80,8 @@ def main() -> int:
             for name in CONFIGS
         ]
         row("", "before", DEMO / "student", arguments.problems, start)
-    errors = [str(error) for error in (future.exception() for future in runs) if error]
-    print("\n".join(errors))
+    errors = [error for error in (future.exception() for future in runs) if error]
+    print(*map(repr, errors), sep="\n")
     return 1 if errors else 0
 
 
