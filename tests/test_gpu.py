@@ -202,7 +202,8 @@ def test_a_wrapped_student_takes_the_same_steps(name, launches, unwrapped, saved
     method, _, changes = LAUNCHES[name]
     folder = unwrapped(method, changes)
     found = launches[name].result()
-    assert not found.error
+    if found.error:
+        pytest.fail(found.error, pytrace=False)
     start, expected = weights(saved_model("llama", 0)), weights(folder)
     moved = (expected - start).norm()
     # DeepSpeed's weights are rounded, autocast rounds what it multiplies
