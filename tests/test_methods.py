@@ -167,14 +167,14 @@ def test_values_and_gradients(name: str) -> None:
     logits = case.student.clone().requires_grad_()
     loss = case.loss(objective, LogitsHead(logits, case.teacher))
     loss.backward()
-    assert loss.item() == pytest.approx(probe(flat), rel=2e-7)
+    assert loss.item() == pytest.approx(probe(flat), rel=1e-12)
     torch.testing.assert_close(logits.grad, slopes, rtol=2e-6, atol=1e-8)
 
     # hidden states that are the logits: the head's weight is the identity
     hidden, identity = case.student.clone().requires_grad_(), Projection(torch.eye(VOCABULARY, dtype=torch.float64))
     loss = case.loss(objective, FusedHead(hidden, identity, case.teacher, identity, chunk_gib=3e-7))
     loss.backward()
-    assert loss.item() == pytest.approx(probe(flat), rel=2e-7)
+    assert loss.item() == pytest.approx(probe(flat), rel=1e-12)
     torch.testing.assert_close(hidden.grad, slopes, rtol=2e-6, atol=1e-8)
 
 

@@ -60,6 +60,40 @@ LIMITS = [12, 8, 20, 30]
 KEYS = [(0, 0, i) for i in range(4)]
 
 
+def unpacked(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Has a CPU engine keep its weights as they are and take them as on a GPU; the tensors of each call."""
+    calls, sync = [], VLLMSampler._sync_engine
+    monkeypatch.setattr(
+        "vllm.model_executor.layers.utils.dispatch_cpu_unquantized_gemm",
+        lambda layer, remove_weight: setattr(layer, "cpu_linear", torch.nn.functional.linear),
+    )
+
+    def sync_unpacked(self, packed):
+        model = self.llm.llm_engine.model_executor.driver_worker.model_runner.model
+        load = model.load_weights
+
+        def load_weights(weights):
+            weights = list(weights)
+            calls.append([name for name, _ in weights])
+            return load(iter(weights))
+
+        with monkeypatch.context() as patched:
+            patched.setattr(model, "load_weights", load_weights)
+            sync(self, packed=False)
+
+    monkeypatch.setattr(VLLMSampler, "_sync_engine", sync_unpacked)
+    return calls
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama"])
+def test_a_gpu_engine_takes_all_weights_in_one_call(family, saved_model, tmp_path, monkeypatch):
+    """Every sync is checked, and the learning rate is large enough for an old weight to show."""
+    calls = unpacked(monkeypatch)
+    trainer = make_trainer(tmp_path, saved_model, family)
+    trainer.train()
+    assert calls == 2 * [[name for name, _ in trainer.model.named_parameters()]]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_engine_samples_from_the_students_weights(family, saved_model, tmp_path):
     trainer = make_trainer(tmp_path, saved_model, family)

@@ -216,6 +216,11 @@ def pad_sequences(prompts: Sequence[Sequence[int]], completions: Sequence[Sequen
     }
 
 
+def predicted_ids(batch: dict[str, torch.Tensor], index: torch.Tensor) -> torch.Tensor:
+    """The tokens `[N]` that are predicted at the positions `index` of `[B, S - 1]`."""
+    return batch["input_ids"][:, 1:].flatten().index_select(0, index)
+
+
 def completion_mask(batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """The positions whose *next* token belongs to the completion.
 
