@@ -1,5 +1,6 @@
 """docs/fidelity.md, point by point: where the authors' releases leave their papers, and that we don't."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,14 +11,15 @@ from torch import Tensor
 import reference
 from conftest import QUIET, build_model, build_tokenizer, flags, make_rows
 from tsdkd import run
-from tsdkd.compare.plan import read_comparison
-from tsdkd.methods import EOPDConfig, KDConfig, TSDKDConfig, TSDKDReleasedConfig
+from tsdkd.compare.plan import read_comparison, shipped
+from tsdkd.methods import METHODS, EOPDConfig, KDConfig, TSDKDConfig, TSDKDReleasedConfig
 from tsdkd.objectives import Answers, Responses
 from tsdkd.objectives.eopd import EOPDObjective
 from tsdkd.objectives.tsd_kd import TSDKDObjective
 from tsdkd.objectives.tsd_kd_released import TSDKDReleasedObjective
 from tsdkd.options import plain
-from tsdkd.parsing import parse_run
+from tsdkd.parsing import parse_run, read_run
+from tsdkd.presets import preset_names
 from tsdkd.statistics import LogitsHead
 from tsdkd.trainers import TSDKDTrainer
 from tsdkd.trainers.tsd_kd_released import TSDKDReleasedTrainer
@@ -234,7 +236,10 @@ EOPD_TABLE_8 |= {
 @pytest.mark.parametrize(
     "preset, table",
     [
-        ("qwen25_14b_to_1p5b.yaml", TSD_KD_TABLE_10 | {"learning_rate": 5e-6}),
+        *(
+            (f"qwen25_14b_to_1p5b{kind}.yaml", TSD_KD_TABLE_10 | {"learning_rate": 5e-6})
+            for kind in ("", "_adaptive", "_lora", "_offpolicy")
+        ),
         ("gemma2_9b_to_2b.yaml", TSD_KD_TABLE_10 | {"learning_rate": 1e-7}),
         ("qwen3_8b_to_1p7b.yaml", TSD_KD_TABLE_10),
         ("eopd_qwen3_8b_to_0p6b_base.yaml", EOPD_TABLE_8 | {"top_p": 1.0}),
@@ -250,6 +255,24 @@ def test_hyperparameters_are_the_papers(preset: str, table: dict[str, Any]) -> N
     found |= {"batch": 8 * parsed.per_device_train_batch_size * parsed.gradient_accumulation_steps}
     found |= {"optim": plain(parsed.optim).split("_")[0]}
     assert {name: plain(value) for name, value in found.items()} == table
+
+
+RELEASED = "TSD-KD-Qwen2.5-14B-Instruct-Gen"
+
+
+@pytest.mark.parametrize("name", [*preset_names(), *shipped()])
+def test_data_of_off_policy_runs_are_the_teachers(name: str) -> None:
+    """UltraInteract's own completions are of other models: no shipped run trains on them, a comparison's wait for the
+    teacher's."""
+    if name in preset_names():
+        runs = [read_run(name, [])]
+    else:
+        comparison = read_comparison(name)
+        tasks = [task for task in comparison.tasks if task.seed == comparison.seeds[0]]
+        runs = [read_run(comparison.config, comparison.flags(task)) for task in tasks]
+    for method, values, _, _ in runs:
+        if METHODS[method].starts_from_data or values["lmbda"] < 1:
+            assert Path(values["dataset_name"]).name in ("teacher_completions.jsonl", RELEASED)
 
 
 def test_hyperparameters_of_kd() -> None:
