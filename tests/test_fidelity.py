@@ -257,6 +257,16 @@ def test_hyperparameters_are_the_papers(preset: str, table: dict[str, Any]) -> N
     assert {name: plain(value) for name, value in found.items()} == table
 
 
+@pytest.mark.parametrize("name", ["demo_table3.yaml", "qwen25_table3.yaml"])
+def test_rows_of_table_3(name: str) -> None:
+    """Gate, L_Indirect, L_EM, as OpenReview's version of the paper marks them: only the first row has no gate."""
+    comparison = read_comparison(name)
+    tasks = [task for task in comparison.tasks if task.seed == comparison.seeds[0]]
+    values = [read_run(comparison.config, comparison.flags(task))[1] for task in tasks]
+    rows = [(v["gate"], v["alpha"] > 0, v["entropy_weight"] > 0) for v in values]
+    assert rows == [(False,) * 3, (True, False, False), (True, True, False), (True, False, True), (True,) * 3]
+
+
 RELEASED = "TSD-KD-Qwen2.5-14B-Instruct-Gen"
 
 
