@@ -427,10 +427,11 @@ def test_grpo_trains_and_resumes_bitwise(tmp_path: Any) -> None:
     assert not (weights(whole) == weights(whole / "checkpoint-3")).all()
 
 
-def grpo_rows(tmp_path: Any, rows: list[dict[str, Any]]) -> Any:
+def grpo_rows(tmp_path: Any, rows: list[dict[str, Any]], **options: Any) -> Any:
     """What GRPO would train on."""
     pytest.importorskip("math_verify")
-    config = METHODS["grpo"](output_dir=str(tmp_path), **{**STEP, "max_length": None, "rollout_batch_size": 6})
+    options = {**STEP, "max_length": None, "rollout_batch_size": 6, **options}
+    config = METHODS["grpo"](output_dir=str(tmp_path), **options)
     student, tokenizer = build_model("llama", 0), build_tokenizer()
     trainer = pkgutil.resolve_name(config.trainer)(
         student, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
@@ -462,6 +463,12 @@ def test_grpo_takes_no_worked_solution_for_an_answer(solution: Any, tmp_path: An
     rows = [{"prompt": "half of one", "solution": r"\boxed{1}"}] * 7 + [{"prompt": "two", "solution": solution}]
     with pytest.raises(DataError, match="row 7: no answer"):
         grpo_rows(tmp_path, rows)
+
+
+def test_grpo_puts_the_suffix_after_the_question(tmp_path: Any) -> None:
+    rows = [{"prompt": prompt, "answer": "1"} for prompt in ("half", "two")] * 4
+    prompts = grpo_rows(tmp_path, rows, prompt_suffix="reason")["prompt"]
+    assert [p[0]["content"] for p in prompts] == ["half\nreason", "two\nreason"] * 4
 
 
 def test_grpo_rewards_right_answers() -> None:

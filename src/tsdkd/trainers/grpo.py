@@ -8,7 +8,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from ..checks import UNSUPPORTED
-from ..data import prepare_rows, shape_of, split_row
+from ..data import prepare_rows, shape_of, split_row, suffixed
 from ..errors import ConfigError, DataError
 from ..methods import GRPOConfig
 from ..models import load_student, resolve_pair
@@ -125,7 +125,7 @@ def _rows(rows: Dataset, template: PreTrainedTokenizerBase, args: GRPOConfig, co
     kept = prepare_rows(rows, template, args, context, needs_completion=False)["index"]
 
     def prompt_and_answer(row: dict[str, Any], index: int) -> dict[str, Any]:
-        prompt = split_row(row, index, shape)[0]
+        prompt = suffixed(split_row(row, index, shape)[0], index, args.prompt_suffix)
         if isinstance(prompt, str) and args.chat_template_source != "none" and template.chat_template is not None:
             prompt = [{"role": "user", "content": prompt}]
         given = row[source]
