@@ -34,7 +34,12 @@ def main(argv: Sequence[str]) -> int:
         "--baseline", metavar="NAME", help="the model that the others are tested against; default: the first"
     )
     parser.add_argument("--backend", choices=["hf", "vllm"], default="hf", help="default: %(default)s")
-    parser.add_argument("--model_args", metavar="K=V,K=V", default="", help="of lm-evaluation-harness's model class")
+    parser.add_argument(
+        "--model_args",
+        metavar="K=V,K=V",
+        default="",
+        help="of lm-evaluation-harness's model class; enable_thinking wins over a run's and the suite's",
+    )
     parser.add_argument("--batch_size", type=_batch_size, default="8", help="a number or auto; default: %(default)s")
     parser.add_argument(
         "--samples", type=at_least(2), metavar="N", help="of each item, where it is sampled; default: 8"
