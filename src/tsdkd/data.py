@@ -79,7 +79,7 @@ def prepare_rows(
 
     def tokenize(row: dict[str, Any], index: int) -> dict[str, Any]:
         prompt, completion = split_row(row, index, shape)
-        prompt_ids = _prompt_ids(prompt, index, template, args)
+        prompt_ids = _prompt_ids(suffixed(prompt, index, args.prompt_suffix), index, template, args)
         if not prompt_ids:
             raise DataError(f"row {index}: the tokenizer makes no token of the prompt {str(prompt)[:60]!r}")
         if completion is None and needs_completion:
@@ -157,6 +157,23 @@ def split_row(row: dict[str, Any], index: int, shape: tuple[str, str | None]) ->
             if not prompt:
                 raise DataError(f"row {index}: no prompt: {prompt_column} has only an assistant turn")
     return prompt, completion
+
+
+def suffixed(prompt: Any, index: int, suffix: str | None) -> Any:
+    """A prompt, string or messages, with a line after it: after its last user message.
+
+    Raises:
+        DataError: there is no user message.
+    """
+    if not suffix:
+        return prompt
+    if isinstance(prompt, str):
+        return f"{prompt}\n{suffix}"
+    last = max((i for i, message in enumerate(prompt) if message["role"] == "user"), default=None)
+    if last is None:
+        raise DataError(f"row {index}: no user message after which prompt_suffix could go")
+    message = {**prompt[last], "content": f"{prompt[last]['content']}\n{suffix}"}
+    return [*prompt[:last], message, *prompt[last + 1 :]]
 
 
 def _check_messages(messages: list[Any], index: int, column: str | None) -> None:

@@ -57,7 +57,10 @@ class Job:
             "model": self.name,
             "revision": revision_of(self.name, self.config),
             "engine": "vllm" if self.args.use_vllm else "transformers",
-            **{name: getattr(self.args, name) for name in ("seed", "temperature", "top_p", "max_new_tokens")},
+            **{
+                name: getattr(self.args, name)
+                for name in ("seed", "temperature", "top_p", "max_new_tokens", "prompt_suffix")
+            },
         }
 
     @property
