@@ -171,9 +171,7 @@ def _count(
     crossing = packet in (aten._to_copy, aten.copy_) and (not on_device or not ours or bool(others))
     if crossing:
         moved = _bytes(results)
-        waits = int(not kwargs.get("non_blocking") and not (len(args) > 2 and args[2] is True))
-        if packet is aten.copy_ and on_device and args[1].dim() == 0:
-            pass
+        waits = int(moved > 0 and not kwargs.get("non_blocking") and not (len(args) > 2 and args[2] is True))
     elif packet in _INDEXING:
         indices = [x for x in args[1] if x is not None]
         uploads = [x for x in others if any(x is i for i in indices) and x.dim()]
