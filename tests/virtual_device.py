@@ -6,10 +6,10 @@
         ...  # ACCELERATE_TORCH_DEVICE=virtual:0 makes it accelerate's and Trainer's device
 
 What is computed is computed on the CPU. Mixing raises where CUDA raises: a CPU tensor of no dimensions may take part, a
-CPU index in brackets is moved and counted, a generator must be the device's own. Counted are kernels (operations that
-launch one on CUDA, fused attention as one), the bytes that these read and write, the times that the host waits for the
-device (`torch.cuda.set_sync_debug_mode` would warn there: also a blocking copy from the host), and the bytes moved
-between the two.
+CPU index in brackets is moved (and counted), a generator must be the device's own. Counted are kernels (operations that
+launch one on CUDA, fused attention as one), the bytes that they read and write, how often the host waits for the device
+(where `torch.cuda.set_sync_debug_mode` would warn: also at a blocking copy from the host), and the bytes moved between
+the two.
 
 It can't see DDP, NCCL, DeepSpeed, `device.type == "cuda"` branches, Triton kernels, vLLM, streams, memory, nor how long
 anything takes.
@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
+from transformers import PreTrainedModel, training_args
 
 NAME = "virtual"
 DEVICE = f"{NAME}:0"
@@ -43,8 +44,8 @@ _INDEXING = {aten.index, aten.index_put_, aten.index_put, aten._index_put_impl_}
 _PICKING = {aten.index, aten.gather, aten.index_select, aten.embedding, aten.take_along_dim}
 _PLACING = {aten.index_put_, aten.scatter_, aten.scatter_add_, aten.index_add_, aten.index_fill_}
 # of CUDA's lists those that language models and this package use
-_LOWERED = "mm bmm addmm baddbmm matmul linear einsum linalg_vecdot scaled_dot_product_attention".split()
-_RAISED = "exp log log1p rsqrt softmax.int log_softmax.int cumsum sum sum.dim_IntList norm.Scalar softplus".split()
+_LOWERED = ["mm", "bmm", "addmm", "baddbmm", "matmul", "linear", "linalg_vecdot", "scaled_dot_product_attention"]
+_RAISED = ["exp", "log", "log1p", "rsqrt", "softmax.int", "log_softmax.int", "cumsum", "sum", "sum.dim_IntList"]
 
 
 @dataclass
@@ -104,16 +105,6 @@ class VirtualTensor(Tensor):
 
     def __repr__(self) -> str:
         return f"{self.raw!r} on {DEVICE}"
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuilt, (self.cpu(), self.requires_grad)
-
-
-def _rebuilt(raw: Tensor, requires_grad: bool) -> Tensor:
-    return (raw if _load_to == "cpu" else raw.to(DEVICE)).requires_grad_(requires_grad)
-
-
-_load_to: Any = None
 
 
 class _Everywhere(TorchDispatchMode):
@@ -222,7 +213,7 @@ def _line() -> str:
                 ours = f"{name.rsplit(_PACKAGE, 1)[1]}:{frame.f_lineno}"
                 return ours if innermost.endswith(ours) else f"{ours} ({innermost})"
         frame = frame.f_back
-    return innermost or "backward pass"
+    return innermost
 
 
 # What torch asks of a device --------------------------------------------------------------------------------------
@@ -264,7 +255,8 @@ def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     if not (x.is_leaf and x.requires_grad and torch.is_autocast_cache_enabled()):
         return x.to(dtype)
     if id(x) not in _casts:
-        _casts[id(x)] = x, x.to(dtype)
+        with torch.enable_grad():  # it may be used for training too
+            _casts[id(x)] = x, x.to(dtype)
     return _casts[id(x)][1]
 
 
@@ -293,13 +285,11 @@ def _attention(
     return attend(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, **options)[0]
 
 
-def _load(load: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    global _load_to
-    _load_to = kwargs.get("map_location") and str(kwargs["map_location"])
-    try:
-        return load(*args, **kwargs)
-    finally:
-        _load_to = None
+def _save_pretrained(save: Callable[..., None], model: Any, folder: Any, **kwargs: Any) -> None:
+    """safetensors reads a tensor's memory."""
+    if kwargs.get("state_dict") is None:
+        kwargs["state_dict"] = {name: getattr(w, "raw", w) for name, w in model.state_dict().items()}
+    save(model, folder, **kwargs)
 
 
 _libraries: list[torch.library.Library] = []
@@ -321,8 +311,10 @@ def install() -> None:
         op = getattr(getattr(aten, packet), overload or "default")
         ops.impl(name, partial(_autocast, op, name in _LOWERED), "AutocastPrivateUse1")
     ops.impl("scaled_dot_product_attention", _attention, "AutogradPrivateUse1")
-    torch.load = partial(_load, torch.load)
-    torch.serialization.add_safe_globals([_rebuilt])
     forget = torch.clear_autocast_cache
     torch.clear_autocast_cache = lambda: (_casts.clear(), forget())
+    save = PreTrainedModel.save_pretrained
+    PreTrainedModel.save_pretrained = lambda *args, **kwargs: _save_pretrained(save, *args, **kwargs)
+    training_args.is_torch_bf16_gpu_available = lambda: True
+    torch.autograd.set_multithreading_enabled(False)  # Python in the device's thread of autograd can abort
     _Everywhere().__enter__()
