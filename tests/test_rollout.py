@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from conftest import build_model
-from tsdkd.rollout import Completion, prompt_generator
-from tsdkd.rollout.hf import sample
+from tsdkd.rollout import Completion, Sampling, prompt_generator
+from tsdkd.rollout.hf import HuggingFaceSampler, sample
 
 FAMILIES = ("gemma2", "llama", "qwen2", "qwen3")
 WIDTHS = (3, 1, 21, 8, 13, 2, 9, 7)  # below, at and above gemma2's sliding window of 8
@@ -247,6 +250,41 @@ def test_finished_rows_leave_the_batch() -> None:
     limits = [2] * 15 + [40]
     sample(model, [PROMPTS[0]] * 16, limits, generators(range(16)), stop_ids=set(), vocab_size=ROWS)
     assert len(forwarded) == 40 and sum(forwarded) < 2 * sum(limits)
+
+
+def test_a_row_that_has_ended_asks_for_no_position_beyond_the_model_s() -> None:
+    """One of sixteen rows fills the context of 128 and stays in the batch for a while."""
+    model, prompts = build("gpt2"), [PROMPTS[0]] * 15 + [list(range(4, 59)) * 2]
+    limits = [40] * 15 + [128 - len(prompts[-1])]
+    got = sample(model, prompts, limits, generators(range(16)), stop_ids=set(), vocab_size=ROWS)
+    assert [len(c.ids) for c in got] == limits
+
+
+def test_a_rollout_casts_each_weight_once() -> None:
+    """Float32 weights under bfloat16 autocast; the completions are those of one autocast a token."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    model = accelerator.prepare_model(build_model("qwen3", seed=13))
+    shapes = {id(w): tuple(w.shape) for name, w in model.named_parameters() if name.endswith("_proj.weight")}
+
+    class Casts(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.of: Counter[int] = Counter()
+
+        def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if op is torch.ops.aten._to_copy.default and id(args[0]) in shapes:
+                self.of[id(args[0])] += 1
+            return op(*args, **(kwargs or {}))
+
+    stop, keys = frozenset({1, 7, 23}), [(0, 0, i) for i in range(len(PROMPTS))]
+    with Casts() as casts:
+        together = HuggingFaceSampler(accelerator, Sampling(stop, ROWS)).generate(model, PROMPTS, LIMITS, keys)
+    assert casts.of == dict.fromkeys(shapes, 1)
+    with Casts() as casts:
+        alone = draw(model, range(len(PROMPTS)))
+    assert min(casts.of.values()) > 10 and together == alone
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_weights_get_no_gradient_and_the_mode_stays() -> None:

@@ -4,7 +4,8 @@
 checkpoint's generation config says (Qwen2.5 ships a repetition penalty); this loop samples from the softmax alone.
 """
 
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from trl.models.utils import unwrap_model_for_generation
 
 from . import Completion, Key, Sampling, prompt_generator
 from .draw import draw
+
+_TOKENS_PER_LOOK = 16  # on a GPU, where each look waits until all tokens are computed
 
 
 class HuggingFaceSampler:
@@ -48,13 +51,22 @@ class HuggingFaceSampler:
         """See `Sampler`."""
         was_training = model.training
         model.eval()
-        with unwrap_model_for_generation(
-            model, self.accelerator, gradient_checkpointing_kwargs=self.gradient_checkpointing_kwargs
-        ) as unwrapped:
+        with self._ready(model) as unwrapped:
             generators = [prompt_generator(*key) for key in keys]
             completions = sample(unwrapped, prompts, limits, generators, **vars(self.sampling))
         model.train(was_training)
         return completions
+
+    @contextmanager
+    def _ready(self, model: nn.Module) -> Iterator[PreTrainedModel]:
+        """The model, unwrapped. The wrapper of its forward leaves autocast after each token, and torch forgets the
+        weights in half precision when the outermost autocast is left: hence one around all tokens."""
+        kwargs = self.gradient_checkpointing_kwargs
+        with (
+            unwrap_model_for_generation(model, self.accelerator, gradient_checkpointing_kwargs=kwargs) as unwrapped,
+            self.accelerator.autocast(),
+        ):
+            yield unwrapped
 
 
 @torch.no_grad()
@@ -83,7 +95,7 @@ def sample(
     """
 
     def choose(logits: list[Tensor], uniform: Tensor | None) -> Tensor:
-        scaled = logits[0] / temperature
+        scaled = logits[0] if temperature == 1.0 else logits[0] / temperature
         return scaled.argmax(-1) if uniform is None else draw(scaled, uniform[:, 0], top_p)[0]
 
     streams = None if generators is None else [(g,) for g in generators]
@@ -119,57 +131,89 @@ def sample_together(
     if generators is not None:
         # drawn beforehand, each number from its own stream: the same on every device, whatever else is in the batch
         drawn = [[torch.rand(longest, dtype=torch.float64, generator=g) for g in streams] for streams in generators]
-        uniform = torch.stack([torch.stack(numbers, dim=-1) for numbers in drawn]).to(device)
-    stop = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device)
-    limit = torch.tensor(limits, device=device)
-    rows = torch.arange(len(prompts), device=device)  # the prompts that are still in the batch
-    growing = torch.ones(len(prompts), dtype=torch.bool, device=device)
-    sampled = torch.zeros(len(prompts), longest, dtype=torch.long, device=device)
-    lengths = torch.zeros(len(prompts), dtype=torch.long, device=device)
-    stopped = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-
-    input_ids, attention_mask = _left_pad(prompts, device)
-    position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+        uniform = torch.stack([torch.stack(numbers, dim=-1) for numbers in drawn]).to(device, non_blocking=True)
+    stop = frozenset(stop_ids)
+    completions = [Completion([], False) for _ in prompts]
+    rows = list(range(len(prompts)))  # the prompts that are still in the batch
+    input_ids, attention_mask, position_ids = (x.to(device, non_blocking=True) for x in _left_pad(prompts, limits))
+    width = input_ids.shape[1]
     caches: list[Any] = [None] * len(models)
+    unread: list[Tensor] = []  # tokens that the host hasn't looked at
+    every = 1 if device.type == "cpu" else _TOKENS_PER_LOOK
+    look = min(every, longest)
+    # without padding there is no mask: transformers would wait for the device to find that out
+    padded = min(len(prompts[row]) for row in rows) < width
     for t in range(longest):
+        start, end = width + t - input_ids.shape[1], width + t
         outputs = [
             model(
                 input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
+                attention_mask=attention_mask[:, :end] if padded else None,
+                position_ids=position_ids[:, start:end],
                 past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=1,
             )
             for model, cache in zip(models, caches, strict=True)
         ]
-        caches = [output.past_key_values for output in outputs]
+        caches = [_never_reads_its_mask(output.past_key_values) for output in outputs]
         logits = [output.logits[:, -1, :vocab_size].float() for output in outputs]
-        next_ids = choose(logits, None if uniform is None else uniform[rows, t])
-        now = rows[growing]
-        sampled[now, t] = next_ids[growing]
-        lengths[now] = t + 1
-        stopped[now] = torch.isin(next_ids[growing], stop)
-        growing = growing & ~stopped[rows] & (limit[rows] > t + 1)
-        left = int(growing.sum())
-        if left == 0:
+        next_ids = choose(logits, None if uniform is None else uniform[:, t])
+        unread.append(next_ids)
+        input_ids = next_ids.unsqueeze(-1)
+        if t + 1 < look:
+            continue
+        # the only place where the host waits for the device
+        growing = _read(torch.stack(unread, dim=-1).tolist(), rows, completions, limits, stop)
+        unread.clear()
+        if not growing:
             break
-        if left <= 0.875 * len(rows):  # not at every finish: selecting copies the whole cache
-            keep = growing.nonzero().squeeze(-1)
-            rows, next_ids, growing = rows[keep], next_ids[keep], growing[keep]
-            attention_mask, position_ids = attention_mask[keep], position_ids[keep]
+        look = min(t + 1 + every, max(limits[rows[place]] for place in growing))
+        if len(growing) <= 0.875 * len(rows):  # not at every finish: selecting copies the whole cache
+            rows = [rows[place] for place in growing]
+            padded = min(len(prompts[row]) for row in rows) < width
+            keep = torch.tensor(growing).to(device, non_blocking=True)
+            input_ids, attention_mask, position_ids = (x[keep] for x in (input_ids, attention_mask, position_ids))
+            uniform = None if uniform is None else uniform[keep]
             for cache in caches:
                 cache.batch_select_indices(keep)
-        input_ids = next_ids.unsqueeze(-1)
-        attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(rows), 1)], dim=-1)
-        position_ids = position_ids[:, -1:] + 1
-
-    ids, counts = sampled.tolist(), lengths.tolist()
-    return [Completion(ids[i][: counts[i]], flag) for i, flag in enumerate(stopped.tolist())]
+    return completions
 
 
-def _left_pad(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+def _read(
+    tokens: list[list[int]],
+    rows: list[int],
+    completions: list[Completion],
+    limits: Sequence[int],
+    stop: Collection[int],
+) -> list[int]:
+    """Append the next tokens of `rows` to their completions, up to the end of each; the places of those that haven't
+    ended."""
+    growing = []
+    for place, row in enumerate(rows):
+        completion = completions[row]
+        for token in tokens[place]:
+            if completion.stopped or len(completion.ids) == limits[row]:
+                break
+            completion.ids.append(token)
+            completion.stopped = token in stop
+        if not completion.stopped and len(completion.ids) < limits[row]:
+            growing.append(place)
+    return growing
+
+
+def _never_reads_its_mask(cache: Any) -> Any:
+    """The cache, marked as those are for which transformers makes a token's mask without a look at what it masks."""
+    for layer in getattr(cache, "layers", ()):
+        layer.is_compileable = True
+    return cache
+
+
+def _left_pad(prompts: Sequence[Sequence[int]], limits: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids `[B, longest prompt]`; mask and positions, `[B, longest prompt + longest limit]`, of all that will come."""
     width = max(len(p) for p in prompts)
-    ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    return ids, mask
+    ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts])
+    own = torch.arange(width + max(limits)) - torch.tensor([[width - len(p)] for p in prompts])
+    # a row that has ended but is still in the batch must not run out of the model's positions
+    last = torch.tensor([[len(p) + limit - 1] for p, limit in zip(prompts, limits, strict=True)])
+    return ids, (own >= 0).long(), own.clamp(min=0).minimum(last)

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from trl.models.utils import unwrap_model_for_generation
 
 from ..config import TokenSelectiveConfig
 from ..errors import ConfigError
@@ -58,9 +57,7 @@ class TogetherSampler(HuggingFaceSampler):
         """See `Sampler`."""
         was_training = model.training
         model.eval()
-        with unwrap_model_for_generation(
-            model, self.accelerator, gradient_checkpointing_kwargs=self.gradient_checkpointing_kwargs
-        ) as student:
+        with self._ready(model) as student:
             completions = sample_together(
                 [student, self.teacher],
                 prompts,
