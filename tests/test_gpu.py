@@ -1,4 +1,4 @@
-"""On a GPU: `scripts/gpu_check OUT`, or `scripts/test -m gpu`. Skipped without one.
+"""On a GPU: `scripts/gpu_check OUT`, or `CUDA_VISIBLE_DEVICES=0 scripts/test -m gpu`. Skipped without one.
 
 With TSDKD_GPU_REHEARSAL=1 and no GPU the same tests run on the CPU, those of a GPU's memory excepted: it shows that
 they can run, and catches what doesn't need CUDA.
@@ -192,7 +192,8 @@ def test_two_steps_and_the_second_again(method, saved_model, rows_file, tmp_path
     assert main(command) == 0
     moved = (first - start).norm()
     assert moved > 1e-3
-    assert (weights(folder) - first).norm() <= 0.01 * moved
+    # a CPU repeats itself to the bit; a GPU adds in any order, and AdamW makes full steps of the smallest gradients
+    assert (weights(folder) - first).norm() <= (0.05 if CUDA else 0.0) * moved
 
 
 @pytest.mark.parametrize("name", LAUNCHES)
