@@ -5,12 +5,14 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from subprocess import CalledProcessError
 from typing import Any
 
 from .errors import ConfigError, PreemptedError
+from .options import AT_LEAST_ONE, option
 
 _CONFIGS = resources.files("tsdkd").joinpath("configs/accelerate")
 _INTERRUPTED = 128  # plus the signal, as a shell says it
@@ -19,6 +21,23 @@ _INTERRUPTED = 128  # plus the signal, as a shell says it
 def config_names() -> list[str]:
     """The launch configurations that ship with tsdkd."""
     return sorted(path.name.removesuffix(".yaml") for path in _CONFIGS.iterdir())
+
+
+@dataclass
+class LaunchArguments:
+    """How a run's processes are started.
+
+    Args:
+        accelerate_config: a launch configuration of accelerate: a file, or one of `config_names()`.
+        num_processes: how many; by default one a visible GPU.
+    """
+
+    accelerate_config: str | None = option(
+        None,
+        "A launch configuration of accelerate.",
+        (lambda v: _path_of(v) is not None, f"must be a file, or one of {', '.join(config_names())}"),
+    )
+    num_processes: int | None = option(None, "Processes in all; none: one a visible GPU.", AT_LEAST_ONE)
 
 
 def launch(config: str | None, options: dict[str, Any], command: Sequence[str]) -> int:
@@ -88,11 +107,15 @@ def _terminate(*_: Any) -> None:
 
 def find_config(config: str) -> Path:
     """A file, or a shipped configuration. Raises `ConfigError`."""
+    path = _path_of(config)
+    if path is None:
+        raise ConfigError([f"accelerate_config: no file {config!r}, and none of {', '.join(config_names())}"])
+    return path
+
+
+def _path_of(config: str) -> Path | None:
     shipped = _CONFIGS.joinpath(f"{config}.yaml")
-    for path in (Path(config), Path(str(shipped))):
-        if path.is_file():
-            return path
-    raise ConfigError([f"accelerate_config: no file {config!r}, and none of {', '.join(config_names())}"])
+    return next((path for path in (Path(config), Path(str(shipped))) if path.is_file()), None)
 
 
 def _reported(rank: int, code: int) -> int:

@@ -16,6 +16,7 @@ from .checks import check_values, default_of
 from .coercion import coerce, nearest
 from .config import DataArguments, TokenSelectiveConfig
 from .errors import ConfigError
+from .launch import LaunchArguments
 from .methods import METHODS
 from .presets import find_preset, preset_names
 
@@ -33,6 +34,7 @@ class RunArguments:
         training: the method's configuration.
         model: TRL's model arguments (student, LoRA).
         data: where the prompts come from.
+        launch: how its processes are started.
         given: the values that the file and the flags set, by name.
         notes: what the user should be told before the run.
     """
@@ -41,6 +43,7 @@ class RunArguments:
     training: TokenSelectiveConfig
     model: ModelConfig
     data: DataArguments
+    launch: LaunchArguments
     given: dict[str, Any]
     notes: list[str]
 
@@ -68,7 +71,7 @@ def read_run(config: str | None, flags: Sequence[str]) -> tuple[str, dict[str, A
         raise ConfigError(problems)
     notes = _drop_other_methods(given, method, from_file, from_flags)
 
-    classes = (METHODS[method], ModelConfig, DataArguments)
+    classes = (METHODS[method], ModelConfig, DataArguments, LaunchArguments)
     hints: dict[str, Any] = {}
     for cls in reversed(classes):
         hints |= {n: h for n, h in typing.get_type_hints(cls).items() if not n.startswith("_")}
@@ -93,9 +96,9 @@ def _build(method: str, values: dict[str, Any], given: dict[str, Any], notes: li
     def build(cls: type, left_out: str = "") -> Any:
         return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in given and f.name != left_out})
 
-    classes = (METHODS[method], ModelConfig, DataArguments)
+    classes = (METHODS[method], ModelConfig, DataArguments, LaunchArguments)
     try:
-        training, model, data = (build(cls) for cls in classes)
+        training, model, data, launch = (build(cls) for cls in classes)
     except ConfigError:
         raise
     except Exception as error:  # what transformers, TRL and accelerate check themselves
@@ -105,7 +108,7 @@ def _build(method: str, values: dict[str, Any], given: dict[str, Any], notes: li
         raise ConfigError([f"{', '.join(culprits or mentioned)}: {text}".removeprefix(": ")]) from error
     if training.top_p < 1.0:
         notes.append(f"note: top_p {training.top_p}: rollouts come from a nucleus, which the loss doesn't model")
-    return RunArguments(method, training, model, data, given, notes)
+    return RunArguments(method, training, model, data, launch, given, notes)
 
 
 def _works(build: Callable[[], Any]) -> bool:

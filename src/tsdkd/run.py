@@ -22,6 +22,7 @@ from .checks import default_of
 from .config import DataArguments, TokenSelectiveConfig
 from .data import load_rows, prepare_rows
 from .errors import CheckpointError, ConfigError, DataError, PreemptedError, TSDKDError
+from .launch import LaunchArguments
 from .methods import METHODS
 from .models import Pair, resolve_pair
 from .options import plain
@@ -273,7 +274,7 @@ def print_keys() -> None:
         by_name = {f.name: f for f in dataclasses.fields(cls)}
         for name in cls.own_options():
             table.add_row(method, name, str(by_name[name].default), by_name[name].metadata.get("help", ""))
-    for f in dataclasses.fields(DataArguments):
+    for f in (*dataclasses.fields(DataArguments), *dataclasses.fields(LaunchArguments)):
         table.add_row("all", f.name, str(f.default), f.metadata["help"])
     Console().print(table)
 
