@@ -94,6 +94,12 @@ def test_the_configurations_own_placement_counts(plan):
     )  # the optimizer of 1.5B, then the teacher, which follows the student
 
 
+def test_one_process_on_many_gpus(plan):
+    """It has the whole step to itself."""
+    one, eight = (plan("eopd_qwen3_8b_to_0p6b_base", "--accelerate_config", "single", gpus=gpus) for gpus in (1, 8))
+    assert one == eight and "a rollout has 128" in one
+
+
 def test_a_deepspeed_file(tmp_path):
     for stage, device in ((2, "none"), (3, "cpu")):
         zero = {"stage": stage, "offload_param": {"device": device}}
@@ -191,11 +197,13 @@ def test_buffers_by_their_definitions():
     size, gib = student.parameters, 2**30
     ddp, zero1, zero2, zero3 = (totals(student, WORK, launch) for launch in ("ddp", "zero1", "zero2", "zero3"))
     assert ddp["gradients"] == ddp["buckets"] == pytest.approx(4 * size / gib)
-    assert zero1["gradients"] == pytest.approx(2 * size / gib)
     # DeepSpeed's bucket of 5e8 numbers, and its contents once more
     assert zero1["buckets"] == zero2["buckets"] == zero3["buckets"] == pytest.approx(2 * 1e9 / gib)
-    assert zero2["gradients"] == pytest.approx(2 * (size / 8 + 151936 * 1536) / gib)
-    assert zero1["optimizer"] == zero3["optimizer"] == pytest.approx(12 * size / 8 / gib)
+    partition = 2 * (size / 8 + 151936 * 1536) / gib
+    assert zero1["gradients"] == zero2["gradients"] == pytest.approx(partition)
+    zero1, zero2 = (totals(student, replace(WORK, accumulated=4), launch) for launch in ("zero1", "zero2"))
+    assert zero1["gradients"] == pytest.approx(2 * size / gib) and zero2["gradients"] == pytest.approx(2 * partition)
+    assert zero2["optimizer"] == zero3["optimizer"] == pytest.approx(12 * size / 8 / gib)
     assert totals(student, replace(WORK, weight_bytes=2), "ddp")["optimizer"] == pytest.approx(4 * size / gib)
     two_sets = totals(student, replace(WORK, gradient_sets=2), "single", gpus=1)
     assert two_sets["gradients"] == pytest.approx(8 * size / gib) and two_sets["buckets"] == 0

@@ -67,10 +67,12 @@ class Launch(NamedTuple):
     Attributes:
         stage: of ZeRO; 0: DDP, or one process.
         offloaded: weights and optimizer are in the memory of the host.
+        alone: one process, however many GPUs there are.
     """
 
     stage: int
     offloaded: bool = False
+    alone: bool = False
 
 
 @dataclass
@@ -212,15 +214,16 @@ def _gradients(student: Size, work: Workload, launch: Launch, gpus: int) -> tupl
     if launch.stage == 0:
         # DDP's buckets are a second copy. Where each term's gradients are logged, the step's own aren't there yet.
         return max(1, work.gradient_sets) * whole, whole if gpus > 1 else 0
-    # the bucket, and its contents flattened for the exchange
-    buckets = (_BUCKET + min(_BUCKET, student.trainable)) * each
-    if launch.stage == 1:
-        return whole, buckets
-    if launch.stage == 2:
-        # parameters that lie in two partitions count whole; from the second micro-batch on the sum and its next part
-        partition = whole / gpus + min(student.embedding, student.trainable) * each
-        return partition * min(2, work.accumulated), buckets
-    return 0.0 if launch.offloaded else whole / gpus, buckets
+    bucket, copy = _BUCKET * each, min(_BUCKET, student.trainable) * each  # the copy is what is exchanged
+    # parameters that lie in two partitions count whole
+    partition = whole / gpus + min(student.embedding, student.trainable) * each
+    if launch.stage == 1 and work.accumulated > 1:
+        # whole until the last micro-batch, whose backward pass moves them through the bucket
+        return whole, bucket + max(0.0, copy + partition - whole)
+    if launch.stage in (1, 2):
+        # from the second micro-batch on ZeRO-2 has the sum and its next part
+        return partition * (min(2, work.accumulated) if launch.stage == 2 else 1), bucket + copy
+    return 0.0 if launch.offloaded else whole / gpus, bucket + copy
 
 
 def _backward(student: Size, teacher: Size | None, work: Workload, launch: Launch, gpus: int) -> dict[str, float]:

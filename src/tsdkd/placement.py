@@ -50,12 +50,13 @@ def show_plan(config: str | None, flags: Sequence[str], gpus: int, gpu_gib: floa
     cls = METHODS[method]
     if "teacher_model_name_or_path" in cls.refused:
         raise ConfigError([f"method: {method} isn't a distillation; plan estimates those only"])
+    own = own_placement(values, gpus)
+    gpus = 1 if launch_of(own[0]).alone else gpus
     models = [_load(values, "model_name_or_path"), _load(values, "teacher_model_name_or_path")]
     student = size_of(models[0], values["lora_r"] if values["use_peft"] else 0)
     teacher = None if "teacher_placement" in cls.refused else size_of(models[1])  # seq-kd loads none
     work = workload(cls, values, models, gpus, gpu_gib)
 
-    own = own_placement(values, gpus)
     whole = teacher is None or work.with_teacher
     others = [p for p in (PLACEMENTS if gpus > 1 else ALONE) if p != own and (p[1] == "replica" or not whole)]
     found = {p: estimate(student, teacher, work, launch_of(p[0]), p[1], gpus) for p in (own, *others)}
@@ -82,7 +83,10 @@ def own_placement(values: dict[str, Any], gpus: int) -> Placement:
 def launch_of(config: str) -> Launch:
     """What a launch configuration, shipped or a file, does to the student. Raises `ConfigError`."""
     try:
-        given = yaml.safe_load(find_config(config).read_text(encoding="utf-8")).get("deepspeed_config") or {}
+        values = yaml.safe_load(find_config(config).read_text(encoding="utf-8"))
+        if str(values.get("distributed_type")).upper() == "NO":
+            return Launch(stage=0, alone=True)
+        given = values.get("deepspeed_config") or {}
         if "deepspeed_config_file" not in given:
             return Launch(int(given.get("zero_stage", 0)), given.get("offload_param_device", "none") != "none")
         zero = json.loads(Path(given["deepspeed_config_file"]).read_text(encoding="utf-8"))["zero_optimization"]
