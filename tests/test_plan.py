@@ -132,7 +132,7 @@ def test_the_step_is_that_of_the_rollouts_engine(plan):
         return float(re.search(r"rollout ([\d.]+)", out)[1])
 
     own, vllm = rollout("--use_vllm", "false"), rollout("--use_vllm", "true")
-    assert 20 < own < 30 and vllm < own / 3  # FACTS: 20 to 30 ms a token of a 28-layer model
+    assert 20 < own < 30 and vllm < own / 3  # 25 ms a token of 28 layers
     assert rollout("--use_vllm", "false", "--lmbda", "0") == 0
 
 
