@@ -22,7 +22,7 @@ from step import DEVICE, STUDENT, Clock
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, Qwen2Config
 
 from tsdkd import TSDKDConfig, TSDKDTrainer
-from tsdkd.memory import estimate, size_of
+from tsdkd.memory import Launch, estimate, size_of
 from tsdkd.placement import workload
 
 # vocabulary, hidden and intermediate size, layers, heads of queries and of keys, tied: of the student, of the teacher
@@ -58,9 +58,9 @@ def make(config: PretrainedConfig, dtype: torch.dtype) -> Any:
 
 def estimated(args: TSDKDConfig, student: PretrainedConfig, teacher: PretrainedConfig) -> dict[str, float]:
     """GiB, by what takes it."""
-    given = {"dtype": "float32", "teacher_model_init_kwargs": {"dtype": "bfloat16"}}
-    work = workload({**vars(args), **given}, teacher, 0.0)
-    return estimate(size_of(student), size_of(teacher), work, ("ddp", "replica"), 1)
+    given = {"dtype": "float32", "attn_implementation": None, "teacher_model_init_kwargs": {"dtype": "bfloat16"}}
+    work = workload(TSDKDConfig, {**vars(args), **given}, [student, teacher], gpus=1, gpu_gib=80.0)
+    return estimate(size_of(student), size_of(teacher), work, Launch(stage=0), "replica", gpus=1)
 
 
 def rows(tokens: int, count: int) -> Dataset:
