@@ -107,7 +107,6 @@ class Workload:
         checkpointing: layers are computed again in the backward pass.
         eager: attention keeps its whole matrices.
         chunk_gib: of the fused head.
-        gradient_sets: whole sets of gradients that `log_term_gradients` holds at once.
         with_teacher: the teacher takes part in every token of a rollout.
         engine: None: the student rolls out by itself.
     """
@@ -123,7 +122,6 @@ class Workload:
     checkpointing: bool
     eager: bool
     chunk_gib: float
-    gradient_sets: int
     with_teacher: bool
     engine: Engine | None
 
@@ -213,7 +211,7 @@ def _gradients(student: Size, work: Workload, launch: Launch, gpus: int) -> tupl
     whole = student.trainable * each
     if launch.stage == 0:
         # DDP's buckets are a second copy. Where each term's gradients are logged, the step's own aren't there yet.
-        return max(1, work.gradient_sets) * whole, whole if gpus > 1 else 0
+        return whole, whole if gpus > 1 else 0
     bucket, copy = _BUCKET * each, min(_BUCKET, student.trainable) * each  # the copy is what is exchanged
     # parameters that lie in two partitions count whole
     partition = whole / gpus + min(student.embedding, student.trainable) * each

@@ -125,7 +125,6 @@ def workload(
         checkpointing=bool(values["gradient_checkpointing"]),
         eager=values["attn_implementation"] == "eager",
         chunk_gib=chunk_gib if values["fused_head"] else logits * _WHOLE_LOGIT / GIB,
-        gradient_sets=2 if values["log_term_gradients"] else 0,  # a term's, while the next one's are computed
         with_teacher="use_vllm" in cls.refused,
         engine=_engine(values, longest, gpu_gib) if values["use_vllm"] else None,
     )

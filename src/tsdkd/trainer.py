@@ -373,6 +373,7 @@ class TokenSelectiveTrainer(Resumable, GKDTrainer):
             weighted = output.weights[name] * term / max(units, 1)
             gradients = torch.autograd.grad(weighted, parameters, retain_graph=True, allow_unused=True)
             norms = [g.float().norm() for g in gradients if g is not None]
+            del gradients  # as large as the student: the next term's must not come beside them
             self.means["train"].add(f"grad_norm/{name}", float(torch.stack(norms).norm()) if norms else 0.0, 1)
 
     # Evaluation and logging
