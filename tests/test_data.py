@@ -129,6 +129,27 @@ def test_chat_template_kwargs_reach_the_template(kwargs: Any) -> None:
     assert got["prompt_ids"] == ids(ASKED + mark)
 
 
+def test_a_suffix_goes_after_the_question() -> None:
+    """Before the chat template; what was there before, completions and answers stay as they are."""
+    options = {"prompt_suffix": "w7 w8"}
+    for name, (row, other, prompt, completion) in SHAPES.items():
+        (got,) = prepare([row], needs=bool(completion), **options, **other)
+        expected = (
+            f"{prompt} w7 w8" if name == "no template" else f"{prompt.removesuffix('<assistant>')}w7 w8 <assistant>"
+        )
+        assert (got["prompt_ids"], got["completion_ids"]) == (ids(expected), ids(completion)), name
+    spoken = [say("system", "w1"), say("user", "w2"), say("tool", "w3")]
+    (got,) = prepare([{"prompt": spoken}], **options)
+    assert build_tokenizer().decode(got["prompt_ids"]).split()[2:6] == ["<user>", "w2", "w7", "w8"]
+    with pytest.raises(DataError, match=r"row 1.*prompt_suffix"):
+        prepare([{"prompt": spoken}, {"prompt": [say("system", "w1")]}], **options)
+
+
+def test_a_suffix_leaves_less_room() -> None:
+    (got,) = prepare([{"prompt": "w1 w2"}], max_length=10, prompt_suffix="w7 w8")
+    assert got["limit"] == 4
+
+
 @pytest.mark.parametrize(
     ("options", "context", "limit"),
     [
@@ -279,6 +300,12 @@ def test_dry_run_shows_the_prompt_of_the_chosen_template(
     data = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "w1 w2"}])
     printed = dry_run(capsys, saved_model("qwen3", 0), str(teacher), data, chat_template_source=source)
     assert printed.endswith(f": {first}")
+
+
+def test_dry_run_shows_the_suffix(saved_model: Paths, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "w1 w2"}])
+    printed = dry_run(capsys, saved_model(), saved_model("qwen3", 1), data, prompt_suffix="w7")
+    assert printed.endswith(": <user> w1 w2 w7 <assistant>")
 
 
 def test_dry_run_counts_what_is_dropped(

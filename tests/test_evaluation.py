@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from conftest import TEMPLATE, build_tokenizer
 from tsdkd.cli import main
 
 pytest.importorskip("lm_eval")
@@ -212,9 +213,8 @@ def asked(name: str, data: Path | None, lm: LM, samples: int = 2) -> list[Any]:
     benchmark = BENCHMARKS[name]
     count = samples if benchmark.samples > 1 else 1
     tasks = build(benchmark, count, 8192, data)
-    return [
-        item for t in tasks for item in harness.ask(lm, t, list(range(min(4, len(t.eval_docs)))), benchmark, False, 0)
-    ]
+    docs = {t.task_name: list(range(min(4, len(t.eval_docs)))) for t in tasks}
+    return [item for t in tasks for item in harness.ask(lm, t, docs[t.task_name], benchmark, False, 0)[0]]
 
 
 @pytest.mark.parametrize("name", RIGHT)
@@ -460,6 +460,88 @@ def test_a_context_that_is_too_short(data: Path, tmp_path: Path, capsys: pytest.
     assert ran(tmp_path, models=greedy) == 2
     assert "the context of student has 128; leave it out" in capsys.readouterr().err
     assert ran(tmp_path, *flags, "--max_new_tokens", "8", models=["tsdkd://demo/student"]) == 0
+
+
+# Prompts -------------------------------------------------------------------------------------------------------------
+
+THINKS = TEMPLATE + "{% if enable_thinking is defined and enable_thinking is false %}w51 {% endif %}{{ mood }}"
+
+
+@pytest.fixture
+def thinker(saved_model: Callable[..., str], tmp_path: Path) -> Path:
+    """A model whose chat template knows `enable_thinking`, as Qwen3's does, and something else."""
+    folder = Path(shutil.copytree(saved_model("qwen3", 0), tmp_path / "thinker"))
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = THINKS
+    tokenizer.save_pretrained(str(folder))
+    return folder
+
+
+def run_of(model: Path, folder: Path, **config: Any) -> str:
+    """A folder as a run leaves it."""
+    shutil.copytree(model, folder)
+    (folder / "tsdkd_config.yaml").write_text(json.dumps({"method": "eopd", **config}))
+    return str(folder)
+
+
+def prompt(out: Path, model: str, benchmark: str = "aime24") -> str:
+    return (out / model / f"{benchmark}.prompt.txt").read_text()
+
+
+def test_prompts_are_rendered_as_in_training(
+    thinker: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run's student as the run's settings say; other models without thinking in EOPD's suites, if their template
+    knows it; and everybody can see it."""
+    out, suite = tmp_path / "out", ["--suite", "eopd", "--benchmarks", "aime24", "--data_dir", str(data)]
+    suite += ["--max_new_tokens", "4"]
+    models = [str(thinker), "plain=tsdkd://demo/student"]
+    models += [run_of(thinker, tmp_path / "mood", chat_template_kwargs={"mood": "w7"})]
+    models += [run_of(thinker, tmp_path / "bare", chat_template_source="none")]
+    assert ran(out, *suite, models=models) == 0
+    sentence = "Please reason step by step, and put your final answer within \\boxed{}."
+    question = f"What is 0 + 1?\n{sentence}"
+    asked = {"thinker": "w51 ", "mood": "w7"}
+    for name, mark in asked.items():
+        assert prompt(out, name) == f"<user> {question} <assistant> {mark}"
+    assert prompt(out, "bare") == question and "w51" not in prompt(out, "plain")
+    printed = capsys.readouterr().out
+    assert all(prompt(out, name) in printed for name in ("thinker", "plain", "mood", "bare"))
+
+    other = tmp_path / "other"
+    assert ran(other, *suite, "--model_args", "enable_thinking=none", models=models[:2]) == 0
+    assert "w51" not in prompt(other, "thinker")
+    assert ran(tmp_path / "true", *suite, "--apply_chat_template", "true", models=models[3:]) == 0
+    assert prompt(tmp_path / "true", "bare") == f"<user> {question} <assistant> "
+
+
+def test_a_changed_rendering_is_not_mixed(
+    thinker: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With items that are there; and a run's checkpoint is asked as the run."""
+    run = Path(run_of(thinker, tmp_path / "run", chat_template_kwargs={"mood": "w7"}))
+    suite = ["--suite", "eopd", "--benchmarks", "aime24", "--data_dir", str(data), "--max_new_tokens", "4"]
+    checkpoint = str(shutil.copytree(thinker, run / "checkpoint-2"))
+    out = tmp_path / "out"
+    assert ran(out, *suite, models=[str(run), checkpoint]) == 0
+    assert prompt(out, "checkpoint-2") == prompt(out, "run") and prompt(out, "run").endswith("w7")
+    items = (out / "run/aime24.jsonl").read_text()
+    capsys.readouterr()
+
+    (run / "tsdkd_config.yaml").write_text("chat_template_kwargs: {mood: w8}")
+    assert ran(out, *suite, models=[str(run)]) == 2
+    assert "chat_template_kwargs was {'mood': 'w7'}, now {'mood': 'w8'}" in capsys.readouterr().err
+    (run / "tsdkd_config.yaml").write_text("chat_template_kwargs: {mood: w7}")
+    (run / "chat_template.jinja").write_text(THINKS + " ")
+    assert ran(out, *suite, models=[str(run)]) == 2
+    assert "chat_template was" in capsys.readouterr().err
+    assert (out / "run/aime24.jsonl").read_text() == items
+    (run / "tsdkd_config.yaml").write_text("[")
+    assert ran(out, *suite, models=[str(run)]) == 2
+    assert "tsdkd_config.yaml can't be read" in capsys.readouterr().err
+    (run / "tsdkd_config.yaml").write_text("chat_template_kwargs: {enable_thinking: true}")
+    assert ran(out, *suite, models=[str(run)]) == 2
+    assert "think_end_token" in capsys.readouterr().err
 
 
 def test_items_of_other_settings_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 """docs/fidelity.md, point by point: where the authors' releases leave their papers, and that we don't."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,15 +9,17 @@ from datasets import Dataset
 from torch import Tensor
 
 import reference
-from conftest import QUIET, build_model, build_tokenizer, make_rows
-from tsdkd.compare.plan import read_comparison
-from tsdkd.methods import EOPDConfig, KDConfig, TSDKDConfig, TSDKDReleasedConfig
+from conftest import QUIET, build_model, build_tokenizer, flags, make_rows
+from tsdkd import run
+from tsdkd.compare.plan import read_comparison, shipped
+from tsdkd.methods import METHODS, EOPDConfig, KDConfig, TSDKDConfig, TSDKDReleasedConfig
 from tsdkd.objectives import Answers, Responses
 from tsdkd.objectives.eopd import EOPDObjective
 from tsdkd.objectives.tsd_kd import TSDKDObjective
 from tsdkd.objectives.tsd_kd_released import TSDKDReleasedObjective
 from tsdkd.options import plain
-from tsdkd.parsing import parse_run
+from tsdkd.parsing import parse_run, read_run
+from tsdkd.presets import preset_names
 from tsdkd.statistics import LogitsHead
 from tsdkd.trainers import TSDKDTrainer
 from tsdkd.trainers.tsd_kd_released import TSDKDReleasedTrainer
@@ -157,6 +160,51 @@ def test_completions_may_be_as_long_as_the_paper_says() -> None:
     assert EOPDConfig("out", use_cpu=True, bf16=False).max_new_tokens == 4096
 
 
+def trained(folder: Any, saved_model: Any, rows_file: str, **options: Any) -> Any:
+    """Two steps at the paper's learning rate by `tsdkd train`, and how many updates of each weight were kept."""
+    values = {**QUIET, "max_steps": 2, "max_new_tokens": 8, "per_device_train_batch_size": 4, **options}
+    pair = {"model_name_or_path": saved_model("qwen3", 0), "teacher_model_name_or_path": saved_model("qwen3", 1)}
+    schedule = {"learning_rate": 5e-6, "lr_scheduler_type": "constant"}
+    return run.train(run.parse(None, flags(**pair, dataset_name=rows_file, output_dir=folder, **schedule, **values)))
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_students_weights_may_be_bfloat16(bf16: bool, saved_model: Any, rows_file: str, tmp_path: Any) -> None:
+    """`dtype: bfloat16` is the release's choice: moments too, no float32 copy; a step below half an ulp is lost."""
+    start = {name: p.detach() for name, p in build_model("qwen3", 0).named_parameters()}
+    moved = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        trainer = trained(tmp_path / name, saved_model, rows_file, bf16=bf16, dtype=name)
+        assert {p.dtype for p in trainer.model.parameters()} == {dtype}
+        moments = [s[key] for s in trainer.optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
+        assert moments and {moment.dtype for moment in moments} == {dtype}
+        # at 2**-8 half an ulp is 2**-16, 1.5e-5: three steps of 5e-6
+        large = [(p != start[n].to(dtype))[start[n].abs() > 2**-8] for n, p in trainer.model.named_parameters()]
+        moved[dtype] = float(torch.cat(large).float().mean())
+        assert all((p != start[n].to(dtype)).any() for n, p in trainer.model.named_parameters() if "q_proj" in n)
+    assert moved[torch.float32] > 0.95 and moved[torch.bfloat16] == 0
+
+
+@pytest.mark.parametrize(("rate", "share", "length"), [(5e-6, 0.078, 0.21), (1e-7, 0.0015, 0.031)])
+def test_what_is_left_of_an_update_in_bfloat16(rate: float, share: float, length: float) -> None:
+    """The figures of docs/fidelity.md: 600 steps of AdamW on weights of sigma 0.02, each with its own gradient and as
+    much noise; how many weights changed, and how far they all got, against float32."""
+    make = torch.Generator().manual_seed(0)
+    start, drift = 0.02 * torch.randn(50_000, generator=make), torch.randn(50_000, generator=make)
+    parameters = [torch.nn.Parameter(start.to(dtype, copy=True)) for dtype in (torch.float32, torch.bfloat16)]
+    optimizers = [torch.optim.AdamW([p], lr=rate, weight_decay=0.0, fused=True) for p in parameters]
+    for _ in range(600):
+        gradient = drift + torch.randn(50_000, generator=make)
+        for parameter, optimizer in zip(parameters, optimizers, strict=True):
+            parameter.grad = gradient.to(parameter.dtype)
+            optimizer.step()
+    whole, rounded = (p.detach().float() - start.to(p.dtype).float() for p in parameters)
+    assert float((whole != 0).float().mean()) > 0.99
+    assert float((rounded != 0).float().mean()) == pytest.approx(share, rel=0.1)
+    assert float(rounded.norm() / whole.norm()) == pytest.approx(length, rel=0.1)
+
+
 @pytest.mark.parametrize("above", [False, True])
 def test_trigger_is_strict(above: bool) -> None:
     """Eq. 9: H > tau; at exactly tau forward KL doesn't act."""
@@ -188,7 +236,10 @@ EOPD_TABLE_8 |= {
 @pytest.mark.parametrize(
     "preset, table",
     [
-        ("qwen25_14b_to_1p5b.yaml", TSD_KD_TABLE_10 | {"learning_rate": 5e-6}),
+        *(
+            (f"qwen25_14b_to_1p5b{kind}.yaml", TSD_KD_TABLE_10 | {"learning_rate": 5e-6})
+            for kind in ("", "_adaptive", "_lora", "_offpolicy")
+        ),
         ("gemma2_9b_to_2b.yaml", TSD_KD_TABLE_10 | {"learning_rate": 1e-7}),
         ("qwen3_8b_to_1p7b.yaml", TSD_KD_TABLE_10),
         ("eopd_qwen3_8b_to_0p6b_base.yaml", EOPD_TABLE_8 | {"top_p": 1.0}),
@@ -204,6 +255,34 @@ def test_hyperparameters_are_the_papers(preset: str, table: dict[str, Any]) -> N
     found |= {"batch": 8 * parsed.per_device_train_batch_size * parsed.gradient_accumulation_steps}
     found |= {"optim": plain(parsed.optim).split("_")[0]}
     assert {name: plain(value) for name, value in found.items()} == table
+
+
+@pytest.mark.parametrize("name", ["demo_table3.yaml", "qwen25_table3.yaml"])
+def test_rows_of_table_3(name: str) -> None:
+    """Gate, L_Indirect, L_EM, as OpenReview's version of the paper marks them: only the first row has no gate."""
+    comparison = read_comparison(name)
+    tasks = [task for task in comparison.tasks if task.seed == comparison.seeds[0]]
+    values = [read_run(comparison.config, comparison.flags(task))[1] for task in tasks]
+    rows = [(v["gate"], v["alpha"] > 0, v["entropy_weight"] > 0) for v in values]
+    assert rows == [(False,) * 3, (True, False, False), (True, True, False), (True, False, True), (True,) * 3]
+
+
+RELEASED = "TSD-KD-Qwen2.5-14B-Instruct-Gen"
+
+
+@pytest.mark.parametrize("name", [*preset_names(), *shipped()])
+def test_data_of_off_policy_runs_are_the_teachers(name: str) -> None:
+    """UltraInteract's own completions are of other models: no shipped run trains on them, a comparison's wait for the
+    teacher's."""
+    if name in preset_names():
+        runs = [read_run(name, [])]
+    else:
+        comparison = read_comparison(name)
+        tasks = [task for task in comparison.tasks if task.seed == comparison.seeds[0]]
+        runs = [read_run(comparison.config, comparison.flags(task)) for task in tasks]
+    for method, values, _, _ in runs:
+        if METHODS[method].starts_from_data or values["lmbda"] < 1:
+            assert Path(values["dataset_name"]).name in ("teacher_completions.jsonl", RELEASED)
 
 
 def test_hyperparameters_of_kd() -> None:

@@ -56,6 +56,20 @@ def test_rows_are_the_models_samples(command, saved_model, rows_file, tmp_path):
     assert rows[0, 0]["completion"] != rows[0, 1]["completion"]
 
 
+def test_a_suffix_is_asked_and_not_written(command, saved_model, tmp_path, capsys):
+    """The rows are for a run with the same suffix; a file with another isn't added to."""
+    output = tmp_path / "rows.jsonl"
+    assert main(command(output, prompt_suffix="w7 w8")) == 0
+    row = read(output)[0, 0]
+    model = AutoModelForCausalLM.from_pretrained(row["model"], dtype=torch.float32)
+    ids = build_ids(f"{row['prompt']} w7 w8")
+    (drawn,) = sample(model, [ids], [12], [prompt_generator(3, 0, 0)], stop_ids={1}, vocab_size=64)
+    assert build_ids(row["completion"], bare=True) == [t for t in drawn.ids if 2 <= t < 60]
+    assert "w7 w8" not in row["prompt"]
+    assert main(command(output)) == 2
+    assert "prompt_suffix was 'w7 w8', now None" in capsys.readouterr().err
+
+
 def build_ids(text: str, bare: bool = False) -> list[int]:
     from conftest import build_tokenizer
 

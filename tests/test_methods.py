@@ -167,14 +167,14 @@ def test_values_and_gradients(name: str) -> None:
     logits = case.student.clone().requires_grad_()
     loss = case.loss(objective, LogitsHead(logits, case.teacher))
     loss.backward()
-    assert loss.item() == pytest.approx(probe(flat), rel=2e-7)
+    assert loss.item() == pytest.approx(probe(flat), rel=1e-12)
     torch.testing.assert_close(logits.grad, slopes, rtol=2e-6, atol=1e-8)
 
     # hidden states that are the logits: the head's weight is the identity
     hidden, identity = case.student.clone().requires_grad_(), Projection(torch.eye(VOCABULARY, dtype=torch.float64))
     loss = case.loss(objective, FusedHead(hidden, identity, case.teacher, identity, chunk_gib=3e-7))
     loss.backward()
-    assert loss.item() == pytest.approx(probe(flat), rel=2e-7)
+    assert loss.item() == pytest.approx(probe(flat), rel=1e-12)
     torch.testing.assert_close(hidden.grad, slopes, rtol=2e-6, atol=1e-8)
 
 
@@ -427,21 +427,48 @@ def test_grpo_trains_and_resumes_bitwise(tmp_path: Any) -> None:
     assert not (weights(whole) == weights(whole / "checkpoint-3")).all()
 
 
-def test_grpo_finds_the_answer_in_a_solution(tmp_path: Any) -> None:
-    r"""Its last `\boxed{}`, as in MATH; and it says so where there is none."""
+def grpo_rows(tmp_path: Any, rows: list[dict[str, Any]], **options: Any) -> Any:
+    """What GRPO would train on."""
     pytest.importorskip("math_verify")
-    rows = Dataset.from_list([{"prompt": "half of one", "solution": r"\boxed{2}, no, \boxed{\frac{1}{2}}"}] * 8)
-    config = METHODS["grpo"](output_dir=str(tmp_path), **{**STEP, "max_length": None, "rollout_batch_size": 6})
-    make = pkgutil.resolve_name(config.trainer)
-    trainer = make(build_model("llama", 0), args=config, train_dataset=rows, processing_class=build_tokenizer())
-    assert trainer.train_dataset[0]["answer"] == r"\frac{1}{2}"
-    with pytest.raises(DataError, match="row 0: no answer"):
-        make(
-            build_model("llama", 0),
-            args=config,
-            train_dataset=rows.map(lambda row: {"solution": "0.5"}),
-            processing_class=build_tokenizer(),
-        )
+    options = {**STEP, "max_length": None, "rollout_batch_size": 6, **options}
+    config = METHODS["grpo"](output_dir=str(tmp_path), **options)
+    student, tokenizer = build_model("llama", 0), build_tokenizer()
+    trainer = pkgutil.resolve_name(config.trainer)(
+        student, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+    )
+    return trainer.train_dataset
+
+
+def test_grpo_finds_the_answer_in_a_solution(tmp_path: Any) -> None:
+    r"""Its last `\boxed{}`, as in MATH, or the whole, as in DAPO-Math-17k-Processed."""
+    solutions = [r"\boxed{2}, no, \boxed{\frac{1}{2}}", "34", " -7\n", r"\frac{3}{4}", "0.5", r"$2\sqrt{3}$", "(1, 2)"]
+    rows = grpo_rows(tmp_path, [{"prompt": "half of one", "solution": text} for text in solutions])
+    assert rows["answer"] == [r"\frac{1}{2}", "34", "-7", r"\frac{3}{4}", "0.5", r"$2\sqrt{3}$", "(1, 2)"]
+
+
+@pytest.mark.parametrize(
+    "solution",
+    [
+        "Two and three are 5.",  # math-verify finds 5 in it
+        "2 + 3 = 5",
+        r"2 + 3 \Rightarrow 5",
+        "3\n5",
+        r"\text{so } 5",
+        "",
+        None,
+    ],
+)
+def test_grpo_takes_no_worked_solution_for_an_answer(solution: Any, tmp_path: Any) -> None:
+    """Its last number needn't be one."""
+    rows = [{"prompt": "half of one", "solution": r"\boxed{1}"}] * 7 + [{"prompt": "two", "solution": solution}]
+    with pytest.raises(DataError, match="row 7: no answer"):
+        grpo_rows(tmp_path, rows)
+
+
+def test_grpo_puts_the_suffix_after_the_question(tmp_path: Any) -> None:
+    rows = [{"prompt": prompt, "answer": "1"} for prompt in ("half", "two")] * 4
+    prompts = grpo_rows(tmp_path, rows, prompt_suffix="reason")["prompt"]
+    assert [p[0]["content"] for p in prompts] == ["half\nreason", "two\nreason"] * 4
 
 
 def test_grpo_rewards_right_answers() -> None:

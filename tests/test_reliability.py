@@ -263,6 +263,29 @@ def test_a_signal_to_a_launcher_before_there_is_anything_to_save(number, command
     assert not folder.exists()
 
 
+def test_a_signal_while_the_processes_wait_for_each_other(command, tmp_path, monkeypatch):
+    """The first of them writes as soon as all have come; by then each of them can be signalled."""
+    from tsdkd import run as runs
+
+    build = runs.build_trainer
+
+    def signalled(arguments):
+        trainer = build(arguments)
+        monkeypatch.setattr(trainer.accelerator, "wait_for_everyone", lambda: signal.raise_signal(signal.SIGTERM))
+        return trainer
+
+    def too_early(*_):
+        raise AssertionError("this would have ended the process")
+
+    monkeypatch.setattr(runs, "build_trainer", signalled)
+    before = signal.signal(signal.SIGTERM, too_early)
+    try:
+        assert main(command()) == PREEMPTED
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert checkpoints(tmp_path / "out") == ["checkpoint-1"]
+
+
 def test_two_runs_do_not_share_a_directory(command, tmp_path, monkeypatch, capsys):
     """The second looked before the first had begun."""
     from tsdkd import run as runs

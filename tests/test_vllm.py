@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,40 @@ LIMITS = [12, 8, 20, 30]
 KEYS = [(0, 0, i) for i in range(4)]
 
 
+def unpacked(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Has a CPU engine keep its weights as they are and take them as on a GPU; the tensors of each call."""
+    calls, sync = [], VLLMSampler._sync_engine
+    monkeypatch.setattr(
+        "vllm.model_executor.layers.utils.dispatch_cpu_unquantized_gemm",
+        lambda layer, remove_weight: setattr(layer, "cpu_linear", torch.nn.functional.linear),
+    )
+
+    def sync_unpacked(self, packed):
+        model = self.llm.llm_engine.model_executor.driver_worker.model_runner.model
+        load = model.load_weights
+
+        def load_weights(weights):
+            weights = list(weights)
+            calls.append([name for name, _ in weights])
+            return load(iter(weights))
+
+        with monkeypatch.context() as patched:
+            patched.setattr(model, "load_weights", load_weights)
+            sync(self, packed=False)
+
+    monkeypatch.setattr(VLLMSampler, "_sync_engine", sync_unpacked)
+    return calls
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama"])
+def test_a_gpu_engine_takes_all_weights_in_one_call(family, saved_model, tmp_path, monkeypatch):
+    """Every sync is checked, and the learning rate is large enough for an old weight to show."""
+    calls = unpacked(monkeypatch)
+    trainer = make_trainer(tmp_path, saved_model, family)
+    trainer.train()
+    assert calls == 2 * [[name for name, _ in trainer.model.named_parameters()]]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_engine_samples_from_the_students_weights(family, saved_model, tmp_path):
     trainer = make_trainer(tmp_path, saved_model, family)
@@ -86,14 +121,20 @@ def test_the_engine_samples_from_the_students_weights(family, saved_model, tmp_p
 
 
 def test_evaluation_is_that_of_transformers(tmp_path):
-    """In float32 an engine's greedy responses are the model's."""
+    """In float32 an engine's greedy responses are the model's; and the prompts are rendered alike."""
+    student = shutil.copytree(resources.files("tsdkd") / "demo/student", tmp_path / "student")
+    with (student / "chat_template.jinja").open("a") as file:
+        file.write("{% if enable_thinking is defined and enable_thinking is false %}so{% endif %}{{ mood }}")
+    (student / "tsdkd_config.yaml").write_text("chat_template_kwargs: {enable_thinking: false, mood: ' then'}")
     for backend, extra in (("hf", ""), ("vllm", ",max_model_len=128")):
-        command = ["eval", "tsdkd://demo/student", "--suite", "demo", "--benchmarks", "demo_greedy", "--limit", "16"]
+        command = ["eval", str(student), "--suite", "demo", "--benchmarks", "demo_greedy", "--limit", "16"]
         command += ["--backend", backend, "--model_args", f"dtype=float32{extra}"]
         assert main([*command, "--output_dir", str(tmp_path / backend)]) == 0
     found = [tmp_path / backend / "student/demo_greedy.jsonl" for backend in ("hf", "vllm")]
     hf, vllm = ([json.loads(line)["responses"][0].strip() for line in path.read_text().splitlines()] for path in found)
     assert len(hf) == 16 and hf == vllm
+    prompts = {path.with_name("demo_greedy.prompt.txt").read_text() for path in found}
+    assert len(prompts) == 1 and prompts.pop().endswith("so then")
 
 
 @pytest.mark.parametrize("method", ["tsd-kd", "eopd"])

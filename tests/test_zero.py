@@ -64,10 +64,32 @@ def start(command: list[str], config: str, processes: int = 2) -> subprocess.Com
     return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
+def logged(folder: Path, name: str) -> list[float]:
+    """A metric at each step."""
+    state = json.loads((folder / "trainer_state.json").read_text())
+    return [entry[name] for entry in state["log_history"] if name in entry]
+
+
 def losses(folder: Path) -> list[float]:
     """Of each step."""
-    state = json.loads((folder / "checkpoint-5" / "trainer_state.json").read_text())
-    return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+    return logged(folder / "checkpoint-5", "loss")
+
+
+AS_ON_CUDA = """
+from torch.nn.parallel import DistributedDataParallel
+init = DistributedDataParallel.__init__
+def init_for_a_device(self, *args, **kwargs):
+    init(self, *args, **kwargs)
+    self.device_ids, self.device_type = [0], "cpu"
+DistributedDataParallel.__init__ = init_for_a_device
+"""
+
+
+@pytest.fixture
+def ddp_as_on_cuda(tmp_path, monkeypatch):
+    """DDP knows its device and moves its inputs there, as accelerate makes it on CUDA."""
+    (tmp_path / "sitecustomize.py").write_text(AS_ON_CUDA)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +130,26 @@ def test_the_steps_of_one_process(method, config, teacher, plain, command, saved
     assert losses(tmp_path / "several") == pytest.approx(expected_losses, rel=1e-4)
 
 
+HALF = [("tsd-kd", "ddp"), ("eopd", "zero1"), ("eopd", "zero2"), ("tsd-kd", "zero3")]
+MORE_HALF = [("eopd", "ddp"), ("tsd-kd", "zero1"), ("tsd-kd", "zero2"), ("eopd", "zero3")]
+
+
+@pytest.mark.parametrize("method, config", HALF + MORE_HALF)
+def test_a_step_in_bfloat16(method, config, command, saved_model, tmp_path, long, ddp_as_on_cuda):
+    """As large as in float32, up to what bfloat16 rounds; and the policy that sampled is still the student's."""
+    if (method, config) in MORE_HALF and not long:
+        pytest.skip("--long runs it")
+    step = {"max_steps": 1, "lmbda": 0, "learning_rate": 1.0, "save_strategy": "no", "save_steps": 500}
+    assert main(command(method, "exact", 8, **step)) == 0
+    result = start(command(method, "half", 4, **step, bf16="true"), config)
+    assert result.returncode == 0, result.stderr[-3000:]
+    before = weights(saved_model("gemma2" if method == "tsd-kd" else "llama", 0))
+    exact, half = (weights(tmp_path / name) - before for name in ("exact", "half"))
+    assert (half - exact).norm() <= 0.2 * exact.norm()
+    if method == "eopd":
+        assert logged(tmp_path / "half", "policy/approx_kl") == [pytest.approx(0, abs=1e-8)]
+
+
 def test_an_offloaded_teacher_of_one_process(plain, command, tmp_path):
     _, expected = plain("tsd-kd", command)
     result = start(command("tsd-kd", "one", 4, teacher_placement="cpu_offload"), "single", 1)
@@ -134,6 +176,23 @@ def test_a_resumed_run_is_bitwise_the_same(method, config, command, tmp_path, lo
     result = start(parts, config)
     assert result.returncode == 0, result.stderr[-3000:]
     assert torch.equal(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+
+
+def test_what_grpo_keeps_of_a_rollout_is_not_rounded_by_a_resume(tmp_path):
+    """On the demo, with two mini-batches a rollout, stopped between them."""
+    pytest.importorskip("math_verify")
+    values = {"per_device_train_batch_size": 16, "num_generations": 4, "rollout_batch_size": 8, "max_steps": 2}
+    values |= {"save_strategy": "steps", "save_steps": 1, "resume": "true", "report_to": "none", "bf16": "true"}
+    values |= {"warmup_steps": 0, "learning_rate": 0.1, "optim": "sgd", "output_dir": tmp_path / "out"}
+    command = ["train", "--config", "demo.yaml", "--method", "grpo", *flags(**values)]
+    assert start(command, "zero2", 1).returncode == 0
+    expected = weights(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out" / "checkpoint-2")
+    (tmp_path / "out" / "model.safetensors").unlink()
+    result = start(command, "zero2", 1)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert torch.equal(weights(tmp_path / "out"), expected)
+    assert not torch.equal(weights(tmp_path / "out" / "checkpoint-1"), expected)
 
 
 class Payload:

@@ -31,6 +31,8 @@ class TokenSelectiveConfig(GKDConfig):
         chat_template_source: whose chat template renders the prompts; a plain string prompt becomes one user message.
             "none" takes strings as they are.
         chat_template_kwargs: passed to the template, e.g. `{"enable_thinking": false}`.
+        prompt_suffix: a line after each prompt, of a conversation after its last user message. EOPD's evaluation
+            has one ("Please reason step by step, ..."); neither paper says so of its training.
         prompt_column: the column that holds the prompt, where it isn't called `prompt` (or `messages`).
         completion_column: the column that holds the completion, where it isn't called `completion`.
         log_completions: print some completions, as a table, at every logging step.
@@ -85,6 +87,7 @@ class TokenSelectiveConfig(GKDConfig):
     model_init_kwargs: dict[str, Any] | None = option(None, "Keyword arguments of the student's from_pretrained.")
     teacher_model_init_kwargs: dict[str, Any] | None = option(None, "Keyword arguments of the teacher's.")
     chat_template_kwargs: dict[str, Any] | None = option(None, "Keyword arguments of the chat template.")
+    prompt_suffix: str | None = option(None, "A line to put after each prompt, before the chat template.")
     prompt_column: str | None = option(None, "Column of the prompt, if it is not 'prompt' or 'messages'.")
     completion_column: str | None = option(None, "Column of the completion, if it is not 'completion'.")
     log_completions: bool = option(False, "Print a table of completions at every logging step.")

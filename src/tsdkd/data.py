@@ -79,7 +79,7 @@ def prepare_rows(
 
     def tokenize(row: dict[str, Any], index: int) -> dict[str, Any]:
         prompt, completion = split_row(row, index, shape)
-        prompt_ids = _prompt_ids(prompt, index, template, args)
+        prompt_ids = _prompt_ids(suffixed(prompt, index, args.prompt_suffix), index, template, args)
         if not prompt_ids:
             raise DataError(f"row {index}: the tokenizer makes no token of the prompt {str(prompt)[:60]!r}")
         if completion is None and needs_completion:
@@ -159,6 +159,23 @@ def split_row(row: dict[str, Any], index: int, shape: tuple[str, str | None]) ->
     return prompt, completion
 
 
+def suffixed(prompt: Any, index: int, suffix: str | None) -> Any:
+    """A prompt, string or messages, with a line after it: after its last user message.
+
+    Raises:
+        DataError: there is no user message.
+    """
+    if not suffix:
+        return prompt
+    if isinstance(prompt, str):
+        return f"{prompt}\n{suffix}"
+    last = max((i for i, message in enumerate(prompt) if message["role"] == "user"), default=None)
+    if last is None:
+        raise DataError(f"row {index}: no user message after which prompt_suffix could go")
+    message = {**prompt[last], "content": f"{prompt[last]['content']}\n{suffix}"}
+    return [*prompt[:last], message, *prompt[last + 1 :]]
+
+
 def _check_messages(messages: list[Any], index: int, column: str | None) -> None:
     for message in messages:
         if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
@@ -214,6 +231,11 @@ def pad_sequences(prompts: Sequence[Sequence[int]], completions: Sequence[Sequen
         "prompt_lengths": torch.tensor([len(p) for p in prompts]),
         "completion_lengths": torch.tensor([len(c) for c in completions]),
     }
+
+
+def predicted_ids(batch: dict[str, torch.Tensor], index: torch.Tensor) -> torch.Tensor:
+    """The tokens `[N]` that are predicted at the positions `index` of `[B, S - 1]`."""
+    return batch["input_ids"][:, 1:].flatten().index_select(0, index)
 
 
 def completion_mask(batch: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -73,8 +73,8 @@ class FiniteGuard:
         self.folder.mkdir(parents=True, exist_ok=True)
         with path.open("w", encoding="utf-8") as file:
             for batch in batches:
-                columns = (batch[k].tolist() for k in ("index", "input_ids", "prompt_lengths", "completion_lengths"))
-                for index, ids, prompt, completion in zip(*columns, strict=True):
+                columns = (batch[k].tolist() for k in ("input_ids", "prompt_lengths"))
+                for index, completion, ids, prompt in zip(batch["index"], batch["lengths"], *columns, strict=True):
                     texts = {"prompt": ids[:prompt], "completion": ids[prompt : prompt + completion]}
                     row = {"index": index, **{name: self.decode(part) for name, part in texts.items()}}
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")

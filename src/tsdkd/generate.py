@@ -57,7 +57,10 @@ class Job:
             "model": self.name,
             "revision": revision_of(self.name, self.config),
             "engine": "vllm" if self.args.use_vllm else "transformers",
-            **{name: getattr(self.args, name) for name in ("seed", "temperature", "top_p", "max_new_tokens")},
+            **{
+                name: getattr(self.args, name)
+                for name in ("seed", "temperature", "top_p", "max_new_tokens", "prompt_suffix")
+            },
         }
 
     @property
@@ -228,7 +231,7 @@ def _by_vllm(job: Job, tickets: list[Ticket]) -> Iterator[tuple[int, Completion]
 def _by_hugging_face(job: Job, tickets: list[Ticket]) -> Iterator[tuple[int, Completion]]:
     from .rollout.hf import sample
 
-    model = load_frozen(job.name, job.args, ROLES[job.role]).to(job.args.device).eval()
+    model = load_frozen(job.name, job.args, ROLES[job.role], job.args.device).eval()
     sampling, size = job.sampling, job.args.per_device_eval_batch_size
     # alike lengths, so that little is padded; the longest first, so that memory runs out at once or not at all
     order = sorted(range(len(tickets)), key=lambda i: -len(tickets[i].prompt_ids) - tickets[i].limit)

@@ -36,32 +36,38 @@ class Heads:
         self._proven: WeakSet[nn.Module] = WeakSet()
 
     @torch.no_grad()
-    def teacher(self, model: nn.Module, batch: dict[str, Tensor], mask: Tensor) -> "Teacher":
-        """The teacher's part of a head for `ask`: hidden states or logits at the N true positions of `mask`."""
+    def teacher(self, model: nn.Module, batch: dict[str, Tensor], index: Tensor) -> "Teacher":
+        """The teacher's part of a head for `ask`: hidden states or logits at the N positions `index`."""
         if not self.args.fused_head:
-            return Teacher(model, self._logits(model, batch, mask))
+            return Teacher(model, self._logits(model, batch, index))
         unwrapped = self.accelerator.unwrap_model(model)
-        return Teacher(unwrapped, self._redirect(model, unwrapped, self._hidden, unwrapped, batch, mask))
+        return Teacher(unwrapped, self._redirect(model, unwrapped, self._hidden, unwrapped, batch, index))
 
     def ask(
         self,
         model: nn.Module,
         batch: dict[str, Tensor],
-        mask: Tensor,
+        index: Tensor,
         question: Callable[[Head], Answer],
         teacher: "Teacher | None" = None,
         own_in_forward: bool = True,
     ) -> Answer:
-        """`question` of the head over the model's predictions at the N true positions of `mask` `[B, S - 1]`.
+        """`question` of the head over the model's predictions at N positions.
 
-        The answer is a dataclass: `TokenStatistics` or `ObjectiveOutput`.
+        Args:
+            model: as it is wrapped for training.
+            batch: `input_ids` and `attention_mask`, `[B, S]`.
+            index: `[N]`, places in the flattened `[B, S - 1]` (`tsdkd.selection.token_index`).
+            question: what is asked; its answer is a dataclass, `TokenStatistics` or `ObjectiveOutput`.
+            teacher: from `teacher`, where the question is about both.
+            own_in_forward: see `FusedHead`.
 
         Raises:
             ModelError: the fused head doesn't give the model's own logits.
         """
         if not self.args.fused_head:
             states = None if teacher is None else teacher.states
-            return question(LogitsHead(self._logits(model, batch, mask), states))
+            return question(LogitsHead(self._logits(model, batch, index), states))
         unwrapped = self.accelerator.unwrap_model(model)
         kind: list[type[Answer]] = []
 
@@ -71,21 +77,22 @@ class Heads:
             kind.append(type(answer))
             return vars(answer)  # DDP and DeepSpeed look for tensors in plain containers only
 
-        def inside() -> dict[str, Any]:
-            hidden = self._hidden(unwrapped, batch, mask)
+        def inside(input_ids: Tensor) -> dict[str, Any]:
+            hidden = self._hidden(unwrapped, {**batch, "input_ids": input_ids}, index)
             with self.accelerator.autocast():
                 return self._as_output_layer(unwrapped, at_the_head, hidden)
 
-        # as the wrapper's forward: DDP arms its gradient reduction there
-        fields = self._redirect(model, unwrapped, inside)
+        # as the wrapper's forward: DDP arms its gradient reduction there. On CUDA it moves what it is given to its
+        # device first, and fails where it is given nothing.
+        fields = self._redirect(model, unwrapped, inside, batch["input_ids"])
         return kind[0](**fields)
 
     @torch.no_grad()
-    def query(self, model: nn.Module, batch: dict[str, Tensor], mask: Tensor, request: Request) -> TokenStatistics:
+    def query(self, model: nn.Module, batch: dict[str, Tensor], index: Tensor, request: Request) -> TokenStatistics:
         """`request` of a model in eval mode, without gradients; `ask` says what the arguments are."""
         was_training = model.training
         model.eval()
-        answer = self.ask(model, batch, mask, lambda head: head(request))
+        answer = self.ask(model, batch, index, lambda head: head(request))
         model.train(was_training)
         return answer
 
@@ -112,19 +119,19 @@ class Heads:
         layer = _output_layer(model)
         return self._redirect(layer, layer, function, hidden)
 
-    def _logits(self, model: nn.Module, batch: dict[str, Tensor], mask: Tensor) -> Tensor:
+    def _logits(self, model: nn.Module, batch: dict[str, Tensor], index: Tensor) -> Tensor:
         """`[N, V]`, over the shared ids, temperature applied."""
         output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-        logits = output.logits[:, :-1][mask][:, : self.vocab_size]
+        logits = _at(index, output.logits)[:, : self.vocab_size]
         return logits if self.args.temperature == 1.0 else logits / self.args.temperature
 
-    def _hidden(self, model: PreTrainedModel, batch: dict[str, Tensor], mask: Tensor) -> Tensor:
+    def _hidden(self, model: PreTrainedModel, batch: dict[str, Tensor], index: Tensor) -> Tensor:
         """`[N, H]`, the last hidden states."""
         with self.accelerator.autocast():
             if model not in self._proven:
                 self._prove(model, batch["input_ids"][:1, :8])
                 self._proven.add(model)
-            return _backbone(model, batch["input_ids"], batch["attention_mask"])[:, :-1][mask]
+            return _at(index, _backbone(model, batch["input_ids"], batch["attention_mask"]))
 
     @torch.no_grad()
     def _prove(self, model: PreTrainedModel, ids: Tensor) -> None:
@@ -188,6 +195,11 @@ def _gather(stack: ExitStack, layer: Any) -> None:
         # a weight that the embedding shares may be there already, and must stay
         missing = [p for p in sharded if p.ds_status != ZeroParamStatus.AVAILABLE]
         stack.enter_context(GatheredParameters(missing))
+
+
+def _at(index: Tensor, states: Tensor) -> Tensor:
+    """`[N, ...]`: those of `[B, S, ...]` at the places `index` of the flattened `[B, S - 1]`."""
+    return states.flatten(0, 1).index_select(0, index + index // (states.shape[1] - 1))
 
 
 def _backbone(model: Any, ids: Tensor, attention_mask: Tensor) -> Tensor:

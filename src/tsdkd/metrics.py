@@ -4,9 +4,30 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+
+
+@dataclass
+class _Span:
+    """A timed block: tokens, its two ends (seconds, or events of a CUDA stream), and blocks in it that don't count."""
+
+    tokens: float
+    ends: tuple[Any, Any]
+    without: "list[_Span]"
+
+    @property
+    def seconds(self) -> float:
+        start, end = self.ends
+        if isinstance(start, float):
+            whole: float = end - start
+        else:
+            end.synchronize()
+            whole = start.elapsed_time(end) / 1000
+        return whole - sum(span.seconds for span in self.without)
 
 
 class RunningMeans:
@@ -16,6 +37,7 @@ class RunningMeans:
         self._accelerator = accelerator
         self._sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
         self._peaks: dict[str, float] = {}
+        self._spans: dict[str, list[_Span]] = defaultdict(list)
 
     def add(self, name: str, total: float, count: float) -> None:
         """Add to a metric's sum and count."""
@@ -28,18 +50,27 @@ class RunningMeans:
 
     @contextmanager
     def rate(self, name: str, tokens: float, excluding: str | None = None) -> Iterator[None]:
-        """Log `tokens` per second of the block (a process), without the time that metric `excluding` took in it."""
-        start, before = time.perf_counter(), self._seconds(excluding)
-        yield
-        if self._accelerator.device.type == "cuda":
-            torch.cuda.synchronize()
-        self.add(name, tokens, time.perf_counter() - start - (self._seconds(excluding) - before))
+        """Log `tokens` per second of the block (a process), without the time that metric `excluding` took in it.
 
-    def _seconds(self, name: str | None) -> float:
-        return self._sums[name][1] if name in self._sums else 0.0
+        On CUDA the device's clock is read, when the metrics are drained: nothing waits for the device here."""
+        others = self._spans[excluding] if excluding else []
+        start, before = self._now(), len(others)
+        yield
+        self._spans[name].append(_Span(tokens, (start, self._now()), others[before:]))
+
+    def _now(self) -> Any:
+        if self._accelerator.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     def drain(self) -> dict[str, float]:
         """Sum over count of every metric, over all processes, and start anew. All processes must call it."""
+        for name, spans in self._spans.items():
+            for span in spans:
+                self.add(name, span.tokens, span.seconds)
+        self._spans.clear()
         names, peaks = sorted(self._sums), sorted(self._peaks)
         if not names:
             return {}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -117,14 +118,26 @@ def load_student(student: str, args: TokenSelectiveConfig) -> PreTrainedModel:
     return model
 
 
-def load_frozen(name: str, args: TokenSelectiveConfig, field: str = "teacher_model_name_or_path") -> PreTrainedModel:
+def load_frozen(
+    name: str,
+    args: TokenSelectiveConfig,
+    field: str = "teacher_model_name_or_path",
+    device: torch.device | None = None,
+) -> PreTrainedModel:
     """A model that isn't trained, in its checkpoint's dtype unless its `…model_init_kwargs` say otherwise.
+
+    Args:
+        name: path or hub id.
+        args: the run's.
+        field: which setting names it.
+        device: where its weights are read to, one after the other: the host never holds them all. None leaves the
+            place to what is set globally (ZeRO-3).
 
     Raises:
         ModelError: it can't be loaded.
     """
     given = getattr(args, _INIT_KWARGS[field])
-    kwargs = {"dtype": "auto", "trust_remote_code": args.trust_remote_code, **(given or {})}
+    kwargs = {"dtype": "auto", "trust_remote_code": args.trust_remote_code, "device_map": device, **(given or {})}
     return _load(AutoModelForCausalLM.from_pretrained, name, field, "model", given, **kwargs)
 
 

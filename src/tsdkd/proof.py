@@ -8,10 +8,11 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from .data import completion_mask, pad_sequences
+from .data import completion_mask, pad_sequences, predicted_ids
 from .errors import EngineError
 from .heads import Heads
 from .rollout import Completion
+from .selection import token_index
 from .statistics import Request
 
 _COMPLETIONS = 4
@@ -37,14 +38,14 @@ def check_engine(
     chosen = list(zip(prompts, completions, strict=True))[::step][:_COMPLETIONS]
     batch = pad_sequences([prompt for prompt, _ in chosen], [completion.ids for _, completion in chosen])
     batch = {name: value.to(accelerator.device) for name, value in batch.items()}
-    mask = completion_mask(batch)
-    sampled = batch["input_ids"][:, 1:][mask].unsqueeze(-1)
-    ours = heads.query(model, batch, mask, Request(ids=sampled, top_k=1))
-    theirs = torch.tensor([logp for _, c in chosen for logp in c.logps or []], device=mask.device)
+    index = token_index(completion_mask(batch))
+    sampled = predicted_ids(batch, index).unsqueeze(-1)
+    ours = heads.query(model, batch, index, Request(ids=sampled, top_k=1))
+    theirs = torch.tensor([logp for _, c in chosen for logp in c.logps or []], device=index.device)
     difference = (ours.logps.squeeze(-1) - theirs).abs().mean()
     tolerance = 2 * 2**-7 * ours.top_logits.abs().mean() - math.log(top_p)
     found = torch.stack([difference, tolerance]).float() if len(theirs) else torch.tensor([0.0, 1.0])
-    for difference, tolerance in accelerator.gather(found.to(mask.device)).view(-1, 2).tolist():
+    for difference, tolerance in accelerator.gather(found.to(index.device)).view(-1, 2).tolist():
         if not difference <= tolerance:
             raise EngineError(
                 "the engine doesn't sample from the student's weights: its log-probabilities differ by "

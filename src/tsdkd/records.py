@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from .config import TokenSelectiveConfig
-from .data import completion_mask, pad_sequences
+from .data import completion_mask, pad_sequences, predicted_ids
 from .heads import Heads
 from .losses import Divergence, forward_kl_on, jsd
+from .selection import token_index
 from .statistics import Request
 
 FOLDER = "records"
@@ -56,16 +57,16 @@ def describe(
     Returns:
         Columns `[N]` or `[N, K]`; entropies, log-probabilities and divergences in nats.
     """
-    mask = completion_mask(batch)
-    sampled = batch["input_ids"][:, 1:][mask].unsqueeze(-1)
+    index = token_index(completion_mask(batch))
+    sampled = predicted_ids(batch, index).unsqueeze(-1)
     was_training = student.training
     student.eval()
     both = Request(entropy=True, teacher_entropy=True, divergence=kind, top_k=CANDIDATES, ids=sampled)
-    ours = heads.ask(student, batch, mask, lambda head: head(both), heads.teacher(teacher, batch, mask))
+    ours = heads.ask(student, batch, index, lambda head: head(both), heads.teacher(teacher, batch, index))
     ids = torch.cat([sampled, ours.top_ids], dim=-1)
-    theirs = heads.query(teacher, batch, mask, Request(top_k=MASSES[-1], ids=ids))
+    theirs = heads.query(teacher, batch, index, Request(top_k=MASSES[-1], ids=ids))
     top = theirs.top_ids[:, :FORWARD_KL_TOP_K]
-    at_theirs = heads.query(student, batch, mask, Request(ids=top)).logps
+    at_theirs = heads.query(student, batch, index, Request(ids=top)).logps
     student.train(was_training)
     masses = theirs.top_logps.exp().cumsum(-1)
     columns = {

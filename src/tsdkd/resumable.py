@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import is_peft_model
+from accelerate.utils import is_peft_model, send_to_device
 from torch import nn
 from transformers import Trainer
 from transformers.trainer_callback import ExportableState
@@ -47,6 +47,11 @@ class Resumable(Trainer):
             self.accelerator.print(f"resume: continuing from {resume_from_checkpoint}", flush=True)
         with preemption.watching(), only_data_is_loaded() if self.is_deepspeed_enabled else nullcontext():
             return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _prepare_input(self, data: Any) -> Any:
+        """Trainer's, without its cast to DeepSpeed's precision, which is for models that take floating inputs: what
+        floats in a batch here are log-probabilities and entropies of a rollout."""
+        return send_to_device(data, self.args.device)
 
     # Saving
 

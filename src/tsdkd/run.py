@@ -52,8 +52,8 @@ def train(arguments: RunArguments) -> TokenSelectiveTrainer:
     """
     checkpoint = claim(arguments)
     trainer = build_trainer(arguments)
-    trainer.accelerator.wait_for_everyone()
     with watching():  # until here a signal ends a process at once, as there is nothing to save
+        trainer.accelerator.wait_for_everyone()  # the run's first file says that all of them are watching
         mark(arguments)
         trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.preemption.stopped:

@@ -8,6 +8,21 @@ import torch
 from torch import Tensor
 
 
+def token_index(mask: Tensor) -> Tensor:
+    """Where a mask is true.
+
+    Taken once a micro-batch and used throughout: the host must wait for the device to learn N, and each indexing by
+    the mask itself would be another wait.
+
+    Args:
+        mask: `[B, T]` bool with N true entries.
+
+    Returns:
+        `[N]`, int64, places in the flattened mask, ascending.
+    """
+    return mask.flatten().nonzero().squeeze(-1)
+
+
 def opener_mask(student_entropy: Tensor, mask: Tensor, ratio: float | Tensor = 0.1) -> Tensor:
     """The opener of each response: its shortest prefix that holds `ratio` of its entropy (TSD-KD Sec. 3.1).
 
@@ -24,7 +39,8 @@ def opener_mask(student_entropy: Tensor, mask: Tensor, ratio: float | Tensor = 0
     reached = entropy.cumsum(-1)
     before = torch.cat([torch.zeros_like(reached[:, :1]), reached[:, :-1]], dim=-1)
     # a float32 ratio may be 1e-8 above its decimal: without the margin equal entropies need one token more
-    threshold = torch.as_tensor(ratio, dtype=torch.float64, device=entropy.device) * entropy.sum(-1) * (1 - 1e-7)
+    ratio = ratio.to(entropy) if isinstance(ratio, Tensor) else ratio
+    threshold = ratio * entropy.sum(-1) * (1 - 1e-7)
     first = mask & (mask.cumsum(-1) == 1)
     return mask & (before < threshold.unsqueeze(-1)) | first
 

@@ -23,7 +23,7 @@ from .models import load_frozen
 
 
 def load_teacher(name: str, config: PretrainedConfig, args: TokenSelectiveConfig) -> PreTrainedModel:
-    """Read the teacher; to be sharded, each process reads its shard only.
+    """Read the teacher, straight to this process's device; to be sharded, each process reads its shard only.
 
     Raises:
         ModelError: it can't be loaded.
@@ -35,7 +35,7 @@ def load_teacher(name: str, config: PretrainedConfig, args: TokenSelectiveConfig
     if sharded:
         _init_group(args)
     with _loading_as(_zero3(config, dtype, args) if sharded else None, args):
-        return load_frozen(name, args)
+        return load_frozen(name, args, device=None if sharded else args.device)
 
 
 def place_teacher(teacher: PreTrainedModel, accelerator: Accelerator, args: TokenSelectiveConfig) -> nn.Module:

@@ -27,7 +27,7 @@ from . import model_card
 from .answers import is_correct
 from .completions import CompletionSample, print_completions
 from .config import TokenSelectiveConfig
-from .data import collate, completion_mask, longest_sequence, pad_sequences, prepare_rows
+from .data import collate, completion_mask, longest_sequence, pad_sequences, predicted_ids, prepare_rows
 from .errors import ResumeError
 from .finite import FiniteGuard
 from .heads import Heads
@@ -41,6 +41,7 @@ from .records import Recorder, Sample
 from .resumable import Resumable
 from .rollout import Completion, Sampler, Sampling, check_vllm, prompt_generator
 from .rollout.hf import HuggingFaceSampler
+from .selection import token_index
 from .teacher import load_teacher, place_teacher
 
 Batch = dict[str, Any]
@@ -148,13 +149,14 @@ class TokenSelectiveTrainer(Resumable, GKDTrainer):
 
     def _responses(self, batch: Batch, mask: Tensor, mode: str) -> Responses:
         """A micro-batch as the objective sees it."""
-        answers = batch.get("answers")
+        answers, index = batch.get("answers"), token_index(mask)
         return Responses(
             mask,
-            ids=batch["input_ids"][:, 1:][mask],
+            ids=predicted_ids(batch, index),
             training=mode == "train",
             sampler_logps=batch.get("sampler_logps"),
             answers=None if answers is None else Answers(**answers),
+            index=index,
         )
 
     def _sequences(
@@ -239,10 +241,11 @@ class TokenSelectiveTrainer(Resumable, GKDTrainer):
         """Collated rows -> padded micro-batches with the student's or the data set's completions."""
         if not rows:
             return []
+        rows = [{**batch, "index": batch["index"].tolist()} for batch in rows]
         prompts, completions = self._sequences(model, rows, step, mode)
         self.means[mode].add("completions/mean_length", sum(len(c.ids) for c in completions), len(completions))
         if self.recorder.is_due(step, mode):
-            indices = [int(i) for batch in rows for i in batch["index"]]
+            indices = [i for batch in rows for i in batch["index"]]
             samples = [Sample(i, p, c.ids) for i, p, c in zip(indices, prompts, completions, strict=True)]
             self.recorder.record(model, self.teacher_model, samples, step)
 
@@ -251,7 +254,9 @@ class TokenSelectiveTrainer(Resumable, GKDTrainer):
             here = slice(position, position + len(batch["prompt_ids"]))
             position = here.stop
             micro = self._prepare_inputs(pad_sequences(prompts[here], [c.ids for c in completions[here]]))
-            micro["index"] = batch["index"]
+            # on the host, which would otherwise have to wait for the device to learn them
+            micro |= {"index": batch["index"], "lengths": [len(c.ids) for c in completions[here]]}
+            micro["num_tokens"] = sum(micro["lengths"]) + sum(len(prompt) for prompt in prompts[here])
             logps = [c.logps for c in completions[here] if c.logps is not None]
             if len(logps) == len(completions[here]):
                 micro["sampler_logps"] = torch.tensor(list(chain(*logps)), device=micro["input_ids"].device)
@@ -262,7 +267,7 @@ class TokenSelectiveTrainer(Resumable, GKDTrainer):
     def _generate(
         self, model: nn.Module, rows: list[Batch], prompts: list[list[int]], step: int, mode: str
     ) -> list[Completion]:
-        indices = [int(i) for batch in rows for i in batch["index"]]
+        indices = [i for batch in rows for i in batch["index"]]
         limits = [limit for batch in rows for limit in batch["limit"]]
         means = self.means[mode]
         start = time.perf_counter()
@@ -296,9 +301,8 @@ class TokenSelectiveTrainer(Resumable, GKDTrainer):
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | None = None) -> Tensor:
         """One micro-batch, forward and backward. `GKDTrainer`'s own would roll out again."""
-        tokens = float(inputs["attention_mask"].sum())
         with self.means["train"].rate(
-            "speed/student_tokens_per_second", tokens, excluding="speed/teacher_tokens_per_second"
+            "speed/student_tokens_per_second", inputs["num_tokens"], excluding="speed/teacher_tokens_per_second"
         ):
             return super(GKDTrainer, self).training_step(model, inputs, num_items_in_batch)
 
@@ -307,21 +311,20 @@ class TokenSelectiveTrainer(Resumable, GKDTrainer):
     ) -> Tensor:
         """This process's share of the global mean, times the number of processes (DDP and ZeRO average gradients)."""
         mode = "eval" if num_items_in_batch is None else "train"
-        mask = self._mask(inputs)
+        responses = self._responses(inputs, self._mask(inputs), mode)
         log_terms = mode == "train" and self._logs_term_gradients()
-        output = self._objective_output(model, inputs, mask, mode, own_in_forward=not log_terms)
+        output = self._objective_output(model, inputs, responses, mode, own_in_forward=not log_terms)
         units = self._count_units(inputs)
         # one transfer to the host for all of them: each would wait for the device
-        sums = [value for pair in output.metrics.values() for value in pair] + [
-            t.detach() for t in output.terms.values()
-        ]
+        sums = [value for pair in output.metrics.values() for value in pair]
+        sums += [term.detach() for term in (*output.terms.values(), output.loss)]
         numbers = iter(torch.stack([value.double() for value in sums]).tolist())
         for name in output.metrics:
             self.means[mode].add(name, next(numbers), next(numbers))
         for name in output.terms:
             self.means[mode].add(f"loss/{name}", next(numbers), units)
         if num_items_in_batch is None:
-            self.means[mode].add("loss", output.loss.item(), units)
+            self.means[mode].add("loss", next(numbers), units)
             return output.loss / max(units, 1)
         self.guard.see(inputs, output.loss)
         if log_terms:
@@ -329,14 +332,15 @@ class TokenSelectiveTrainer(Resumable, GKDTrainer):
         return output.loss * (self.accelerator.num_processes / num_items_in_batch.clamp(min=1))
 
     def _objective_output(
-        self, model: nn.Module, batch: Batch, mask: Tensor, mode: str, own_in_forward: bool
+        self, model: nn.Module, batch: Batch, responses: Responses, mode: str, own_in_forward: bool
     ) -> ObjectiveOutput:
-        responses, teacher = self._responses(batch, mask, mode), None
+        teacher, index = None, responses.index
+        assert index is not None
         if self.objective.asks_teacher:
             with self._teacher_time(batch, mode):
-                teacher = self.heads.teacher(self.teacher_model, batch, mask)
+                teacher = self.heads.teacher(self.teacher_model, batch, index)
         return self.heads.ask(
-            model, batch, mask, lambda head: self.objective(head, responses), teacher, own_in_forward
+            model, batch, index, lambda head: self.objective(head, responses), teacher, own_in_forward
         )
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
@@ -348,12 +352,13 @@ class TokenSelectiveTrainer(Resumable, GKDTrainer):
         return grad_norm
 
     def _count_units(self, batch: Batch) -> int:
-        lengths = batch["completion_lengths"]
-        counts = {"responses": (lengths > 0).sum(), "tokens": lengths.sum(), "micro-batches": (lengths > 0).any()}
-        return int(counts[self.objective.unit])
+        lengths: list[int] = batch["lengths"]
+        responses = sum(length > 0 for length in lengths)
+        counts = {"responses": responses, "tokens": sum(lengths), "micro-batches": min(responses, 1)}
+        return counts[self.objective.unit]
 
     def _teacher_time(self, batch: Batch, mode: str) -> AbstractContextManager[None]:
-        return self.means[mode].rate("speed/teacher_tokens_per_second", float(batch["attention_mask"].sum()))
+        return self.means[mode].rate("speed/teacher_tokens_per_second", batch["num_tokens"])
 
     def _logs_term_gradients(self) -> bool:
         every = self.args.log_term_gradients

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import send_to_device
 
 from .. import run
 from ..data import pad_sequences, prepare_rows
@@ -38,8 +39,7 @@ def record_pair(arguments: RunArguments, count: int) -> Path:
     prepared = prepared.select(range(min(count, len(prepared))))
     fields = ("model_name_or_path", "teacher_model_name_or_path")
     student, teacher = (
-        load_frozen(name, training, field).to(training.device).eval()
-        for name, field in zip(names, fields, strict=True)
+        load_frozen(name, training, field, training.device).eval() for name, field in zip(names, fields, strict=True)
     )
     shared = pair.shared_vocab_size
     stop_ids = {i for i in stop_token_ids(pair.tokenizer, student.generation_config) if i < shared}
@@ -52,7 +52,7 @@ def record_pair(arguments: RunArguments, count: int) -> Path:
         options: dict[str, Any] = {"stop_ids": stop_ids, "vocab_size": shared, "temperature": training.temperature}
         completions = sample(student, prompts, limits, generators, **options)
         batch = pad_sequences(prompts, [c.ids for c in completions])
-        batch = {name: values.to(training.device) for name, values in batch.items()}
+        batch = send_to_device(batch, training.device)
         parts.append(describe(heads, student, teacher, batch, jsd(getattr(training, "beta", 0.9))))
         samples += [Sample(i, p, c.ids) for i, p, c in zip(some["index"], prompts, completions, strict=True)]
     columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

@@ -4,6 +4,7 @@ import argparse
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ..errors import ConfigError
 from .arguments import at_least
@@ -33,7 +34,12 @@ def main(argv: Sequence[str]) -> int:
         "--baseline", metavar="NAME", help="the model that the others are tested against; default: the first"
     )
     parser.add_argument("--backend", choices=["hf", "vllm"], default="hf", help="default: %(default)s")
-    parser.add_argument("--model_args", metavar="K=V,K=V", default="", help="of lm-evaluation-harness's model class")
+    parser.add_argument(
+        "--model_args",
+        metavar="K=V,K=V",
+        default="",
+        help="of lm-evaluation-harness's model class; enable_thinking wins over a run's and the suite's",
+    )
     parser.add_argument("--batch_size", type=_batch_size, default="8", help="a number or auto; default: %(default)s")
     parser.add_argument(
         "--samples", type=at_least(2), metavar="N", help="of each item, where it is sampled; default: 8"
@@ -86,8 +92,23 @@ def main(argv: Sequence[str]) -> int:
     )
     path = table.write(runner.run(evaluation), models, baseline, args.output_dir, args.suite, evaluation.settings)
     print(path.read_text(encoding="utf-8"))
+    _print_prompts(runner.prompts(evaluation))
     print(f"written to {path}, with {path.with_suffix('.json').name} and every item beside it")
     return 0
+
+
+def _print_prompts(prompts: dict[str, tuple[Any, str]]) -> None:
+    """Each once, however many models see it so."""
+    seen_by: dict[tuple[str, str], list[str]] = {}
+    for model, (benchmark, text) in prompts.items():
+        seen_by.setdefault((benchmark.title, text), []).append(model)
+    for (title, text), names in seen_by.items():
+        print(f"first prompt of {title}, for {', '.join(names)}:\n{_shortened(text)}\n")
+
+
+def _shortened(text: str) -> str:
+    """Both ends, where the template shows; few-shot examples are long."""
+    return text if len(text) <= 1600 else f"{text[:800]}\n[… {len(text) - 1600} characters …]\n{text[-800:]}"
 
 
 def _named(models: Sequence[str]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Whether a response gives the answer: as mathematics, or as a letter."""
+"""Whether a response gives the answer, as mathematics or as a letter; and what a data set's solution answers."""
 
 import re
 
@@ -6,6 +6,8 @@ from math_verify import parse, verify
 
 from ..answers import last_boxed
 
+_PROSE = re.compile(r"[^\W\d_]{2}|[=⇒→∴\n]|\\(?:implies|therefore|iff|to|[lL]ong|[rR]ightarrow)")
+_COMMAND = re.compile(r"\\[a-zA-Z]+")
 _LETTER = re.compile(r"(?:\\text\{)?\s*\(?([A-Z])\b")
 
 
@@ -17,6 +19,24 @@ def same_mathematics(response: str, answer: str) -> bool:
     gold, boxed = parse(f"${answer}$"), last_boxed(response)
     readings = [response] if boxed is None else [f"\\boxed{{{boxed}}}", response]
     return any(verify(gold, parse(text)) for text in readings)
+
+
+def answer_of(solution: str) -> str | None:
+    r"""What is in the last `\boxed{}`, or the whole where it is nothing but an answer, as in DAPO-Math-17k-Processed.
+
+    That is one line without a word, an equals sign or an arrow, of which math-verify can make something: no worked
+    solution, whose last number may be anything, is taken for its answer.
+    """
+    boxed, text = last_boxed(solution), solution.strip()
+    if boxed is not None:
+        return boxed
+    is_bare = not _PROSE.search(_COMMAND.sub(_symbol, text))
+    return text if is_bare and parse(f"${text}$") else None
+
+
+def _symbol(command: re.Match[str]) -> str:
+    """Commands aren't words, and only some of them connect steps."""
+    return command[0] if _PROSE.match(command[0]) else " "
 
 
 def boxed_letter_is(response: str, letter: str) -> bool:

@@ -16,10 +16,12 @@ import transformers
 from lm_eval.api.model import LM
 from lm_eval.api.registry import get_model
 from lm_eval.api.task import Task
+from transformers import PreTrainedTokenizerBase
 
 from ..errors import ModelError
 from ..models import load_config, load_tokenizer, revision_of
 from .items import Item
+from .rendering import THINKING, Rendering
 from .suites import Benchmark
 
 for _name in ("lm_eval", "transformers.generation"):  # the latter's complaints are of the former's settings
@@ -27,8 +29,8 @@ for _name in ("lm_eval", "transformers.generation"):  # the latter's complaints 
 _FEWSHOT_SEED = 1234
 
 
-def look(path: str, model_args: dict[str, Any]) -> tuple[str, bool]:
-    """What is known of a model without its weights: their revision, and whether it has a chat template.
+def look(path: str, model_args: dict[str, Any]) -> tuple[str, PreTrainedTokenizerBase]:
+    """What is known of a model without its weights: their revision, and its tokenizer.
 
     Raises:
         ModelError: there is no such model.
@@ -36,10 +38,10 @@ def look(path: str, model_args: dict[str, Any]) -> tuple[str, bool]:
     options = {name: model_args[name] for name in ("revision", "trust_remote_code") if name in model_args}
     config = load_config(str(_adapter(path, "hf").get("pretrained", path)), "models", **options)
     tokenizer = load_tokenizer(str(model_args.get("tokenizer", path)), "models", **options)
-    return revision_of(path, config), tokenizer.chat_template is not None
+    return revision_of(path, config), tokenizer
 
 
-def load(path: str, backend: str, batch_size: str, model_args: dict[str, Any]) -> LM:
+def load(path: str, backend: str, batch_size: str, model_args: dict[str, Any], rendering: Rendering) -> LM:
     """A model in the harness's wrapper.
 
     Args:
@@ -47,11 +49,15 @@ def load(path: str, backend: str, batch_size: str, model_args: dict[str, Any]) -
         backend: "hf" or "vllm".
         batch_size: completions at a time, or "auto".
         model_args: of the harness's wrapper.
+        rendering: of its prompts.
 
     Raises:
         ModelError: it can't be loaded.
     """
     arguments = {"pretrained": path, "batch_size": batch_size, **_adapter(path, backend), **model_args}
+    # vLLM's wrapper drops this one where it is among the template's arguments
+    arguments |= {name: value for name, value in rendering.args.items() if name == THINKING}
+    arguments["chat_template_args"] = {name: value for name, value in rendering.args.items() if name != THINKING}
     if backend == "hf" and not torch.cuda.is_available():
         arguments = {"device": "cpu", "dtype": "float32", **arguments}
     try:
@@ -86,8 +92,9 @@ def release(lm: LM) -> None:
         torch.cuda.empty_cache()
 
 
-def ask(lm: LM, task: Task, docs: list[int], benchmark: Benchmark, chat: bool, seed: int) -> list[Item]:
-    """The items' scores and responses. Few-shot examples are those that the harness itself would choose."""
+def ask(lm: LM, task: Task, docs: list[int], benchmark: Benchmark, chat: bool, seed: int) -> tuple[list[Item], str]:
+    """The items' scores and responses, and the first prompt. Few-shot examples are those that the harness itself would
+    choose."""
     name = task.task_name
     transformers.set_seed(seed)
     task.set_fewshot_seed(seed=_FEWSHOT_SEED)
@@ -102,7 +109,8 @@ def ask(lm: LM, task: Task, docs: list[int], benchmark: Benchmark, chat: bool, s
         )
     assert results is not None
     found = [sample for sample in results["samples"][name] if sample["filter"] == benchmark.filter]
-    return [_item(name, sample, benchmark) for sample in found]
+    first = min(found, key=lambda sample: int(sample["doc_id"]))
+    return [_item(name, sample, benchmark) for sample in found], str(first["arguments"][0][0])
 
 
 def _item(task: str, sample: dict[str, Any], benchmark: Benchmark) -> Item:

@@ -14,10 +14,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..errors import ConfigError, DataError
 from ..parsing import locate
-from ..run_dir import make_folder
+from ..run_dir import make_folder, writing
 from ..sandbox import SandboxError, run_program
 from . import harness
 from .items import Items
+from .rendering import THINKING, Rendering, rendering_of
 from .suites import SUITES, Benchmark, choose
 from .table import Measured
 from .tasks import build, local_digest
@@ -90,7 +91,13 @@ class Evaluation:
         found = {name: str(value) for name, value in found.items() if value is not None}
         return found | {name: str(value) for name, value in self.model_args.items()}
 
-    def source(self, model: str, revision: str, benchmark: Benchmark, data: str | None) -> dict[str, Any]:
+    def prompt_file(self, model: str, benchmark: Benchmark) -> Path:
+        """The first prompt, as the model sees it."""
+        return self.output_dir / model / f"{benchmark.name}.prompt.txt"
+
+    def source(
+        self, model: str, revision: str, rendering: Rendering, benchmark: Benchmark, data: str | None
+    ) -> dict[str, Any]:
         """All that an item depends on."""
         path = Path(self.path(model))
         return {
@@ -99,7 +106,8 @@ class Evaluation:
             "backend": self.backend,
             "shots": benchmark.shots,
             "samples": self.samples_of(benchmark),
-            "chat_template": self.with_chat_template,
+            "chat_template": rendering.template,
+            "chat_template_kwargs": rendering.args,
             "data": data,
             "max_new_tokens": self.max_new_tokens if benchmark.sampled else None,
             "model_args": self.model_args,
@@ -114,7 +122,7 @@ def run(evaluation: Evaluation) -> list[Measured]:
         TSDKDError: with all finished items kept.
     """
     benchmarks = _checked(evaluation)
-    revisions = {model: _revision(evaluation, model) for model in evaluation.models}
+    known = {model: _look(evaluation, model) for model in evaluation.models}
     make_folder(evaluation.output_dir)
     tasks = {
         b.name: build(b, evaluation.samples_of(b), evaluation.max_new_tokens, evaluation.data_dir) for b in benchmarks
@@ -124,19 +132,31 @@ def run(evaluation: Evaluation) -> list[Measured]:
     files = {
         model: {
             b.name: Items(
-                evaluation.output_dir / model / f"{b.name}.jsonl", evaluation.source(model, revision, b, data[b.name])
+                evaluation.output_dir / model / f"{b.name}.jsonl",
+                evaluation.source(model, revision, rendering, b, data[b.name]),
             )
             for b in benchmarks
         }
-        for model, revision in revisions.items()
+        for model, (revision, rendering) in known.items()
     }
     for model, own in files.items():
-        _complete(evaluation, model, benchmarks, tasks, wanted, own)
+        _complete(evaluation, model, known[model][1], benchmarks, tasks, wanted, own)
     return [
         Measured(model, b, own[b.name].scores(wanted[b.name]), evaluation.ks)
         for model, own in files.items()
         for b in benchmarks
     ]
+
+
+def prompts(evaluation: Evaluation) -> dict[str, tuple[Benchmark, str]]:
+    """Of each model a benchmark and its first prompt as the model sees it, template and all."""
+    found = {}
+    for model in evaluation.models:
+        for benchmark in choose(evaluation.suite, evaluation.benchmarks, evaluation.allow_code_execution):
+            path = evaluation.prompt_file(model, benchmark)
+            if model not in found and path.is_file():
+                found[model] = benchmark, path.read_text(encoding="utf-8", errors="replace")
+    return found
 
 
 def _checked(evaluation: Evaluation) -> list[Benchmark]:
@@ -147,16 +167,28 @@ def _checked(evaluation: Evaluation) -> list[Benchmark]:
     return benchmarks
 
 
-def _revision(evaluation: Evaluation, model: str) -> str:
-    revision, has_template = harness.look(evaluation.path(model), evaluation.model_args)
-    if evaluation.with_chat_template and not has_template:
+def _look(evaluation: Evaluation, model: str) -> tuple[str, Rendering]:
+    """A model's revision, and how prompts are put to it."""
+    path, given = evaluation.path(model), evaluation.model_args
+    revision, tokenizer = harness.look(path, given)
+    defaults = SUITES[evaluation.suite].template_args
+    asked_for = evaluation.chat is not None
+    rendering = rendering_of(path, tokenizer, evaluation.with_chat_template, asked_for, defaults, given)
+    if rendering is None:
         raise ConfigError(
             [
                 f"--apply_chat_template: {model} has no chat template, suite {evaluation.suite} uses one by default; "
                 "false does without, for all models"
             ]
         )
-    return revision
+    if rendering.args.get(THINKING) and "think_end_token" not in given:
+        raise ConfigError(
+            [
+                f"--model_args: {model} thinks ({THINKING}), and the harness must know where that ends: "
+                f"think_end_token=</think>, or {THINKING}=false"
+            ]
+        )
+    return revision, rendering
 
 
 def _wanted(tasks: Sequence[Task], limit: int | None) -> list[tuple[str, int]]:
@@ -169,6 +201,7 @@ def _wanted(tasks: Sequence[Task], limit: int | None) -> list[tuple[str, int]]:
 def _complete(
     evaluation: Evaluation,
     model: str,
+    rendering: Rendering,
     benchmarks: Sequence[Benchmark],
     tasks: dict[str, list[Task]],
     wanted: dict[str, list[tuple[str, int]]],
@@ -177,7 +210,8 @@ def _complete(
     missing = {b.name: set(wanted[b.name]) - files[b.name].found.keys() for b in benchmarks}
     if not any(missing.values()):
         return
-    lm = harness.load(evaluation.path(model), evaluation.backend, evaluation.batch_size, evaluation.model_args)
+    path = evaluation.path(model)
+    lm = harness.load(path, evaluation.backend, evaluation.batch_size, evaluation.model_args, rendering)
     _check_room(model, lm, benchmarks, tasks)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=Console(file=sys.stderr)) as progress:
@@ -188,9 +222,18 @@ def _complete(
             for task, docs in _chunks(tasks[name], wanted[name], missing[name], size):
                 seed = _seed(evaluation.seed, task.task_name, docs[0])
                 before = len(files[name].found)
-                files[name].add(harness.ask(lm, task, docs, benchmark, evaluation.with_chat_template, seed))
+                items, prompt = harness.ask(lm, task, docs, benchmark, rendering.chat, seed)
+                if (task.task_name, docs[0]) == wanted[name][0]:
+                    _write(evaluation.prompt_file(model, benchmark), prompt)
+                files[name].add(items)
                 progress.advance(bar, len(files[name].found) - before)
     harness.release(lm)
+
+
+def _write(path: Path, text: str) -> None:
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
 
 
 def _check_room(model: str, lm: LM, benchmarks: Sequence[Benchmark], tasks: dict[str, list[Task]]) -> None:

@@ -1,6 +1,8 @@
 """The papers' benchmarks, with their shots, and what of each item counts."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from ..coercion import nearest
 from ..errors import ConfigError
@@ -40,11 +42,16 @@ class Suite:
     Attributes:
         chat: prompts go through the model's chat template, unless `--apply_chat_template` says otherwise.
         source: where shots and settings are from.
+        template_args: what chat templates that know them are given, for models that no run of tsdkd made.
     """
 
     benchmarks: tuple[Benchmark, ...]
     chat: bool
     source: str
+    template_args: Mapping[str, Any] = field(default_factory=dict)
+
+
+_NOT_THINKING = {"enable_thinking": False}  # EOPD, section 5.1: the teacher; appendix C: the template of training
 
 
 def _sampled(name: str, title: str) -> Benchmark:
@@ -79,6 +86,7 @@ SUITES = {
         ),
         chat=True,
         source="EOPD, section 5.1 and appendix C",
+        template_args=_NOT_THINKING,
     ),
     "ood": Suite(
         (
@@ -87,6 +95,7 @@ SUITES = {
         ),
         chat=True,
         source="EOPD, section 5.3 and appendix C",
+        template_args=_NOT_THINKING,
     ),
     "demo": Suite(
         (

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..selection import token_index
 from ..statistics import Head, TokenStatistics
 
 
@@ -55,6 +56,7 @@ class Responses:
         sampler_logps: `[N]`, the tokens' log-probabilities under the engine that sampled them, nats, for the log.
         answers: of the teacher, for objectives that ask once a rollout.
         trained: `[B, T]` bool, the part of `mask` that is trained on, where that isn't all of it.
+        index: `[N]`, where `mask` is true (`tsdkd.selection.token_index`); found here if it isn't given.
     """
 
     mask: Tensor
@@ -63,11 +65,19 @@ class Responses:
     sampler_logps: Tensor | None = None
     answers: Answers | None = None
     trained: Tensor | None = None
+    index: Tensor | None = None
+
+    def at(self, values: Tensor) -> Tensor:
+        """`[N]`: those of `values` `[B, T]` where `mask` is true."""
+        if self.index is None:
+            self.index = token_index(self.mask)
+        return values.flatten().index_select(0, self.index)
 
     @property
     def shares(self) -> Tensor:
-        """`[N]`, each token's weight in the mean of its response."""
-        return (1.0 / self.mask.sum(-1, keepdim=True).clamp(min=1)).expand_as(self.mask)[self.mask]
+        """`[N]`, each token's weight in the mean of its response, float64."""
+        lengths = self.mask.sum(-1, keepdim=True).clamp(min=1)
+        return self.at(lengths.double().reciprocal().expand_as(self.mask))
 
     @property
     def logged_ids(self) -> Tensor | None:
@@ -125,7 +135,16 @@ class Objective:
 def mean_of(values: Tensor) -> tuple[Tensor, Tensor]:
     """`(sum, count)` of a tensor's elements, as a metric."""
     values = values.detach().float()
-    return values.sum(), values.new_tensor(values.numel())
+    return values.sum(), values.new_full((), values.numel())
+
+
+def approx_kl(log_ratio: Tensor) -> tuple[Tensor, Tensor]:
+    """`r - 1 - log r`, an estimate of KL(Q_old || Q) from its samples, nats (Schulman 2020), as a metric.
+
+    Args:
+        log_ratio: `[N]`, `log Q - log Q_old` of the sampled tokens, nats.
+    """
+    return mean_of(log_ratio.expm1() - log_ratio)  # not exp() - 1, whose rounding is larger than the result
 
 
 def common_metrics(tokens: TokenStatistics, responses: Responses) -> dict[str, tuple[Tensor, Tensor]]:

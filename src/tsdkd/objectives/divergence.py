@@ -21,7 +21,9 @@ class DivergenceObjective(Objective):
         """See `Objective`."""
         shares = responses.shares
         weights = shares if self.unit == "responses" else shares.new_ones(shares.shape)
-        own = OwnTokenLoss({self.term: 1.0}, lambda tokens, rows: {self.term: weights[rows] * tokens.divergence})
+        own = OwnTokenLoss(
+            {self.term: 1.0}, lambda t, rows: {self.term: weights[rows].to(t.divergence) * t.divergence}
+        )
         request = Request(entropy=True, teacher_entropy=True, divergence=self.kind, ids=responses.logged_ids)
         tokens = head(request, own)
         return ObjectiveOutput(tokens.own_loss, tokens.own_terms, own.weights, common_metrics(tokens, responses))

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..losses import REVERSE_KL, clipped_policy_loss
 from ..options import INSIDE, POSITIVE, SHARE, option
 from ..statistics import Head, OwnTokenLoss, Request, TokenStatistics
-from . import Objective, ObjectiveOutput, Responses, common_metrics, mean_of
+from . import Objective, ObjectiveOutput, Responses, approx_kl, common_metrics, mean_of
 
 
 @dataclass
@@ -51,8 +51,9 @@ class MiniLLMObjective(MiniLLMOptions, Objective):
         request = Request(entropy=True, teacher_entropy=True, divergence=REVERSE_KL, ids=sampled.unsqueeze(-1))
         tokens = head(request, own)
         assert answers.old_logps is not None
-        ratio = (tokens.logps[:, 0].detach() - answers.old_logps).exp()
-        metrics = common_metrics(tokens, responses) | {"policy/ratio": mean_of(ratio)}
+        log_ratio = tokens.logps[:, 0].detach() - answers.old_logps
+        metrics = common_metrics(tokens, responses)
+        metrics |= {"policy/ratio": mean_of(log_ratio.exp()), "policy/approx_kl": approx_kl(log_ratio)}
         return ObjectiveOutput(tokens.own_loss, tokens.own_terms, own.weights, metrics)
 
     def mixture_logps(self, student_logps: Tensor, teacher_logps: Tensor) -> Tensor:

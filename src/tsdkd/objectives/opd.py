@@ -9,7 +9,7 @@ from torch import Tensor
 from ..losses import clipped_policy_loss, forward_kl_on
 from ..options import INSIDE, option
 from ..statistics import Head, OwnTokenLoss, Request, TokenStatistics
-from . import Answers, Objective, ObjectiveOutput, Responses, common_metrics, mean_of
+from . import Answers, Objective, ObjectiveOutput, Responses, approx_kl, common_metrics, mean_of
 
 
 @dataclass
@@ -59,7 +59,8 @@ class OPDObjective(OPDOptions, Objective):
     def _metrics(self, tokens: TokenStatistics, answers: Answers) -> dict[str, tuple[Tensor, Tensor]]:
         advantages = self.advantages(tokens, answers)
         assert answers.old_logps is not None
-        ratio = (tokens.logps[:, 0] - answers.old_logps).exp()
+        log_ratio = tokens.logps[:, 0] - answers.old_logps
+        ratio = log_ratio.exp()
         too_high = (ratio > 1 + self.clip_epsilon) & (advantages > 0)
         too_low = (ratio < 1 - self.clip_epsilon) & (advantages < 0)
         uncertain = answers.teacher_entropy > self.uncertain_above
@@ -67,6 +68,7 @@ class OPDObjective(OPDOptions, Objective):
         return {
             "policy/clip_fraction": mean_of(too_high | too_low),
             "policy/ratio": mean_of(ratio),
+            "policy/approx_kl": approx_kl(log_ratio),
             "uncertain/share": mean_of(uncertain),
             "uncertain/forward_kl": mean_of(forward_kl[uncertain]),
             "entropy/teacher": mean_of(answers.teacher_entropy),

@@ -80,7 +80,9 @@ class TSDKDObjective(TSDKDOptions, Objective):
         mask, share = responses.mask, responses.shares
         direct = OwnTokenLoss(
             {"direct": 1.0},
-            lambda t, rows: {"direct": share[rows] * t.divergence * (self._gate(t) if self.gate else 1.0)},
+            lambda t, rows: {
+                "direct": share[rows].to(t.divergence) * t.divergence * (self._gate(t) if self.gate else 1.0)
+            },
         )
         tokens = head(
             Request(
@@ -95,31 +97,33 @@ class TSDKDObjective(TSDKDOptions, Objective):
         loss, terms, weights = tokens.own_loss, dict(tokens.own_terms), dict(direct.weights)
         entropy = tokens.entropy.new_zeros(mask.shape).masked_scatter(mask, tokens.entropy.detach())
         opener = opener_mask(entropy, mask, self._opener_ratio(tokens, mask, responses.training))
+        inside = responses.at(opener).nonzero().squeeze(-1)
         if self.alpha != 0:
-            terms["indirect"], weights["indirect"] = self._indirect(tokens, mask, opener), self.alpha
+            terms["indirect"], weights["indirect"] = self._indirect(tokens, responses, opener, inside), self.alpha
             loss = loss + self.alpha * terms["indirect"]
         if self.entropy_weight != 0:
             uncertain = top_entropy_mask(entropy, mask, self.entropy_ratio)
-            per_response = (uncertain / uncertain.sum(-1, keepdim=True).clamp(min=1))[mask]
-            terms["entropy"], weights["entropy"] = (per_response * tokens.entropy).sum(), self.entropy_weight
+            per_response = responses.at(uncertain.double() / uncertain.sum(-1, keepdim=True).clamp(min=1))
+            terms["entropy"] = (per_response.to(tokens.entropy) * tokens.entropy).sum()
+            weights["entropy"] = self.entropy_weight
             loss = loss + self.entropy_weight * terms["entropy"]
-        metrics = common_metrics(tokens, responses) | self._metrics(tokens, mask, opener)
+        metrics = common_metrics(tokens, responses) | self._metrics(tokens, mask, opener, inside)
         return ObjectiveOutput(loss, terms, weights, metrics)
 
     def _gate(self, tokens: TokenStatistics) -> Tensor:
         return entropy_gap_gate(tokens.entropy, tokens.teacher_entropy, self.gate_temperature)
 
-    def _indirect(self, tokens: TokenStatistics, mask: Tensor, opener: Tensor) -> Tensor:
-        """Eq. 5 summed over responses; a response's positions are averaged, summed, or divided by its length."""
-        inside = opener[mask]
+    def _indirect(self, tokens: TokenStatistics, responses: Responses, opener: Tensor, inside: Tensor) -> Tensor:
+        """Eq. 5 summed over responses; a response's positions are averaged, summed, or divided by its length.
+        `inside`: which of the N tokens are in an opener."""
         nll = plackett_luce_nll(tokens.top_logits[inside], tokens.teacher_top_logits[inside], self.indirect_top_k)
         divisor = {
             "mean": opener.sum(-1),
             "sum": torch.ones_like(opener[:, 0], dtype=torch.long),
-            "length": mask.sum(-1),
+            "length": responses.mask.sum(-1),
         }
-        per_row = divisor[self.indirect_reduction].clamp(min=1).unsqueeze(-1).expand_as(mask)
-        return (nll / per_row[opener]).sum()
+        per_row = divisor[self.indirect_reduction].clamp(min=1).unsqueeze(-1).expand_as(opener)
+        return (nll / responses.at(per_row)[inside]).sum()
 
     def _opener_ratio(self, tokens: TokenStatistics, mask: Tensor, training: bool) -> float | Tensor:
         if not self.adaptive_opener:
@@ -130,23 +134,25 @@ class TSDKDObjective(TSDKDOptions, Objective):
         difficulty = torch.sigmoid(gap.double().sum(-1) / lengths.clamp(min=1))
         window = self.window if training else self.window.copy()
         ratios = []
-        for value, length in zip(difficulty.tolist(), lengths.tolist(), strict=True):
+        for value, length in torch.stack([difficulty, lengths.double()], dim=-1).tolist():
             if length > 0:
                 window.append(value)
             ratios.append(adaptive_opener_ratio(sum(window) / len(window)) if window else self.opener_ratio)
         return torch.tensor(ratios, dtype=torch.float64, device=mask.device)
 
     @torch.no_grad()
-    def _metrics(self, tokens: TokenStatistics, mask: Tensor, opener: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        present = mask.any(-1)
+    def _metrics(
+        self, tokens: TokenStatistics, mask: Tensor, opener: Tensor, inside: Tensor
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        lengths, responses = opener.sum(-1), mask.any(-1).sum()
         metrics = {
-            "opener/length": mean_of(opener.sum(-1)[present]),
-            "opener/share": mean_of((opener.sum(-1) / mask.sum(-1).clamp(min=1))[present]),
+            "opener/length": (lengths.sum(), responses),
+            "opener/share": ((lengths / mask.sum(-1).clamp(min=1)).sum(), responses),
             "gate": mean_of(self._gate(tokens)),
         }
         if self.alpha != 0:
             # candidates are sorted: the student's favourite is the first
-            favourite = tokens.teacher_top_logits[opener[mask]].argmax(-1)
+            favourite = tokens.teacher_top_logits[inside].argmax(-1)
             metrics["opener/top1_agreement"] = mean_of(favourite == 0)
         return metrics
 

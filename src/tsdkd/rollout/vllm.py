@@ -62,6 +62,7 @@ class VLLMSampler(vllm_generation.VLLMGeneration):
         self.unproven = False
         self._weights: Hashable = None  # those that the engine holds
         self._syncs = 0
+        self._llm_weights_sleeping = False  # TRL's, which sets it where an engine can sleep
         super().__init__(
             model=model,
             accelerator=accelerator,
@@ -82,7 +83,7 @@ class VLLMSampler(vllm_generation.VLLMGeneration):
         # TRL passes no logits processors
         llm = partial(vllm_generation.LLM, **extra_options())
         with (
-            _ambient_state_kept(),
+            _ambient_state_kept(self.accelerator.device),
             patch.object(vllm_generation, "LLM", llm),
             as_engine_error("vLLM can't start", self.args),
         ):
@@ -136,11 +137,13 @@ class VLLMSampler(vllm_generation.VLLMGeneration):
     def sync_weights(self) -> None:
         """Copy the student's weights into the engine. All processes must call it: sharded weights are gathered."""
         with as_engine_error("the weights don't reach vLLM"):
-            if self.accelerator.device.type == "cpu":
-                (self._sync_by_file if self.mode == "server" else self._sync_cpu)()
-            else:
+            on_cpu = self.accelerator.device.type == "cpu"
+            if not on_cpu:
                 torch.cuda.synchronize()  # vLLM reads them on streams of its own
-                self._together(super().sync_weights)
+            if self.mode == "server":
+                self._sync_by_file() if on_cpu else self._together(super().sync_weights)
+            else:
+                self._together(partial(self._sync_engine, packed=on_cpu))
 
     def _sync_by_file(self) -> None:
         """TRL sends weights to a server by NCCL, which takes CUDA devices only."""
@@ -154,12 +157,24 @@ class VLLMSampler(vllm_generation.VLLMGeneration):
 
         self._on_main(send)
 
-    def _sync_cpu(self) -> None:
-        """On a CPU vLLM packs its weights, and TRL's tensor-wise loading finds no loader any more."""
-        # a layer is packed when its last tensor has come, when a sharded one is no longer gathered: hence copies
+    def _sync_engine(self, packed: bool) -> None:
+        """All tensors in one call; TRL makes a call for each, and each walks through the whole model.
+
+        Args:
+            packed: the engine keeps its weights in another layout, as on a CPU, and must be given the time to unpack
+                and pack them.
+        """
+        if self._llm_weights_sleeping:
+            torch.cuda.empty_cache()
+            self.llm.wake_up(tags=["weights"])
+            self._llm_weights_sleeping = False
+        # what is given out may be read later, when a sharded tensor is no longer gathered: hence copies
         weights = ((name, weight.clone()) for name, weight in self._iter_named_params())
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
-        self.llm.apply_model(_pack_tied_head)
+        if packed:
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+            self.llm.apply_model(_pack_tied_head)
+        else:
+            self.llm.apply_model(lambda model: model.load_weights(weights))
         self.llm.reset_prefix_cache()
 
     def _iter_named_params(self) -> Iterator[tuple[str, Tensor]]:
@@ -221,10 +236,10 @@ def _in_order(completions: Iterable[tuple[int, Completion]]) -> list[Completion]
 
 
 @contextmanager
-def _ambient_state_kept() -> Iterator[None]:
+def _ambient_state_kept(device: torch.device) -> Iterator[None]:
     """vLLM seeds every generator when it starts and, on a CPU, forbids to set the number of threads."""
     set_num_threads, python, numpy = torch.set_num_threads, random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([device.index or 0] if device.type == "cuda" else []):  # by default of all GPUs
         try:
             yield
         finally:

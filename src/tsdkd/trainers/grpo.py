@@ -7,9 +7,8 @@ import trl
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from ..answers import last_boxed
 from ..checks import UNSUPPORTED
-from ..data import prepare_rows, shape_of, split_row
+from ..data import prepare_rows, shape_of, split_row, suffixed
 from ..errors import ConfigError, DataError
 from ..methods import GRPOConfig
 from ..models import load_student, resolve_pair
@@ -32,7 +31,7 @@ class GRPOTrainer(Resumable, trl.GRPOTrainer):
         model: the student: path, hub id or loaded model.
         teacher_model: not used; there so that all trainers are made alike.
         args: the configuration.
-        train_dataset: rows with a prompt and an `answer`, or a `solution` with a boxed one.
+        train_dataset: rows with a prompt and an `answer`, or a `solution` that has a boxed one or is one.
         eval_dataset, processing_class, callbacks, optimizers, peft_config: as in TRL's.
 
     Raises:
@@ -120,16 +119,23 @@ def _rows(rows: Dataset, template: PreTrainedTokenizerBase, args: GRPOConfig, co
             "grpo rewards right answers: the data set has no column 'answer' or 'solution', it has "
             f"{', '.join(rows.column_names)}"
         )
+    from ..evaluation.grading import answer_of  # math-verify is an extra
+
     shape = shape_of(rows, args)
     kept = prepare_rows(rows, template, args, context, needs_completion=False)["index"]
 
     def prompt_and_answer(row: dict[str, Any], index: int) -> dict[str, Any]:
-        prompt = split_row(row, index, shape)[0]
+        prompt = suffixed(split_row(row, index, shape)[0], index, args.prompt_suffix)
         if isinstance(prompt, str) and args.chat_template_source != "none" and template.chat_template is not None:
             prompt = [{"role": "user", "content": prompt}]
-        answer = row["answer"] if source == "answer" else last_boxed(row["solution"])
+        given = row[source]
+        if given is None:
+            raise DataError(f"row {index}: no answer: its {source} is empty")
+        answer = given if source == "answer" else answer_of(str(given))
         if answer is None:
-            raise DataError(f"row {index}: no answer: its solution has no \\boxed{{}}: {row['solution'][-60:]!r}")
+            raise DataError(
+                f"row {index}: no answer: its solution has no \\boxed{{}}, and isn't a bare answer: {given[-60:]!r}"
+            )
         return {"prompt": prompt, "answer": str(answer)}
 
     chosen = rows.select(kept)
