@@ -1,9 +1,10 @@
-"""`tsdkd plan`'s estimate against measured peak memory, on a CPU, each case in a process of its own.
+"""`tsdkd plan`'s estimate against measured peak memory, each case in a process of its own.
 
     python benchmarks/plan.py [--cases NAME ...]
 
-Random Qwen2 pairs, one process, float32, the student's own rollouts of full length. Measured is the process's peak
-resident memory over what it has before the models are loaded.
+Random Qwen2 pairs, one process, float32 (or the student's weights in bfloat16), the student's own rollouts of full
+length. Measured is the process's peak resident memory over what it has before the models are loaded; on a GPU what its
+allocator had at most given out.
 """
 
 import argparse
@@ -19,6 +20,8 @@ CASES: dict[str, dict[str, Any]] = {
     "long": {"hidden": 256, "layers": 8, "batch": 16, "tokens": 128, "checkpointing": False},
     "long, checkpointed": {"hidden": 256, "layers": 8, "batch": 16, "tokens": 128, "checkpointing": True},
     "wide": {"hidden": 1024, "layers": 6, "batch": 2, "tokens": 64, "checkpointing": False},
+    "wide, each term's gradients": {"hidden": 1024, "layers": 6, "batch": 2, "tokens": 64, "log_term_gradients": 1},
+    "wide, bfloat16": {"hidden": 1024, "layers": 6, "batch": 2, "tokens": 64, "dtype": "bfloat16"},
 }
 
 
@@ -52,11 +55,12 @@ def resident(field: str) -> float:
 
 def measure(folder: str, case: dict[str, Any]) -> None:
     """Train two steps and print estimate and measurement, GiB, as JSON."""
+    import torch
     from datasets import Dataset
     from transformers import AutoConfig, AutoTokenizer
 
     from tsdkd import TSDKDConfig, TSDKDTrainer
-    from tsdkd.memory import estimate, size_of
+    from tsdkd.memory import Launch, estimate, size_of
     from tsdkd.placement import workload
 
     student, teacher = f"{folder}/student", f"{folder}/teacher"
@@ -64,17 +68,19 @@ def measure(folder: str, case: dict[str, Any]) -> None:
     tokenizer.eos_token = None
     args = TSDKDConfig(
         f"{folder}/out",
-        use_cpu=True,
+        use_cpu=not torch.cuda.is_available(),
         bf16=False,
+        head_chunk_gib=0.25,
         per_device_train_batch_size=case["batch"],
         max_length=case["tokens"],
         max_new_tokens=case["tokens"],
-        gradient_checkpointing=case["checkpointing"],
+        gradient_checkpointing=case.get("checkpointing", False),
+        model_init_kwargs={"dtype": case.get("dtype", "float32")},
         max_steps=2,
         report_to="none",
         disable_tqdm=True,
         save_strategy="no",
-        log_term_gradients=0,
+        log_term_gradients=case.get("log_term_gradients", 0),
     )
     rows = Dataset.from_dict({"prompt": ["a 3 +4 ; find a"] * 64})
     before = resident("VmRSS")
@@ -82,11 +88,12 @@ def measure(folder: str, case: dict[str, Any]) -> None:
     TSDKDTrainer(
         student, teacher, args, train_dataset=rows, processing_class=tokenizer, teacher_processing_class=tokenizer
     ).train()
-    measured = resident("VmHWM") - before
-    config = AutoConfig.from_pretrained(teacher)
-    values = {**vars(args), "dtype": "float32", "teacher_model_init_kwargs": None, "head_chunk_gib": 0.25}
-    work = workload(values, config, 0.0)
-    parts = estimate(size_of(AutoConfig.from_pretrained(student)), size_of(config), work, ("ddp", "replica"), 1)
+    on_gpu = torch.cuda.is_available()
+    measured = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else resident("VmHWM") - before
+    configs = [AutoConfig.from_pretrained(folder) for folder in (student, teacher)]
+    values = {**vars(args), "dtype": case.get("dtype", "float32"), "attn_implementation": None, "head_chunk_gib": 0.25}
+    work = workload(TSDKDConfig, values, configs, gpus=1, gpu_gib=1.0)
+    parts = estimate(*map(size_of, configs), work, Launch(stage=0), "replica", gpus=1)
     print(json.dumps({"estimate": sum(parts.values()), "measured": measured, "parts": parts}))
 
 

@@ -6,7 +6,8 @@ Our step is TSD-KD with its three terms, the peers' is a JSD with beta 0.9: same
 `demo` is the embedded pair (32 responses); `large` has random weights, 60M and 250M parameters, the Qwen2.5 vocabulary
 (8 responses of 64 tokens). The trainers take turns, each turn's first step isn't counted; figures are medians of the
 turns, in seconds a step. `head` is from the student's last hidden states to their gradient: projections, loss, and the
-way back. `--vllm` adds our trainer with rollouts on vLLM; `sync`, a part of the rollout, copies the weights.
+way back. `--vllm` adds our trainer with rollouts on vLLM; `sync`, a part of the rollout, copies the weights. On a GPU
+the device is waited for wherever a part begins or ends.
 """
 
 import argparse
@@ -36,10 +37,11 @@ with warnings.catch_warnings():
 
 DEMO = resources.files("tsdkd").joinpath("demo")
 STUDENT, TEACHER = str(DEMO.joinpath("student")), str(DEMO.joinpath("teacher"))
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PARTS = ("rollout", "sync", "teacher", "student", "head", "optimizer")
 COMMON: dict[str, Any] = {
     "learning_rate": 1e-6,
-    "use_cpu": True,
+    "use_cpu": DEVICE == "cpu",
     "bf16": False,
     "gradient_checkpointing": False,
     "disable_tqdm": True,
@@ -81,6 +83,13 @@ def folders(pair: str, parent: str) -> tuple[str, str]:
     return f"{parent}/student", f"{parent}/teacher"
 
 
+def now() -> float:
+    """Seconds, when the device has done what it was told."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 class Clock(TrainerCallback):
     """Where a step's time goes; the first step isn't counted."""
 
@@ -91,9 +100,9 @@ class Clock(TrainerCallback):
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
+        start = now()
         yield
-        self.seconds[name] += time.perf_counter() - start
+        self.seconds[name] += now() - start
 
     def wrap(self, owner: Any, method: str, name: str) -> None:
         """Time a method as a part."""
@@ -113,11 +122,11 @@ class Clock(TrainerCallback):
 
         def after_student(module: Any, args: Any, output: Any) -> None:
             if not self.rolling and torch.is_grad_enabled():
-                self.hidden_at, self.teacher_then = time.perf_counter(), self.seconds["teacher"]
+                self.hidden_at, self.teacher_then = now(), self.seconds["teacher"]
                 output.last_hidden_state.register_hook(at_gradient)
 
         def at_gradient(gradient: torch.Tensor) -> None:
-            self.gradient_at = time.perf_counter()
+            self.gradient_at = now()
             inside = self.seconds["teacher"] - self.teacher_then
             self.seconds["head"] += self.gradient_at - self.hidden_at - inside
 
@@ -125,7 +134,7 @@ class Clock(TrainerCallback):
 
         def timed_backward(*args: Any, **kwargs: Any) -> None:
             backward(*args, **kwargs)
-            self.seconds["student"] += time.perf_counter() - self.gradient_at
+            self.seconds["student"] += now() - self.gradient_at
 
         accelerator.backward = timed_backward
         self.wrap(teacher.base_model, "forward", "teacher")
@@ -144,13 +153,13 @@ class Clock(TrainerCallback):
         self.wrap(optimizer, "step", "optimizer")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        now = time.perf_counter()
+        at = now()
         if state.global_step == 1:
             self.seconds.clear()
-            self.start = now
+            self.start = at
         else:
             self.steps += 1
-            self.total = (now - self.start) / self.steps
+            self.total = (at - self.start) / self.steps
 
     def result(self) -> dict[str, float]:
         """Seconds a step: in all, and of each part."""
@@ -229,7 +238,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     rows = load_dataset("json", data_files=str(DEMO.joinpath("train.jsonl")), split="train").select(range(512))
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} CPU threads")
+    machine = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    print(f"torch {torch.__version__}, {machine}")
     for pair in arguments.pairs:
         table(pair, rows, arguments.repeats, arguments.steps, arguments.vllm)
 

@@ -155,7 +155,7 @@ def test_every_preset_loads(preset, saved_model, rows_file, capsys, tmp_path, mo
     local = {"model_name_or_path": saved_model("qwen3", 0), "teacher_model_name_or_path": saved_model("qwen3", 1)}
     local |= {"dataset_name": rows_file, "dataset_train_split": "train", "use_cpu": "true", "bf16": "false"}
     local |= {"prompt_column": "prompt", "completion_column": "completion", "dataset_config": "null"}
-    local |= {"num_train_epochs": 1, "gradient_accumulation_steps": 1}
+    local |= {"num_train_epochs": 1, "gradient_accumulation_steps": 1, "use_vllm": "false"}
     assert main(["train", "--config", preset, "--dry_run", *flags(**local)]) == 0
     assert "optimizer steps" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())

@@ -75,7 +75,8 @@ def small(words: list[str], folder: Path) -> list[str]:
     """The same command on the demo's models, without the part that takes minutes."""
     command, rest = words[0], words[1:]
     if command == "train":
-        return ["train", *rest, *DEMO, "--output_dir", str(folder), "--dry_run"]
+        engine = [] if "--use_vllm" in rest else ["--use_vllm", "false"]  # of the presets; it may not be installed
+        return ["train", *rest, *DEMO, *engine, "--output_dir", str(folder), "--dry_run"]
     if command == "demo":
         return ["train", "--config", "demo.yaml", *rest, "--output_dir", str(folder), "--dry_run"]
     if command in ("plan", "slurm"):

@@ -1,29 +1,51 @@
-"""`tsdkd plan`: which placement fits, from configurations alone; its figures are checked by benchmarks/plan.py."""
+"""`tsdkd plan`: whether a configuration fits, from the models' configurations alone; its figures are checked by
+benchmarks/plan.py."""
+
+import json
+import re
+from dataclasses import replace
 
 import pytest
 import yaml
-from transformers import Qwen2Config
 
 from conftest import build_model
+from model_configs import BILLIONS, CONFIGS, save_config
 from tsdkd.cli import main
-from tsdkd.memory import PLACEMENTS, Workload, estimate, size_of
+from tsdkd.errors import ConfigError
+from tsdkd.memory import Engine, Launch, Size, Workload, engine_room, estimate, size_of
+from tsdkd.placement import PLACEMENTS, launch_of
+from tsdkd.presets import find_preset, preset_names
 
-QWEN = {
-    "student": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12},
-    "teacher": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 48, "num_attention_heads": 40},
-}
+STUDENT, TEACHER = "Qwen/Qwen2.5-1.5B-Instruct", "Qwen/Qwen2.5-14B-Instruct"
+ONE_GPU = {"qwen25_7b_to_1p5b_24gb_lora": 24, "qwen25_7b_to_1p5b_80gb": 80}
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
 
 
 @pytest.fixture
-def pair(tmp_path):
-    """Configurations of Qwen2.5 1.5B and 14B, without weights."""
-    for name, sizes in QWEN.items():
-        keys, tied = {"student": (2, True), "teacher": (8, False)}[name]
-        config = Qwen2Config(vocab_size=151936, num_key_value_heads=keys, tie_word_embeddings=tied, **sizes)
-        config.dtype = "bfloat16"
-        config.save_pretrained(tmp_path / name)
-    names = {"model_name_or_path": "student", "teacher_model_name_or_path": "teacher"}
-    return [word for key, name in names.items() for word in (f"--{key}", str(tmp_path / name))]
+def plan(tmp_path, capsys):
+    """`plan(preset, *flags)` -> what `tsdkd plan` prints, with the preset's models as config.json files."""
+
+    def run(preset="qwen25_14b_to_1p5b", *flags, gpus=8, gpu_gib=80):
+        values = yaml.safe_load(find_preset(preset).read_text())
+        names = [key for key in ("model_name_or_path", "teacher_model_name_or_path") if f"--{key}" not in flags]
+        pair = [word for key in names for word in (f"--{key}", save_config(values[key], tmp_path))]
+        command = ["plan", "--config", preset, *pair, *flags, "--gpus", str(gpus), "--gpu_gib", str(gpu_gib)]
+        assert main(command) == 0
+        return capsys.readouterr().out
+
+    return run
+
+
+def fits(out):
+    """Whether the configuration as it is fits, GiB that it takes, and the placement that is proposed."""
+    verdict = next(line for line in out.splitlines() if line.startswith("this configuration"))
+    taken = re.search(r" fits.*: ([\d.]+) of", verdict)
+    proposed = re.search(r"--accelerate_config (\S+) --num_processes \d+ --teacher_placement (\S+)", out)
+    return "fits:" in verdict, float(taken[1]) if taken else None, proposed.groups() if proposed else None
 
 
 @pytest.mark.parametrize("family", ["gemma2", "llama", "qwen2", "qwen3"])
@@ -32,36 +54,174 @@ def test_sizes_without_weights(family):
     assert size_of(model.config).parameters == sum(p.numel() for p in model.parameters())
 
 
-def test_a_plan(pair, capsys, monkeypatch):
-    """On 8 x 80 GiB the paper's pair fits as it is; on 2 x 24 the teacher must leave."""
-    monkeypatch.setenv("COLUMNS", "160")
-    assert main(["plan", "--config", "qwen25_14b_to_1p5b.yaml", *pair, "--gpus", "8", "--gpu_gib", "80"]) == 0
-    out = capsys.readouterr().out
-    assert "--accelerate_config ddp --num_processes 8 --teacher_placement replica" in out
-    assert main(["plan", "--config", "qwen25_14b_to_1p5b.yaml", *pair, "--gpus", "2", "--gpu_gib", "24"]) == 0
-    out = capsys.readouterr().out
-    assert "teacher_placement replica" not in out and "zero2 + zero3:" in out and "most is teacher" in out
-    assert main(["plan", "--config", "qwen25_14b_to_1p5b.yaml", *pair, "--gpus", "1", "--gpu_gib", "4"]) == 0
-    assert "nothing fits" in capsys.readouterr().out
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_presets_models_are_the_published_ones(name):
+    assert size_of(CONFIGS[name]).parameters / 1e9 == pytest.approx(BILLIONS[name], abs=0.006)
 
 
-def test_a_plan_of_other_methods(pair, capsys, monkeypatch):
-    """The teacher that samples must be whole; a method without one isn't estimated."""
-    monkeypatch.setenv("COLUMNS", "160")
-    command = ["plan", "--config", "qwen25_14b_to_1p5b.yaml", "--method"]
-    assert main([*command, "minillm", *pair]) == 0
-    assert "teacher_placement replica" in capsys.readouterr().out
-    assert main([*command, "grpo", *pair[:2]]) == 2
+@pytest.mark.parametrize("preset", [name for name in preset_names() if not name.startswith("demo")])
+def test_every_preset_fits_as_it_is(preset, plan):
+    """With room, in the placement that is the fastest; vLLM's cache holds a whole rollout."""
+    gib = ONE_GPU.get(preset)
+    out = plan(preset, gpus=1 if gib else 8, gpu_gib=gib or 80)
+    values = yaml.safe_load(find_preset(preset).read_text())
+    own = values.get("accelerate_config", "single"), values.get("teacher_placement", "replica")
+    assert fits(out)[0] and fits(out)[2] == own
+    if values.get("use_vllm"):
+        held, rollout = re.search(r"for (\d+) sequences of \d+ tokens; a rollout has (\d+)", out).groups()
+        assert int(held) >= int(rollout)
+    else:
+        assert "offpolicy" in preset or preset.endswith("24gb_lora")
+
+
+def test_what_does_not_fit(plan):
+    """On 2 x 24 GiB the teacher must leave; 4 GiB are nothing."""
+    flags = ("--use_vllm", "false", "--accelerate_config", "zero2", "--gradient_accumulation_steps", "16")
+    out = plan("qwen25_14b_to_1p5b", *flags, gpus=2, gpu_gib=24)
+    assert not fits(out)[0] and "most is teacher" in out and fits(out)[2][1] != "replica"
+    out = plan("qwen25_14b_to_1p5b", *flags, gpus=1, gpu_gib=4)
+    assert not fits(out)[0] and fits(out)[2] is None and "nothing fits" in out
+
+
+def test_the_configurations_own_placement_counts(plan):
+    own = ("--use_vllm", "false", "--teacher_placement", "null")
+    ddp, zero1, zero3 = (
+        fits(plan("qwen25_14b_to_1p5b", *own, "--accelerate_config", launch))[1]
+        for launch in ("ddp", "zero1", "zero3")
+    )
+    assert (
+        ddp > zero1 + 20 and zero1 > zero3 + 20
+    )  # the optimizer of 1.5B, then the teacher, which follows the student
+
+
+def test_one_process_on_many_gpus(plan):
+    """It has the whole step to itself."""
+    one, eight = (plan("eopd_qwen3_8b_to_0p6b_base", "--accelerate_config", "single", gpus=gpus) for gpus in (1, 8))
+    assert one == eight and "a rollout has 128" in one
+
+
+def test_a_deepspeed_file(tmp_path):
+    for stage, device in ((2, "none"), (3, "cpu")):
+        zero = {"stage": stage, "offload_param": {"device": device}}
+        (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": zero}))
+        launch = {"deepspeed_config": {"deepspeed_config_file": str(tmp_path / "ds.json")}}
+        (tmp_path / "launch.yaml").write_text(yaml.safe_dump(launch))
+        assert launch_of(str(tmp_path / "launch.yaml")) == Launch(stage, device == "cpu")
+    (tmp_path / "ds.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"accelerate_config.*launch\.yaml"):
+        launch_of(str(tmp_path / "launch.yaml"))
+
+
+def test_a_colocated_engine(plan):
+    """Its share is there all the time, or not while the student trains; it must hold weights and cache."""
+    vllm = ("--use_vllm", "true", "--accelerate_config", "ddp", "--vllm_gpu_memory_utilization")
+    assert not fits(plan("qwen25_14b_to_1p5b", *vllm, "0.3"))[0]
+    asleep = fits(plan("qwen25_14b_to_1p5b", *vllm, "0.3", "--vllm_enable_sleep_mode", "true"))[1]
+    alone = fits(plan("qwen25_14b_to_1p5b", "--use_vllm", "false", "--accelerate_config", "ddp"))[1]
+    assert alone < asleep < alone + 3
+    out = plan("qwen25_14b_to_1p5b", *vllm, "0.05", "--vllm_enable_sleep_mode", "true")
+    assert not fits(out)[0] and "vllm_gpu_memory_utilization" in out
+    # a cache for the whole context of Llama 3
+    out = plan("eopd_llama31_8b_to_llama32_3b", "--max_length", "null")
+    assert not fits(out)[0] and "vllm_gpu_memory_utilization" in out
+
+
+def test_the_step_is_that_of_the_rollouts_engine(plan):
+    def rollout(*flags):
+        out = plan("qwen25_14b_to_1p5b", *flags)
+        return float(re.search(r"rollout ([\d.]+)", out)[1])
+
+    own, vllm = rollout("--use_vllm", "false"), rollout("--use_vllm", "true")
+    assert 20 < own < 30 and vllm < own / 3  # 25 ms a token of 28 layers
+    assert rollout("--use_vllm", "false", "--lmbda", "0") == 0
+
+
+def test_precisions(plan):
+    def taken(*flags):
+        flags = ("--use_vllm", "false", "--accelerate_config", "ddp", "--log_term_gradients", "0", *flags)
+        return fits(plan("qwen25_14b_to_1p5b", *flags, gpu_gib=160))[1]
+
+    mixed, pure, full = taken(), taken("--dtype", "bfloat16"), taken("--bf16", "false")
+    # weights, two states, gradients and buckets: 20 bytes and autocast's 2 against 10
+    assert mixed - pure == pytest.approx(12 * 1.54e9 / 2**30, abs=1.5)
+    assert taken("--bf16", "null") == mixed < full + 3.5  # TRL's default
+    assert taken("--dtype", "auto") == pure
+
+
+def test_a_plan_of_other_methods(plan, capsys, tmp_path):
+    """The teacher that samples must be whole; the one that isn't loaded takes nothing; none isn't estimated."""
+    own = ("--use_vllm", "false", "--accelerate_config", "null", "--gradient_accumulation_steps", "1")
+    assert fits(plan("qwen25_14b_to_1p5b", "--method", "minillm", *own))[2][1] == "replica"
+    assert "\n teacher  " not in plan(
+        "qwen25_14b_to_1p5b_offpolicy", "--method", "seq-kd", "--teacher_placement", "null"
+    )
+    student = save_config(STUDENT, tmp_path)
+    assert (
+        main(["plan", "--config", "qwen25_14b_to_1p5b.yaml", "--method", "grpo", "--model_name_or_path", student]) == 2
+    )
     assert "grpo" in capsys.readouterr().err
 
 
-def test_what_shards_less(pair):
+WORK = Workload(
+    batch=1,
+    accumulated=1,
+    rollout=1,
+    served=1,
+    tokens=256,
+    weight_bytes=4,
+    compute_bytes=2,
+    teacher_bytes=2,
+    checkpointing=True,
+    eager=False,
+    chunk_gib=1.0,
+    gradient_sets=0,
+    with_teacher=False,
+    engine=Engine(share=0.0),
+)
+
+
+def totals(student: Size, work: Workload, launch: str, gpus: int = 8) -> dict[str, float]:
+    return estimate(student, None, work, launch_of(launch), "replica", gpus)
+
+
+def test_what_shards_less():
     """Every placement takes less than the one before it, for a pair whose teacher is large."""
-    config = Qwen2Config(vocab_size=1000, **QWEN["student"])
-    size = size_of(config)
-    work = Workload(1, 1, 1, 256, 4, 2, 2, checkpointing=True, chunk_gib=1.0, vllm_gib=0.0)
-    totals = [sum(estimate(size, size, work, placement, 8).values()) for placement in PLACEMENTS]
-    assert totals == sorted(totals, reverse=True)
+    student, teacher = size_of(CONFIGS[STUDENT]), size_of(CONFIGS[TEACHER])
+    found = [sum(estimate(student, teacher, WORK, launch_of(p[0]), p[1], 8).values()) for p in PLACEMENTS]
+    assert found == sorted(found, reverse=True)
+
+
+def test_buffers_by_their_definitions():
+    """GiB of a student of P = 1.54e9 parameters."""
+    student = size_of(CONFIGS[STUDENT])
+    size, gib = student.parameters, 2**30
+    ddp, zero1, zero2, zero3 = (totals(student, WORK, launch) for launch in ("ddp", "zero1", "zero2", "zero3"))
+    assert ddp["gradients"] == ddp["buckets"] == pytest.approx(4 * size / gib)
+    # DeepSpeed's bucket of 5e8 numbers, and its contents once more
+    assert zero1["buckets"] == zero2["buckets"] == zero3["buckets"] == pytest.approx(2 * 1e9 / gib)
+    partition = 2 * (size / 8 + 151936 * 1536) / gib
+    assert zero1["gradients"] == zero2["gradients"] == pytest.approx(partition)
+    zero1, zero2 = (totals(student, replace(WORK, accumulated=4), launch) for launch in ("zero1", "zero2"))
+    assert zero1["gradients"] == pytest.approx(2 * size / gib) and zero2["gradients"] == pytest.approx(2 * partition)
+    assert zero2["optimizer"] == zero3["optimizer"] == pytest.approx(12 * size / 8 / gib)
+    assert totals(student, replace(WORK, weight_bytes=2), "ddp")["optimizer"] == pytest.approx(4 * size / gib)
+    two_sets = totals(student, replace(WORK, gradient_sets=2), "single", gpus=1)
+    assert two_sets["gradients"] == pytest.approx(8 * size / gib) and two_sets["buckets"] == 0
+
+
+def test_an_adapters_states_are_small():
+    whole, lora = size_of(CONFIGS[STUDENT]), size_of(CONFIGS[STUDENT], lora_r=16)
+    found = totals(lora, replace(WORK, weight_bytes=2), "single", gpus=1)
+    assert lora.adapters < 0.02 * whole.parameters
+    assert found["student"] == pytest.approx((2 * whole.parameters + 4 * lora.adapters) / 2**30)
+    assert found["optimizer"] == pytest.approx(8 * lora.adapters / 2**30)
+
+
+def test_an_engine_that_is_shared_holds_a_part_of_the_weights():
+    student = size_of(CONFIGS[STUDENT])
+    one, two = (engine_room(student, Engine(20 * 2**30, processes=n, longest=1024), 1024) for n in (1, 2))
+    assert one.weights == 2 * student.parameters == 2 * two.weights
+    assert one.sequence == two.sequence == 1024 * 28 * 2 * 2 * 128 * 2
 
 
 @pytest.mark.parametrize("flag", ["--gpus=0", "--gpus=two", "--gpu_gib=nan", "--gpu_gib=-5", "--gpu_gib=inf"])

@@ -13,6 +13,7 @@ from trl import ModelConfig
 from tsdkd.checks import UNSUPPORTED, default_of, rules_of
 from tsdkd.compare.plan import Comparison
 from tsdkd.config import DataArguments, TokenSelectiveConfig
+from tsdkd.launch import LaunchArguments
 from tsdkd.methods import METHODS
 
 HEAD = """# Configuration
@@ -30,6 +31,8 @@ def main() -> None:
     parts = [HEAD, "## Models\n", "TRL's `ModelConfig`; LoRA's keys need `use_peft: true`.\n"]
     parts.append(table(ModelConfig, [f.name for f in dataclasses.fields(ModelConfig)], meanings=False))
     parts += ["## Data\n", table(DataArguments, [f.name for f in dataclasses.fields(DataArguments)])]
+    parts += ["## Processes\n", "How they are started, by accelerate ([clusters](cluster.md)).\n"]
+    parts.append(table(LaunchArguments, [f.name for f in dataclasses.fields(LaunchArguments)]))
     parts += [
         "## All methods\n",
         "`method` names one of those below (none: `tsd-kd`), `teacher_model_name_or_path` the teacher.\n",

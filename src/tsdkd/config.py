@@ -162,8 +162,8 @@ class TokenSelectiveConfig(GKDConfig):
         """Whether some steps train on the data set's completions."""
         return self.starts_from_data or self.lmbda < 1
 
-    def steps_per_rollout(self) -> int:
-        """Optimizer steps that one rollout serves."""
+    def steps_per_rollout(self, processes: int | None = None) -> int:
+        """Optimizer steps that one rollout serves, with so many processes; by default those that there are."""
         return 1
 
 

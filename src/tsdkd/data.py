@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .config import TokenSelectiveConfig
 from .errors import DataError
+from .hub import unreachable
 
 _FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -27,6 +28,7 @@ def load_rows(name: str, config: str | None, split: str, field: str = "dataset_n
         DataError: missing, unreadable, without this split, or empty.
     """
     path = Path(name)
+    offline = None
     try:
         if path.is_file():
             if path.suffix not in _FORMATS:
@@ -39,13 +41,13 @@ def load_rows(name: str, config: str | None, split: str, field: str = "dataset_n
         elif not path.exists() and (path.suffix in _FORMATS or path.is_absolute() or name.startswith(".")):
             raise DataError(f"{field}: there is no file {name!r}")
         else:
+            offline = None if path.exists() else unreachable()
             rows = load_dataset(name, config, split=split)
     except DataError:
         raise
     except (DatasetNotFoundError, ConnectionError, FileNotFoundError) as error:
-        raise DataError(
-            f"{field}: {name!r} is no local file, and the hub doesn't have it or can't be reached"
-        ) from error
+        reason = f"there is no copy; {offline}" if offline else "the hub doesn't have it"
+        raise DataError(f"{field}: {name!r} is no local file, and {reason}") from error
     except Exception as error:  # the readers raise whatever their formats raise
         cause = error.__cause__ or error
         reason = " ".join(str(cause).split())[:300] or f"it is empty, or has no rows ({type(cause).__name__})"

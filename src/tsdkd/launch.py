@@ -5,14 +5,19 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from subprocess import CalledProcessError
 from typing import Any
 
+import yaml
+
 from .errors import ConfigError, PreemptedError
+from .options import AT_LEAST_ONE, option
 
 _CONFIGS = resources.files("tsdkd").joinpath("configs/accelerate")
+LAUNCHED = "TSDKD_LAUNCHED"  # in the environment of the processes that are started here
 _INTERRUPTED = 128  # plus the signal, as a shell says it
 
 
@@ -21,11 +26,28 @@ def config_names() -> list[str]:
     return sorted(path.name.removesuffix(".yaml") for path in _CONFIGS.iterdir())
 
 
-def launch(config: str | None, options: dict[str, Any], command: Sequence[str]) -> int:
+@dataclass
+class LaunchArguments:
+    """How a run's processes are started.
+
+    Args:
+        accelerate_config: a launch configuration of accelerate: a file, or one of `config_names()`.
+        num_processes: how many; by default one a visible GPU.
+    """
+
+    accelerate_config: str | None = option(
+        None,
+        "A launch configuration of accelerate.",
+        (lambda v: _path_of(v) is not None, f"must be a file, or one of {', '.join(config_names())}"),
+    )
+    num_processes: int | None = option(None, "Processes in all; none: one a visible GPU.", AT_LEAST_ONE)
+
+
+def launch(config: str, options: dict[str, Any], command: Sequence[str]) -> int:
     """Run `tsdkd command` in the processes that an accelerate configuration asks for.
 
     Args:
-        config: a shipped name or a file; none: what `accelerate config` wrote, or else ddp.
+        config: a shipped name or a file.
         options: of `accelerate launch`, e.g. `num_processes`.
         command: the arguments of tsdkd.
 
@@ -37,20 +59,18 @@ def launch(config: str | None, options: dict[str, Any], command: Sequence[str]) 
         ConfigError: no such configuration, or options that accelerate refuses.
     """
     # imported here: --help needs no torch
-    from accelerate.commands.config.config_args import default_config_file
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    if config is None and not Path(default_config_file).exists():
-        config = "ddp"  # accelerate would start one process on a CPU, whatever it is asked for
-    flags = ["--config_file", str(find_config(config))] if config else []
+    flags = ["--config_file", str(find_config(config))]
     flags += [text for name, value in options.items() for text in (f"--{name}", str(value))]
     arguments = launch_command_parser().parse_args([*flags, "-m", "tsdkd", *command])
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # seconds to save in, after a SIGTERM
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes say it themselves
     if signal.getsignal(signal.SIGUSR1) is not signal.SIG_IGN:
         signal.signal(signal.SIGUSR1, _terminate)
+    os.environ[LAUNCHED] = "true"
     try:
         launch_command(arguments)
     except ChildFailedError as error:
@@ -64,6 +84,8 @@ def launch(config: str | None, options: dict[str, Any], command: Sequence[str]) 
         return PreemptedError.exit_code if stopped else _INTERRUPTED + error.sigval
     except ValueError as error:
         raise ConfigError([f"accelerate_config: {' '.join(str(error).split())}"]) from error
+    finally:
+        del os.environ[LAUNCHED]
     return 0
 
 
@@ -88,11 +110,35 @@ def _terminate(*_: Any) -> None:
 
 def find_config(config: str) -> Path:
     """A file, or a shipped configuration. Raises `ConfigError`."""
+    path = _path_of(config)
+    if path is None:
+        raise ConfigError([f"accelerate_config: no file {config!r}, and none of {', '.join(config_names())}"])
+    return path
+
+
+def read_config(config: str | None) -> dict[str, Any]:
+    """What a launch configuration says; nothing where there is none. Raises `ConfigError`."""
+    if config is None:
+        return {}
+    path = find_config(config)
+    try:
+        return dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        raise ConfigError([f"accelerate_config: {path} can't be read: {' '.join(str(error).split())}"]) from error
+
+
+def default_config() -> str:
+    """What `accelerate config` wrote for several processes, or else ddp."""
+    from accelerate.commands.config.config_args import default_config_file
+
+    if Path(default_config_file).exists() and read_config(default_config_file).get("distributed_type") != "NO":
+        return str(default_config_file)
+    return "ddp"  # accelerate would start one process on a CPU, whatever it is asked for
+
+
+def _path_of(config: str) -> Path | None:
     shipped = _CONFIGS.joinpath(f"{config}.yaml")
-    for path in (Path(config), Path(str(shipped))):
-        if path.is_file():
-            return path
-    raise ConfigError([f"accelerate_config: no file {config!r}, and none of {', '.join(config_names())}"])
+    return next((path for path in (Path(config), Path(str(shipped))) if path.is_file()), None)
 
 
 def _reported(rank: int, code: int) -> int:

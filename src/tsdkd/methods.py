@@ -151,15 +151,16 @@ class _RolloutConfig(TokenSelectiveConfig):
 
     rollout_batch_size: int = option(128, "Prompts in one rollout, over all processes.", AT_LEAST_ONE)
 
-    def steps_per_rollout(self) -> int:
+    def steps_per_rollout(self, processes: int | None = None) -> int:
         """Optimizer steps that one rollout serves. Raises `ConfigError` where they aren't whole."""
-        size = self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
+        processes = processes or self.world_size
+        size = self.per_device_train_batch_size * self.gradient_accumulation_steps * processes
         if self.rollout_batch_size % size:
             raise ConfigError(
                 [
                     f"rollout_batch_size: must be a multiple of the mini-batch, found {self.rollout_batch_size}; the "
                     f"mini-batch is {self.per_device_train_batch_size} (per_device_train_batch_size) x "
-                    f"{self.gradient_accumulation_steps} (gradient_accumulation_steps) x {self.world_size} (processes)"
+                    f"{self.gradient_accumulation_steps} (gradient_accumulation_steps) x {processes} (processes)"
                     f" = {size}"
                 ]
             )
@@ -262,9 +263,9 @@ class MiniLLMConfig(MiniLLMOptions, _RolloutConfig):
     rollout_batch_size: int = option(256, "Prompts in one rollout, over all processes.", AT_LEAST_ONE)
     epochs_per_rollout: int = option(4, "How often a rollout's completions are trained on.", AT_LEAST_ONE)
 
-    def steps_per_rollout(self) -> int:
+    def steps_per_rollout(self, processes: int | None = None) -> int:
         """With every epoch over it."""
-        return super().steps_per_rollout() * self.epochs_per_rollout
+        return super().steps_per_rollout(processes) * self.epochs_per_rollout
 
 
 @dataclass

@@ -29,6 +29,7 @@ from trl.trainer.utils import create_model_from_path
 
 from .config import TokenSelectiveConfig
 from .errors import ModelError, TokenizerMismatchError
+from .hub import unreachable
 
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
 _INIT_KWARGS = {"model_name_or_path": "model_init_kwargs", "teacher_model_name_or_path": "teacher_model_init_kwargs"}
@@ -200,13 +201,14 @@ def _hub_kwargs(args: TokenSelectiveConfig, init_kwargs: dict[str, Any] | None) 
 
 def _load(load: Callable[..., Any], name: str, field: str, what: str, shown: Any = None, **kwargs: Any) -> Any:
     """`load(name)`, its many exceptions turned into one line that names the setting."""
+    offline = None if os.path.exists(name) else unreachable()
     try:
         return load(name, **kwargs)
     except Exception as error:  # OSError, ValueError, KeyError, safetensors' and tokenizers' own, ...
         if os.path.isfile(name):
             reason = "it is a file, expected a folder or a hub name"
         elif not os.path.isdir(name) and _is_of_the_hub(error):
-            reason = "no such folder here, and the hub doesn't have it or can't be reached"
+            reason = "no such folder here, and " + (f"no copy; {offline}" if offline else "the hub doesn't have it")
         else:
             reason = " ".join(str(error).split())[:300] + (f" (with {_INIT_KWARGS[field]} {shown})" if shown else "")
         raise ModelError(f"{field}: no {what} in {name!r}: {reason}") from error

@@ -5,19 +5,19 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
-from importlib import resources
-from pathlib import Path
 from typing import Any
 
-import yaml
+import torch
+from transformers.utils import is_torch_bf16_gpu_available
 from trl import ModelConfig
 
-from .checks import check_values, default_of
+from .checks import check_values, default_of, rules_of
 from .coercion import coerce, nearest
 from .config import DataArguments, TokenSelectiveConfig
 from .errors import ConfigError
+from .launch import LaunchArguments
 from .methods import METHODS
-from .presets import find_preset, preset_names
+from .reading import locate, read_flags, read_yaml
 
 _UNSUPPORTED_MODEL = {"load_in_8bit", "load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_quant_storage"}
 _UNSUPPORTED_MODEL |= {"use_bnb_nested_quant", "lora_task_type"}
@@ -33,6 +33,7 @@ class RunArguments:
         training: the method's configuration.
         model: TRL's model arguments (student, LoRA).
         data: where the prompts come from.
+        launch: how its processes are started.
         given: the values that the file and the flags set, by name.
         notes: what the user should be told before the run.
     """
@@ -41,17 +42,33 @@ class RunArguments:
     training: TokenSelectiveConfig
     model: ModelConfig
     data: DataArguments
+    launch: LaunchArguments
     given: dict[str, Any]
     notes: list[str]
 
 
-def parse_run(config: str | None, flags: Sequence[str]) -> RunArguments:
+def parse_run(config: str | None, flags: Sequence[str], trains: bool = True) -> RunArguments:
     """Read `config` (a path or a preset's name) and the flags that override it.
+
+    Args:
+        config, flags: the run.
+        trains: whether it is to be trained here; otherwise it may want a GPU where there is none.
 
     Raises:
         ConfigError: with every problem found, one line each.
     """
-    return _build(*read_run(config, flags))
+    method, values, given, notes = read_run(config, flags)
+    bf16 = [name for name in ("bf16", "bf16_full_eval") if values[name]]
+    if not bf16 or values["use_cpu"] or is_torch_bf16_gpu_available():
+        return _build(method, values, given, notes)
+    if trains:
+        here = "this GPU has none" if torch.accelerator.is_available() else "no GPU is visible"
+        on_cpu = "--use_cpu true --bf16 false"
+        raise ConfigError([f"{', '.join(bf16)}: needs a GPU with bfloat16, and {here}; on a CPU: {on_cpu}"])
+    arguments = _build(method, {**values, **dict.fromkeys(bf16, False)}, given, notes)  # transformers would refuse it
+    for name in bf16:
+        setattr(arguments.training, name, True)
+    return arguments
 
 
 def read_run(config: str | None, flags: Sequence[str]) -> tuple[str, dict[str, Any], dict[str, Any], list[str]]:
@@ -68,7 +85,7 @@ def read_run(config: str | None, flags: Sequence[str]) -> tuple[str, dict[str, A
         raise ConfigError(problems)
     notes = _drop_other_methods(given, method, from_file, from_flags)
 
-    classes = (METHODS[method], ModelConfig, DataArguments)
+    classes = (METHODS[method], ModelConfig, DataArguments, LaunchArguments)
     hints: dict[str, Any] = {}
     for cls in reversed(classes):
         hints |= {n: h for n, h in typing.get_type_hints(cls).items() if not n.startswith("_")}
@@ -81,6 +98,7 @@ def read_run(config: str | None, flags: Sequence[str]) -> tuple[str, dict[str, A
             given[key] = values[key] = coerce(locate(raw) if key in _PATHS else raw, hints[key])
         except ValueError as error:
             problems.append(f"{key}: {error}")
+    notes += _drop_engine(given, values, METHODS[method], from_flags)
     problems += _missing(given, METHODS[method].refused)
     for cls in classes:
         problems += check_values(cls, values)
@@ -93,9 +111,9 @@ def _build(method: str, values: dict[str, Any], given: dict[str, Any], notes: li
     def build(cls: type, left_out: str = "") -> Any:
         return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in given and f.name != left_out})
 
-    classes = (METHODS[method], ModelConfig, DataArguments)
+    classes = (METHODS[method], ModelConfig, DataArguments, LaunchArguments)
     try:
-        training, model, data = (build(cls) for cls in classes)
+        training, model, data, launch = (build(cls) for cls in classes)
     except ConfigError:
         raise
     except Exception as error:  # what transformers, TRL and accelerate check themselves
@@ -105,7 +123,7 @@ def _build(method: str, values: dict[str, Any], given: dict[str, Any], notes: li
         raise ConfigError([f"{', '.join(culprits or mentioned)}: {text}".removeprefix(": ")]) from error
     if training.top_p < 1.0:
         notes.append(f"note: top_p {training.top_p}: rollouts come from a nucleus, which the loss doesn't model")
-    return RunArguments(method, training, model, data, given, notes)
+    return RunArguments(method, training, model, data, launch, given, notes)
 
 
 def _works(build: Callable[[], Any]) -> bool:
@@ -114,69 +132,6 @@ def _works(build: Callable[[], Any]) -> bool:
     except Exception:
         return False
     return True
-
-
-def read_yaml(config: str) -> dict[str, Any]:
-    """The flat mapping in a YAML file.
-
-    Raises:
-        ConfigError: missing, unreadable, not YAML, not a mapping, or a key twice.
-    """
-    try:
-        path = Path(config) if Path(config).exists() else find_preset(config)
-        if path is None:
-            raise ConfigError(
-                [
-                    f"--config: no file and no shipped preset is called {config!r}{nearest(config, preset_names())}; "
-                    "see `tsdkd configs`"
-                ]
-            )
-        loaded = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
-    except OSError as error:
-        raise ConfigError([f"--config: {config} can't be read: {error.strerror}"]) from error
-    except UnicodeDecodeError as error:
-        raise ConfigError([f"--config: {config} can't be read: it isn't UTF-8 text"]) from error
-    except (yaml.YAMLError, ValueError, TypeError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError([f"--config: {config} is not valid YAML: {' '.join(str(error).split())}"]) from error
-    if not isinstance(loaded, dict):
-        found = "an empty file" if loaded is None else f"a {type(loaded).__name__}"
-        raise ConfigError([f"--config: {config} must hold a mapping of keys to values, found {found}"])
-    return {str(key): value for key, value in loaded.items()}
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """A key given twice is an error: YAML's silent last-one-wins has cost people runs."""
-
-
-def _unique_mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    seen = set()
-    for key_node, _ in node.value:
-        if key_node.value in seen:
-            raise yaml.YAMLError(f"key {key_node.value!r} is given twice, line {key_node.start_mark.line + 1}")
-        seen.add(key_node.value)
-    return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
-
-
-_UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
-
-
-def read_flags(flags: Sequence[str], problems: list[str]) -> dict[str, Any]:
-    """`--key value`, `--key=value`, `--key` (true), `--key a b` (a list); dashes in keys count as underscores."""
-    given: dict[str, Any] = {}
-    current: str | None = None
-    for token in flags:
-        if token.startswith("--"):
-            name, equals, value = token[2:].partition("=")
-            current = name.replace("-", "_")
-            given[current] = [value] if equals else []
-        elif current is None:
-            hint = f"; did you mean --config {token}?" if token.endswith((".yaml", ".yml")) else ""
-            problems.append(f"{token!r}: expected a --key before it{hint}")
-        else:
-            given[current].append(token)
-    return {k: True if not v else v[0] if len(v) == 1 else v for k, v in given.items()}
 
 
 def _drop_other_methods(
@@ -198,6 +153,23 @@ def _drop_other_methods(
     )
 
 
+def _drop_engine(
+    given: dict[str, Any], values: dict[str, Any], cls: type[TokenSelectiveConfig], from_flags: Mapping[str, Any]
+) -> list[str]:
+    """Where a flag takes vLLM away, or its engine, the file's options of it are left out: they don't change what is
+    learnt."""
+    if not from_flags.keys() & {"use_vllm", "vllm_mode", "lmbda", "method"}:
+        return []
+    of_file = [key for key in given if key.removeprefix("use_").startswith("vllm") and key not in from_flags]
+    pointless, dropped = rules_of(cls)[1], []
+    for key in sorted(of_file):  # use_vllm comes first, on which the others depend
+        if not values["use_vllm"] or (key in pointless and pointless[key][0](values)):
+            del given[key]
+            values[key] = default_of(cls, key)
+            dropped.append(key)
+    return [f"note: {', '.join(dropped)} of the file mean nothing with these flags: left out"] if dropped else []
+
+
 def _unknown_key(key: str, method: str, known: Sequence[str]) -> str:
     owners = [name for name, cls in METHODS.items() if any(f.name == key for f in fields(cls))]
     if owners:
@@ -217,10 +189,3 @@ def _missing(given: dict[str, Any], refused: Mapping[str, str]) -> list[str]:
         for key, what in needed.items()
         if given.get(key) in (None, "") and key not in refused
     ]
-
-
-def locate(value: Any) -> Any:
-    """`tsdkd://demo/student` is a file that ships with the package."""
-    if isinstance(value, str) and value.startswith("tsdkd://"):
-        return str(resources.files("tsdkd").joinpath(value.removeprefix("tsdkd://")))
-    return value

@@ -21,22 +21,23 @@ from trl import get_peft_config
 from .checks import default_of
 from .config import DataArguments, TokenSelectiveConfig
 from .data import load_rows, prepare_rows
-from .errors import CheckpointError, ConfigError, DataError, PreemptedError, TSDKDError
+from .errors import CheckpointError, ConfigError, DataError, ModelError, PreemptedError, TSDKDError
+from .launch import LaunchArguments
 from .methods import METHODS
 from .models import Pair, resolve_pair
 from .options import plain
 from .parsing import RunArguments, parse_run
 from .preemption import watching
-from .rollout import check_vllm
 from .run_dir import claim, mark, resolved
 from .trainer import TokenSelectiveTrainer
 
 
-def parse(config: str | None, flags: Sequence[str]) -> RunArguments:
-    """The run that a YAML file and flags ask for. Raises `ConfigError`."""
+def parse(config: str | None, flags: Sequence[str], trains: bool = True) -> RunArguments:
+    """The run that a YAML file and flags ask for; one that isn't trained may want a GPU that isn't here. Raises
+    `ConfigError`."""
     if config is None and not flags:
         raise ConfigError(["--config: missing; name a YAML file or a shipped preset (`tsdkd configs` lists them)"])
-    arguments = parse_run(config, flags)
+    arguments = parse_run(config, flags, trains)
     for note in arguments.notes:
         _say(note)
     return arguments
@@ -151,13 +152,34 @@ def _blame(error: Exception, given: dict[str, Any]) -> str:
     return (f"{', '.join(named)}: " if named else "the trainer can't be built: ") + text[:500]
 
 
-def plan(arguments: RunArguments) -> None:
-    """Print the resolved configuration and what the run would do, without loading weights or writing anything."""
+def plan(arguments: RunArguments, processes: int | None = None) -> None:
+    """Print the resolved configuration and what the run would do, without loading weights or writing anything.
+
+    Args:
+        arguments: the run.
+        processes: how many it will have; by default those that there are.
+    """
     training = arguments.training
-    training.steps_per_rollout()
-    if training.use_vllm:
-        check_vllm()
+    processes = processes or training.world_size
+    training.steps_per_rollout(processes)
     checkpoint = claim(arguments)
+    console = Console()
+    console.print(
+        yaml.safe_dump(resolved(arguments), sort_keys=True, allow_unicode=True), markup=False, highlight=False
+    )
+    known = _known(arguments, processes, checkpoint)
+    try:
+        pair, prepared = _look_up(arguments)
+    except (DataError, ModelError):
+        console.print(_plan_table(known))  # what can be said without the hub
+        raise
+    console.print(_plan_table({**known, **_found(arguments, processes, pair, prepared)}))
+    example = pair.template.decode(prepared["train"][0]["prompt_ids"])
+    console.print("first prompt, as the student sees it:", example, sep="\n", markup=False, highlight=False)
+
+
+def _look_up(arguments: RunArguments) -> tuple[Pair, dict[str, Dataset]]:
+    training = arguments.training
     train_rows, eval_rows = load_data(arguments.data, training)
     set_model_kwargs(arguments)
     pair = resolve_pair(str(arguments.model.model_name_or_path), _teacher(arguments), training)
@@ -166,24 +188,34 @@ def plan(arguments: RunArguments) -> None:
         for name, rows in (("train", train_rows), ("eval", eval_rows))
         if rows is not None
     }
-    console = Console()
-    console.print(
-        yaml.safe_dump(resolved(arguments), sort_keys=True, allow_unicode=True), markup=False, highlight=False
-    )
-    console.print(_plan_table(arguments, pair, prepared, checkpoint))
-    example = pair.template.decode(prepared["train"][0]["prompt_ids"])
-    console.print("first prompt, as the student sees it:", example, sep="\n", markup=False, highlight=False)
+    return pair, prepared
 
 
-def _plan_table(arguments: RunArguments, pair: Pair, prepared: dict[str, Dataset], checkpoint: str | None) -> Table:
+def _batch(training: TokenSelectiveConfig, processes: int) -> int:
+    return training.per_device_train_batch_size * training.gradient_accumulation_steps * processes
+
+
+def _known(arguments: RunArguments, processes: int, checkpoint: str | None) -> dict[str, str]:
+    """What follows from the configuration alone."""
     training = arguments.training
-    batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
-    prompts = len(prepared["train"])
-    batches = math.ceil(prompts / (training.per_device_train_batch_size * training.world_size))
-    tokens_per_step = sum(prepared["train"]["limit"]) / prompts * min(batch, prompts)
-    student, teacher = pair.student_config, pair.teacher_config
-    rows = {
+    return {
         "method": arguments.method,
+        "global batch": f"{training.per_device_train_batch_size} x {training.gradient_accumulation_steps} accumulated "
+        f"x {processes} processes = {_batch(training, processes)}",
+        "completions": training.completions,
+        **_rollouts(training, processes),
+        "output": f"{training.output_dir}{f', resuming from {checkpoint}' if checkpoint else ''}",
+    }
+
+
+def _found(arguments: RunArguments, processes: int, pair: Pair, prepared: dict[str, Dataset]) -> dict[str, str]:
+    """What follows from the models and the data set."""
+    training = arguments.training
+    prompts = len(prepared["train"])
+    batches = math.ceil(prompts / (training.per_device_train_batch_size * processes))
+    tokens_per_step = sum(prepared["train"]["limit"]) / prompts * min(_batch(training, processes), prompts)
+    student, teacher = pair.student_config, pair.teacher_config
+    return {
         "student": f"{arguments.model.model_name_or_path} ({student.model_type}, {pair.vocab_sizes[0]} logits)",
         "teacher": f"{training.teacher_model_name_or_path} ({teacher.model_type}, {pair.vocab_sizes[1]} logits)"
         f"{', not loaded' if 'teacher_placement' in training.refused else ''}"
@@ -191,26 +223,24 @@ def _plan_table(arguments: RunArguments, pair: Pair, prepared: dict[str, Dataset
         else "none",
         "shared vocabulary": str(pair.shared_vocab_size),
         **{f"{name} prompts": str(len(rows)) for name, rows in prepared.items()},
-        "global batch": f"{training.per_device_train_batch_size} x {training.gradient_accumulation_steps} accumulated "
-        f"x {training.world_size} processes = {batch}",
         "optimizer steps": str(_total_steps(batches, training)),
-        "completions": training.completions,
-        **_rollouts(training),
         "completion tokens": f"at most {round(tokens_per_step):,} a step",
-        "output": f"{training.output_dir}{f', resuming from {checkpoint}' if checkpoint else ''}",
     }
+
+
+def _plan_table(rows: dict[str, str]) -> Table:
     table = Table(title="Plan", show_header=False)
     for name, value in rows.items():
         table.add_row(name, value)
     return table
 
 
-def _rollouts(training: TokenSelectiveConfig) -> dict[str, str]:
+def _rollouts(training: TokenSelectiveConfig, processes: int) -> dict[str, str]:
     """How completions are sampled, where they are."""
     if training.lmbda == 0 and not training.starts_from_data:
         return {}
     engine = f"vLLM, {training.vllm_mode}" if training.use_vllm else "transformers"
-    serves = f", each for {steps} steps" if (steps := training.steps_per_rollout()) > 1 else ""
+    serves = f", each for {steps} steps" if (steps := training.steps_per_rollout(processes)) > 1 else ""
     return {"rollouts": f"by {engine}, temperature {training.temperature}, top_p {training.top_p}{serves}"}
 
 
@@ -273,7 +303,7 @@ def print_keys() -> None:
         by_name = {f.name: f for f in dataclasses.fields(cls)}
         for name in cls.own_options():
             table.add_row(method, name, str(by_name[name].default), by_name[name].metadata.get("help", ""))
-    for f in dataclasses.fields(DataArguments):
+    for f in (*dataclasses.fields(DataArguments), *dataclasses.fields(LaunchArguments)):
         table.add_row("all", f.name, str(f.default), f.metadata["help"])
     Console().print(table)
 

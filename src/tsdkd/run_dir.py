@@ -46,6 +46,8 @@ _FREE = {
     "teacher_placement",
     "max_nonfinite_steps",
     "use_vllm",
+    "accelerate_config",
+    "num_processes",
 }
 _LENGTH = {"max_steps", "num_train_epochs"}  # a run may be made longer
 

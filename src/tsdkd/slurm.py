@@ -18,27 +18,29 @@ _TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 
 
 def sbatch_script(
-    config: str | None, flags: Sequence[str], accelerate_config: str, written_by: Sequence[str], **settings: Any
+    config: str | None, flags: Sequence[str], accelerate_config: str | None, written_by: Sequence[str], **settings: Any
 ) -> str:
     """The script.
 
     Args:
         config: a YAML file or a shipped name, as `tsdkd train` takes it.
         flags: of `tsdkd train`.
-        accelerate_config: a shipped name or a file.
+        accelerate_config: a shipped name or a file; none: the configuration's, or else zero2. The script says how
+            many nodes and processes there are.
         written_by: the arguments of the command that asks for it, for the script's head.
         settings: what `slurm.sh.j2` names: nodes, gpus_per_node (0: a CPU job of a process a node), time, ….
 
     Raises:
         ConfigError: a configuration or settings that can't be run.
     """
-    find_config(accelerate_config)
+    if accelerate_config is not None:
+        find_config(accelerate_config)
     _, values, _, _ = read_run(config, flags)  # what is wrong with them is told here, not after hours in a queue
     folder = Path(str(values["output_dir"]))
     own = {
         "marker": shlex.quote(str(folder / MARKER)),
         "command": shlex.join(["train", *(["--config", config] if config else []), *flags]),
-        "accelerate_config": shlex.quote(accelerate_config),
+        "accelerate_config": shlex.quote(accelerate_config or values["accelerate_config"] or "zero2"),
         "written_by": shlex.join(written_by),
     }
     return render("slurm.sh.j2", folder, settings, written_by, **own)

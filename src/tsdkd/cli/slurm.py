@@ -36,8 +36,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--account", default="")
     parser.add_argument(
         "--accelerate_config",
-        default="zero2",
-        help=f"a file, or one of {', '.join(config_names())}; default: %(default)s",
+        help=f"a file, or one of {', '.join(config_names())}; default: the configuration's, or else zero2",
     )
     args, flags = parser.parse_known_args(argv)
 

@@ -12,7 +12,9 @@ from ..coercion import coerce, nearest
 from ..errors import ConfigError
 from ..methods import METHODS
 from ..options import AT_LEAST_ONE, option
-from ..parsing import RunArguments, locate, parse_run, read_run, read_yaml
+from ..parsing import RunArguments, parse_run, read_run
+from ..processes import Start, planned
+from ..reading import locate, read_yaml
 
 _SHIPPED = Path(str(resources.files("tsdkd").joinpath("configs/compare")))
 _OWN = ("seed", "output_dir", "resume")
@@ -60,7 +62,7 @@ class Comparison:
     eval_problems: int | None = option(None, "How many of them; none: all.", AT_LEAST_ONE)
     eval_samples: int = option(8, "Completions at temperature 1 for each.", AT_LEAST_ONE)
     eval_batch_size: int = option(256, "Completions at a time.", AT_LEAST_ONE)
-    accelerate_config: str | None = option(None, "How each run is launched; none: in one process.")
+    accelerate_config: str | None = option(None, "How each run is launched; none: as its configuration says.")
     num_processes: int | None = option(None, "Processes of each run.", AT_LEAST_ONE)
 
     @property
@@ -99,6 +101,12 @@ class Comparison:
     def arguments(self, task: Task) -> RunArguments:
         """The run, parsed and checked. Raises `ConfigError`."""
         return parse_run(self.config, self.flags(task))
+
+    def start(self, task: Task) -> Start | None:
+        """The processes that the run needs. Raises `ConfigError`."""
+        own = {"accelerate_config": self.accelerate_config, "num_processes": self.num_processes}
+        own = {name: value for name, value in own.items() if value is not None}
+        return planned({**read_run(self.config, self.flags(task))[1], **own}, own)
 
     @property
     def shared_flags(self) -> list[str]:

@@ -20,7 +20,9 @@ from ..evaluation import Problems, evaluate
 from ..generate import generate
 from ..launch import launch
 from ..models import Pair, resolve_pair, stop_token_ids
-from ..parsing import RunArguments, read_yaml
+from ..parsing import RunArguments
+from ..processes import Start
+from ..reading import read_yaml
 from ..run_dir import has_ended, make_folder
 from .plan import Comparison, Task
 
@@ -68,12 +70,13 @@ def do(comparison: Comparison, task: Task) -> dict[str, Any]:
 
 
 def _do(comparison: Comparison, task: Task) -> dict[str, Any]:
+    processes = comparison.start(task) if task.seed is not None else None  # before anything takes a GPU
     arguments, rows = comparison.arguments(task), load_problems(comparison)
     seconds = 0.0
     if task.seed is not None:
         if comparison.teacher_completions:
             write_teacher_completions(comparison)
-        seconds = _train(comparison, task, arguments)
+        seconds = _train(comparison, task, arguments, processes)
     start = time.perf_counter()
     model = {"student": str(arguments.model.model_name_or_path), "teacher": _teacher(arguments)}.get(task.run)
     found_metrics = _measure(comparison, arguments, rows, model if task.seed is None else str(task.folder))
@@ -104,14 +107,14 @@ def write_teacher_completions(comparison: Comparison) -> None:
         os.replace(partial, file)
 
 
-def _train(comparison: Comparison, task: Task, arguments: RunArguments) -> float:
+def _train(comparison: Comparison, task: Task, arguments: RunArguments, processes: Start | None) -> float:
     """Train to the end; the seconds that it took in all, earlier attempts included."""
     clock = task.folder.parent / f"{task.folder.name}.{_SECONDS}"
     start = time.perf_counter()
     try:
         if not has_ended(task.folder):
-            if comparison.accelerate_config or comparison.num_processes:
-                _launch(comparison, task)
+            if processes:
+                _launch(comparison, task, processes)
             else:
                 run.train(arguments)
     finally:
@@ -120,10 +123,9 @@ def _train(comparison: Comparison, task: Task, arguments: RunArguments) -> float
     return sum(map(float, clock.read_text().split()))
 
 
-def _launch(comparison: Comparison, task: Task) -> None:
-    options = {"num_processes": comparison.num_processes} if comparison.num_processes else {}
+def _launch(comparison: Comparison, task: Task, processes: Start) -> None:
     command = ["train", "--config", comparison.config, *comparison.flags(task)]
-    code = launch(comparison.accelerate_config, options, command)
+    code = launch(processes.config, processes.options, command)
     if code:
         raise SystemExit(code)  # its processes have said why
 
