@@ -1,5 +1,6 @@
 """Runs `on_virtual_device.py` in a process of its own: once torch knows the device, every test would feel it."""
 
+import json
 import os
 import subprocess
 import sys
@@ -19,3 +20,10 @@ def python(*arguments: str) -> str:
 def test_every_method_trains_evaluates_saves_and_resumes_on_a_virtual_device() -> None:
     """And what keeps that test honest: planted faults are caught."""
     print(python("-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "on_virtual_device.py")))
+
+
+def test_a_gpu_is_not_waited_for_all_the_time() -> None:
+    printed = python(str(HERE.parent / "benchmarks" / "device_counts.py"), "--methods", "tsd-kd", "eopd", "--json")
+    for figures in json.loads(printed):
+        assert figures["host syncs in 16 tokens"] <= 1, figures["lines of a token"]
+        assert figures["host syncs a micro-batch"] <= 20, figures["lines of a micro-batch"]

@@ -5,14 +5,14 @@
     with virtual_device.counted() as counts:
         ...  # ACCELERATE_TORCH_DEVICE=virtual:0 makes it accelerate's and Trainer's device
 
-What is computed is computed on the CPU. Mixing raises where CUDA raises: a CPU tensor of no dimensions may take part, a
-CPU index in brackets is moved (and counted), a generator must be the device's own. Counted are kernels (operations that
-launch one on CUDA, fused attention as one), the bytes that they read and write, how often the host waits for the device
-(where `torch.cuda.set_sync_debug_mode` would warn: also at a blocking copy from the host), and the bytes moved between
-the two.
+What is computed is computed on the CPU. Mixing raises where CUDA raises: a CPU tensor of no dimensions may take part,
+a CPU index in brackets is moved (and counted), a generator must be the device's own. Counted are kernels (operations
+that launch one on CUDA, fused attention as one), the bytes that they read and write, how often the host waits for the
+device (where `torch.cuda.set_sync_debug_mode` would warn: also at a blocking copy from the host), and the bytes moved
+between the two.
 
-It can't see DDP, NCCL, DeepSpeed, `device.type == "cuda"` branches, Triton kernels, vLLM, streams, memory, nor how long
-anything takes.
+It can't see DDP, NCCL, DeepSpeed, `device.type == "cuda"` branches, Triton kernels, vLLM, streams, memory, nor how
+long anything takes.
 """
 
 import sys
@@ -43,6 +43,7 @@ _INDEXING = {aten.index, aten.index_put_, aten.index_put, aten._index_put_impl_}
 # of an input only as much is read as comes out
 _PICKING = {aten.index, aten.gather, aten.index_select, aten.embedding, aten.take_along_dim}
 _PLACING = {aten.index_put_, aten.scatter_, aten.scatter_add_, aten.index_add_, aten.index_fill_}
+_OVERWRITING = {aten.copy_, aten.fill_, aten.zero_, aten.uniform_, aten.normal_}
 # of CUDA's lists those that language models and this package use
 _LOWERED = ["mm", "bmm", "addmm", "baddbmm", "matmul", "linear", "linalg_vecdot", "scaled_dot_product_attention"]
 _RAISED = ["exp", "log", "log1p", "rsqrt", "softmax.int", "log_softmax.int", "cumsum", "sum", "sum.dim_IntList"]
@@ -69,12 +70,22 @@ _open: list[Counts] = []
 @contextmanager
 def counted(into: Counts | None = None) -> Iterator[Counts]:
     """Count what runs inside, in whatever thread."""
-    counts = Counts() if into is None else into
+    counts = Counts() if into is None else into  # or forgotten
     _open.append(counts)
     try:
         yield counts
     finally:
         _open.remove(counts)
+
+
+@contextmanager
+def uncounted() -> Iterator[None]:
+    """Count nothing inside."""
+    counting, _open[:] = list(_open), []
+    try:
+        yield
+    finally:
+        _open[:] = counting
 
 
 class VirtualTensor(Tensor):
@@ -171,7 +182,8 @@ def _count(
         if packet is not aten.index and len(indices) == 1 and args[2].dim() == 0:
             waits = len(uploads)  # `x[mask] = number` is a masked fill
     launches = not crossing and packet not in _FREE and not _is_view(op) and any(x.numel() for x in results)
-    read = [x.raw for x in ours]
+    overwritten = [args[0]] if packet in _OVERWRITING else tree_leaves(kwargs.get("out"))
+    read = [x.raw for x in ours if not any(x.raw is y for y in overwritten)]
     if packet in _PICKING:
         read = [*results, *read[1:]]
     elif packet in _PLACING:

@@ -128,14 +128,12 @@ class Scan:
         """Gradients of hidden states, weight and bias. `upstream` are derivatives by the statistics of all tokens."""
         gradients = HeadGradients(*self.inputs, self.needs) if own is None else self._own_gradients(own)
         top_logits = upstream.pop("top_logits")
-        if top_logits is not None:
-            self._backward_top(gradients, top_logits)
-        given = [g for g in upstream.values() if g is not None]
-        if given:
-            # most of the entropies have no gradient: the others' logits are not projected again
-            touched = torch.stack([(g != 0).flatten(1).any(-1) if g.ndim > 1 else g != 0 for g in given]).any(0)
-            wanted = touched.nonzero().squeeze(-1)
-            for rows in wanted.split(_even_size(len(wanted), self.chunk)):
+        # most of the entropies have no gradient: the others' logits are not projected again
+        of_top, of_others = _places(_touched([top_logits]), _touched(list(upstream.values())))
+        if top_logits is not None and of_top is not None:
+            self._backward_top(gradients, of_top, top_logits)
+        if of_others is not None:
+            for rows in of_others.split(_even_size(len(of_others), self.chunk)):
                 self._backward_chunk(gradients, rows, upstream)
         return gradients.results(*self.inputs)
 
@@ -158,9 +156,8 @@ class Scan:
         student = SoftmaxRows(logits, self.table[_STUDENT, rows])
         self._add_dense(gradients, rows, here, student, teacher, hidden, tiles)
 
-    def _backward_top(self, gradients: HeadGradients, upstream: Tensor) -> None:
+    def _backward_top(self, gradients: HeadGradients, touched: Tensor, upstream: Tensor) -> None:
         """Only k logits of a few tokens: their rows of the weight are gathered instead of a projection."""
-        touched = (upstream != 0).any(-1).nonzero().squeeze(-1)
         # as many as make two [C, k, H] tensors about as large as a chunk's logits
         size = max(1, self.chunk * self.student.weight.shape[0] // (2 * upstream.shape[-1] * self.inputs[0].shape[-1]))
         for rows in touched.split(size):
@@ -217,6 +214,21 @@ def _even_size(count: int, limit: int) -> int:
     """Chunks of about the same size, at most `limit`: a small remainder costs a matrix product almost as much."""
     chunks = max(1, -(-count // limit))
     return max(1, -(-count // chunks))
+
+
+def _touched(upstream: list[Tensor | None]) -> Tensor | None:
+    """`[N]` bool, the tokens with a derivative that isn't zero; None where there are no derivatives."""
+    given = [g for g in upstream if g is not None]
+    return (
+        torch.stack([(g != 0).flatten(1).any(-1) if g.ndim > 1 else g != 0 for g in given]).any(0) if given else None
+    )
+
+
+def _places(*masks: Tensor | None) -> list[Tensor | None]:
+    """Where each mask `[N]` is true. The host waits for the device once for all of them."""
+    given = [mask for mask in masks if mask is not None]
+    counts = iter(torch.stack([mask.sum() for mask in given]).tolist() if given else ())
+    return [None if mask is None else torch.nonzero_static(mask, size=next(counts)).squeeze(-1) for mask in masks]
 
 
 def _joined(parts: list[TokenStatistics]) -> TokenStatistics:
