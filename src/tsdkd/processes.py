@@ -126,4 +126,4 @@ def _keep_one(gpus: int, config: Any) -> None:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or "0"
         os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[0]
     if config not in (None, "single"):
-        print(f"tsdkd: accelerate_config: {config} isn't used: one process, nothing to share", file=sys.stderr)
+        print(f"tsdkd: accelerate_config: {config} isn't used: one process here, nothing to share", file=sys.stderr)

@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
     asked = {name: value for name in _LAUNCH if (value := getattr(args, name)) is not None}
     flags += [word for name in _KEYS if name in asked for word in (f"--{name}", str(asked[name]))]
     found = {**(read_yaml(args.config) if args.config is not None else {}), **read_flags(flags, [])}
-    start = planned(found, asked)
+    start = planned(found, asked) if found else None
 
     from .. import run  # torch from here on
     from ..extras import missing_extras
