@@ -71,5 +71,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--help_keys", action="store_true", help="list tsdkd's own keys, and stop")
     group = parser.add_argument_group("several processes, by accelerate")
     for name, (metavar, kind, text) in _LAUNCH.items():
-        group.add_argument(f"--{name}", metavar=metavar, type=kind, help=text or "as in `accelerate launch`")
+        names = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
+        group.add_argument(*names, metavar=metavar, type=kind, help=text or "as in `accelerate launch`")
     return parser
