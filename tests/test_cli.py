@@ -102,8 +102,9 @@ def test_a_finished_run_without_checkpoints_is_not_trained_again(saved_model, ro
     assert (folder / "model.safetensors").stat() == before
 
 
-def test_help_answers_without_torch():
-    code = "import sys; from tsdkd.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"]])
+def test_help_answers_without_torch(words):
+    code = f"import sys; from tsdkd.cli import main\ntry: main({words})\nexcept SystemExit: pass\n"
     code += "print(sorted({'torch', 'transformers', 'trl'} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.rstrip().endswith("[]")

@@ -14,6 +14,7 @@ import yaml
 from conftest import QUIET, on_cpus
 from test_cli import WITHOUT
 from tsdkd.cli import main
+from tsdkd.compare.plan import read_comparison
 from tsdkd.errors import ConfigError
 from tsdkd.parsing import parse_run
 from tsdkd.processes import planned
@@ -46,11 +47,22 @@ def test_every_command_takes_a_file_that_says_how_to_launch(config, tmp_path, ca
     file = config(accelerate_config="ddp", num_processes=1)
     assert main(["train", "--config", file, "--dry_run"]) == 0
     assert main(["plan", "--config", file]) == 0
+    assert "8 x 80 GiB" in capsys.readouterr().out  # as there is no GPU
     assert main(["slurm", "--config", file, "--time", "01:00:00"]) == 0
     assert main(["generate", "--config", file, "--output_file", str(tmp_path / "rows.jsonl")]) == 0
     comparison = {"config": file, "output_dir": str(tmp_path / "c"), "seeds": [1], "runs": {"a": {}}}
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(comparison))
     assert main(["compare", "--config", str(tmp_path / "c.yaml"), "--slurm"]) == 0
+
+
+def test_a_comparison_launches_as_its_configuration_does(config, tmp_path):
+    """Unless it says otherwise."""
+    shared = {"config": config(num_processes=2), "output_dir": str(tmp_path / "c"), "seeds": [1], "runs": {"a": {}}}
+    for own, expected in (({}, ("ddp", 2)), ({"accelerate_config": "zero2", "num_processes": 3}, ("zero2", 3))):
+        (tmp_path / "c.yaml").write_text(yaml.safe_dump({**shared, **own}))
+        comparison = read_comparison(str(tmp_path / "c.yaml"))
+        start = comparison.start(comparison.tasks[-1])
+        assert start and (start.config, start.count) == expected
 
 
 def test_what_cannot_be_launched_is_told_with_all_else(config, capsys):
@@ -133,6 +145,7 @@ ZERO2 = {"accelerate_config": "zero2"}
         (0, {}, {}, {}, None),
         (0, ZERO2, {}, {}, None),
         (0, {**ZERO2, "num_processes": 2}, {}, {}, ("zero2", 2)),
+        (0, {"use_cpu": True, "num_processes": 2}, {}, {}, ("ddp", 2)),
         (8, ZERO2, {}, {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "8"}, None),  # torchrun, accelerate launch
         (1, ZERO2, {}, {"SLURM_STEP_NUM_TASKS": "8"}, None),  # srun, a GPU each
         (8, ZERO2, {}, {"SLURM_STEP_NUM_TASKS": "1"}, ("zero2", 8)),

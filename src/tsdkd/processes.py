@@ -74,7 +74,7 @@ def planned(found: Mapping[str, Any], flags: Mapping[str, Any]) -> Start | None:
     if not flags and _is_one_of_several(gpus):
         return None
     is_own = config is not None and config not in config_names()
-    if config is None and (flags or gpus > 1):
+    if config is None and (flags or gpus > 1 or (number or 1) > 1):
         config = default_config()
         file = read_config(config)
     machines = flags.get("num_machines") or file.get("num_machines", 1)
@@ -126,4 +126,4 @@ def _keep_one(gpus: int, config: Any) -> None:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or "0"
         os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[0]
     if config not in (None, "single"):
-        print(f"tsdkd: accelerate_config: {config} isn't used: one process, nothing to share", file=sys.stderr)
+        print(f"tsdkd: accelerate_config: {config} isn't used: one process here, nothing to share", file=sys.stderr)

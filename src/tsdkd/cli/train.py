@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
     asked = {name: value for name in _LAUNCH if (value := getattr(args, name)) is not None}
     flags += [word for name in _KEYS if name in asked for word in (f"--{name}", str(asked[name]))]
     found = {**(read_yaml(args.config) if args.config is not None else {}), **read_flags(flags, [])}
-    start = planned(found, asked)
+    start = planned(found, asked) if found else None
 
     from .. import run  # torch from here on
     from ..extras import missing_extras
@@ -71,5 +71,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--help_keys", action="store_true", help="list tsdkd's own keys, and stop")
     group = parser.add_argument_group("several processes, by accelerate")
     for name, (metavar, kind, text) in _LAUNCH.items():
-        group.add_argument(f"--{name}", metavar=metavar, type=kind, help=text or "as in `accelerate launch`")
+        names = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
+        group.add_argument(*names, metavar=metavar, type=kind, help=text or "as in `accelerate launch`")
     return parser
