@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 import virtual_device
 from conftest import QUIET, build_model, flags, make_rows, weights, write_jsonl
@@ -16,6 +17,7 @@ from tsdkd.fused.rows import SoftmaxRows
 from tsdkd.methods import METHODS
 from tsdkd.rollout import prompt_generator
 from tsdkd.rollout.hf import sample
+from tsdkd.teacher import load_teacher
 
 os.environ["ACCELERATE_TORCH_DEVICE"] = virtual_device.DEVICE
 virtual_device.install()
@@ -76,6 +78,14 @@ def test_a_run_and_its_resume(method: str, options: dict[str, Any], saved_model:
 
 def test_every_method_is_run() -> None:
     assert {method for method, _ in RUNS} == METHODS.keys() - {"grpo"}
+
+
+def test_a_teacher_is_read_straight_to_its_device(saved_model: Any, tmp_path: Path) -> None:
+    """Before it is placed; the host of eight processes would else hold eight of them."""
+    args = METHODS["gkd"](str(tmp_path), bf16=False)
+    config = AutoConfig.from_pretrained(saved_model("qwen3", 1, rows=70))
+    teacher = load_teacher(saved_model("qwen3", 1, rows=70), config, args)
+    assert {str(p.device) for p in teacher.parameters()} == {virtual_device.DEVICE}
 
 
 # The test of the test ---------------------------------------------------------------------------------------------
