@@ -191,9 +191,9 @@ def test_eos_as_pad_changes_nothing() -> None:
     assert int(completion_mask(batches[1]).sum()) == sum(len(r["completion_ids"]) for r in same)
 
 
-def test_collate_keeps_lists_and_makes_the_index_a_tensor() -> None:
+def test_collate_keeps_lists() -> None:
     batch = collate(prepare([{"prompt": "w1", "answer": "3"}, {"prompt": "w2 w3", "answer": "4"}]))
-    assert torch.equal(batch["index"], torch.tensor([0, 1]))
+    assert batch["index"] == [0, 1]
     assert batch["prompt_ids"] == [ids("<user> w1 <assistant>"), ids("<user> w2 w3 <assistant>")]
     assert batch["answer"] == ["3", "4"]
 
@@ -214,12 +214,11 @@ def test_padding_and_mask_come_from_lengths(rows: list[tuple[list[int], list[int
     batch = pad_sequences(prompts, completions)
     mask = completion_mask(batch)
     width = max(len(p) + len(c) for p, c in rows)
-    assert batch["input_ids"].shape == batch["attention_mask"].shape == (len(rows), width)
+    assert batch["input_ids"].shape == (len(rows), width)
     assert mask.shape == (len(rows), width - 1) and mask.dtype == torch.bool
     for i, (prompt, completion) in enumerate(rows):
         length = len(prompt) + len(completion)
         assert batch["input_ids"][i, :length].tolist() == prompt + completion
-        assert batch["attention_mask"][i].tolist() == [1] * length + [0] * (width - length)
         expected = list(range(len(prompt) - 1, length - 1))
         assert mask[i].nonzero().flatten().tolist() == expected
         assert batch["input_ids"][i, 1:][mask[i]].tolist() == completion

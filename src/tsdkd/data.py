@@ -213,23 +213,23 @@ def _completion_ids(completion: str, template: PreTrainedTokenizerBase, row: dic
 
 
 def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Rows as lists; only `index` is a tensor, `[B]`, so that libraries can tell the batch size."""
-    batch: dict[str, Any] = {key: [row[key] for row in rows] for key in rows[0]}
-    batch["index"] = torch.tensor(batch["index"])
-    return batch
+    """Rows as lists: nothing of them is for a device before they are rolled out."""
+    return {key: [row[key] for row in rows] for key in rows[0]}
 
 
 def pad_sequences(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
     """Prompt + completion, padded on the right.
 
+    Without an attention mask: a causal model never sees what comes later, and to look at a mask transformers would
+    have the host wait for the device.
+
     Returns:
-        `input_ids`, `attention_mask` `[B, S]`; `prompt_lengths`, `completion_lengths` `[B]`, all int64.
+        `input_ids` `[B, S]`; `prompt_lengths`, `completion_lengths` `[B]`, all int64.
     """
     sequences = [[*p, *c] for p, c in zip(prompts, completions, strict=True)]
     width = max(len(s) for s in sequences)
     return {
         "input_ids": torch.tensor([s + [0] * (width - len(s)) for s in sequences]),
-        "attention_mask": torch.tensor([[1] * len(s) + [0] * (width - len(s)) for s in sequences]),
         "prompt_lengths": torch.tensor([len(p) for p in prompts]),
         "completion_lengths": torch.tensor([len(c) for c in completions]),
     }

@@ -56,7 +56,7 @@ class Heads:
 
         Args:
             model: as it is wrapped for training.
-            batch: `input_ids` and `attention_mask`, `[B, S]`.
+            batch: `input_ids` `[B, S]`; `attention_mask` too where padding itself is asked about.
             index: `[N]`, places in the flattened `[B, S - 1]` (`tsdkd.selection.token_index`).
             question: what is asked; its answer is a dataclass, `TokenStatistics` or `ObjectiveOutput`.
             teacher: from `teacher`, where the question is about both.
@@ -121,7 +121,7 @@ class Heads:
 
     def _logits(self, model: nn.Module, batch: dict[str, Tensor], index: Tensor) -> Tensor:
         """`[N, V]`, over the shared ids, temperature applied."""
-        output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+        output = model(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"), use_cache=False)
         logits = _at(index, output.logits)[:, : self.vocab_size]
         return logits if self.args.temperature == 1.0 else logits / self.args.temperature
 
@@ -130,8 +130,9 @@ class Heads:
         with self.accelerator.autocast():
             if model not in self._proven:
                 self._prove(model, batch["input_ids"][:1, :8])
+                torch.clear_autocast_cache()  # older torches keep casts of weights that were made without a gradient
                 self._proven.add(model)
-            return _at(index, _backbone(model, batch["input_ids"], batch["attention_mask"]))
+            return _at(index, _backbone(model, batch["input_ids"], batch.get("attention_mask")))
 
     @torch.no_grad()
     def _prove(self, model: PreTrainedModel, ids: Tensor) -> None:
@@ -140,7 +141,7 @@ class Heads:
         model.eval()
         expected = model(input_ids=ids, use_cache=False).logits
         try:
-            hidden = _backbone(model, ids, torch.ones_like(ids))
+            hidden = _backbone(model, ids)
         except (AttributeError, TypeError) as error:
             raise ModelError(f"{_name(model)}: its backbone gives no last hidden states; {_WHOLE}") from error
 
@@ -202,7 +203,7 @@ def _at(index: Tensor, states: Tensor) -> Tensor:
     return states.flatten(0, 1).index_select(0, index + index // (states.shape[1] - 1))
 
 
-def _backbone(model: Any, ids: Tensor, attention_mask: Tensor) -> Tensor:
+def _backbone(model: Any, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
     return _base(model).base_model(input_ids=ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
 
 

@@ -51,7 +51,7 @@ class Resumable(Trainer):
     def _prepare_input(self, data: Any) -> Any:
         """Trainer's, without its cast to DeepSpeed's precision, which is for models that take floating inputs: what
         floats in a batch here are log-probabilities and entropies of a rollout."""
-        return send_to_device(data, self.args.device)
+        return send_to_device(data, self.args.device, non_blocking=True)  # a copy from the host needn't be waited for
 
     # Saving
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-def token_index(mask: Tensor) -> Tensor:
+def token_index(mask: Tensor, count: int | None = None) -> Tensor:
     """Where a mask is true.
 
     Taken once a micro-batch and used throughout: the host must wait for the device to learn N, and each indexing by
@@ -16,11 +16,13 @@ def token_index(mask: Tensor) -> Tensor:
 
     Args:
         mask: `[B, T]` bool with N true entries.
+        count: N, where the host knows it: then it doesn't wait.
 
     Returns:
         `[N]`, int64, places in the flattened mask, ascending.
     """
-    return mask.flatten().nonzero().squeeze(-1)
+    flat = mask.flatten()
+    return (flat.nonzero() if count is None else torch.nonzero_static(flat, size=count)).squeeze(-1)
 
 
 def opener_mask(student_entropy: Tensor, mask: Tensor, ratio: float | Tensor = 0.1) -> Tensor:

@@ -234,14 +234,13 @@ class TokenSelectiveTrainer(Resumable, GKDTrainer):
             return [], None
         window = self._windows.popleft()
         self._first_of_step = True
-        count = torch.tensor(sum(self._count_units(batch) for batch in window), device=device)
+        count = torch.tensor(sum(self._count_units(batch) for batch in window)).to(device, non_blocking=True)
         return window, self.accelerator.reduce(count, reduction="sum")
 
     def _roll_out(self, model: nn.Module, rows: list[Batch], step: int, mode: str) -> list[Batch]:
         """Collated rows -> padded micro-batches with the student's or the data set's completions."""
         if not rows:
             return []
-        rows = [{**batch, "index": batch["index"].tolist()} for batch in rows]
         prompts, completions = self._sequences(model, rows, step, mode)
         self.means[mode].add("completions/mean_length", sum(len(c.ids) for c in completions), len(completions))
         if self.recorder.is_due(step, mode):

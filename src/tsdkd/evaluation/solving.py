@@ -116,7 +116,7 @@ def _entropy(model: PreTrainedModel, problems: Problems, completions: Sequence[C
         some = slice(start, start + size)
         batch = pad_sequences(problems.prompts[some], [c.ids for c in completions[some]])
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+        logits = model(input_ids=batch["input_ids"], use_cache=False).logits
         entropies = token_entropy(logits[:, :-1][completion_mask(batch)][:, : problems.vocab_size])
         total, count, start = total + float(entropies.double().sum()), count + len(entropies), start + size
     return total / max(count, 1)

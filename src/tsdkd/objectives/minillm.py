@@ -58,7 +58,7 @@ class MiniLLMObjective(MiniLLMOptions, Objective):
 
     def mixture_logps(self, student_logps: Tensor, teacher_logps: Tensor) -> Tensor:
         """Log-probabilities of tokens under the distribution that they were sampled from, nats."""
-        share = torch.tensor(self.teacher_mixture, dtype=student_logps.dtype, device=student_logps.device)
+        share = student_logps.new_full((), self.teacher_mixture)
         return torch.logaddexp(share.log() + teacher_logps, (1 - share).log() + student_logps)
 
     def returns(self, student_logps: Tensor, teacher_logps: Tensor, mask: Tensor) -> Tensor:

@@ -40,17 +40,18 @@ class TSDKDReleasedObjective(TSDKDReleasedOptions, Objective):
         """See `Objective`."""
         mask = responses.mask
         trained = mask if responses.trained is None else responses.trained
-        inside = trained[mask]
+        inside = responses.at(trained)
+        valid_at = inside.nonzero().squeeze(-1)
         kind = jsd(self.beta)
         tokens = head(Request(entropy=True, teacher_entropy=True, divergence=kind, top_k=_CANDIDATES))
         gate = entropy_gap_gate(tokens.entropy, tokens.teacher_entropy)
         count = inside.sum().clamp(min=1)
-        terms = {"direct": (gate * tokens.divergence)[inside].sum() / count}
-        valid = tokens.entropy.detach()[inside].float()
-        opener = self._opener(valid, mask)[mask] & inside
-        terms["indirect"] = _reversed_nll(tokens, opener).sum() / opener.sum().clamp(min=1)
+        terms = {"direct": (gate * tokens.divergence)[valid_at].sum() / count}
+        valid = tokens.entropy.detach()[valid_at].float()
+        opener = (responses.at(self._opener(valid, mask)) & inside).nonzero().squeeze(-1)
+        terms["indirect"] = _reversed_nll(tokens, opener).sum() / max(len(opener), 1)
         high = tokens.entropy.detach() >= (torch.quantile(valid, self.threshold) if len(valid) else torch.inf)
-        terms["entropy"] = tokens.entropy[high].sum() / high.sum().clamp(min=1)
+        terms["entropy"] = tokens.entropy.where(high, 0.0).sum() / high.sum().clamp(min=1)
         weights = {"direct": 1.0, "indirect": self.alpha, "entropy": 1.0}
         loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
         return ObjectiveOutput(loss, terms, weights, common_metrics(tokens, responses))
@@ -58,7 +59,7 @@ class TSDKDReleasedObjective(TSDKDReleasedOptions, Objective):
     def _opener(self, valid: Tensor, mask: Tensor) -> Tensor:
         """`[B, T]`: the first columns of the completions, as many as tokens of the flattened micro-batch stay below
         the threshold."""
-        cut = int((valid.cumsum(0) / valid.sum() < self.threshold).sum())
+        cut = (valid.cumsum(0) / valid.sum() < self.threshold).sum()
         start = mask.int().argmax(-1, keepdim=True)
         column = torch.arange(mask.shape[1], device=mask.device) - start
         return (column >= 0) & (column < cut)

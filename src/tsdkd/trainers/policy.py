@@ -20,7 +20,7 @@ class PolicyTrainer(TokenSelectiveTrainer):
 
     def _annotate(self, model: nn.Module, batch: Batch, step: int, mode: str) -> None:
         """Query the policy that sampled and the teacher, once; keep the teacher's top-k only."""
-        index = token_index(completion_mask(batch))
+        index = token_index(completion_mask(batch), sum(batch["lengths"]))
         sampled = predicted_ids(batch, index).unsqueeze(-1)
         policy: dict[str, Any] = self._policy(model, batch, index, sampled) if self.objective.is_policy else {}
         with self._teacher_time(batch, mode):
@@ -55,4 +55,4 @@ class PolicyTrainer(TokenSelectiveTrainer):
     def _placement_numbers(self, batch: Batch, step: int) -> Tensor:
         generators = [prompt_generator(self.args.seed, step, i, _PLACEMENT) for i in batch["index"]]
         numbers = [torch.rand(n, generator=g) for g, n in zip(generators, batch["lengths"], strict=True)]
-        return torch.cat(numbers).to(batch["input_ids"].device)
+        return torch.cat(numbers).to(batch["input_ids"].device, non_blocking=True)

@@ -1,5 +1,6 @@
 """`TSDKDReleasedTrainer`: micro-batches laid out as TSD-KD's public code does."""
 
+import torch
 from torch import Tensor, nn
 
 from ..data import completion_mask
@@ -11,12 +12,13 @@ class TSDKDReleasedTrainer(TokenSelectiveTrainer):
     """Asks about every row's completion and its padding, up to the longest. See `TokenSelectiveTrainer`."""
 
     def _annotate(self, model: nn.Module, batch: Batch, step: int, mode: str) -> None:
-        """Pad until every row has room for the longest completion; the padding is end-of-sequence."""
+        """Pad until every row has room for the longest completion; the padding is end-of-sequence, which the models
+        don't see."""
         width = int(batch["prompt_lengths"].max() + batch["completion_lengths"].max())
-        missing = width - batch["input_ids"].shape[1]
-        for name in ("input_ids", "attention_mask"):
-            batch[name] = nn.functional.pad(batch[name], (0, missing))
-        batch["input_ids"][batch["attention_mask"] == 0] = self._end
+        ids = nn.functional.pad(batch["input_ids"], (0, width - batch["input_ids"].shape[1]))
+        lengths = batch["prompt_lengths"] + batch["completion_lengths"]
+        inside = torch.arange(width, device=ids.device) < lengths.unsqueeze(-1)
+        batch["input_ids"], batch["attention_mask"] = ids.masked_fill(~inside, self._end), inside.long()
 
     def _mask(self, batch: Batch) -> Tensor:
         longest = batch["completion_lengths"].max()
