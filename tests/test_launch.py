@@ -47,7 +47,7 @@ def test_every_command_takes_a_file_that_says_how_to_launch(config, tmp_path, ca
     file = config(accelerate_config="ddp", num_processes=1)
     assert main(["train", "--config", file, "--dry_run"]) == 0
     assert main(["plan", "--config", file]) == 0
-    assert "8 x 80 GiB" in capsys.readouterr().out  # as there is no GPU
+    assert "for 1 x 80 GiB, as there is no GPU" in capsys.readouterr().out
     assert main(["slurm", "--config", file, "--time", "01:00:00"]) == 0
     assert main(["generate", "--config", file, "--output_file", str(tmp_path / "rows.jsonl")]) == 0
     comparison = {"config": file, "output_dir": str(tmp_path / "c"), "seeds": [1], "runs": {"a": {}}}
@@ -123,6 +123,7 @@ def test_one_process_of_a_file_of_ones_own(config, tmp_path):
 
 
 ZERO2 = {"accelerate_config": "zero2"}
+TWO_NODES = {"num_machines": 2, "machine_rank": 1, "main_process_ip": "node1"}
 
 
 @pytest.mark.parametrize(
@@ -136,8 +137,8 @@ ZERO2 = {"accelerate_config": "zero2"}
         (8, {"num_processes": 1}, {}, {}, None),
         (8, {"accelerate_config": "single"}, {}, {}, None),
         (8, {"use_cpu": "true"}, {}, {}, None),
-        (4, ZERO2, {"num_machines": 2, "machine_rank": 1}, {}, ("zero2", 8)),
-        (4, {"accelerate_config": "zero2_multinode"}, {}, {}, ("zero2_multinode", 8)),
+        (4, ZERO2, TWO_NODES, {}, ("zero2", 8)),
+        (4, {"accelerate_config": "zero2_multinode"}, TWO_NODES, {}, ("zero2_multinode", 8)),
         (1, {}, {}, {}, None),
         (1, ZERO2, {}, {}, None),
         (1, ZERO2, {"accelerate_config": "zero2"}, {}, ("zero2", 1)),  # asked for
@@ -147,12 +148,16 @@ ZERO2 = {"accelerate_config": "zero2"}
         (0, {**ZERO2, "num_processes": 2}, {}, {}, ("zero2", 2)),
         (0, {"use_cpu": True, "num_processes": 2}, {}, {}, ("ddp", 2)),
         (8, ZERO2, {}, {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "8"}, None),  # torchrun, accelerate launch
-        (1, ZERO2, {}, {"SLURM_STEP_NUM_TASKS": "8"}, None),  # srun, a GPU each
+        (8, ZERO2, {}, {"WORLD_SIZE": "1", "RANK": "0"}, ("zero2", 8)),  # a pod of one node
+        (8, ZERO2, {}, {"ACCELERATE_MIXED_PRECISION": "no"}, None),  # accelerate launch --num_processes 1
+        (0, {}, {"main_process_port": 0}, {}, None),
+        (0, {}, {"accelerate_config": "zero2"}, {}, ("zero2", 1)),
+        (0, {}, {}, {"OMPI_COMM_WORLD_SIZE": "2"}, None),  # mpirun on CPUs, which accelerate knows
         (8, ZERO2, {}, {"SLURM_STEP_NUM_TASKS": "1"}, ("zero2", 8)),
         (
             8,
             ZERO2,
-            {"num_machines": 2, "machine_rank": 1},
+            TWO_NODES,
             {"SLURM_STEP_NUM_TASKS": "2"},
             ("zero2", 16),
         ),  # tsdkd slurm
@@ -165,24 +170,27 @@ def test_what_is_started(gpus, found, flags, environment, expected, monkeypatch,
     monkeypatch.setattr("tsdkd.processes.visible_gpus", lambda: gpus)
     start = planned({**found, **flags}, flags)
     assert (start and (start.config, start.count)) == expected
-    if start is None and gpus == 8 and "use_cpu" not in found and not environment:
+    if start is None and gpus == 8 and "use_cpu" not in found and "LOCAL_RANK" not in environment:
         assert os.environ["CUDA_VISIBLE_DEVICES"] == "3"  # `Trainer` would spread one process over all
 
 
 @pytest.mark.parametrize(
-    ("found", "flags", "environment", "said"),
+    ("gpus", "found", "flags", "environment", "said"),
     [
-        ({"num_processes": 16}, {}, {}, ("num_processes", "16", "8")),
-        ({"accelerate_config": "single", "num_processes": 2}, {}, {}, ("num_processes", "single", "2")),
-        ({}, {}, {"SLURM_STEP_NUM_TASKS": "2"}, ("num_processes", "SLURM_STEP_NUM_TASKS", "8 GPUs")),
-        ({}, {"accelerate_config": "ddp"}, {"LOCAL_RANK": "0"}, ("accelerate_config", "launcher")),
+        (8, {"num_processes": 16}, {}, {}, ("num_processes", "16", "8")),
+        (8, {"accelerate_config": "single", "num_processes": 2}, {}, {}, ("num_processes", "single", "2")),
+        (8, {"accelerate_config": "zero2_multinode"}, {}, {}, ("main_process_ip", "2 machines")),
+        (8, {}, {}, {"SLURM_STEP_NUM_TASKS": "2"}, ("num_processes", "SLURM_STEP_NUM_TASKS", "alone")),
+        (1, {}, {}, {"SLURM_STEP_NUM_TASKS": "8"}, ("num_processes", "SLURM_STEP_NUM_TASKS", "alone")),
+        (1, {}, {}, {"OMPI_COMM_WORLD_SIZE": "8"}, ("num_processes", "OMPI_COMM_WORLD_SIZE", "alone")),
+        (8, {}, {"accelerate_config": "ddp"}, {"LOCAL_RANK": "0"}, ("accelerate_config", "launcher")),
     ],
     ids=str,
 )
-def test_what_cannot_be_started(found, flags, environment, said, monkeypatch):
+def test_what_cannot_be_started(gpus, found, flags, environment, said, monkeypatch):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("tsdkd.processes.visible_gpus", lambda: 8)
+    monkeypatch.setattr("tsdkd.processes.visible_gpus", lambda: gpus)
     with pytest.raises(ConfigError) as caught:
         planned({**found, **flags}, flags)
     (problem,) = caught.value.problems
@@ -238,8 +246,12 @@ def test_a_flag_that_takes_the_engine_away(flags, left_out, config):
 def test_a_dry_run_without_a_gpu(config, tmp_path, capsys):
     """bf16 presets are planned; training says in one line what it needs."""
     file = config(**EPOCH, bf16=True, use_cpu=False)
-    assert main(["train", "--config", file, "--dry_run"]) == 0
+    assert main(["train", "--config", file, "--dry_run", "--accelerate_config", "zero1"]) == 0
     assert "bf16: true" in capsys.readouterr().out
+    shipped = config(**EPOCH, bf16=True, use_cpu=False, accelerate_config="ddp")
+    assert main(["train", "--config", shipped, "--dry_run"]) == 0
+    assert "2 x 2 accumulated x 8 processes = 32" in capsys.readouterr().out  # those that it is for
+    file = config(**EPOCH, bf16=True, use_cpu=False)
     assert main(["train", "--config", file]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "bf16" in error and "use_cpu" in error and "GPU" in error

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from rich.console import Console
 from rich.table import Table
 from transformers import PretrainedConfig
@@ -16,11 +15,12 @@ from transformers import PretrainedConfig
 from .config import TokenSelectiveConfig
 from .duration import step_seconds
 from .errors import ConfigError
-from .launch import find_config
+from .launch import config_names, read_config
 from .memory import GIB, PARTS, Engine, Launch, Size, Workload, engine_room, estimate, size_of
 from .methods import METHODS
 from .models import load_config
 from .parsing import read_run
+from .processes import visible_gpus
 
 Placement = tuple[str, str]
 PLACEMENTS: list[Placement] = [
@@ -44,12 +44,17 @@ _PROMPT = 256  # tokens, where only completions have a limit that counts
 _LARGE_GIB = 70  # from here on vLLM samples 1024 sequences at once, below 256 (an A100 of 80 GiB: 256 too)
 
 
-def show_plan(config: str | None, flags: Sequence[str], gpus: int, gpu_gib: float) -> None:
-    """Print the table and what follows from it. Raises `ConfigError`, `ModelError`."""
+def show_plan(config: str | None, flags: Sequence[str], gpus: int | None, gpu_gib: float | None) -> None:
+    """Print the table and what follows from it; None: what the configuration says, or what there is.
+
+    Raises:
+        ConfigError, ModelError: there is nothing to estimate.
+    """
     method, values, _, _ = read_run(config, flags)
     cls = METHODS[method]
     if "teacher_model_name_or_path" in cls.refused:
         raise ConfigError([f"method: {method} isn't a distillation; plan estimates those only"])
+    gpus, gpu_gib = _machine(gpus, gpu_gib, values["num_processes"])
     own = own_placement(values, gpus)
     gpus = 1 if launch_of(own[0]).alone else gpus
     models = [_load(values, "model_name_or_path"), _load(values, "teacher_model_name_or_path")]
@@ -73,17 +78,31 @@ def show_plan(config: str | None, flags: Sequence[str], gpus: int, gpu_gib: floa
     _show_seconds(console, student, teacher, work)
 
 
+def _machine(gpus: int | None, gpu_gib: float | None, processes: int | None) -> tuple[int, float]:
+    """GPUs and memory of each, GiB; says what nobody gave."""
+    here = visible_gpus()
+    if gpus and gpu_gib:
+        return gpus, gpu_gib
+    count = gpus or processes or here or 8
+    sizes = [torch.cuda.get_device_properties(i).total_memory / 2**30 for i in range(here)]
+    memory = gpu_gib or min(sizes, default=80.0)
+    print(f"for {count} x {memory:.0f} GiB" + ("" if here else ", as there is no GPU here"))
+    return count, memory
+
+
 def own_placement(values: dict[str, Any], gpus: int) -> Placement:
     """Where a configuration's values put student and teacher."""
     launch = values["accelerate_config"] or ("ddp" if gpus > 1 else "single")
+    if gpus == 1 and launch in config_names() and not launch_of(launch).offloaded:
+        launch = "single"  # as `tsdkd train` does it
     sharded = launch_of(launch).stage == 3
     return launch, values["teacher_placement"] or ("zero3" if sharded else "replica")
 
 
 def launch_of(config: str) -> Launch:
     """What a launch configuration, shipped or a file, does to the student. Raises `ConfigError`."""
+    values = read_config(config)
     try:
-        values = yaml.safe_load(find_config(config).read_text(encoding="utf-8"))
         if str(values.get("distributed_type")).upper() == "NO":
             return Launch(stage=0, alone=True)
         given = values.get("deepspeed_config") or {}
@@ -91,7 +110,7 @@ def launch_of(config: str) -> Launch:
             return Launch(int(given.get("zero_stage", 0)), given.get("offload_param_device", "none") != "none")
         zero = json.loads(Path(given["deepspeed_config_file"]).read_text(encoding="utf-8"))["zero_optimization"]
         return Launch(int(zero["stage"]), zero.get("offload_param", {}).get("device", "none") != "none")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError([f"accelerate_config: {config} can't be read: {' '.join(repr(error).split())}"]) from error
 
 

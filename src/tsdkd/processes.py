@@ -47,21 +47,26 @@ def visible_gpus() -> int:
     return torch.cuda.device_count()
 
 
-def planned(found: Mapping[str, Any], flags: Mapping[str, Any]) -> Start | None:
+def planned(found: Mapping[str, Any], flags: Mapping[str, Any], trains: bool = True) -> Start | None:
     """The processes that a run needs beside this one, None where this one does it alone or is one of them.
 
     Args:
         found: all values of the run's file and flags, as they stand there; what is wrong with them is left to parsing.
         flags: what the command line says of the launch: `accelerate_config` and options of `accelerate launch`.
+        trains: whether the run follows: one that this process does alone then gets one GPU only.
 
     Raises:
         ConfigError: processes that can't be started here.
     """
     if LAUNCHED in os.environ:
         return None
-    if "LOCAL_RANK" in os.environ:
-        if flags:
-            raise ConfigError([f"{', '.join(flags)}: a launcher has started this process already; leave one of them"])
+    # accelerate tells a process that is alone its precision only
+    launched = [name for name in ("LOCAL_RANK", "ACCELERATE_MIXED_PRECISION") if name in os.environ]
+    if launched and flags:
+        raise ConfigError([f"{', '.join(flags)}: a launcher has started this process already; leave one of them"])
+    if launched:
+        if trains and "LOCAL_RANK" not in launched:
+            _keep_one(visible_gpus())
         return None
     try:
         config = coerce(found.get("accelerate_config"), str | None)
@@ -73,17 +78,23 @@ def planned(found: Mapping[str, Any], flags: Mapping[str, Any]) -> Start | None:
     gpus = 0 if on_cpu else visible_gpus()
     if not flags and _is_one_of_several(gpus):
         return None
-    is_own = config is not None and config not in config_names()
     if config is None and (flags or gpus > 1 or (number or 1) > 1):
         config = default_config()
         file = read_config(config)
+    is_own = config is not None and config not in config_names()
     machines = flags.get("num_machines") or file.get("num_machines", 1)
     number = number or (file.get("num_processes") if is_own else None)
     _check(number, gpus * machines, config, file)
-    number = number or (1 if file.get("distributed_type") == "NO" else gpus * machines or None)
+    if machines > 1 and not (flags.get("main_process_ip") or file.get("main_process_ip")):
+        raise ConfigError([f"main_process_ip: missing, {machines} machines must know the first one's address"])
+    here = gpus or (1 if flags else 0)
+    number = number or (1 if file.get("distributed_type") == "NO" else here * machines or None)
     asked = is_own or machines > 1 or "accelerate_config" in flags or _OFFLOADS in (config or "")
     if config is None or (number == 1 and not asked) or (number is None and not flags):
-        _keep_one(gpus, found.get("accelerate_config"))
+        if trains:
+            _keep_one(gpus)
+            if config not in (None, "single", "ddp"):
+                print(f"tsdkd: accelerate_config: {config} isn't used: one process, nothing to share", file=sys.stderr)
         return None
     options = {name: value for name, value in flags.items() if name != "accelerate_config"}
     if number is not None:
@@ -94,17 +105,25 @@ def planned(found: Mapping[str, Any], flags: Mapping[str, Any]) -> Start | None:
 
 
 def _is_one_of_several(gpus: int) -> bool:
-    """Whether something else started this process. Raises `ConfigError` where each would take all GPUs."""
-    names = [name for name in _COUNTS if _number(os.environ.get(name)) > (name != "WORLD_SIZE")]
-    if names and gpus > 1:
+    """Whether something else started this process. On CPUs accelerate makes a group of those that MPI or RANK and
+    WORLD_SIZE tell of; otherwise each would train alone. Raises `ConfigError`."""
+    names = [name for name in _COUNTS if _number(os.environ.get(name)) > 1]
+    if names and (gpus or names == ["SLURM_STEP_NUM_TASKS"]):
         raise ConfigError(
             [
-                f"num_processes: {names[0]} says that this is one process of several, yet it sees {gpus} GPUs; start "
-                "one a GPU by torchrun or accelerate launch, or one a node and give --num_processes, as `tsdkd slurm` "
-                "does"
+                f"num_processes: {names[0]} says that this is one process of several, yet LOCAL_RANK doesn't say "
+                "which: each would train alone; start one a GPU by torchrun or accelerate launch, or one a node with "
+                "--num_machines and --machine_rank, as `tsdkd slurm` does"
             ]
         )
     return bool(names)
+
+
+def intended(found: Mapping[str, Any]) -> int | None:
+    """How many processes a run's file is for, where there is no GPU whose number would say so; None on CPUs."""
+    if visible_gpus() or str(found.get("use_cpu")).lower() == "true" or not found.get("accelerate_config"):
+        return None
+    return int(read_config(str(found["accelerate_config"])).get("num_processes") or 1)
 
 
 def _number(text: str | None) -> int:
@@ -120,10 +139,8 @@ def _check(number: int | None, gpus: int, config: str | None, file: Mapping[str,
         raise ConfigError([f"num_processes: accelerate_config {config} starts one process, found {number}"])
 
 
-def _keep_one(gpus: int, config: Any) -> None:
+def _keep_one(gpus: int) -> None:
     """This process does it alone, on one GPU: `Trainer` would spread it over all that it sees."""
     if gpus > 1:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or "0"
         os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[0]
-    if config not in (None, "single"):
-        print(f"tsdkd: accelerate_config: {config} isn't used: one process here, nothing to share", file=sys.stderr)

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from .. import launch
-from ..errors import ConfigError
-from ..processes import planned
+from ..errors import ConfigError, TSDKDError
+from ..processes import intended, planned
 from ..reading import read_flags, read_yaml
 from .arguments import at_least, run_parser
 
@@ -42,14 +42,20 @@ def main(argv: Sequence[str]) -> int:
     asked = {name: value for name in _LAUNCH if (value := getattr(args, name)) is not None}
     flags += [word for name in _KEYS if name in asked for word in (f"--{name}", str(asked[name]))]
     found = {**(read_yaml(args.config) if args.config is not None else {}), **read_flags(flags, [])}
-    start = planned(found, asked) if found else None
+    start = planned(found, asked, trains=not args.dry_run) if found else None
 
     from .. import run  # torch from here on
     from ..extras import missing_extras
 
     lacking = missing_extras(args.config, flags, found, start)
     if args.dry_run:
-        run.plan(run.parse(args.config, flags, trains=False), start.count if start else None)
+        arguments = run.parse(args.config, flags, trains=False)
+        try:
+            run.plan(arguments, start.count if start else intended(found))
+        except TSDKDError as error:
+            if not lacking:
+                raise
+            raise ConfigError([*lacking, *str(error).splitlines()]) from error
     if lacking:
         raise ConfigError(lacking)
     if args.dry_run:
