@@ -94,7 +94,8 @@ def planned(found: Mapping[str, Any], flags: Mapping[str, Any], trains: bool = T
         if trains:
             _keep_one(gpus)
             if config not in (None, "single", "ddp"):
-                print(f"tsdkd: accelerate_config: {config} isn't used: one process, nothing to share", file=sys.stderr)
+                unused = f"accelerate_config: {config} isn't used: one process here, nothing to share"
+                print(f"tsdkd: {unused}", file=sys.stderr)
         return None
     options = {name: value for name, value in flags.items() if name != "accelerate_config"}
     if number is not None:
