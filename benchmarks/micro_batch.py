@@ -115,7 +115,8 @@ def main() -> None:
             "| | " + "".join(f"{size:.2f} | " for size in parts.values()) + f"{sum(parts.values()):.2f} |", flush=True
         )
         before = resident("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # sets the peak to what is resident now
+        if DEVICE == "cpu":
+            Path("/proc/self/clear_refs").write_text("5")  # sets the peak to what is resident now
         clock = Clock()
         trainer = TSDKDTrainer(
             make(configs[0], torch.float32),

@@ -63,12 +63,13 @@ def measure(folder: str, case: dict[str, Any]) -> None:
     from tsdkd.memory import Launch, estimate, size_of
     from tsdkd.placement import workload
 
+    on_gpu = torch.cuda.is_available()
     student, teacher = f"{folder}/student", f"{folder}/teacher"
     tokenizer = AutoTokenizer.from_pretrained(str(Path(sys.modules["tsdkd"].__path__[0], "demo/student")))
     tokenizer.eos_token = None
     args = TSDKDConfig(
         f"{folder}/out",
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=not on_gpu,
         bf16=False,
         head_chunk_gib=0.25,
         per_device_train_batch_size=case["batch"],
@@ -84,11 +85,11 @@ def measure(folder: str, case: dict[str, Any]) -> None:
     )
     rows = Dataset.from_dict({"prompt": ["a 3 +4 ; find a"] * 64})
     before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
+    if not on_gpu:
+        Path("/proc/self/clear_refs").write_text("5")
     TSDKDTrainer(
         student, teacher, args, train_dataset=rows, processing_class=tokenizer, teacher_processing_class=tokenizer
     ).train()
-    on_gpu = torch.cuda.is_available()
     measured = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else resident("VmHWM") - before
     configs = [AutoConfig.from_pretrained(folder) for folder in (student, teacher)]
     values = {**vars(args), "dtype": case.get("dtype", "float32"), "attn_implementation": None, "head_chunk_gib": 0.25}

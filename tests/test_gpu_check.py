@@ -2,11 +2,14 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
+import pytest
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "gpu_check"
 # a benchmark that ends at once, and one that hangs after its first line, with a process of its own session beside it
@@ -64,6 +67,44 @@ def test_a_rehearsal(tmp_path):
     report = (out / "report.md").read_text()
     assert "| 64 | 7 |" in report and "no kernel for this device" in report and f"| {times['rows'][0][0]} |" in report
     assert "no kernel for this device" in (out / "log.txt").read_text()
+
+
+def parts(tmp_path: Path, *names: str, **variables: str) -> tuple[int, dict]:
+    """Exit code and results of a rehearsal."""
+    command = [SCRIPT, tmp_path / "out", "--parts", *names]
+    environment = {**os.environ, "DEVICE": "cpu", "PYTHON": sys.executable, **variables}
+    code = subprocess.run(command, env=environment, capture_output=True, timeout=600).returncode
+    return code, json.loads((tmp_path / "out/results.json").read_text())["parts"]
+
+
+def test_no_vllm_is_no_failure(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['vllm'] = None")
+    code, found = parts(tmp_path, "vllm", PYTHONPATH=str(tmp_path))
+    assert code == 0 and found["vllm"]["outcome"] == "left out, vLLM isn't installed"
+
+
+@pytest.mark.vllm
+@pytest.mark.skipif(not find_spec("vllm"), reason="vLLM isn't installed")
+def test_vllm_takes_two_steps(tmp_path):
+    code, found = parts(tmp_path, "vllm")
+    assert code == 0, found["vllm"]["end"]
+    (table,) = found["vllm"]["tables"]
+    assert [row[:2] for row in table["rows"]] == [["no", "1"], ["no", "2"]]
+
+
+def test_the_time_counts_from_the_end_of_the_setup(tmp_path):
+    """Of a copy whose setup has a download of 470 seconds behind it: bash goes on from the SECONDS it is given."""
+    (tmp_path / "scripts").mkdir()
+    shutil.copy(SCRIPT, tmp_path / "scripts")
+    programs = {"bare": "echo torch", "arguments": 'echo "$@"'}
+    programs["scripts/setup"] = "mkdir -p .venv/bin && cp arguments .venv/bin/python"
+    for name, text in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {**os.environ, "PYTHON": str(tmp_path / "bare"), "SECONDS": "470"}
+    command = [tmp_path / "scripts/gpu_check", tmp_path / "out"]
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()
+    assert int(said[said.index("--seconds") + 1]) > 400
 
 
 def test_what_is_asked_for_is_checked(tmp_path):
