@@ -16,6 +16,7 @@ from test_cli import WITHOUT
 from tsdkd.cli import main
 from tsdkd.compare.plan import read_comparison
 from tsdkd.errors import ConfigError
+from tsdkd.launch import LAUNCHED
 from tsdkd.parsing import parse_run
 from tsdkd.processes import planned
 from tsdkd.run_dir import RUN_FILE
@@ -195,6 +196,26 @@ def test_what_cannot_be_started(gpus, found, flags, environment, said, monkeypat
         planned({**found, **flags}, flags)
     (problem,) = caught.value.problems
     assert all(text in problem for text in said)
+
+
+def test_processes_that_do_not_know_of_each_other(config, monkeypatch, tmp_path, capsys):
+    """As accelerate starts them for GPUs that aren't there; each would train the same."""
+    monkeypatch.setenv(LAUNCHED, "2")
+    assert main(["train", "--config", config()]) == 2
+    assert "2 were started" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("text", ["just a string", "", "a: [b", "- 1"])
+def test_a_launch_configuration_that_is_none(text, config, tmp_path, capsys):
+    (tmp_path / "launch.yaml").write_text(text)
+    assert main(["train", "--config", config(num_processes=2), "--accelerate_config", f"{tmp_path}/launch.yaml"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "accelerate_config" in error and "launch.yaml" in error
+
+
+def test_a_job_decides_on_its_processes_itself(config, capsys):
+    assert main(["slurm", "--config", config(), "--time", "01:00:00", "--num_processes", "4"]) == 2
+    assert "gpus_per_node" in capsys.readouterr().err
 
 
 # what is missing --------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from .errors import ConfigError, PreemptedError
 from .options import AT_LEAST_ONE, option
 
 _CONFIGS = resources.files("tsdkd").joinpath("configs/accelerate")
-LAUNCHED = "TSDKD_LAUNCHED"  # in the environment of the processes that are started here
+LAUNCHED = "TSDKD_LAUNCHED"  # in the environment of the processes that are started here: how many they are
 _INTERRUPTED = 128  # plus the signal, as a shell says it
 
 
@@ -70,7 +70,7 @@ def launch(config: str, options: dict[str, Any], command: Sequence[str]) -> int:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes say it themselves
     if signal.getsignal(signal.SIGUSR1) is not signal.SIG_IGN:
         signal.signal(signal.SIGUSR1, _terminate)
-    os.environ[LAUNCHED] = "true"
+    os.environ[LAUNCHED] = str(options.get("num_processes") or read_config(config).get("num_processes") or 1)
     try:
         launch_command(arguments)
     except ChildFailedError as error:

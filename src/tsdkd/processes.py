@@ -8,7 +8,7 @@ from typing import Any
 
 from .coercion import coerce
 from .errors import ConfigError
-from .launch import LAUNCHED, config_names, default_config, read_config
+from .launch import LAUNCHED, config_names, default_config, find_config, read_config
 
 _OFFLOADS = "offload"  # in the name of a shipped configuration that does something for one process too
 # by whom a process may have been started without accelerate's knowing its device
@@ -72,9 +72,10 @@ def planned(found: Mapping[str, Any], flags: Mapping[str, Any], trains: bool = T
         config = coerce(found.get("accelerate_config"), str | None)
         number = coerce(found.get("num_processes"), int | None)
         on_cpu = coerce(found.get("use_cpu", False), bool)
-        file = read_config(config)
+        path = None if config is None else find_config(config)
     except (ConfigError, ValueError):
         return None
+    file = read_config(None if path is None else str(path))
     gpus = 0 if on_cpu else visible_gpus()
     if not flags and _is_one_of_several(gpus):
         return None

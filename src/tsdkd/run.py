@@ -22,7 +22,7 @@ from .checks import default_of
 from .config import DataArguments, TokenSelectiveConfig
 from .data import load_rows, prepare_rows
 from .errors import CheckpointError, ConfigError, DataError, ModelError, PreemptedError, TSDKDError
-from .launch import LaunchArguments
+from .launch import LAUNCHED, LaunchArguments
 from .methods import METHODS
 from .models import Pair, resolve_pair
 from .options import plain
@@ -51,6 +51,14 @@ def train(arguments: RunArguments) -> TokenSelectiveTrainer:
         NonFiniteError, CheckpointError, EngineError: in mid-run; the last checkpoint is as it was.
         TSDKDError: before anything is written.
     """
+    started = int(os.environ.get(LAUNCHED) or arguments.training.world_size)
+    if started != arguments.training.world_size:
+        raise ConfigError(
+            [
+                f"num_processes: {started} were started, yet this one knows of {arguments.training.world_size}: each "
+                "would train alone; without a GPU set use_cpu: true"
+            ]
+        )
     checkpoint = claim(arguments)
     trainer = build_trainer(arguments)
     with watching():  # until here a signal ends a process at once, as there is nothing to save
@@ -309,5 +317,5 @@ def print_keys() -> None:
 
 
 def _say(text: str) -> None:
-    if int(os.environ.get("RANK", "0")) == 0:
+    if os.environ.get("RANK", "0") == "0":
         print(text, flush=True)

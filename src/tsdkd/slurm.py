@@ -60,6 +60,11 @@ def render(template: str, folder: Path, settings: Mapping[str, Any], words: Sequ
         ConfigError: settings or words that can't be run.
     """
     problems = _problems(settings, words)
+    problems += [
+        f"{word.partition('=')[0]}: the script starts a process on each GPU of its nodes; set --gpus_per_node"
+        for word in words
+        if word.startswith(("--num_processes", "--num-processes"))
+    ]
     if problems:
         raise ConfigError(problems)
     source = resources.files("tsdkd").joinpath(template).read_text(encoding="utf-8")

@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _say(command: str, error: TSDKDError) -> None:
     """Most errors are all processes'; the first says them, after which the launcher ends the others. One that ended
     sooner would have the launcher end the first before it has spoken; one that is still there later was alone."""
-    if int(os.environ.get("RANK", "0")) != 0 and not isinstance(error, CheckpointError):
+    if os.environ.get("RANK", "0") != "0" and not isinstance(error, CheckpointError):
         if isinstance(error, PreemptedError):
             return
         time.sleep(_FIRST_SPEAKS)
