@@ -1,5 +1,7 @@
 """`tsdkd compare`: tasks that are done once, tables and tests that follow from them; `tsdkd reproduce`."""
 
+import fcntl
+import gc
 import json
 import random
 import shutil
@@ -15,14 +17,17 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from conftest import build_tokenizer, make_rows, on_cpus, write_jsonl
 from reference import token_entropy
+from tsdkd import run
 from tsdkd.cli import main
 from tsdkd.compare.plan import read_comparison, shipped
 from tsdkd.errors import ConfigError
 from tsdkd.evaluation import Problems, evaluate
+from tsdkd.generate import memory_share
+from tsdkd.parsing import parse_run
 
 pytest.importorskip("scipy")
 pytest.importorskip("matplotlib")
@@ -94,6 +99,72 @@ def test_a_comparison_from_end_to_end(comparison: Any, tmp_path: Path, capfd: An
     assert (out / "plain/seed-1/model.safetensors").stat().st_mtime_ns == kept
     same = [k for k in first[0] if not k.endswith("seconds")]
     assert [{k: r[k] for k in same} for r in again] == [{k: r[k] for k in same} for r in first]
+
+
+def test_no_model_is_left_beside_another(comparison: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    """The teacher writes its completions in a process that ends, after those that are there; what was trained and
+    measured here is gone, without waiting for Python's collector."""
+    name = comparison(seeds=[1], runs={"fixed": {"method": "seq-kd"}}, teacher_completions=True)
+    file = tmp_path / "out/teacher_completions.jsonl"
+    partial = file.with_suffix(".partial.jsonl")
+    config = str(tmp_path / "base.yaml")
+    assert main(["generate", "--config", config, "--output_file", str(partial)]) == 0
+    made = partial.read_text().splitlines(keepends=True)
+    partial.write_text("".join(made[:9]) + made[9][:40])  # killed in the middle of a line
+
+    loaded: list[Any] = []
+    load, train = PreTrainedModel.from_pretrained.__func__, run.train
+
+    def loading(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        loaded.append(cls)
+        return load(cls, *args, **kwargs)
+
+    def training(arguments: Any) -> Any:
+        assert not loaded
+        return train(arguments)
+
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(loading))
+    monkeypatch.setattr(run, "train", training)
+    gc.collect()
+    before = living_models()
+    gc.disable()
+    try:
+        do(name, range(2, 3))
+        assert loaded and living_models() == before
+    finally:
+        gc.enable()
+    assert file.read_text().splitlines(keepends=True)[:9] == made[:9]
+    assert len(file.read_text().splitlines()) == 24 and not partial.exists()
+
+
+def living_models() -> int:
+    return sum(issubclass(type(x), PreTrainedModel) for x in gc.get_objects())
+
+
+def test_a_signal_ends_the_teacher_s_process_too(comparison: Any, tmp_path: Path) -> None:
+    """Or it would write, and hold a GPU, beside the one that comes after."""
+    rows = write_jsonl(tmp_path / "many.jsonl", make_rows(4000))
+    settings = {"dataset_name": rows, "per_device_eval_batch_size": 1}
+    name = comparison(seeds=[1], runs={"fixed": {"method": "seq-kd"}}, settings=settings, teacher_completions=True)
+    command = [sys.executable, "-m", "tsdkd", "compare", "--config", name, "--task", "2"]
+    process = subprocess.Popen(command, env=on_cpus(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    end, partial = time.monotonic() + 120, tmp_path / "out/teacher_completions.partial.jsonl"
+    while not (partial.exists() and partial.stat().st_size):
+        assert time.monotonic() < end and process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 75
+    with partial.with_name("teacher_completions.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # all that had it have ended
+
+
+def test_a_teacher_s_engine_has_the_gpu_alone(comparison: Any) -> None:
+    """Whatever share of it the runs leave theirs."""
+    settings = {"use_vllm": True, "vllm_gpu_memory_utilization": 0.2}
+    made = read_comparison(comparison(settings=settings, runs={"a": {}}, teacher_completions=True))
+    for device, share in (("cuda", 0.9), ("cpu", 0.2)):
+        arguments = parse_run(made.config, made.teacher_flags(device == "cuda"))
+        assert arguments.training.use_vllm and memory_share(arguments, torch.device(device)) == share
 
 
 def test_finished_runs_of_other_settings_are_not_mixed_in(comparison: Any, capsys: Any) -> None:

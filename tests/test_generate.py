@@ -9,6 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from conftest import flags
 from tsdkd.cli import main
+from tsdkd.generate import memory_share
+from tsdkd.parsing import parse_run
 from tsdkd.rollout import prompt_generator
 from tsdkd.rollout.hf import sample
 
@@ -150,3 +152,49 @@ def test_a_cut_completion_is_not_taught_as_an_end(command, tmp_path, saved_model
     prepared = prepare_rows(rows, build_tokenizer(), args, 128, needs_completion=True)
     ends = [ids[-1] == 1 for ids in prepared["completion_ids"]]
     assert ends == [reason == "stop" for reason in rows["finish_reason"]]
+
+
+@pytest.mark.parametrize("method", ["seq-kd", "distillm"])
+def test_a_method_that_trains_on_them_is_asked_too(method, command, tmp_path):
+    """With the run's own configuration: the rows are those that any method gets."""
+    rows, same = tmp_path / "rows.jsonl", tmp_path / "same.jsonl"
+    assert main(command(rows)) == 0
+    assert main(command(same, method=method)) == 0
+    assert same.read_bytes() == rows.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("device", "flags", "share"),
+    [
+        ("cuda", [], 0.9),
+        ("cuda", ["--vllm_gpu_memory_utilization", "0.5"], 0.5),
+        ("cpu", [], 0.2),
+        ("cpu", ["--vllm_gpu_memory_utilization", "0.5"], 0.5),
+    ],
+)
+def test_an_engine_alone_has_the_gpu(device, flags, share):
+    """A preset's share is what training leaves an engine; the teacher's 14B don't fit there."""
+    arguments = parse_run("qwen25_14b_to_1p5b.yaml", flags, trains=False)
+    assert memory_share(arguments, torch.device(device)) == share
+
+
+OFF_POLICY = "qwen25_14b_to_1p5b_offpolicy.yaml"
+
+
+@pytest.mark.parametrize(
+    ("preset", "flags", "told"),
+    [
+        (OFF_POLICY, ["--dataset_name", "openbmb/UltraInteract_sft"], True),
+        ("qwen25_14b_to_1p5b.yaml", ["--method", "distillm", "--dataset_name", "a/b"], True),
+        (OFF_POLICY, [], False),
+        (OFF_POLICY, ["--dataset_name", "Minsang/TSD-KD-Qwen2.5-14B-Instruct-Gen"], False),
+        (OFF_POLICY, ["--dataset_name", "teacher.jsonl"], False),
+        (OFF_POLICY, ["--dataset_name", "a/b", "--lmbda", "1"], False),
+        ("qwen25_14b_to_1p5b.yaml", ["--dataset_name", "a/b"], False),
+    ],
+)
+def test_whose_completions_a_run_trains_on_is_told(preset, flags, told):
+    """Where a flag brings completions that the configuration wasn't written for."""
+    notes = [note for note in parse_run(preset, flags, trains=False).notes if "tsdkd generate" in note]
+    assert len(notes) == told
+    assert all(flags[flags.index("--dataset_name") + 1] in note for note in notes)

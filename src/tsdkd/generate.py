@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
 from datasets import Dataset
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
@@ -118,6 +119,13 @@ def generate(
             output.unlink()  # nothing was made
 
 
+def memory_share(arguments: RunArguments, device: torch.device) -> float:
+    """Share of a device's memory for an engine that has it to itself: the file's is for one beside a training."""
+    if device.type == "cuda" and "vllm_gpu_memory_utilization" not in arguments.flags:
+        return 0.9
+    return arguments.training.vllm_gpu_memory_utilization
+
+
 def _generate(job: Job, output: Path, per_prompt: int) -> None:
     with _writing(output):
         done = _read(output, job)
@@ -148,8 +156,7 @@ def _prepare(arguments: RunArguments, role: str) -> Job:
         )
     if args.use_vllm:
         check_vllm()
-        if "vllm_gpu_memory_utilization" not in arguments.given and args.device.type == "cuda":
-            args.vllm_gpu_memory_utilization = 0.9  # there is no training to share the device with
+        args.vllm_gpu_memory_utilization = memory_share(arguments, args.device)
     rows, _ = run.load_data(arguments.data, args)
     run.set_model_kwargs(arguments)
     student, teacher = str(arguments.model.model_name_or_path), str(args.teacher_model_name_or_path)

@@ -35,6 +35,7 @@ class RunArguments:
         data: where the prompts come from.
         launch: how its processes are started.
         given: the values that the file and the flags set, by name.
+        flags: the names that the flags set.
         notes: what the user should be told before the run.
     """
 
@@ -44,6 +45,7 @@ class RunArguments:
     data: DataArguments
     launch: LaunchArguments
     given: dict[str, Any]
+    flags: set[str]
     notes: list[str]
 
 
@@ -60,12 +62,13 @@ def parse_run(config: str | None, flags: Sequence[str], trains: bool = True) -> 
     method, values, given, notes = read_run(config, flags)
     bf16 = [name for name in ("bf16", "bf16_full_eval") if values[name]]
     if not bf16 or values["use_cpu"] or is_torch_bf16_gpu_available():
-        return _build(method, values, given, notes)
+        return _build(method, values, given, flags, notes)
     if trains:
         here = "this GPU has none" if torch.accelerator.is_available() else "no GPU is visible"
         on_cpu = "--use_cpu true --bf16 false"
         raise ConfigError([f"{', '.join(bf16)}: needs a GPU with bfloat16, and {here}; on a CPU: {on_cpu}"])
-    arguments = _build(method, {**values, **dict.fromkeys(bf16, False)}, given, notes)  # transformers would refuse it
+    without = {**values, **dict.fromkeys(bf16, False)}  # transformers would refuse it
+    arguments = _build(method, without, given, flags, notes)
     for name in bf16:
         setattr(arguments.training, name, True)
     return arguments
@@ -99,6 +102,7 @@ def read_run(config: str | None, flags: Sequence[str]) -> tuple[str, dict[str, A
         except ValueError as error:
             problems.append(f"{key}: {error}")
     notes += _drop_engine(given, values, METHODS[method], from_flags)
+    notes += _other_completions(values, METHODS[method], from_file, from_flags)
     problems += _missing(given, METHODS[method].refused)
     for cls in classes:
         problems += check_values(cls, values)
@@ -107,7 +111,9 @@ def read_run(config: str | None, flags: Sequence[str]) -> tuple[str, dict[str, A
     return method, values, given, notes
 
 
-def _build(method: str, values: dict[str, Any], given: dict[str, Any], notes: list[str]) -> RunArguments:
+def _build(
+    method: str, values: dict[str, Any], given: dict[str, Any], flags: Sequence[str], notes: list[str]
+) -> RunArguments:
     def build(cls: type, left_out: str = "") -> Any:
         return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in given and f.name != left_out})
 
@@ -123,7 +129,7 @@ def _build(method: str, values: dict[str, Any], given: dict[str, Any], notes: li
         raise ConfigError([f"{', '.join(culprits or mentioned)}: {text}".removeprefix(": ")]) from error
     if training.top_p < 1.0:
         notes.append(f"note: top_p {training.top_p}: rollouts come from a nucleus, which the loss doesn't model")
-    return RunArguments(method, training, model, data, launch, given, notes)
+    return RunArguments(method, training, model, data, launch, given, set(read_flags(flags, [])), notes)
 
 
 def _works(build: Callable[[], Any]) -> bool:
@@ -168,6 +174,21 @@ def _drop_engine(
             values[key] = default_of(cls, key)
             dropped.append(key)
     return [f"note: {', '.join(dropped)} of the file mean nothing with these flags: left out"] if dropped else []
+
+
+def _other_completions(
+    values: Mapping[str, Any],
+    cls: type[TokenSelectiveConfig],
+    from_file: Mapping[str, Any],
+    from_flags: Mapping[str, Any],
+) -> list[str]:
+    """Where a flag changes the data set, its completions may be anybody's; a local file's are the user's own."""
+    name = from_flags.get("dataset_name")
+    trains_on_them = cls.starts_from_data or values["lmbda"] < 1
+    if not trains_on_them or name in (None, from_file.get("dataset_name")) or str(name).endswith(".jsonl"):
+        return []
+    column = f" (column {values['completion_column']})" if values["completion_column"] else ""
+    return [f"note: the completions of {name}{column} are trained on as they are; for the teacher's: tsdkd generate"]
 
 
 def _unknown_key(key: str, method: str, known: Sequence[str]) -> str:

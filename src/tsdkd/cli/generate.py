@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..reading import read_flags, read_yaml
 from .arguments import at_least, run_parser
 
 _EPILOG = """examples:
@@ -35,8 +36,12 @@ def main(argv: Sequence[str]) -> int:
 
     from .. import run  # torch from here on
     from ..generate import generate
+    from ..methods import METHODS
 
-    # a configuration for off-policy training would say that nothing is generated; nothing is written to output_dir
-    arguments = run.parse(args.config, [*flags, "--lmbda", "1", "--output_dir", str(args.output_file.parent)])
+    flags += ["--output_dir", str(args.output_file.parent)]  # nothing is written there
+    found = {**(read_yaml(args.config) if args.config is not None else {}), **read_flags(flags, [])}
+    if "lmbda" not in getattr(METHODS.get(str(found.get("method"))), "refused", {}):
+        flags += ["--lmbda", "1"]  # a configuration for off-policy training would say that nothing is generated
+    arguments = run.parse(args.config, flags)
     generate(arguments, args.role, args.output_file, args.num_completions, args.top_p)
     return 0

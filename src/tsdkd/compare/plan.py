@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -114,6 +114,12 @@ class Comparison:
         values = {**self.settings, "output_dir": self.output_dir}
         method = read_run(self.config, _flags(values))[0]
         return _flags(values if "lmbda" in METHODS[method].refused else {**values, "lmbda": 1})
+
+    def teacher_flags(self, on_gpu: bool) -> list[str]:
+        """Of `tsdkd generate --config …`, for the teacher's completions: on a GPU, which its engine has to itself,
+        without the share that the engines of the runs have."""
+        left_out = {"vllm_gpu_memory_utilization"} if on_gpu else set()
+        return replace(self, settings={k: v for k, v in self.settings.items() if k not in left_out}).shared_flags
 
     def shared_arguments(self) -> RunArguments:
         """`shared_flags`, parsed and checked. Raises `ConfigError`."""

@@ -3,21 +3,24 @@
 import fcntl
 import json
 import os
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
 from .. import run
 from ..data import load_rows, prepare_rows
-from ..errors import DataError, OutputDirError
+from ..errors import DataError, EngineError, OutputDirError, PreemptedError
 from ..evaluation import Problems, evaluate
-from ..generate import generate
 from ..launch import launch
 from ..models import Pair, resolve_pair, stop_token_ids
 from ..parsing import RunArguments
@@ -77,9 +80,11 @@ def _do(comparison: Comparison, task: Task) -> dict[str, Any]:
         if comparison.teacher_completions:
             write_teacher_completions(comparison)
         seconds = _train(comparison, task, arguments, processes)
+        clear_device_cache(garbage_collection=True)  # a trainer's cycles hold its models
     start = time.perf_counter()
     model = {"student": str(arguments.model.model_name_or_path), "teacher": _teacher(arguments)}.get(task.run)
     found_metrics = _measure(comparison, arguments, rows, model if task.seed is None else str(task.folder))
+    clear_device_cache(garbage_collection=True)
     settings = _settings(comparison, task)
     timing = {"train_seconds": seconds, "eval_seconds": time.perf_counter() - start}
     result = {
@@ -100,11 +105,33 @@ def write_teacher_completions(comparison: Comparison) -> None:
     if file.exists():
         return
     partial = file.with_suffix(".partial.jsonl")
-    with _locked(file.with_suffix(".lock")):
+    with _locked(file.with_suffix(".lock")) as lock:
         if file.exists():
             return
-        generate(comparison.shared_arguments(), "teacher", partial)
+        _generate(comparison, partial, lock)
         os.replace(partial, file)
+
+
+def _generate(comparison: Comparison, output: Path, lock: TextIO) -> None:
+    """In a process of its own: only its end gives back all of the GPU's memory. If it outlives this one, it keeps the
+    lock."""
+    on_gpu = comparison.shared_arguments().training.device.type == "cuda"
+    command = [sys.executable, "-m", "tsdkd", "generate", "--config", comparison.config]
+    command += [*comparison.teacher_flags(on_gpu), "--output_file", str(output)]
+    stops = (signal.SIGTERM, signal.SIGUSR1)
+    with subprocess.Popen(command, pass_fds=[lock.fileno()]) as process:
+        before = {n: signal.signal(n, lambda number, _: process.send_signal(number)) for n in stops}
+        try:
+            code = process.wait()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+    if -code in stops:
+        raise PreemptedError("stopped by a signal; the same command goes on from here")
+    if code < 0:
+        raise EngineError(f"tsdkd generate was killed by signal {-code} ({signal.Signals(-code).name})")
+    if code:
+        raise SystemExit(code)  # it has said why
 
 
 def _train(comparison: Comparison, task: Task, arguments: RunArguments, processes: Start | None) -> float:
@@ -188,12 +215,12 @@ def _write(path: Path, text: str) -> None:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """One process at a time, whoever started it; the lock ends with its process."""
+def _locked(path: Path) -> Iterator[TextIO]:
+    """One process at a time, whoever started it; the lock ends with the last process that has the file open."""
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             print(f"tsdkd compare: another process holds {path}, waiting for it", flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        yield file
