@@ -143,11 +143,23 @@ def _train(comparison: Comparison, task: Task, arguments: RunArguments, processe
             if processes:
                 _launch(comparison, task, processes)
             else:
-                run.train(arguments)
+                with _environment_kept():
+                    run.train(arguments)
     finally:
         with clock.open("a") as file:
             file.write(f"{time.perf_counter() - start:.1f}\n")
     return sum(map(float, clock.read_text().split()))
+
+
+@contextmanager
+def _environment_kept() -> Iterator[None]:
+    """DeepSpeed and vLLM have a process say which of several it is; the next run would take itself for launched."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def _launch(comparison: Comparison, task: Task, processes: Start) -> None:
