@@ -4,7 +4,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -70,7 +70,7 @@ def launch(config: str, options: dict[str, Any], command: Sequence[str]) -> int:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes say it themselves
     if signal.getsignal(signal.SIGUSR1) is not signal.SIG_IGN:
         signal.signal(signal.SIGUSR1, _terminate)
-    os.environ[LAUNCHED] = str(options.get("num_processes") or read_config(config).get("num_processes") or 1)
+    os.environ[LAUNCHED] = str(count_of(config, options))
     try:
         launch_command(arguments)
     except ChildFailedError as error:
@@ -125,6 +125,11 @@ def read_config(config: str | None) -> dict[str, Any]:
         return dict(yaml.safe_load(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
         raise ConfigError([f"accelerate_config: {path} can't be read: {' '.join(str(error).split())}"]) from error
+
+
+def count_of(config: str, options: Mapping[str, Any]) -> int:
+    """How many processes a launch configuration starts with these options of `accelerate launch`, on all machines."""
+    return int(options.get("num_processes") or read_config(config).get("num_processes") or 1)
 
 
 def default_config() -> str:

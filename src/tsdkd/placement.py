@@ -80,9 +80,9 @@ def show_plan(config: str | None, flags: Sequence[str], gpus: int | None, gpu_gi
 
 def _machine(gpus: int | None, gpu_gib: float | None, processes: int | None) -> tuple[int, float]:
     """GPUs and memory of each, GiB; says what nobody gave."""
-    here = visible_gpus()
     if gpus and gpu_gib:
         return gpus, gpu_gib
+    here = visible_gpus()
     count = gpus or processes or here or 8
     sizes = [torch.cuda.get_device_properties(i).total_memory / 2**30 for i in range(here)]
     memory = gpu_gib or min(sizes, default=80.0)

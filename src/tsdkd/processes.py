@@ -8,7 +8,7 @@ from typing import Any
 
 from .coercion import coerce
 from .errors import ConfigError
-from .launch import LAUNCHED, config_names, default_config, find_config, read_config
+from .launch import LAUNCHED, config_names, count_of, default_config, find_config, read_config
 
 _OFFLOADS = "offload"  # in the name of a shipped configuration that does something for one process too
 # by whom a process may have been started without accelerate's knowing its device
@@ -30,7 +30,7 @@ class Start:
     @property
     def count(self) -> int:
         """How many, over all machines."""
-        return int(self.options.get("num_processes") or read_config(self.config).get("num_processes") or 1)
+        return count_of(self.config, self.options)
 
     @property
     def uses_deepspeed(self) -> bool:
@@ -121,11 +121,10 @@ def _is_one_of_several(gpus: int) -> bool:
     return bool(names)
 
 
-def intended(found: Mapping[str, Any]) -> int | None:
-    """How many processes a run's file is for, where there is no GPU whose number would say so; None on CPUs."""
-    if visible_gpus() or str(found.get("use_cpu")).lower() == "true" or not found.get("accelerate_config"):
-        return None
-    return int(read_config(str(found["accelerate_config"])).get("num_processes") or 1)
+def intended(config: str | None, on_cpu: bool) -> int | None:
+    """How many processes a run is for by its launch configuration, where there is no GPU whose number would say so;
+    None without a configuration, and on CPUs."""
+    return None if config is None or on_cpu or visible_gpus() else count_of(config, {})
 
 
 def _number(text: str | None) -> int:

@@ -13,6 +13,7 @@ from .errors import ConfigError
 from .launch import find_config
 from .parsing import read_run
 from .preemption import MARKER
+from .reading import read_flags
 
 _TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 
@@ -36,6 +37,8 @@ def sbatch_script(
     if accelerate_config is not None:
         find_config(accelerate_config)
     _, values, _, _ = read_run(config, flags)  # what is wrong with them is told here, not after hours in a queue
+    if "num_processes" in read_flags(flags, []):
+        raise ConfigError(["--num_processes: the script starts a process on each GPU; set --gpus_per_node"])
     folder = Path(str(values["output_dir"]))
     own = {
         "marker": shlex.quote(str(folder / MARKER)),
@@ -60,11 +63,6 @@ def render(template: str, folder: Path, settings: Mapping[str, Any], words: Sequ
         ConfigError: settings or words that can't be run.
     """
     problems = _problems(settings, words)
-    problems += [
-        f"{word.partition('=')[0]}: the script starts a process on each GPU of its nodes; set --gpus_per_node"
-        for word in words
-        if word.startswith(("--num_processes", "--num-processes"))
-    ]
     if problems:
         raise ConfigError(problems)
     source = resources.files("tsdkd").joinpath(template).read_text(encoding="utf-8")

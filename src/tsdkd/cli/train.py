@@ -51,7 +51,8 @@ def main(argv: Sequence[str]) -> int:
     if args.dry_run:
         arguments = run.parse(args.config, flags, trains=False)
         try:
-            run.plan(arguments, start.count if start else intended(found))
+            launched = arguments.launch.accelerate_config
+            run.plan(arguments, start.count if start else intended(launched, arguments.training.use_cpu))
         except TSDKDError as error:
             if not lacking:
                 raise
