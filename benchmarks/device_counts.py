@@ -18,7 +18,6 @@ import argparse
 import dataclasses
 import json
 import os
-import pkgutil
 import sys
 import tempfile
 from collections import Counter
@@ -50,14 +49,14 @@ def model(layers: int, vocabulary: int, seed: int) -> Any:
 
 def build(method: str, layers: int, vocabulary: int, fused: bool, folder: str) -> Any:
     """A trainer whose completions all have TOKENS tokens."""
-    kind = METHODS[method]
+    kind = METHODS[method].config_class
     values = {**QUIET, "use_cpu": False, "bf16": True, "max_steps": STEPS, "logging_steps": 100, "fused_head": fused}
     values |= {"per_device_train_batch_size": ROWS, "gradient_accumulation_steps": ACCUMULATED}
     values |= {"max_new_tokens": TOKENS, "dataloader_pin_memory": False}
     for name, value in {"rollout_batch_size": ROWS * ACCUMULATED, "epochs_per_rollout": 1, "own_share": 1.0}.items():
         if hasattr(kind, name):
             values[name] = value
-    trainer = pkgutil.resolve_name(kind.trainer)(
+    trainer = METHODS[method](
         model=model(layers, vocabulary, 0),
         teacher_model=model(layers, vocabulary, 1),
         args=kind(output_dir=folder, **values),
@@ -112,7 +111,7 @@ def measure(method: str, layers: int, fused: bool) -> dict[str, Any]:
     small, large = trained
     words = batches * ROWS * TOKENS * (VOCABULARIES[1] - VOCABULARIES[0])
     figures: dict[str, Any] = {"method": method}
-    if METHODS[method].lmbda > 0 or METHODS[method].starts_from_data:
+    if METHODS[method].config_class.lmbda > 0 or METHODS[method].config_class.starts_from_data:
         short, long = count_rollout(trainer, 16), count_rollout(trainer, 48)
         figures["kernels a token"] = (long.kernels - short.kernels) / 32
         figures["host syncs in 16 tokens"] = (long.syncs - short.syncs) / 2

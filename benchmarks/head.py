@@ -24,10 +24,11 @@ from pathlib import Path
 
 import torch
 
-from tsdkd.fused import FusedHead, Projection
-from tsdkd.objectives import Responses
-from tsdkd.objectives.tsd_kd import TSDKDObjective
-from tsdkd.statistics import LogitsHead
+from tsdkd.lm_head.dense import LogitsHead
+from tsdkd.lm_head.fused import FusedHead
+from tsdkd.lm_head.projection import Projection
+from tsdkd.methods.tsd_kd import TSDKDObjective
+from tsdkd.objective import Responses
 
 SIZES = {  # vocabulary, student's and teacher's hidden size
     "qwen2.5": (151936, 1536, 5120),  # 1.5B and 14B

@@ -22,8 +22,8 @@ from step import DEVICE, STUDENT, Clock
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, Qwen2Config
 
 from tsdkd import TSDKDConfig, TSDKDTrainer
-from tsdkd.memory import Launch, estimate, size_of
-from tsdkd.placement import workload
+from tsdkd.launch.memory import Launch, estimate, size_of
+from tsdkd.launch.placement import workload
 
 # vocabulary, hidden and intermediate size, layers, heads of queries and of keys, tied: of the student, of the teacher
 PAIRS = {

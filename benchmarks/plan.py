@@ -60,8 +60,8 @@ def measure(folder: str, case: dict[str, Any]) -> None:
     from transformers import AutoConfig, AutoTokenizer
 
     from tsdkd import TSDKDConfig, TSDKDTrainer
-    from tsdkd.memory import Launch, estimate, size_of
-    from tsdkd.placement import workload
+    from tsdkd.launch.memory import Launch, estimate, size_of
+    from tsdkd.launch.placement import workload
 
     on_gpu = torch.cuda.is_available()
     student, teacher = f"{folder}/student", f"{folder}/teacher"

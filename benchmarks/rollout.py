@@ -28,7 +28,7 @@ from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, StoppingCriteria
 
 from tsdkd import TSDKDConfig
-from tsdkd.rollout import Sampling
+from tsdkd.rollout.base import Sampling
 from tsdkd.rollout.hf import HuggingFaceSampler
 
 PROMPT, LONGEST = 16, 200
@@ -88,7 +88,7 @@ class Contest:
         self.ours = HuggingFaceSampler(accelerator, sampling)
         self.vllm = None
         if with_vllm:
-            from tsdkd.rollout.vllm import VLLMSampler
+            from tsdkd.rollout.vllm.sampler import VLLMSampler
 
             start = time.perf_counter()
             tokenizer = AutoTokenizer.from_pretrained(folder)

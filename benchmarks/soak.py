@@ -18,7 +18,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from tsdkd import run
+from tsdkd.run.train import train as run
 
 
 class Watch(TrainerCallback):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["tsdkd.run", "tsdkd.cli.train", "trl.experimental.gkd", "crash"])
+_CONTEXT.set_forkserver_preload(["tsdkd.run.train", "tsdkd.cli.train", "trl.experimental.gkd", "crash"])
 # what Python reports of a file that is opened for writing, renamed or removed, before it happens
 _EVENTS = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate"}
 

@@ -105,13 +105,13 @@ def measure(case: str, method: str, options: dict[str, Any], folder: Path, proce
         pass
     output = folder / case.replace(", ", "-").replace(" ", "-")
     step = {**STEP, "per_device_train_batch_size": 3 if processes == 1 else 2}
-    fields = METHODS[method].__dataclass_fields__
+    fields = METHODS[method].config_class.__dataclass_fields__
     rollout = {"rollout_batch_size": 2 * 2 * step["per_device_train_batch_size"] * processes}
     own = rollout if "rollout_batch_size" in fields else {}
     values = {**QUIET, **step, **own, **OWN.get(method, {}), **options}
     values |= {"method": method, "model_name_or_path": pair / "student", "output_dir": output}
     values |= {"dataset_name": pair / "train.jsonl", "eval_dataset_name": pair / "eval.jsonl"}
-    if "teacher_model_name_or_path" not in METHODS[method].refused:
+    if "teacher_model_name_or_path" not in METHODS[method].config_class.refused:
         values["teacher_model_name_or_path"] = pair / "teacher"
     if values["eval_strategy"] == "no":
         del values["eval_dataset_name"], values["eval_steps"]

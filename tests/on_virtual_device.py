@@ -13,11 +13,11 @@ from transformers import AutoConfig
 import virtual_device
 from conftest import QUIET, build_model, flags, make_rows, weights, write_jsonl
 from tsdkd.cli import main
-from tsdkd.fused.rows import SoftmaxRows
+from tsdkd.lm_head.softmax import SoftmaxRows
 from tsdkd.methods import METHODS
-from tsdkd.rollout import prompt_generator
+from tsdkd.models.teacher import load_teacher
 from tsdkd.rollout.hf import sample
-from tsdkd.teacher import load_teacher
+from tsdkd.rollout.seeding import prompt_generator
 
 os.environ["ACCELERATE_TORCH_DEVICE"] = virtual_device.DEVICE
 virtual_device.install()
@@ -52,12 +52,12 @@ def command(method: str, saved_model: Any, folder: Path, **options: Any) -> list
     data, held_out = (write_jsonl(folder.parent / f"{n}.jsonl", make_rows(n)) for n in (16, 4))
     values = {**QUIET, "use_cpu": False, "method": method, "dataset_name": data, "eval_dataset_name": held_out}
     values |= {"model_name_or_path": saved_model("gemma2", 0), "output_dir": folder, "dataloader_pin_memory": False}
-    if "teacher_model_name_or_path" not in METHODS[method].refused:
+    if "teacher_model_name_or_path" not in METHODS[method].config_class.refused:
         values |= {"teacher_model_name_or_path": saved_model("qwen3", 1, rows=70)}
     values |= {"max_steps": 2, "per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "seed": 3}
     values |= {"max_new_tokens": 18, "save_strategy": "steps", "save_steps": 1, "logging_steps": 1}
     values |= {"eval_strategy": "steps", "eval_steps": 1, "eval_delay": 2, "learning_rate": 1e-3}
-    if hasattr(METHODS[method], "rollout_batch_size"):
+    if hasattr(METHODS[method].config_class, "rollout_batch_size"):
         values |= {"rollout_batch_size": 12}
     return ["train", *flags(**values | options)]
 
@@ -82,7 +82,7 @@ def test_every_method_is_run() -> None:
 
 def test_a_teacher_is_read_straight_to_its_device(saved_model: Any, tmp_path: Path) -> None:
     """Before it is placed; the host of eight processes would else hold eight of them."""
-    args = METHODS["gkd"](str(tmp_path), bf16=False)
+    args = METHODS["gkd"].config_class(str(tmp_path), bf16=False)
     config = AutoConfig.from_pretrained(saved_model("qwen3", 1, rows=70))
     teacher = load_teacher(saved_model("qwen3", 1, rows=70), config, args)
     assert {str(p.device) for p in teacher.parameters()} == {virtual_device.DEVICE}
@@ -109,8 +109,8 @@ def cpu_generator(logits: torch.Tensor, uniform: torch.Tensor, top_p: float) -> 
 @pytest.mark.parametrize(
     ("where", "fault", "said"),
     [
-        ("tsdkd.trainer.completion_mask", without_device, "same device"),
-        ("tsdkd.fused.rows.SoftmaxRows.logps_at", cpu_index, "same device"),
+        ("tsdkd.trainer.trainer.completion_mask", without_device, "same device"),
+        ("tsdkd.lm_head.softmax.SoftmaxRows.logps_at", cpu_index, "same device"),
         ("tsdkd.rollout.hf.draw", cpu_generator, "device type for generator"),
     ],
 )

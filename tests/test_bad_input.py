@@ -866,6 +866,6 @@ def test_python_configuration(cls: Any, values: dict[str, Any], fragments: Say) 
 @pytest.mark.parametrize("found", [None, "0.10.2", "0.32.0"])
 def test_vllm_that_is_missing_or_too_old_or_too_new(found: str | None, place: Workplace, monkeypatch: Any) -> None:
     names = {} if found is None else {"vllm": ["vllm"]}
-    monkeypatch.setattr("tsdkd.rollout.packages_distributions", lambda: names)
-    monkeypatch.setattr("tsdkd.rollout.version", lambda name: found)
+    monkeypatch.setattr("tsdkd.rollout.vllm.packages_distributions", lambda: names)
+    monkeypatch.setattr("tsdkd.rollout.vllm.version", lambda name: found)
     place.refuses_config({"use_vllm": True}, (), ("use_vllm", found or "tsdkd[vllm]"))

@@ -12,7 +12,7 @@ import torch
 
 from conftest import DDP, flags, launch, make_rows, weights, write_jsonl
 from tsdkd.cli import main
-from tsdkd.presets import preset_paths
+from tsdkd.run.presets import preset_paths
 
 METHODS = ["tsd-kd", "eopd"]
 SGD = {"optim": "sgd", "max_grad_norm": 0, "lr_scheduler_type": "constant", "learning_rate": 0.5, "warmup_steps": 0}

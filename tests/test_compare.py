@@ -21,13 +21,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from conftest import build_tokenizer, make_rows, on_cpus, write_jsonl
 from reference import token_entropy
-from tsdkd import run
 from tsdkd.cli import main
-from tsdkd.compare.plan import read_comparison, shipped
+from tsdkd.compare.config import read_comparison, shipped
 from tsdkd.errors import ConfigError
 from tsdkd.evaluation import Problems, evaluate
 from tsdkd.generate import memory_share
-from tsdkd.parsing import parse_run
+from tsdkd.run.arguments import parse_run
+from tsdkd.run.train import train as run
 
 pytest.importorskip("scipy")
 pytest.importorskip("matplotlib")

@@ -23,10 +23,10 @@ from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 
 from tsdkd.evaluation import harness
-from tsdkd.evaluation.grading import same_mathematics
 from tsdkd.evaluation.scores import interval, pass_at_k
 from tsdkd.evaluation.suites import SUITES
 from tsdkd.evaluation.tasks import OWN, build, leaves
+from tsdkd.grading import same_mathematics
 
 BENCHMARKS = {benchmark.name: benchmark for suite in SUITES.values() for benchmark in suite.benchmarks}
 
@@ -340,7 +340,7 @@ def test_two_models_in_one_table(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 def test_published_rows_are_beside_their_pair(data: Path, tmp_path: Path) -> None:
     """A run's student belongs to the model that it started from."""
-    from tsdkd.evaluation.table import Measured, write
+    from tsdkd.evaluation.results import Measured, write
 
     (tmp_path / "tsdkd_config.yaml").write_text("model_name_or_path: Qwen/Qwen2.5-1.5B-Instruct\n")
     measured = [Measured("mine", BENCHMARKS[name], np.ones((4, 1))) for name in ("gsm8k", "sciq")]

@@ -7,22 +7,21 @@ import pytest
 import torch
 from datasets import Dataset
 from torch import Tensor
+from tsdkd.methods.trainer_tsd_kd_released import TSDKDReleasedTrainer
 
 import reference
 from conftest import QUIET, build_model, build_tokenizer, flags, make_rows
-from tsdkd import run
-from tsdkd.compare.plan import read_comparison, shipped
-from tsdkd.methods import METHODS, EOPDConfig, KDConfig, TSDKDConfig, TSDKDReleasedConfig
-from tsdkd.objectives import Answers, Responses
-from tsdkd.objectives.eopd import EOPDObjective
-from tsdkd.objectives.tsd_kd import TSDKDObjective
-from tsdkd.objectives.tsd_kd_released import TSDKDReleasedObjective
-from tsdkd.options import plain
-from tsdkd.parsing import parse_run, read_run
-from tsdkd.presets import preset_names
-from tsdkd.statistics import LogitsHead
-from tsdkd.trainers import TSDKDTrainer
-from tsdkd.trainers.tsd_kd_released import TSDKDReleasedTrainer
+from tsdkd.compare.config import read_comparison, shipped
+from tsdkd.config.options import plain
+from tsdkd.lm_head.dense import LogitsHead
+from tsdkd.methods import METHODS, EOPDConfig, KDConfig, TSDKDConfig, TSDKDReleasedConfig, TSDKDTrainer
+from tsdkd.methods.eopd import EOPDObjective
+from tsdkd.methods.tsd_kd import TSDKDObjective
+from tsdkd.methods.tsd_kd_released import TSDKDReleasedObjective
+from tsdkd.objective import Answers, Responses
+from tsdkd.run.arguments import parse_run, read_run
+from tsdkd.run.presets import preset_names
+from tsdkd.run.train import train as run
 
 VOCABULARY = 30
 
@@ -281,7 +280,7 @@ def test_data_of_off_policy_runs_are_the_teachers(name: str) -> None:
         tasks = [task for task in comparison.tasks if task.seed == comparison.seeds[0]]
         runs = [read_run(comparison.config, comparison.flags(task)) for task in tasks]
     for method, values, _, _ in runs:
-        if METHODS[method].starts_from_data or values["lmbda"] < 1:
+        if METHODS[method].config_class.starts_from_data or values["lmbda"] < 1:
             assert Path(values["dataset_name"]).name in ("teacher_completions.jsonl", RELEASED)
 
 

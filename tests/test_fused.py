@@ -19,11 +19,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import reference as ref
 from tsdkd import losses, selection
-from tsdkd.fused import FusedHead, Projection
-from tsdkd.objectives import Answers, Responses
-from tsdkd.objectives.eopd import EOPDObjective
-from tsdkd.objectives.tsd_kd import TSDKDObjective
-from tsdkd.statistics import Head, LogitsHead, OwnTokenLoss, Request, TokenStatistics
+from tsdkd.lm_head.dense import LogitsHead
+from tsdkd.lm_head.fused import FusedHead
+from tsdkd.lm_head.projection import Projection
+from tsdkd.lm_head.statistics import Head, OwnTokenLoss, Request, TokenStatistics
+from tsdkd.methods.eopd import EOPDObjective
+from tsdkd.methods.tsd_kd import TSDKDObjective
+from tsdkd.objective import Answers, Responses
 
 CHUNKS = (1, 7, 20, None)  # tokens, None: all
 SAME = {torch.float32: (1e-6, 1e-5), torch.float64: (1e-12, 1e-12)}  # values, gradients

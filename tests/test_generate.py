@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM
 from conftest import flags
 from tsdkd.cli import main
 from tsdkd.generate import memory_share
-from tsdkd.parsing import parse_run
-from tsdkd.rollout import prompt_generator
 from tsdkd.rollout.hf import sample
+from tsdkd.rollout.seeding import prompt_generator
+from tsdkd.run.arguments import parse_run
 
 COMMON = {"use_cpu": "true", "bf16": "false", "gradient_checkpointing": "false", "disable_tqdm": "true", "seed": 3}
 COMMON |= {"max_length": 64, "max_new_tokens": 12, "report_to": "none"}

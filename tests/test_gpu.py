@@ -24,11 +24,12 @@ from datasets import Dataset
 from conftest import QUIET, build_model, build_tokenizer, flags, make_rows, on_cpus, weights
 from tsdkd import EOPDConfig, EOPDTrainer, TSDKDConfig, TSDKDTrainer
 from tsdkd.cli import main
-from tsdkd.fused import FusedHead, Projection
+from tsdkd.lm_head.dense import LogitsHead
+from tsdkd.lm_head.fused import FusedHead
+from tsdkd.lm_head.projection import Projection
 from tsdkd.methods import METHODS
-from tsdkd.objectives import Responses
-from tsdkd.objectives.tsd_kd import TSDKDObjective
-from tsdkd.statistics import LogitsHead
+from tsdkd.methods.tsd_kd import TSDKDObjective
+from tsdkd.objective import Responses
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"

@@ -14,12 +14,12 @@ import yaml
 from conftest import QUIET, on_cpus
 from test_cli import WITHOUT
 from tsdkd.cli import main
-from tsdkd.compare.plan import read_comparison
+from tsdkd.compare.config import read_comparison
+from tsdkd.config.launch import LAUNCHED
 from tsdkd.errors import ConfigError
-from tsdkd.launch import LAUNCHED
-from tsdkd.parsing import parse_run
-from tsdkd.processes import planned
-from tsdkd.run_dir import RUN_FILE
+from tsdkd.launch.processes import planned
+from tsdkd.run.arguments import parse_run
+from tsdkd.run.output_dir import RUN_FILE
 
 EPOCH = {"max_steps": -1, "num_train_epochs": 1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
 
@@ -82,7 +82,7 @@ def test_a_run_goes_on_however_it_is_launched(config, tmp_path):
 # what is started --------------------------------------------------------------------------------------------------
 
 
-GPUS = "import sys, tsdkd.processes as p; p.visible_gpus = lambda: {gpus}\nfrom tsdkd.cli import main\n"
+GPUS = "import sys, tsdkd.launch.processes as p; p.visible_gpus = lambda: {gpus}\nfrom tsdkd.cli import main\n"
 GPUS += "sys.exit(main(sys.argv[1:]))"
 
 
@@ -168,7 +168,7 @@ TWO_NODES = {"num_machines": 2, "machine_rank": 1, "main_process_ip": "node1"}
 def test_what_is_started(gpus, found, flags, environment, expected, monkeypatch, tmp_path):
     for name, value in {"CUDA_VISIBLE_DEVICES": "3,5", **environment}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("tsdkd.processes.visible_gpus", lambda: gpus)
+    monkeypatch.setattr("tsdkd.launch.processes.visible_gpus", lambda: gpus)
     start = planned({**found, **flags}, flags)
     assert (start and (start.config, start.count)) == expected
     if start is None and gpus == 8 and "use_cpu" not in found and "LOCAL_RANK" not in environment:
@@ -191,7 +191,7 @@ def test_what_is_started(gpus, found, flags, environment, expected, monkeypatch,
 def test_what_cannot_be_started(gpus, found, flags, environment, said, monkeypatch):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("tsdkd.processes.visible_gpus", lambda: gpus)
+    monkeypatch.setattr("tsdkd.launch.processes.visible_gpus", lambda: gpus)
     with pytest.raises(ConfigError) as caught:
         planned({**found, **flags}, flags)
     (problem,) = caught.value.problems
@@ -223,7 +223,7 @@ def test_a_job_decides_on_its_processes_itself(config, capsys):
 
 def test_all_that_is_missing_is_told_before_a_process_starts(config, tmp_path):
     wanted = {"accelerate_config": "zero2", "num_processes": 2, "use_vllm": True, "use_peft": True}
-    no_vllm = "import tsdkd.rollout\ntsdkd.rollout.packages_distributions = dict\n"
+    no_vllm = "import tsdkd.rollout.base\ntsdkd.rollout.packages_distributions = dict\n"
     program = WITHOUT.replace("from tsdkd.cli", f"{no_vllm}from tsdkd.cli")
     command = [sys.executable, "-c", program, "train", "--config", config(**wanted)]
     result = subprocess.run(command, env=on_cpus(), capture_output=True, text=True)

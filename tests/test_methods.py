@@ -1,7 +1,6 @@
 """Every method beside TSD-KD and EOPD: values and gradients against float64 loops, and what is sampled."""
 
 import math
-import pkgutil
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -20,15 +19,17 @@ from conftest import QUIET, build_model, build_tokenizer, flags, make_rows, weig
 from crash import run, run_ranks
 from tsdkd.cli import main
 from tsdkd.errors import DataError
-from tsdkd.fused import FusedHead, Projection
+from tsdkd.lm_head.dense import LogitsHead
+from tsdkd.lm_head.fused import FusedHead
+from tsdkd.lm_head.projection import Projection
+from tsdkd.lm_head.statistics import Head, Request
 from tsdkd.methods import METHODS
-from tsdkd.objectives import Answers, Objective, Responses
-from tsdkd.objectives.speculative_kd import SpeculativeKDOptions
-from tsdkd.rollout import prompt_generator
+from tsdkd.methods.minillm import mixed
+from tsdkd.methods.speculative_kd import SpeculativeKDOptions, interleaved
+from tsdkd.objective import Answers, Objective, Responses
 from tsdkd.rollout.hf import sample, sample_together
-from tsdkd.rollout.together import interleaved, mixed
-from tsdkd.run import print_methods
-from tsdkd.statistics import Head, LogitsHead, Request
+from tsdkd.rollout.seeding import prompt_generator
+from tsdkd.run.train import print_methods
 
 LENGTHS = (5, 2, 7)
 VOCABULARY = 23
@@ -157,7 +158,7 @@ OBJECTIVES: dict[str, tuple[str, dict[str, Any], Callable[[Rows, Case], float]]]
 def test_values_and_gradients(name: str) -> None:
     """From whole logits and from hidden states, in float64."""
     method, options, loop = OBJECTIVES[name]
-    case, objective = Case.draw(), METHODS[method].objective(**options)
+    case, objective = Case.draw(), METHODS[method].objective_class(**options)
 
     def probe(flat: list[float]) -> float:
         return loop(by_response(torch.tensor(flat, dtype=torch.float64).reshape(case.student.shape)), case)
@@ -192,7 +193,7 @@ def test_the_released_loss_has_the_values_of_the_released_code() -> None:
         gradients = []
         for head in heads:
             responses = Responses(torch.ones_like(trained), trained=trained)
-            output = METHODS["tsd-kd-released"].objective()(head, responses)
+            output = METHODS["tsd-kd-released"].objective_class()(head, responses)
             assert output.loss.item() == pytest.approx(expected, abs=2e-6)
             gradients += torch.autograd.grad(output.loss, logits)
         torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
@@ -285,9 +286,9 @@ OWN: dict[str, dict[str, Any]] = {
 
 
 def train(method: str, folder: Any, rows: int = 24, models: tuple[Any, Any] | None = None, **values: Any) -> Any:
-    config = METHODS[method](output_dir=str(folder), **{**STEP, **OWN.get(method, {}), **values})
+    config = METHODS[method].config_class(output_dir=str(folder), **{**STEP, **OWN.get(method, {}), **values})
     student, teacher = models or (build_model("llama", 0), build_model("qwen3", 1, rows=70, hidden=48))
-    trainer = pkgutil.resolve_name(config.trainer)(
+    trainer = METHODS[config.method](
         model=student,
         teacher_model=teacher,
         args=config,
@@ -431,9 +432,9 @@ def grpo_rows(tmp_path: Any, rows: list[dict[str, Any]], **options: Any) -> Any:
     """What GRPO would train on."""
     pytest.importorskip("math_verify")
     options = {**STEP, "max_length": None, "rollout_batch_size": 6, **options}
-    config = METHODS["grpo"](output_dir=str(tmp_path), **options)
+    config = METHODS["grpo"].config_class(output_dir=str(tmp_path), **options)
     student, tokenizer = build_model("llama", 0), build_tokenizer()
-    trainer = pkgutil.resolve_name(config.trainer)(
+    trainer = METHODS[config.method](
         student, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
     )
     return trainer.train_dataset
@@ -473,7 +474,7 @@ def test_grpo_puts_the_suffix_after_the_question(tmp_path: Any) -> None:
 
 def test_grpo_rewards_right_answers() -> None:
     pytest.importorskip("math_verify")
-    from tsdkd.trainers.grpo import right_answer
+    from tsdkd.methods.trainer_grpo import right_answer
 
     texts = ["so 4 + 3 = 7 . answer 7", r"thus \boxed{\frac{1}{2}}", "answer 8", ""]
     assert right_answer(texts, ["7", "0.5", "7", "7"]) == [1.0, 1.0, 0.0, 0.0]

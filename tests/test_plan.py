@@ -12,9 +12,9 @@ from conftest import build_model
 from model_configs import BILLIONS, CONFIGS, save_config
 from tsdkd.cli import main
 from tsdkd.errors import ConfigError
-from tsdkd.memory import Engine, Launch, Size, Workload, engine_room, estimate, size_of
-from tsdkd.placement import PLACEMENTS, launch_of
-from tsdkd.presets import find_preset, preset_names
+from tsdkd.launch.memory import Engine, Launch, Size, Workload, engine_room, estimate, size_of
+from tsdkd.launch.placement import PLACEMENTS, launch_of
+from tsdkd.run.presets import find_preset, preset_names
 
 STUDENT, TEACHER = "Qwen/Qwen2.5-1.5B-Instruct", "Qwen/Qwen2.5-14B-Instruct"
 ONE_GPU = {"qwen25_7b_to_1p5b_24gb_lora": 24, "qwen25_7b_to_1p5b_80gb": 80}

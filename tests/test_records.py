@@ -14,8 +14,8 @@ import reference as ref
 from conftest import QUIET, flags
 from tsdkd.analysis.load import read
 from tsdkd.cli import main
+from tsdkd.evaluation.results import Measured, write
 from tsdkd.evaluation.suites import choose
-from tsdkd.evaluation.table import Measured, write
 
 
 @pytest.fixture(scope="module")

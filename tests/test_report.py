@@ -15,10 +15,10 @@ from selenium.webdriver.support.ui import Select, WebDriverWait
 
 from conftest import QUIET, flags
 from tsdkd.cli import main
+from tsdkd.evaluation.results import Measured
+from tsdkd.evaluation.results import write as write_table
 from tsdkd.evaluation.suites import choose
-from tsdkd.evaluation.table import Measured
-from tsdkd.evaluation.table import write as write_table
-from tsdkd.records import MASSES, Sample, write
+from tsdkd.trainer.token_records import MASSES, Sample, write
 
 needs_chromium = pytest.mark.skipif(not shutil.which("chromedriver"), reason="needs Debian's chromium-driver")
 HOSTILE = "<script>document.title = 'taken'</script><img src=x onerror=\"document.title = 'taken'\">"
@@ -285,7 +285,7 @@ def test_the_demo_ends_with_a_report(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With its evaluation in it, and tokens."""
-    monkeypatch.setattr("tsdkd.demo.show.PROBLEMS", 8)
+    monkeypatch.setattr("tsdkd.demo.run_demo.PROBLEMS", 8)
     assert main(["demo", "--max_steps", "1", "--output_dir", str(tmp_path / "run"), "--report_to", "none"]) == 0
     path = Path(capsys.readouterr().out.strip().splitlines()[-1].removeprefix("report: "))
     page = path.read_text(encoding="utf-8")

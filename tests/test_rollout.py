@@ -15,8 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from conftest import build_model
-from tsdkd.rollout import Completion, Sampling, prompt_generator
+from tsdkd.rollout.base import Completion, Sampling
 from tsdkd.rollout.hf import HuggingFaceSampler, sample
+from tsdkd.rollout.seeding import prompt_generator
 
 FAMILIES = ("gemma2", "llama", "qwen2", "qwen3")
 WIDTHS = (3, 1, 21, 8, 13, 2, 9, 7)  # below, at and above gemma2's sliding window of 8
@@ -305,7 +306,7 @@ def test_weights_get_no_gradient_and_the_mode_stays() -> None:
 )
 def test_an_engine_gets_merged_weights_and_the_student_keeps_its_own_bitwise(options: dict[str, Any]) -> None:
     peft = pytest.importorskip("peft")
-    from tsdkd.rollout.adapters import merged_parameters
+    from tsdkd.rollout.vllm.weights import merged_parameters
 
     torch.manual_seed(0)
     config = peft.LoraConfig(r=4, lora_alpha=32, init_lora_weights=False, task_type="CAUSAL_LM", **options)

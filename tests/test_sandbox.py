@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tsdkd.sandbox import Limits, run_program
+from tsdkd.evaluation.sandbox import Limits, run_program
 
 LIMITS = Limits(seconds=3)
 MARK = f"tsdkd-hostile-{os.getpid()}"
@@ -182,7 +182,7 @@ def test_many_at_once() -> None:
 
 def test_killed_grader_leaves_no_program() -> None:
     program = "import time; time.sleep(999)"
-    code = f"from tsdkd.sandbox import run_program, Limits; run_program({program!r}, Limits(seconds=900))"
+    code = f"from tsdkd.evaluation.sandbox import run_program, Limits; run_program({program!r}, Limits(seconds=900))"
     grader = subprocess.Popen([sys.executable, "-c", code])
     deadline = time.monotonic() + 60
     while not (programs := _programs_of(grader.pid)) and time.monotonic() < deadline:

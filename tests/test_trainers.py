@@ -10,11 +10,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import reference
 from conftest import QUIET, build_model, build_tokenizer, make_rows
 from tsdkd import EOPDConfig, EOPDTrainer, TokenizerMismatchError, TSDKDConfig, TSDKDTrainer
-from tsdkd.objectives import Answers, Responses
-from tsdkd.objectives.eopd import EOPDObjective
-from tsdkd.rollout import prompt_generator
+from tsdkd.lm_head.dense import LogitsHead
+from tsdkd.methods.eopd import EOPDObjective
+from tsdkd.objective import Answers, Responses
 from tsdkd.rollout.hf import sample
-from tsdkd.statistics import LogitsHead
+from tsdkd.rollout.seeding import prompt_generator
 
 FAMILIES = ["gemma2", "llama", "qwen2", "qwen3"]
 ONE_STEP = {**QUIET, "max_steps": 1, "logging_steps": 1, "per_device_train_batch_size": 6, "optim": "sgd"}

@@ -17,7 +17,7 @@ from trl.models.utils import unwrap_model_for_generation
 from trl.trainer.sft_trainer import SFTTrainer
 from trl.trainer.utils import create_model_from_path
 
-from tsdkd.trainer import TokenSelectiveTrainer
+from tsdkd.trainer.trainer import TokenSelectiveTrainer
 
 OVERRIDDEN = [
     "get_batch_samples",

@@ -19,11 +19,11 @@ from conftest import DDP, QUIET, build_tokenizer, flags, launch, make_rows, zero
 from tsdkd import DataError, EngineError, EOPDConfig, EOPDTrainer, TSDKDConfig, TSDKDTrainer
 from tsdkd.cli import main
 from tsdkd.data import load_rows
-from tsdkd.demo.show import measure_saved
-from tsdkd.presets import preset_paths
+from tsdkd.demo.run_demo import measure_saved
+from tsdkd.run.presets import preset_paths
 
 pytest.importorskip("vllm")
-VLLMSampler = pytest.importorskip("tsdkd.rollout.vllm").VLLMSampler
+VLLMSampler = pytest.importorskip("tsdkd.rollout.vllm.sampler").VLLMSampler
 pytestmark = pytest.mark.vllm
 
 VLLM = {"use_vllm": True, "vllm_check_every": 1}
@@ -237,7 +237,7 @@ def test_over_two_processes(sharing, saved_model, rows_file, tmp_path):
 
 def test_weights_are_copied_once_and_again_after_a_resume(saved_model, tmp_path, monkeypatch):
     synced, proven = [], []
-    sync, check = VLLMSampler.sync_weights, "tsdkd.trainer.check_engine"
+    sync, check = VLLMSampler.sync_weights, "tsdkd.trainer.trainer.check_engine"
     monkeypatch.setattr(VLLMSampler, "sync_weights", lambda self: (synced.append(1), sync(self)))
     monkeypatch.setattr(check, lambda *args: proven.append(len(synced)))
     values = {"save_strategy": "steps", "save_steps": 2, "vllm_check_every": 3, "learning_rate": 0.01}

@@ -40,7 +40,7 @@ from transformers import (
 )
 
 from tsdkd.demo import task
-from tsdkd.demo.show import measure
+from tsdkd.demo.run_demo import measure
 
 CHAT_TEMPLATE = (
     "{%- for message in messages %}"

@@ -10,10 +10,10 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from trl import ModelConfig
 
-from tsdkd.checks import UNSUPPORTED, default_of, rules_of
-from tsdkd.compare.plan import Comparison
-from tsdkd.config import DataArguments, TokenSelectiveConfig
-from tsdkd.launch import LaunchArguments
+from tsdkd.compare.config import Comparison
+from tsdkd.config.base import DataArguments, TokenSelectiveConfig
+from tsdkd.config.launch import LaunchArguments
+from tsdkd.config.validation import UNSUPPORTED, default_of, rules_of
 from tsdkd.methods import METHODS
 
 HEAD = """# Configuration
@@ -39,7 +39,8 @@ def main() -> None:
     ]
     parts.append(table(TokenSelectiveConfig, TokenSelectiveConfig.own_options()))
     parts += ["## Each method\n", "Its own options, and where its defaults differ from those above.\n"]
-    for name, cls in METHODS.items():
+    for name, trainer in METHODS.items():
+        cls = trainer.config_class
         parts.append(f"### `{name}`\n\n{(cls.__doc__ or '').splitlines()[0]} ({cls.paper})\n")
         own = sorted(cls.own_options(), key=lambda option: option in common)
         parts.append(table(cls, own))

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tsdkd.data import load_rows
-from tsdkd.demo.show import measure
+from tsdkd.demo.run_demo import measure
 from tsdkd.errors import PreemptedError
 
 CONFIGS = {"tsd-kd": "demo.yaml", "eopd": "demo_eopd.yaml"}

@@ -1,5 +1,6 @@
 """tsdkd: distil the reasoning of a large language model into a small one, on-policy and token-selectively."""
 
+import os
 from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -14,9 +15,10 @@ if TYPE_CHECKING:
         TokenizerMismatchError,
         TSDKDError,
     )
-    from .methods import EOPDConfig, TSDKDConfig
-    from .trainer import TokenSelectiveTrainer
-    from .trainers import EOPDTrainer, TSDKDTrainer
+    from .methods import EOPDConfig, EOPDTrainer, TSDKDConfig, TSDKDTrainer
+    from .trainer.trainer import TokenSelectiveTrainer
+
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # GKDTrainer is experimental; its TRL series is pinned
 
 __version__ = version("tsdkd")
 __all__ = [
@@ -37,9 +39,9 @@ __all__ = [
 _HOMES = {
     "TSDKDConfig": "methods",
     "EOPDConfig": "methods",
-    "TSDKDTrainer": "trainers",
-    "EOPDTrainer": "trainers",
-    "TokenSelectiveTrainer": "trainer",
+    "TSDKDTrainer": "methods",
+    "EOPDTrainer": "methods",
+    "TokenSelectiveTrainer": "trainer.trainer",
 }
 
 

@@ -14,7 +14,7 @@ def run() -> int:
     code: object = 1
 
     def leave() -> None:
-        if "tsdkd.rollout.engine" in sys.modules:
+        if "tsdkd.rollout.vllm.colocate" in sys.modules:
             return
         sys.stdout.flush()
         sys.stderr.flush()

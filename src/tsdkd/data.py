@@ -14,9 +14,9 @@ from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetNotFoundError
 from transformers import PreTrainedTokenizerBase
 
-from .config import TokenSelectiveConfig
+from .config.base import TokenSelectiveConfig
 from .errors import DataError
-from .hub import unreachable
+from .models.hub import unreachable
 
 _FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 

@@ -15,14 +15,16 @@ import torch
 from datasets import Dataset
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from . import run
-from .config import TokenSelectiveConfig
+from .config.base import TokenSelectiveConfig
 from .data import prepare_rows, shape_of, split_row
 from .errors import ConfigError, OutputDirError
-from .models import Pair, generation_config_of, load_frozen, resolve_pair, revision_of, stop_token_ids
-from .parsing import RunArguments
-from .rollout import Completion, Key, Sampling, check_vllm, prompt_generator, prompt_seed
-from .run_dir import writing
+from .models.loading import Pair, generation_config_of, load_frozen, resolve_pair, revision_of, stop_token_ids
+from .rollout.base import Completion, Key, Sampling
+from .rollout.seeding import prompt_generator, prompt_seed
+from .rollout.vllm import check_vllm
+from .run import train as run
+from .run.arguments import RunArguments
+from .run.output_dir import writing
 
 ROLES = {"teacher": "teacher_model_name_or_path", "student": "model_name_or_path"}
 _SAY_EVERY = 10.0  # seconds
@@ -223,12 +225,12 @@ def _writing(output: Path) -> Iterator[TextIO]:
 
 def _by_vllm(job: Job, tickets: list[Ticket]) -> Iterator[tuple[int, Completion]]:
     """Position and completion of each ticket, as they are done."""
-    from .rollout.engine import complete, new_engine, parameters_of  # vLLM is an extra
+    from .rollout.vllm.colocate import complete, new_engine, parameters_of  # vLLM is an extra
 
     requests = [{"prompt": t.prompt_ids, "max_tokens": t.limit, "seed": prompt_seed(*t.key)} for t in tickets]
     longest = max(len(t.prompt_ids) + t.limit for t in tickets)
     if job.args.vllm_mode == "server":
-        from .rollout.server import connect
+        from .rollout.vllm.server import connect
 
         parameters = parameters_of(job.sampling, job.vocab_size)
         return connect(job.args, longest, job.name).complete([request | parameters for request in requests])

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ..records import MASSES
+from ..trainer.token_records import MASSES
 from .load import Record
 
 SURE, UNSURE = 0.8, 1.0  # nats: EOPD's trigger, and what its Sec. 3.1 calls high

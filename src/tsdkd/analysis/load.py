@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 import torch
 
 from ..errors import DataError
-from ..records import FOLDER
-from ..run_dir import RUN_FILE, read_config
+from ..run.output_dir import RUN_FILE, read_config
 from ..selection import entropy_gap_gate, opener_mask, top_entropy_mask
+from ..trainer.token_records import FOLDER
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ class Record:
 
     Attributes:
         step: optimizer steps done.
-        columns: name -> `[N]` or `[N, K]`, as `tsdkd.records.describe` makes them, and `sample` and `position`.
+        columns: name -> `[N]` or `[N, K]`, as `tsdkd.trainer.token_records.describe` makes them, and `sample` and
+            `position`.
         samples: of each completion its row's `index` and its `prompt`'s ids.
         texts: id -> text.
         options: of the run.

@@ -6,8 +6,8 @@ from pathlib import Path
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
+from ..evaluation.results import read
 from ..evaluation.suites import title_of
-from ..evaluation.table import read
 from .figures import COLORS
 
 TITLE, SOURCE = "pass@k", "EOPD, Figures 2, 7 and 8"

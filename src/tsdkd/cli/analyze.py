@@ -30,9 +30,9 @@ def main(argv: Sequence[str]) -> int:
     except ImportError as error:
         raise ConfigError(["analyze needs matplotlib; pip install 'tsdkd[report]'"]) from error
 
-    from .. import run
-    from ..analysis.draw import draw_all
-    from ..analysis.pair import record_pair
+    from ..analysis.record_pair import record_pair
+    from ..analysis.write_figures import draw_all
+    from ..run import train as run
 
     if args.config:
         folders = [record_pair(run.parse(args.config, [*rest, "--lmbda", "1"]), args.num_prompts or 50)]

@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
     group.add_argument("--account", default="")
     args = parser.parse_args(argv)
 
-    from ..compare.plan import print_shipped, read_comparison  # torch from here on
+    from ..compare.config import print_shipped, read_comparison  # torch from here on
 
     if args.list:
         print_shipped()
@@ -47,7 +47,8 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(["--config: missing; name a comparison (`tsdkd compare --list` shows the shipped ones)"])
     comparison = read_comparison(args.config)
 
-    from ..compare import runner, task
+    from ..compare import scheduler as runner
+    from ..compare import task
 
     if args.slurm:
         names = ("time", "gpus_per_node", "cpus_per_task", "signal_seconds", "partition", "account")
@@ -73,7 +74,7 @@ def main(argv: Sequence[str]) -> int:
 def _table():  # type: ignore[no-untyped-def]
     """Before the first run: what writes its table is an extra."""
     try:
-        from ..compare import table
+        from ..compare import summary as table
     except ImportError as error:
         raise ConfigError([f"compare needs {error.name}; pip install 'tsdkd[report]'"]) from error
     return table

@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
-from ..presets import preset_paths
+from ..run.presets import preset_paths
 
 
 def main(argv: Sequence[str]) -> int:

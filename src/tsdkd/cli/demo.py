@@ -25,8 +25,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--method", choices=_CONFIGS, default="tsd-kd", help="default: %(default)s")
     args, flags = parser.parse_known_args(argv)
 
-    from .. import run  # torch from here on
-    from ..demo import show
+    from ..demo import run_demo as show
+    from ..run import train as run  # torch from here on
 
     given = {flag.split("=")[0].replace("-", "_") for flag in flags}
     if "__output_dir" not in given:

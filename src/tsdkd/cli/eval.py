@@ -18,7 +18,7 @@ same command goes on where it stopped."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Parse, and hand over to `tsdkd.evaluation.runner`."""
+    """Parse, and hand over to `tsdkd.evaluation.evaluator`."""
     parser = argparse.ArgumentParser(
         prog="tsdkd eval",
         description="Measure models on the papers' benchmarks: one table, with intervals and paired tests.",
@@ -150,7 +150,8 @@ def _model_args(text: str) -> dict[str, object]:
 
 def _heavy():  # type: ignore[no-untyped-def]
     try:
-        from ..evaluation import runner, table
+        from ..evaluation import evaluator as runner
+        from ..evaluation import results as table
     except ImportError as error:
         raise ConfigError([f"eval needs {error.name}; pip install 'tsdkd[eval]'"]) from error
     return runner, table

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..reading import read_flags, read_yaml
+from ..run.config_file import read_flags, read_yaml
 from .arguments import at_least, run_parser
 
 _EPILOG = """examples:
@@ -34,13 +34,14 @@ def main(argv: Sequence[str]) -> int:
     if args.top_p is not None and not 0 < args.top_p <= 1:
         parser.error(f"--top_p: must be in (0, 1], found {args.top_p}")
 
-    from .. import run  # torch from here on
     from ..generate import generate
     from ..methods import METHODS
+    from ..run import train as run  # torch from here on
 
     flags += ["--output_dir", str(args.output_file.parent)]  # nothing is written there
     found = {**(read_yaml(args.config) if args.config is not None else {}), **read_flags(flags, [])}
-    if "lmbda" not in getattr(METHODS.get(str(found.get("method"))), "refused", {}):
+    trainer = METHODS.get(str(found.get("method")))
+    if trainer is None or "lmbda" not in trainer.config_class.refused:
         flags += ["--lmbda", "1"]  # a configuration for off-policy training would say that nothing is generated
     arguments = run.parse(args.config, flags)
     generate(arguments, args.role, args.output_file, args.num_completions, args.top_p)

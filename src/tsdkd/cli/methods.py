@@ -10,7 +10,7 @@ def main(argv: Sequence[str]) -> int:
         argv
     )
 
-    from ..run import print_methods  # torch from here on
+    from ..run.train import print_methods  # torch from here on
 
     print_methods()
     return 0

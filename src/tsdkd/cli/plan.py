@@ -18,7 +18,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--gpu_gib", type=positive, help="memory of one, GiB; default: theirs, or else 80")
     args, flags = parser.parse_known_args(argv)
 
-    from ..placement import show_plan
+    from ..launch.placement import show_plan
 
     show_plan(args.config, flags, args.gpus, args.gpu_gib)
     return 0

@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
     except ImportError as error:
         raise ConfigError(["eopd-toy's plots need matplotlib; pip install 'tsdkd[report]'"]) from error
     from ..reproduce import eopd_toy
-    from ..run_dir import make_folder
+    from ..run.output_dir import make_folder
 
     make_folder(args.output_dir)
     eopd_toy.reproduce(args.output_dir, args.seeds, args.learning_rate, args.steps)

@@ -4,8 +4,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..config.launch import config_names
 from ..errors import OutputDirError
-from ..launch import config_names
 from .arguments import at_least, run_parser
 
 _EPILOG = """Other flags go to `tsdkd train`. The job saves and is queued again before its time limit, and after a
@@ -40,8 +40,8 @@ def main(argv: Sequence[str]) -> int:
     )
     args, flags = parser.parse_known_args(argv)
 
-    from ..run_dir import writing  # torch from here on
-    from ..slurm import sbatch_script
+    from ..launch.slurm import sbatch_script
+    from ..run.output_dir import writing  # torch from here on
 
     settings = vars(args)
     script = settings.pop("script")

@@ -5,10 +5,11 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .. import launch
+from ..config.launch import config_names
 from ..errors import ConfigError, TSDKDError
-from ..processes import intended, planned
-from ..reading import read_flags, read_yaml
+from ..launch import accelerate as launch
+from ..launch.processes import intended, planned
+from ..run.config_file import read_flags, read_yaml
 from .arguments import at_least, run_parser
 
 _EPILOG = """Every field of the method's configuration, of TRL's ModelConfig and of transformers' TrainingArguments is
@@ -18,7 +19,7 @@ _LAUNCH: dict[str, tuple[str, Callable[[str], Any], str]] = {
     "accelerate_config": (
         "FILE",
         str,
-        f"a launch configuration, or one of {', '.join(launch.config_names())}; a key of the YAML too",
+        f"a launch configuration, or one of {', '.join(config_names())}; a key of the YAML too",
     ),
     "num_processes": ("N", at_least(1), "default: one a visible GPU; a key of the YAML too"),
     "num_machines": ("N", at_least(1), ""),
@@ -31,10 +32,10 @@ _KEYS = ("accelerate_config", "num_processes")
 
 
 def main(argv: Sequence[str]) -> int:
-    """Start the processes that the run needs, or hand over to `tsdkd.run`."""
+    """Start the processes that the run needs, or hand over to `tsdkd.run.train`."""
     args, flags = _parser().parse_known_args(argv)
     if args.help_keys:
-        from ..run import print_keys
+        from ..run.train import print_keys
 
         print_keys()
         return 0
@@ -44,8 +45,8 @@ def main(argv: Sequence[str]) -> int:
     found = {**(read_yaml(args.config) if args.config is not None else {}), **read_flags(flags, [])}
     start = planned(found, asked, trains=not args.dry_run) if found else None
 
-    from .. import run  # torch from here on
-    from ..extras import missing_extras
+    from ..launch.requirements import missing_extras
+    from ..run import train as run  # torch from here on
 
     lacking = missing_extras(args.config, flags, found, start)
     if args.dry_run:

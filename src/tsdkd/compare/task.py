@@ -17,17 +17,17 @@ from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
-from .. import run
 from ..data import load_rows, prepare_rows
 from ..errors import DataError, EngineError, OutputDirError, PreemptedError
 from ..evaluation import Problems, evaluate
-from ..launch import launch
-from ..models import Pair, resolve_pair, stop_token_ids
-from ..parsing import RunArguments
-from ..processes import Start
-from ..reading import read_yaml
-from ..run_dir import has_ended, make_folder
-from .plan import Comparison, Task
+from ..launch.accelerate import launch
+from ..launch.processes import Start
+from ..models.loading import Pair, resolve_pair, stop_token_ids
+from ..run import train as run
+from ..run.arguments import RunArguments
+from ..run.config_file import read_yaml
+from ..run.output_dir import has_ended, make_folder
+from .config import Comparison, Task
 
 RESULT = "result.json"
 _SECONDS = "seconds"  # how long each attempt trained, a line each

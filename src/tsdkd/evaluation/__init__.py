@@ -4,6 +4,6 @@
 what came out, `runner` does what is missing, `scores` and `table` say what it means.
 """
 
-from .solving import Evaluation, Problems, evaluate
+from .problem_set import Evaluation, Problems, evaluate
 
 __all__ = ["Evaluation", "Problems", "evaluate"]

@@ -19,9 +19,9 @@ from lm_eval.api.task import Task
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import ModelError
-from ..models import load_config, load_tokenizer, revision_of
+from ..models.loading import load_config, load_tokenizer, revision_of
 from .items import Item
-from .rendering import THINKING, Rendering
+from .prompt_format import THINKING, Rendering
 from .suites import Benchmark
 
 for _name in ("lm_eval", "transformers.generation"):  # the latter's complaints are of the former's settings

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import OutputDirError
-from ..run_dir import writing
+from ..run.output_dir import writing
 
 
 @dataclass

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..coercion import nearest
+from ..config.coercion import nearest
 from ..errors import ConfigError
 
 

@@ -12,10 +12,9 @@ from jinja2 import UndefinedError
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 
-from ..answers import is_correct
 from ..errors import DataError
-from ..sandbox import run_program
-from .grading import boxed_letter_is, same_mathematics
+from ..grading import boxed_letter_is, is_correct, same_mathematics
+from .sandbox import run_program
 from .suites import Benchmark
 
 Grade = Callable[[str, dict[str, Any]], bool]

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from ..analysis import pass_at_k
 from ..analysis.figures import ANALYSES, COLORS, figure_of
-from .gather import Run
+from .load import Run
 
 _GROUPS = (  # title, how its metrics begin
     ("Loss", ("loss", "eval_loss")),

@@ -11,13 +11,13 @@ import yaml
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from ..analysis.draw import named
+from ..analysis.write_figures import named
 from ..errors import OutputDirError
-from ..run_dir import make_folder, writing
+from ..run.output_dir import make_folder, writing
 from . import charts
-from .gather import Run, gather
+from .findings import verdict
+from .load import Run, gather
 from .tokens import pack
-from .verdict import verdict
 
 _MARK = "<footer>Written by tsdkd "
 

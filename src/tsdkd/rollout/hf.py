@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl.models.utils import unwrap_model_for_generation
 
-from . import Completion, Key, Sampling, prompt_generator
-from .draw import draw
+from .base import Completion, Key, Sampling
+from .categorical import draw
+from .seeding import prompt_generator
 
 _TOKENS_PER_LOOK = 16  # on a GPU, where each look waits until all tokens are computed
 

@@ -1,0 +1,82 @@
+"""Every figure of some runs, as pictures and as numbers."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from ..errors import DataError
+from ..evaluation.results import results_in
+from ..run.output_dir import make_folder
+from ..trainer.token_records import FOLDER
+from . import pass_at_k
+from .figures import ANALYSES, figure_of
+from .load import Record, read
+
+
+def draw_all(folders: Sequence[Path], output: Path) -> None:
+    """Write `<name>.png` of every figure and `analysis.json` with all their numbers.
+
+    Raises:
+        DataError: a folder with neither records nor evaluations.
+        OutputDirError: `output` can't be made.
+    """
+    runs, evaluations = _found(folders)
+    curves = pass_at_k.read_curves(evaluations)
+    make_folder(output, "--figures_dir")
+    found: dict[str, Any] = {}
+    table = Table("figure", "shows", "in the paper")
+
+    def save(name: str, numbers: Any, figure: Figure, title: str, source: str) -> None:
+        found[name] = numbers
+        figure.suptitle(title)
+        figure.savefig(output / f"{name}.png", dpi=150)
+        plt.close(figure)
+        table.add_row(f"{name}.png", title, source)
+
+    for analysis in ANALYSES if runs else ():
+        numbers = analysis.numbers(runs)
+        save(analysis.name, numbers, figure_of(analysis, numbers), analysis.title, analysis.source)
+    if curves:
+        save("pass_at_k", curves, pass_at_k.figure_of(curves), pass_at_k.TITLE, pass_at_k.SOURCE)
+    (output / "analysis.json").write_text(json.dumps(found, indent=1, allow_nan=False), encoding="utf-8")
+    console = Console(highlight=False)
+    console.print(table)
+    for run, records in runs.items():
+        console.print(_summary(run, records))
+    console.print(f"written to {output}, the numbers in analysis.json")
+
+
+def _found(folders: Sequence[Path]) -> tuple[dict[str, list[Record]], dict[str, Path]]:
+    """Records of the folders that have some, and results of evaluations. Raises `DataError`."""
+    runs: dict[str, list[Record]] = {}
+    evaluations: dict[str, Path] = {}
+    for name, folder in named(folders).items():
+        own = {f"{name}/{key}": path for key, path in results_in(folder).items()}
+        evaluations |= own
+        if not own or (folder / FOLDER).is_dir():
+            runs[name] = read(folder)
+    return runs, evaluations
+
+
+def named(folders: Sequence[Path]) -> dict[str, Path]:
+    """Name -> folder: its own name, or its whole path where two have one name. Raises `DataError`."""
+    missing = [str(folder) for folder in folders if not folder.is_dir()]
+    if missing:
+        raise DataError(f"no such directory: {', '.join(missing)}")
+    names = [folder.resolve().name for folder in folders]
+    return {name if names.count(name) == 1 else str(f): f for name, f in zip(names, folders, strict=True)}
+
+
+def _summary(run: str, records: Sequence[Record]) -> str:
+    last = records[-1]
+    ours, theirs = (100 * float((last.columns[f"{who}_entropy"] >= 1.0).mean()) for who in ("student", "teacher"))
+    return (
+        f"{run}: {len(records)} records, the last after {last.step} steps, {len(last.samples)} completions; tokens of "
+        f"1 nat or more: student {ours:.1f} %, teacher {theirs:.1f} % (EOPD, Sec. 3.1: 6.8 and 18.5)"
+    )

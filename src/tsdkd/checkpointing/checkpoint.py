@@ -1,0 +1,237 @@
+"""A checkpoint is complete or does not exist.
+
+It is written beside the others under a hidden name, its files are hashed and brought to the disk, a manifest lists
+them, and only then does the first process rename it, between barriers. What a resume takes must agree with its
+manifest, byte for byte.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..errors import CheckpointError, ResumeError
+
+MANIFEST = "manifest.json"
+_WRITING, _DELETING = ".writing-", ".deleting-"
+_NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
+_PACKAGES = ("tsdkd", "torch", "transformers", "trl", "accelerate")
+
+
+@dataclass
+class Manifest:
+    """What a checkpoint consists of.
+
+    Attributes:
+        step: optimizer steps that were taken.
+        processes: how many processes wrote it.
+        versions: of the packages that matter.
+        files: path in the checkpoint -> (bytes, SHA-256).
+    """
+
+    step: int
+    processes: int
+    versions: dict[str, str]
+    files: dict[str, tuple[int, str]]
+
+
+def write(run: Path, step: int, write_files: Callable[[Path], None]) -> Path:
+    """Make `checkpoint-STEP` in the run's folder, which all processes must see.
+
+    Args:
+        run: the output directory.
+        step: optimizer steps that were taken.
+        write_files: called by every process with the folder to write into.
+
+    Returns:
+        The folder, complete.
+
+    Raises:
+        CheckpointError: a file can't be written; the earlier checkpoints are as they were.
+    """
+    state, final = PartialState(), run / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+    partial = run / f"{_WRITING}{final.name}"
+    try:
+        if state.is_main_process:
+            partial.mkdir(parents=True)
+        state.wait_for_everyone()
+        write_files(partial)
+        state.wait_for_everyone()
+        entries = _of_all(_synced, partial, _files_in(partial))
+        if state.is_main_process:
+            versions = {name: version(name) for name in _PACKAGES}
+            _write_manifest(partial / MANIFEST, Manifest(step, state.num_processes, versions, entries))
+            _sync_folders(partial)
+            _discard(final)  # only a damaged one, which a resume passed over, can be there
+            partial.rename(final)
+            _sync(run)
+    except Exception as error:
+        # safetensors and torch have exceptions of their own for a full disk
+        shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(
+            f"{final} can't be written: {' '.join(str(error).split())[:300]}; the checkpoints before it are intact, "
+            "continue with resume: true"
+        ) from error
+    state.wait_for_everyone()
+    return final
+
+
+def newest(run: Path) -> Path:
+    """The newest checkpoint in a run's folder that verifies; what is passed over is said. All processes must call it.
+
+    Raises:
+        ResumeError: there is none.
+    """
+    folders = in_run(run)
+    for folder in reversed(folders):
+        problem = damage(folder)
+        if problem is None:
+            return folder
+        PartialState().print(f"resume: skipped {folder}: {problem}", flush=True)
+    raise ResumeError(f"resume: {run} has no checkpoint that can be resumed from ({len(folders)} found)")
+
+
+def verify(folder: Path) -> None:
+    """Check a checkpoint. All processes must call it. Raises `ResumeError`."""
+    problem = damage(folder)
+    if problem:
+        raise ResumeError(f"resume_from_checkpoint: {folder} can't be resumed from: {problem}")
+
+
+def in_run(run: Path) -> list[Path]:
+    """The checkpoints in a run's folder, the oldest first, whatever their state."""
+    found = ((_NAME.fullmatch(path.name), path) for path in run.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
+    return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
+
+
+def damage(folder: Path) -> str | None:
+    """Why a checkpoint can't be used; None if it can. All processes must call it: each reads a share of the files.
+
+    Raises:
+        ResumeError: it was written by another number of processes.
+    """
+    state = PartialState()
+    found = _read_manifest(folder)
+    if isinstance(found, str):
+        return found
+    if found.processes != state.num_processes:
+        raise ResumeError(
+            f"resume: {folder} was written by {found.processes} process{'es' * (found.processes > 1)}, found "
+            f"{state.num_processes}; start as many"
+        )
+    present = _files_in(folder)
+    missing = sorted(set(found.files) - set(present))
+    if missing:
+        return f"it has no {', '.join(missing[:3])}"
+    now = _of_all(_as_read, folder, sorted(found.files))
+    changed = [name for name in now if now[name] != tuple(found.files[name])]
+    if changed:
+        return f"{', '.join(changed[:3])}: other bytes than were written"
+    return None
+
+
+def _read_manifest(folder: Path) -> Manifest | str:
+    """The manifest, or why there is none to read."""
+    try:
+        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        digest = content.pop("sha256")
+        if digest != _digest_of(content):
+            return f"{MANIFEST}: other bytes than were written"
+        return Manifest(**content)
+    except FileNotFoundError:
+        return f"it has no {MANIFEST}"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} can't be read"
+
+
+def rotate(newest: Path, keep: int | None, best: str | None) -> None:
+    """Delete the oldest checkpoints beside `newest`, which is complete, until `keep` are left; never it, never the
+    best, never by halves."""
+    if not keep:
+        return
+    folders = in_run(newest.parent)
+    protected = {newest.name, Path(best or "").name}  # a damaged one may have a higher number
+    surplus = [folder for folder in folders if folder.name not in protected]
+    for folder in surplus[: max(0, len(folders) - keep)]:
+        _discard(folder)
+
+
+def remove_leftovers(run: Path) -> None:
+    """What a killed save or rotation has left."""
+    for pattern in (f"{_WRITING}*", f"{_DELETING}*"):
+        for folder in run.glob(pattern):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _discard(folder: Path) -> None:
+    """Not a checkpoint any more at once, then deleted."""
+    if folder.exists():
+        doomed = folder.with_name(f"{_DELETING}{folder.name}")
+        folder.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _files_in(folder: Path) -> list[str]:
+    """Relative paths, the manifest apart."""
+    paths = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return sorted(path for path in paths if path != MANIFEST)
+
+
+def _of_all(function: Callable[[Path], Any], folder: Path, names: list[str]) -> dict[str, Any]:
+    """Name -> `function(file)`, each process calling it for a share of the files."""
+    state = PartialState()
+    own = [(name, function(folder / name)) for name in names[state.process_index :: state.num_processes]]
+    return dict(sorted(gather_object(own)))
+
+
+def _synced(path: Path) -> tuple[int, str]:
+    """Bytes and SHA-256 of a file, which is on the disk afterwards."""
+    _sync(path)
+    return _described(path)
+
+
+def _described(path: Path) -> tuple[int, str]:
+    with path.open("rb") as file:
+        return path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _as_read(path: Path) -> tuple[int, str] | None:
+    """None for a file that can't be read: the other processes wait for an answer."""
+    try:
+        return _described(path)
+    except OSError:
+        return None
+
+
+def _digest_of(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _write_manifest(path: Path, manifest: Manifest) -> None:
+    content = json.loads(json.dumps(asdict(manifest)))
+    path.write_text(json.dumps({"sha256": _digest_of(content), **content}, indent=1), encoding="utf-8")
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_folders(folder: Path) -> None:
+    for path in (folder, *(p for p in folder.rglob("*") if p.is_dir())):
+        _sync(path)

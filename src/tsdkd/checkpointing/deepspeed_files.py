@@ -1,0 +1,43 @@
+"""DeepSpeed keeps its part of a checkpoint in pickles, and would run whatever they say. Here they may only hold
+tensors, numbers, and the few classes that DeepSpeed puts there."""
+
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from ..errors import CheckpointError
+
+
+@contextmanager
+def only_data_is_loaded() -> Iterator[None]:
+    """Within it, DeepSpeed's `load_checkpoint` raises `CheckpointError` for a file with anything else in it."""
+    from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    def member(owner: Any, name: str) -> Any:
+        if owner is not ZeroStageEnum:
+            raise pickle.UnpicklingError(f"getattr of {owner}")
+        return owner[name]
+
+    classes = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+    allowed = [*classes, (member, "builtins.getattr")]  # Python 3.11.0 to 3.11.3 pickles enums as getattr
+
+    def load(self: TorchCheckpointEngine, path: str, map_location: Any = None) -> Any:
+        try:
+            with torch.serialization.safe_globals(allowed):
+                return torch.load(path, map_location=map_location, weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise CheckpointError(
+                f"resume: {path} holds code, or was not written by DeepSpeed; it was not loaded"
+            ) from error
+
+    theirs, TorchCheckpointEngine.load = TorchCheckpointEngine.load, load
+    try:
+        yield
+    finally:
+        TorchCheckpointEngine.load = theirs

@@ -1,0 +1,155 @@
+"""What a run is continued from: a `Trainer` whose checkpoints are whole, verified, and hold no pickle of ours."""
+
+import random
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import is_peft_model, send_to_device
+from torch import nn
+from transformers import Trainer
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+
+from . import checkpoint, preemption
+from .deepspeed_files import only_data_is_loaded
+from .state_file import load_state, save_state
+
+_STATE, _OPTIMIZER = "trainer_state.json", "optimizer.safetensors"
+
+
+class Resumable(Trainer):
+    """Comes before a trainer among its bases; the trainer says what of its own belongs to a checkpoint."""
+
+    def _own_state(self) -> Any:
+        """This process's part of the state, as `tsdkd.checkpointing.state_file` takes it."""
+        raise NotImplementedError
+
+    def _load_own_state(self, state: Any) -> None:
+        raise NotImplementedError
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """See `Trainer.train`. True: from the newest checkpoint in `output_dir` that verifies.
+
+        Raises:
+            ResumeError: there is none, or the one that is named doesn't verify.
+            CheckpointError: a checkpoint can't be written.
+        """
+        if self.args.should_save:
+            checkpoint.remove_leftovers(Path(self.args.output_dir))
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = str(checkpoint.newest(Path(self.args.output_dir)))
+        elif resume_from_checkpoint:
+            checkpoint.verify(Path(resume_from_checkpoint))
+        if resume_from_checkpoint:
+            self.accelerator.print(f"resume: continuing from {resume_from_checkpoint}", flush=True)
+        with preemption.watching(), only_data_is_loaded() if self.is_deepspeed_enabled else nullcontext():
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _prepare_input(self, data: Any) -> Any:
+        """Trainer's, without its cast to DeepSpeed's precision, which is for models that take floating inputs: what
+        floats in a batch here are log-probabilities and entropies of a rollout."""
+        return send_to_device(data, self.args.device, non_blocking=True)  # a copy from the host needn't be waited for
+
+    # Saving
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.store_flos()
+        run = Path(self.args.output_dir)
+        best = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+        if best.is_dir() or self.state.best_global_step == self.state.global_step:
+            self.state.best_model_checkpoint = str(best)
+        folder = checkpoint.write(run, self.state.global_step, self._write_files)
+        if self.args.should_save:
+            checkpoint.rotate(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
+        if self.args.push_to_hub:
+            self.create_model_card()
+            self._push_from_checkpoint(str(folder))
+
+    def _write_files(self, folder: Path) -> None:
+        self.save_model(str(folder), _internal_call=True)
+        if self.is_deepspeed_enabled:
+            self.model_wrapped.save_checkpoint(str(folder), exclude_frozen_parameters=is_peft_model(self.model))
+        process = {"random": _random_state(), "own": self._own_state()}
+        save_state(process, self._process_file(folder))
+        if self.args.should_save:
+            save_state({name: part.state_dict() for name, part in self._stateful()}, folder / _OPTIMIZER)
+            self._export_callbacks()
+            self.state.save_to_json(str(folder / _STATE))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Trainer's, without the pickled arguments, which hold the hub's token."""
+        folder = output_dir or self.args.output_dir
+        if state_dict is not None:  # of DeepSpeed: copies, which hide that two names are one tensor
+            state_dict = {name: tensor for name, tensor in state_dict.items() if name not in self._tied_names}
+        self.model.save_pretrained(folder, state_dict=state_dict, is_main_process=self.args.should_save)
+        if self.args.should_save:
+            self.processing_class.save_pretrained(folder)
+
+    @property
+    def _tied_names(self) -> set[str]:
+        return set(getattr(self.model, "all_tied_weights_keys", {}))
+
+    def _export_callbacks(self) -> None:
+        """What `Trainer` writes of its callbacks."""
+        exportable = [c for c in [*self.callback_handler.callbacks, self.control] if isinstance(c, ExportableState)]
+        for callback in exportable:
+            name, states = type(callback).__name__, self.state.stateful_callbacks
+            if isinstance(states[name], list):
+                states[name].append(callback.state())
+            else:
+                states[name] = callback.state()
+
+    def _stateful(self) -> list[tuple[str, Any]]:
+        """What the main process saves besides the model. DeepSpeed keeps the optimizer, a scheduler of its own, and
+        the scaler with the model."""
+        if self.is_deepspeed_enabled:
+            from accelerate.utils import DeepSpeedSchedulerWrapper  # there is none without DeepSpeed
+
+            is_its_own = isinstance(self.lr_scheduler, DeepSpeedSchedulerWrapper)
+            return [] if is_its_own else [("scheduler", self.lr_scheduler)]
+        parts = {"optimizer": self.optimizer, "scheduler": self.lr_scheduler, "scaler": self.accelerator.scaler}
+        return [(name, part) for name, part in parts.items() if part is not None]
+
+    # Continuing
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """A tied weight isn't in the file by its second name."""
+        load_result.missing_keys[:] = [name for name in load_result.missing_keys if name not in self._tied_names]
+        super()._issue_warnings_after_load(load_result)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        state = load_state(Path(checkpoint, _OPTIMIZER))
+        for name, part in self._stateful():
+            part.load_state_dict(state[name])
+        self._load_own_state(load_state(self._process_file(checkpoint))["own"])
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            _set_random_state(load_state(self._process_file(checkpoint))["random"])
+
+    def _process_file(self, folder: str | Path) -> Path:
+        return Path(folder, f"process_{self.args.process_index}.safetensors")
+
+
+def _random_state() -> dict[str, Any]:
+    """Of Python, numpy, torch, and this process's device."""
+    algorithm, words, *rest = np.random.get_state(legacy=True)
+    return {
+        "python": random.getstate(),
+        "numpy": (algorithm, np.asarray(words).tolist(), *rest),
+        "cpu": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["cpu"])
+    if state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"])

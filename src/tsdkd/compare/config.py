@@ -1,0 +1,267 @@
+"""What a comparison is: its YAML file -> runs, seeds, and the flags of `tsdkd train` for each."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from ..config.coercion import coerce, nearest
+from ..config.options import AT_LEAST_ONE, option
+from ..errors import ConfigError
+from ..launch.processes import Start, planned
+from ..methods import METHODS
+from ..run.arguments import RunArguments, parse_run, read_run
+from ..run.config_file import locate, read_yaml
+
+_SHIPPED = Path(str(resources.files("tsdkd").joinpath("configs/compare")))
+_OWN = ("seed", "output_dir", "resume")
+REFERENCES = ("student", "teacher")
+"""Measured beside the runs, as they are."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One run with one seed, or one of `REFERENCES`.
+
+    Attributes:
+        run: its name in the file.
+        seed: None for a reference.
+        folder: where everything of it is written.
+    """
+
+    run: str
+    seed: int | None
+    folder: Path
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        return self.run if self.seed is None else f"{self.run}, seed {self.seed}"
+
+
+@dataclass
+class Comparison:
+    """A comparison's file; what its keys mean is in their help, and in docs/configuration.md."""
+
+    config: str = option("", "The configuration that all runs share: a file or a shipped name.")
+    output_dir: str = option("", "Where runs, results, table and plot go.")
+    runs: dict[str, Any] | str = option(
+        dict, "Name -> keys of `tsdkd train` in which the run differs; or another comparison, whose runs are taken."
+    )
+    seeds: list[Any] = option(lambda: [1, 2, 3, 4, 5], "Each run is done with each.")
+    settings: dict[str, Any] = option(dict, "Keys of `tsdkd train` for all runs, over those of `config`.")
+    baseline: str | None = option(None, "The run that the others are tested against; none: the first.")
+    x: str | None = option(None, "The key that a sweep varies, for the plot.")
+    teacher_completions: bool = option(
+        False, "Runs that need completions train on the teacher's, which are written first."
+    )
+    eval_dataset_name: str | None = option(None, "Problems with an `answer`; none: those of `config`.")
+    eval_problems: int | None = option(None, "How many of them; none: all.", AT_LEAST_ONE)
+    eval_samples: int = option(8, "Completions at temperature 1 for each.", AT_LEAST_ONE)
+    eval_batch_size: int = option(256, "Completions at a time.", AT_LEAST_ONE)
+    accelerate_config: str | None = option(None, "How each run is launched; none: as its configuration says.")
+    num_processes: int | None = option(None, "Processes of each run.", AT_LEAST_ONE)
+
+    @property
+    def folder(self) -> Path:
+        """`output_dir`."""
+        return Path(self.output_dir)
+
+    @property
+    def teacher_file(self) -> Path:
+        """Where the teacher's completions are."""
+        return self.folder / "teacher_completions.jsonl"
+
+    @property
+    def tasks(self) -> list[Task]:
+        """All that is to be done: references first, then every run with the first seed, and so on."""
+        assert isinstance(self.runs, dict)
+        references = [Task(name, None, self.folder / name) for name in REFERENCES]
+        folders = {name: self.folder / (re.sub(r"[^\w.-]+", "_", name).lstrip(".") or "_") for name in self.runs}
+        return references + [Task(run, s, folders[run] / f"seed-{s}") for s in self.seeds for run in self.runs]
+
+    def flags(self, task: Task) -> list[str]:
+        """Of `tsdkd train --config …`."""
+        assert isinstance(self.runs, dict)
+        own = {"output_dir": str(task.folder), "resume": True}
+        if task.seed is not None:
+            own["seed"] = task.seed
+        words = _flags({**self.settings, **self.runs.get(task.run, {}), **own})
+        if self.teacher_completions and self._needs_completions(words):
+            words += ["--dataset_name", str(self.teacher_file)]
+        return words
+
+    def _needs_completions(self, words: list[str]) -> bool:
+        method, values, _, _ = read_run(self.config, words)
+        return METHODS[method].config_class.starts_from_data or values["lmbda"] < 1
+
+    def arguments(self, task: Task) -> RunArguments:
+        """The run, parsed and checked. Raises `ConfigError`."""
+        return parse_run(self.config, self.flags(task))
+
+    def start(self, task: Task) -> Start | None:
+        """The processes that the run needs. Raises `ConfigError`."""
+        own = {"accelerate_config": self.accelerate_config, "num_processes": self.num_processes}
+        own = {name: value for name, value in own.items() if value is not None}
+        return planned({**read_run(self.config, self.flags(task))[1], **own}, own)
+
+    @property
+    def shared_flags(self) -> list[str]:
+        """What holds for all runs, as one that samples: the teacher's completions and the measurement go by it."""
+        values = {**self.settings, "output_dir": self.output_dir}
+        method = read_run(self.config, _flags(values))[0]
+        return _flags(values if "lmbda" in METHODS[method].config_class.refused else {**values, "lmbda": 1})
+
+    def teacher_flags(self, on_gpu: bool) -> list[str]:
+        """Of `tsdkd generate --config …`, for the teacher's completions: on a GPU, which its engine has to itself,
+        without the share that the engines of the runs have."""
+        left_out = {"vllm_gpu_memory_utilization"} if on_gpu else set()
+        return replace(self, settings={k: v for k, v in self.settings.items() if k not in left_out}).shared_flags
+
+    def shared_arguments(self) -> RunArguments:
+        """`shared_flags`, parsed and checked. Raises `ConfigError`."""
+        return parse_run(self.config, self.shared_flags)
+
+    def varied(self, run: str) -> float:
+        """The value of `x` in a run."""
+        assert isinstance(self.runs, dict) and self.x is not None
+        return float(self.runs[run][self.x])
+
+
+def shipped() -> list[str]:
+    """The comparisons that ship with tsdkd."""
+    return sorted(path.name for path in _SHIPPED.glob("*.yaml"))
+
+
+def print_shipped() -> None:
+    """Names, and the first line of each."""
+    width = max(map(len, shipped()))
+    for name in shipped():
+        first = (_SHIPPED / name).read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+        print(f"{name:<{width}}  {first}")
+
+
+def read_comparison(name: str) -> Comparison:
+    """A file, or a shipped comparison.
+
+    Raises:
+        ConfigError: with every problem found, one line each, of the comparison and of its runs.
+    """
+    found = read_yaml(str(_find(name)))
+    problems = _unknown(found)
+    hints, values = get_type_hints(Comparison), {}
+    metadata = {f.name: f.metadata for f in fields(Comparison)}
+    if "seeds" in found and not isinstance(found["seeds"], list):
+        problems.append(f"seeds: must be a list, such as [1, 2, 3], found {found.pop('seeds')!r}")
+    for key in found.keys() & hints.keys():
+        try:
+            values[key] = coerce(found[key], hints[key])
+        except ValueError as error:
+            problems.append(f"{key}: {error}")
+            continue
+        valid = metadata[key].get("valid")
+        if valid and values[key] is not None and not valid[0](values[key]):
+            problems.append(f"{key}: {valid[1]}, found {values[key]!r}")
+    problems += [
+        f"{key}: missing" for key in ("config", "output_dir", "runs") if not values.get(key) and key not in found
+    ]
+    if problems:
+        raise ConfigError(problems)
+    if isinstance(values["runs"], str):
+        other = read_yaml(str(_find(values["runs"]))).get("runs")
+        if not isinstance(other, dict):
+            raise ConfigError([f"runs: {values['runs']}: must have runs of its own, found {other!r}"])
+        values["runs"] = other
+    values["runs"] = {str(name): run for name, run in values["runs"].items()}
+    values["eval_dataset_name"] = locate(values.get("eval_dataset_name"))
+    comparison = Comparison(**values)
+    _check(comparison)
+    return comparison
+
+
+def _find(name: str) -> Path:
+    for path in (Path(name), _SHIPPED / name, _SHIPPED / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    raise ConfigError(
+        [
+            f"--config: no file and no shipped comparison is called {name!r}{nearest(name, shipped())}; see "
+            "`tsdkd compare --list`"
+        ]
+    )
+
+
+def _unknown(found: Mapping[str, Any]) -> list[str]:
+    known = [f.name for f in fields(Comparison)]
+    return [f"{key}: unknown key{nearest(key, known)}" for key in found if key not in known]
+
+
+def _check(comparison: Comparison) -> None:
+    """Every run's keys, before the first one starts."""
+    runs, problems = comparison.runs, []
+    assert isinstance(runs, dict)
+    if not runs or not comparison.seeds:
+        problems.append("runs, seeds: at least one of each is needed")
+    problems += _check_seeds(comparison.seeds)
+    folders: dict[Path, str] = {}
+    for task in comparison.tasks:
+        other = folders.setdefault(task.folder.parent if task.seed is not None else task.folder, task.run)
+        if other != task.run:
+            problems.append(f"runs: {other!r} and {task.run!r} would be written into one folder; change a name")
+    if comparison.baseline is not None and comparison.baseline not in runs:
+        problems.append(f"baseline: must be one of {', '.join(runs)}, found {comparison.baseline!r}")
+    problems += [
+        f"runs: {name}: the model itself is called so; choose another name" for name in REFERENCES if name in runs
+    ]
+    for name, values in runs.items():
+        if values is None:
+            values = runs[name] = {}
+        if not isinstance(values, dict):
+            problems.append(f"runs: {name}: must be a mapping of keys to values, found {values!r}")
+            continue
+        problems += [f"runs: {name}: {key}: the comparison sets it; remove it" for key in _OWN if key in values]
+        if comparison.x is not None and not _is_number(values.get(comparison.x)):
+            found = values.get(comparison.x, "nothing")
+            problems.append(f"runs: {name}: {comparison.x}: x says that it varies, must be a number, found {found!r}")
+        task = Task(name, 0, Path("unused"))
+        try:
+            read_run(comparison.config, comparison.flags(task))
+        except ConfigError as error:
+            problems += [f"runs: {name}: {line}" for line in error.problems]
+    try:
+        read_run(comparison.config, comparison.shared_flags)
+    except ConfigError as error:
+        problems += [f"config, settings: {line}" for line in error.problems]
+    if problems:
+        raise ConfigError(list(dict.fromkeys(problems)))
+
+
+def _check_seeds(seeds: list[Any]) -> list[str]:
+    wrong = [seed for seed in seeds if type(seed) is not int or seed < 0]
+    twice = {seed for seed in seeds if seeds.count(seed) > 1}
+    return [
+        *(f"seeds: must be whole numbers of at least 0, found {seed!r}" for seed in wrong),
+        *(f"seeds: {seed} is there twice" for seed in twice),
+    ]
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        return type(value) is not bool and float(value) == float(value)
+    except (TypeError, ValueError):
+        return False
+
+
+def _flags(values: Mapping[str, Any]) -> list[str]:
+    return [word for key, value in values.items() for word in _flag(key, value)]
+
+
+def _flag(key: str, value: Any) -> list[str]:
+    if isinstance(value, dict):
+        return [f"--{key}", json.dumps(value)]
+    if isinstance(value, list):
+        return [f"--{key}", *map(str, value)]
+    return [f"--{key}", "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)]

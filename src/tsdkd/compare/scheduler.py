@@ -1,0 +1,124 @@
+"""All tasks of a comparison on this machine, each in a process of its own; or a SLURM array of them."""
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+
+from ..errors import PreemptedError, TSDKDError
+from ..launch.slurm import render
+from ..run.output_dir import make_folder
+from .config import Comparison, Task
+from .task import load_problems, result_of
+
+
+class TasksFailedError(TSDKDError, RuntimeError):
+    """Some tasks failed; the others' results are there."""
+
+    exit_code = 1
+
+
+def run_all(comparison: Comparison, name: str, jobs: int) -> None:
+    """Do what isn't done yet, `jobs` at a time.
+
+    Raises:
+        TasksFailedError: naming the tasks that failed and their logs.
+        PreemptedError: a signal stopped them.
+    """
+    make_folder(comparison.folder)
+    load_problems(comparison)  # what is wrong with them is told before hours of training
+    tasks = list(enumerate(comparison.tasks))
+    todo = [(i, task) for i, task in tasks if result_of(comparison, task) is None]
+    _say(f"{len(tasks) - len(todo)} of {len(tasks)} tasks are done, {len(todo)} to go")
+    running: dict[int, subprocess.Popen[bytes]] = {}
+    signals = _PassingSignalsOn(running)
+
+    def one(number: int, task: Task) -> tuple[Task, int, float] | None:
+        if signals.received:
+            return None
+        start, log = time.perf_counter(), _log(task)
+        make_folder(log.parent)
+        command = [sys.executable, "-m", "tsdkd", "compare", "--config", name, "--task", str(number)]
+        with log.open("ab") as file:
+            process = subprocess.Popen(command, stdout=file, stderr=file, env=_environment(jobs))
+        running[number] = process
+        if signals.received:  # meanwhile
+            process.send_signal(signal.SIGTERM)
+        return task, process.wait(), time.perf_counter() - start
+
+    failed: list[Task] = []
+    with ThreadPoolExecutor(jobs) as pool:
+        pending: set[Future[tuple[Task, int, float] | None]] = {pool.submit(one, *item) for item in todo}
+        try:
+            with signals:
+                while pending:
+                    finished, pending = wait(pending, return_when=FIRST_COMPLETED)
+                    for task, code, seconds in filter(None, (future.result() for future in finished)):
+                        failed += [task] if code else []
+                        _tell(comparison, task, code, seconds)
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    if signals.received:
+        raise PreemptedError("stopped by a signal; the same command goes on from here")
+    if failed:
+        logs = "\n".join(f"{task.title}: failed, see {_log(task)}" for task in failed)
+        raise TasksFailedError(logs)
+
+
+class _PassingSignalsOn:
+    """Within it, SIGTERM and SIGUSR1 go to the running tasks, which save and stop.
+
+    Attributes:
+        received: whether one came.
+    """
+
+    def __init__(self, running: dict[int, "subprocess.Popen[bytes]"]) -> None:
+        self.running, self.received = running, False
+
+    def __enter__(self) -> None:
+        self.before = {n: signal.signal(n, self._pass) for n in (signal.SIGTERM, signal.SIGUSR1)}
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _pass(self, number: int, frame: object) -> None:
+        self.received = True
+        for process in list(self.running.values()):
+            if process.poll() is None:
+                process.send_signal(number)
+
+
+def _environment(jobs: int) -> dict[str, str]:
+    threads = str(max(1, (os.cpu_count() or 1) // jobs))
+    return {"OMP_NUM_THREADS": threads, **os.environ}
+
+
+def _log(task: Task) -> Path:
+    """Beside the folder, which is the run's own."""
+    return task.folder.parent / f"{task.folder.name}.log"
+
+
+def _tell(comparison: Comparison, task: Task, code: int, seconds: float) -> None:
+    result = result_of(comparison, task) if code == 0 else None
+    if result is None:
+        _say(f"{task.title}: exit code {code} after {seconds:.0f} s, see {_log(task)}")
+        return
+    k = comparison.eval_samples
+    shown = ", ".join(f"{metric} {result[metric]:.1f}" for metric in ("greedy", f"avg@{k}", f"pass@{k}"))
+    _say(f"{task.title}: {shown} ({seconds:.0f} s)")
+
+
+def _say(text: str) -> None:
+    print(f"tsdkd compare: {text}", flush=True)
+
+
+def array_script(comparison: Comparison, name: str, **settings: object) -> str:
+    """An sbatch script with a job for every task. Raises `ConfigError`."""
+    own = {"last": len(comparison.tasks) - 1, "config": shlex.quote(name)}
+    return render("compare/slurm.sh.j2", comparison.folder, settings, [name], **own)

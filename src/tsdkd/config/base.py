@@ -1,0 +1,179 @@
+"""What can be set for every method, and the data arguments; `tsdkd.methods` has what each method adds.
+
+Field names, defaults and help follow TRL and transformers. A configuration that can't be run raises one `ConfigError`
+that lists every problem.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, get_type_hints
+
+from transformers import SchedulerType
+from trl.experimental.gkd import GKDConfig
+
+from ..errors import ConfigError
+from .coercion import coerce
+from .options import AT_LEAST_ONE, NOT_NEGATIVE, option
+from .validation import check_values, default_of, own_fields
+
+
+@dataclass
+class TokenSelectiveConfig(GKDConfig):
+    """What the methods share; `tsdkd.methods` has one subclass for each.
+
+    Args:
+        top_p: nucleus mass of the rollouts, for EOPD (Table 8: 0.8 for Llama); below 1 the sampler is no longer the
+            policy that the loss models.
+        chat_template_source: whose chat template renders the prompts; a plain string prompt becomes one user message.
+            "none" takes strings as they are.
+        chat_template_kwargs: passed to the template, e.g. `{"enable_thinking": false}`.
+        prompt_suffix: a line after each prompt, of a conversation after its last user message. EOPD's evaluation
+            has one ("Please reason step by step, ..."); neither paper says so of its training.
+        prompt_column: the column that holds the prompt, where it isn't called `prompt` (or `messages`).
+        completion_column: the column that holds the completion, where it isn't called `completion`.
+        log_completions: print some completions, as a table, at every logging step.
+        log_term_gradients: every how many optimizer steps the gradient norm of each term is logged (on the first
+            micro-batch of the step); 0 is never.
+        record_steps: every how many optimizer steps the next rollout is recorded in `<output_dir>/records`, for
+            `tsdkd analyze` and `tsdkd report`: what both models say at each token of some completions; 0 is never.
+        record_completions: how many of them.
+        fused_head: compute the loss from hidden states, a chunk of tokens at a time. False: from whole logits, for
+            models whose logits are more than a scaled, soft-capped projection.
+        head_chunk_gib: GiB for the logits of one chunk; the numbers don't depend on it. By default 0.25 on a CPU and
+            1 on a GPU.
+        teacher_placement: "replica" (whole on every device), "zero3" (sharded over them) or "cpu_offload" (sharded
+            over the hosts' memory), whatever the student's ZeRO stage. By default sharded where the student is.
+        resume: continue from the newest complete checkpoint in `output_dir`, or start where there is none: what a job
+            that is requeued needs. (`resume_from_checkpoint` wants one, and takes a path too.)
+        max_nonfinite_steps: how many steps with a loss or gradient that isn't finite are left out before the run
+            stops.
+        use_vllm: roll out with vLLM.
+        vllm_mode: "colocate" (an engine in each process) or "server" (one that `vllm serve` runs).
+        vllm_model_impl: vLLM's own implementation of the model, or transformers'.
+        vllm_gpu_memory_utilization: share of a device's memory (on a CPU: of the machine's) for a colocated engine.
+        vllm_tensor_parallel_size: processes that share a colocated engine.
+        vllm_enable_sleep_mode: a colocated engine gives its memory back while the student trains.
+        vllm_server_base_url: where the server listens; instead of host and port.
+        vllm_server_host, vllm_server_port: the same, by default on this machine.
+        vllm_server_timeout: how long to wait for the server to be up, seconds.
+        vllm_request_timeout: how long to wait for an answer of the server, seconds.
+        vllm_group_port: of the group through which a server gets the weights.
+        vllm_max_model_length: the engine's context, tokens; by default `max_length`, or the models' context.
+        vllm_check_every: every how many weight syncs, the first included, the engine's log-probabilities are compared
+            with the student's.
+    """
+
+    method: ClassVar[str]
+    paper: ClassVar[str]
+    starts_from_data: ClassVar[bool] = False  # whether it trains on the data set's completions whatever lmbda is
+    completions: ClassVar[str] = "the student's; the data set's in 1 - lmbda of the steps"  # that it trains on
+    refused: ClassVar[dict[str, str]] = {"beta": "the method has no generalised JSD"}  # inherited options, and why
+
+    temperature: float = option(1.0, "Divides student and teacher logits, in rollouts and in the loss.")
+    lmbda: float = option(1.0, "Share of optimizer steps on the student's own completions; 0 never generates.")
+    learning_rate: float = option(5e-6, "Initial learning rate of AdamW.")
+    lr_scheduler_type: SchedulerType | str = option("cosine", "Learning rate schedule.")
+    logging_nan_inf_filter: bool = option(False, "Hide non-finite losses in the log. Off: a diverged run shows.")
+    top_p: float = option(1.0, "Nucleus mass of the rollouts.")
+    chat_template_source: Literal["student", "teacher", "none"] = option(
+        "student", "Whose chat template renders the prompts; 'none' takes string prompts as they are."
+    )
+    model_init_kwargs: dict[str, Any] | None = option(None, "Keyword arguments of the student's from_pretrained.")
+    teacher_model_init_kwargs: dict[str, Any] | None = option(None, "Keyword arguments of the teacher's.")
+    chat_template_kwargs: dict[str, Any] | None = option(None, "Keyword arguments of the chat template.")
+    prompt_suffix: str | None = option(None, "A line to put after each prompt, before the chat template.")
+    prompt_column: str | None = option(None, "Column of the prompt, if it is not 'prompt' or 'messages'.")
+    completion_column: str | None = option(None, "Column of the completion, if it is not 'completion'.")
+    log_completions: bool = option(False, "Print a table of completions at every logging step.")
+    log_term_gradients: int = option(100, "Log each term's gradient norm every so many steps; 0 is never.")
+    record_steps: int = option(
+        0,
+        "Record what both models say at each token of some completions, every so many steps; 0 is never.",
+        NOT_NEGATIVE,
+    )
+    record_completions: int = option(
+        8,
+        "How many completions a record holds.",
+        AT_LEAST_ONE,
+        (lambda v: v["record_steps"] == 0, "record_steps is 0"),
+    )
+    fused_head: bool = option(True, "Compute the loss from hidden states, without whole logits.")
+    head_chunk_gib: float | None = option(None, "GiB for the logits of one chunk; none: 0.25 on a CPU, 1 on a GPU.")
+    teacher_placement: Literal["replica", "zero3", "cpu_offload"] | None = option(
+        None, "Where the teacher's weights are; none: sharded where the student's are, else on every device."
+    )
+    resume: bool = option(False, "Continue from the newest complete checkpoint in output_dir; without one, start.")
+    max_nonfinite_steps: int = option(0, "How many steps with a non-finite loss or gradient are left out.")
+    use_vllm: bool = option(False, "Roll out with vLLM.")
+    vllm_mode: Literal["colocate", "server"] = option("colocate", "Where vLLM runs.")
+    vllm_model_impl: Literal["auto", "vllm", "transformers"] = option("auto", "Whose implementation vLLM runs.")
+    vllm_gpu_memory_utilization: float = option(0.3, "Share of memory for a colocated engine.")
+    vllm_tensor_parallel_size: int = option(1, "Processes that share a colocated engine.")
+    vllm_enable_sleep_mode: bool = option(False, "A colocated engine gives its memory back during training steps.")
+    vllm_server_base_url: str | None = option(None, "URL of the vLLM server; instead of host and port.")
+    vllm_server_host: str = option("127.0.0.1", "Host of the vLLM server.")
+    vllm_server_port: int = option(8000, "Port of the vLLM server.")
+    vllm_server_timeout: float = option(240.0, "How long to wait for the vLLM server to be up, seconds.")
+    vllm_request_timeout: float = option(1800.0, "How long to wait for an answer of the vLLM server, seconds.")
+    vllm_group_port: int = option(51216, "Port through which the vLLM server gets the weights.")
+    vllm_max_model_length: int | None = option(None, "The engine's context, tokens; none: max_length.")
+    vllm_check_every: int = option(50, "Every how many weight syncs the engine's log-probabilities are checked.")
+
+    _VALID_DICT_FIELDS = [*GKDConfig._VALID_DICT_FIELDS, "chat_template_kwargs"]
+
+    def __post_init__(self) -> None:
+        problems = self._coerce_own() or check_values(type(self), vars(self))
+        if problems:
+            raise ConfigError(problems)
+        super().__post_init__()
+        self.remove_unused_columns = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the hub's tokens: `Trainer` pickles its arguments into what it pushes to the hub."""
+        return {name: None if name.endswith("hub_token") else value for name, value in vars(self).items()}
+
+    def _coerce_own(self) -> list[str]:
+        hints = get_type_hints(type(self))
+        problems = []
+        for name in own_fields(type(self)):
+            try:
+                setattr(self, name, coerce(getattr(self, name), hints[name]))
+            except ValueError as error:
+                problems.append(f"{name}: {error}")
+        return problems
+
+    @classmethod
+    def own_options(cls) -> list[str]:
+        """The options that a method adds to what all have, or gives another default."""
+        common = {name: default_of(TokenSelectiveConfig, name) for name in own_fields(TokenSelectiveConfig)}
+        if cls is TokenSelectiveConfig:
+            return list(common)
+        names = [name for name in own_fields(cls) if name not in cls.refused]
+        return [name for name in names if name not in common or default_of(cls, name) != common[name]]
+
+    @property
+    def needs_completions(self) -> bool:
+        """Whether some steps train on the data set's completions."""
+        return self.starts_from_data or self.lmbda < 1
+
+    def steps_per_rollout(self, processes: int | None = None) -> int:
+        """Optimizer steps that one rollout serves, with so many processes; by default those that there are."""
+        return 1
+
+
+@dataclass
+class DataArguments:
+    """Where the prompts come from.
+
+    Args:
+        dataset_name: a hub name, or a local JSON, JSONL, CSV or Parquet file, or a folder of them.
+        dataset_config: configuration (subset) of a hub data set.
+        dataset_train_split: split to train on.
+        eval_dataset_name: held-out prompts, if they aren't a split of `dataset_name`.
+        dataset_test_split: split to evaluate on.
+    """
+
+    dataset_name: str | None = option(None, "Hub name or local file (JSON, JSONL, CSV, Parquet).")
+    dataset_config: str | None = option(None, "Configuration of a hub data set.")
+    dataset_train_split: str = option("train", "Split to train on.")
+    eval_dataset_name: str | None = option(None, "Held-out prompts, if not a split of dataset_name.")
+    dataset_test_split: str = option("test", "Split to evaluate on.")

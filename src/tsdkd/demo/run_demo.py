@@ -1,0 +1,97 @@
+"""The demo: accuracy of teacher and student, distillation, accuracy of the student on problems it never saw."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..data import load_rows
+from ..evaluation import Evaluation, Problems, evaluate
+from ..models.loading import stop_token_ids
+from ..run import train as run
+from ..run.arguments import RunArguments
+from ..run.output_dir import claim
+from . import task
+
+PROBLEMS = 256
+_SHOWN = ("greedy", "avg@8", "pass@8")
+
+
+def show(arguments: RunArguments) -> None:
+    """Run the demo and print its table. Raises `TSDKDError`."""
+    claim(arguments)
+    torch.set_num_threads(2)  # more cost more than they give on matrices of 64 x 64, and change the bits of the run
+    rows = list(load_rows(str(arguments.data.eval_dataset_name), None, "train"))[:PROBLEMS]
+    teacher = measure_saved(str(arguments.training.teacher_model_name_or_path), rows)
+    print(f"teacher         {_line(teacher)}", flush=True)
+    before = measure_saved(str(arguments.model.model_name_or_path), rows)
+    print(f"student, before {_line(before)}", flush=True)
+    start = time.perf_counter()
+    run.train(arguments)
+    seconds = time.perf_counter() - start
+    after = measure_saved(str(arguments.training.output_dir), rows)
+
+    title = f"{arguments.method} on {len(rows)} held-out problems, {seconds:.0f} s of training"
+    table = Table(title=title, caption="percent solved; avg@8 and pass@8 at temperature 1")
+    for column in ("", *_SHOWN):
+        table.add_column(column, justify="right" if column else "left")
+    for name, found in (("teacher", teacher), ("student, before", before), ("student, after", after)):
+        table.add_row(name, *(f"{found.metrics[metric]:.1f}" for metric in _SHOWN))
+    table.add_row("gained", *(f"{after.metrics[metric] - before.metrics[metric]:+.1f}" for metric in _SHOWN))
+    Console().print(table)
+    _report(arguments, {"before": before, "after": after, "teacher": teacher})
+
+
+def _report(arguments: RunArguments, found: dict[str, Evaluation]) -> None:
+    """The evaluation's files and the run's report, both in its folder."""
+    try:
+        from ..evaluation import results as table
+        from ..evaluation.suites import SUITES
+        from ..report.page import write_report
+    except ImportError as error:
+        print(f"no report: it needs {error.name}; pip install 'tsdkd[report]'")
+        return
+    folder = Path(str(arguments.training.output_dir))
+    models = {
+        "before": str(arguments.model.model_name_or_path),
+        "after": str(folder),
+        "teacher": str(arguments.training.teacher_model_name_or_path),
+    }
+    greedy, sampled = SUITES["demo"].benchmarks
+    measured = []
+    for name, of in found.items():
+        samples = np.arange(of.samples) < np.array(of.right)[:, None]  # which of them are right doesn't matter
+        measured.append(table.Measured(name, greedy, np.array(of.greedy, dtype=float)[:, None]))
+        measured.append(table.Measured(name, sampled, samples.astype(float)))
+    table.write(measured, models, "before", folder / "eval", "demo")
+    print(f"report: {write_report([folder], folder / 'report.html')}")
+
+
+def measure_saved(folder: str, rows: list[dict[str, str]]) -> Evaluation:
+    """A saved model, loaded as a user would load it."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return measure(model, AutoTokenizer.from_pretrained(folder), rows)
+
+
+def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, str]]) -> Evaluation:
+    """What a model makes of every row (`prompt`, `answer`), greedily and in eight samples."""
+    chats = [[{"role": "user", "content": row["prompt"]}] for row in rows]
+    problems = Problems(
+        prompts=[tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=False) for c in chats],
+        answers=[row["answer"] for row in rows],
+        limits=[task.MAX_COMPLETION_TOKENS + 10] * len(rows),
+        stop_ids=stop_token_ids(tokenizer, model.generation_config),
+        vocab_size=model.config.vocab_size,
+        decode=lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
+        is_correct=task.is_correct,
+    )
+    return evaluate(model, problems)
+
+
+def _line(found: Evaluation) -> str:
+    return "   ".join(f"{metric} {found.metrics[metric]:5.1f}" for metric in _SHOWN)

@@ -1,0 +1,269 @@
+"""Several models, several benchmarks: what is missing is asked, the rest is read."""
+
+import hashlib
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lm_eval.api.model import LM
+from lm_eval.api.task import Task
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ..errors import ConfigError, DataError
+from ..run.arguments import locate
+from ..run.output_dir import make_folder, writing
+from . import harness
+from .items import Items
+from .prompt_format import THINKING, Rendering, rendering_of
+from .results import Measured
+from .sandbox import SandboxError, run_program
+from .suites import SUITES, Benchmark, choose
+from .tasks import build, local_digest
+
+_AT_A_TIME = 64  # completions between two writes of the file
+
+
+@dataclass
+class Evaluation:
+    """What `tsdkd eval` was asked for.
+
+    Args:
+        models: name -> folder or hub id.
+        suite: of `suites`.
+        output_dir: where items, table and numbers go.
+        benchmarks: some of the suite's; by default all.
+        backend: "hf" or "vllm".
+        model_args: of the harness's wrapper of that backend.
+        batch_size: completions at a time.
+        samples: of each item, where they are sampled.
+        ks: of pass@k, at most as many; beside the powers of two.
+        limit: only the first items of each task.
+        max_new_tokens: of each completion, where they are sampled.
+        data_dir: local data instead of the hub's.
+        chat: whether prompts go through the chat template; by default the suite's.
+        allow_code_execution: run programs that models write, in the sandbox.
+        seed: of the samples.
+    """
+
+    models: dict[str, str]
+    suite: str
+    output_dir: Path
+    benchmarks: list[str] | None = None
+    backend: str = "hf"
+    model_args: dict[str, Any] = field(default_factory=dict)
+    batch_size: str = "8"
+    samples: int | None = None
+    ks: Sequence[int] = ()
+    limit: int | None = None
+    max_new_tokens: int = 8192
+    data_dir: Path | None = None
+    chat: bool | None = None
+    allow_code_execution: bool = False
+    seed: int = 0
+
+    @property
+    def with_chat_template(self) -> bool:
+        """Of all prompts."""
+        return SUITES[self.suite].chat if self.chat is None else self.chat
+
+    def samples_of(self, benchmark: Benchmark) -> int:
+        """Completions of each item."""
+        return self.samples if self.samples and benchmark.samples > 1 else benchmark.samples
+
+    def path(self, model: str) -> str:
+        """Its folder or hub id."""
+        return str(locate(self.models[model]))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the table is of, for its readers; defaults that the docs tell are left out."""
+        found = {
+            "backend": self.backend,
+            "chat template": "yes" if self.with_chat_template else "no",
+            "max_new_tokens": self.max_new_tokens if self.max_new_tokens != Evaluation.max_new_tokens else None,
+            "seed": self.seed,
+            "limit": self.limit,
+            "data": self.data_dir,
+        }
+        found = {name: str(value) for name, value in found.items() if value is not None}
+        return found | {name: str(value) for name, value in self.model_args.items()}
+
+    def prompt_file(self, model: str, benchmark: Benchmark) -> Path:
+        """The first prompt, as the model sees it."""
+        return self.output_dir / model / f"{benchmark.name}.prompt.txt"
+
+    def source(
+        self, model: str, revision: str, rendering: Rendering, benchmark: Benchmark, data: str | None
+    ) -> dict[str, Any]:
+        """All that an item depends on."""
+        path = Path(self.path(model))
+        return {
+            "model": str(path.resolve()) if path.is_dir() else self.models[model],
+            "revision": revision,
+            "backend": self.backend,
+            "shots": benchmark.shots,
+            "samples": self.samples_of(benchmark),
+            "chat_template": rendering.template,
+            "chat_template_kwargs": rendering.args,
+            "data": data,
+            "max_new_tokens": self.max_new_tokens if benchmark.sampled else None,
+            "model_args": self.model_args,
+            "seed": self.seed,
+        }
+
+
+def run(evaluation: Evaluation) -> list[Measured]:
+    """Measure all models on all benchmarks.
+
+    Raises:
+        TSDKDError: with all finished items kept.
+    """
+    benchmarks = _checked(evaluation)
+    known = {model: _look(evaluation, model) for model in evaluation.models}
+    make_folder(evaluation.output_dir)
+    tasks = {
+        b.name: build(b, evaluation.samples_of(b), evaluation.max_new_tokens, evaluation.data_dir) for b in benchmarks
+    }
+    wanted = {name: _wanted(some, evaluation.limit) for name, some in tasks.items()}
+    data = {name: local_digest(some, evaluation.data_dir) for name, some in tasks.items()}
+    files = {
+        model: {
+            b.name: Items(
+                evaluation.output_dir / model / f"{b.name}.jsonl",
+                evaluation.source(model, revision, rendering, b, data[b.name]),
+            )
+            for b in benchmarks
+        }
+        for model, (revision, rendering) in known.items()
+    }
+    for model, own in files.items():
+        _complete(evaluation, model, known[model][1], benchmarks, tasks, wanted, own)
+    return [
+        Measured(model, b, own[b.name].scores(wanted[b.name]), evaluation.ks)
+        for model, own in files.items()
+        for b in benchmarks
+    ]
+
+
+def prompts(evaluation: Evaluation) -> dict[str, tuple[Benchmark, str]]:
+    """Of each model a benchmark and its first prompt as the model sees it, template and all."""
+    found = {}
+    for model in evaluation.models:
+        for benchmark in choose(evaluation.suite, evaluation.benchmarks, evaluation.allow_code_execution):
+            path = evaluation.prompt_file(model, benchmark)
+            if model not in found and path.is_file():
+                found[model] = benchmark, path.read_text(encoding="utf-8", errors="replace")
+    return found
+
+
+def _checked(evaluation: Evaluation) -> list[Benchmark]:
+    """The benchmarks. What can't be done is said before the first model is loaded."""
+    benchmarks = choose(evaluation.suite, evaluation.benchmarks, evaluation.allow_code_execution)
+    if any(b.runs_code for b in benchmarks) and not run_program("print('here')").passed:
+        raise SandboxError("the sandbox doesn't run programs here")
+    return benchmarks
+
+
+def _look(evaluation: Evaluation, model: str) -> tuple[str, Rendering]:
+    """A model's revision, and how prompts are put to it."""
+    path, given = evaluation.path(model), evaluation.model_args
+    revision, tokenizer = harness.look(path, given)
+    defaults = SUITES[evaluation.suite].template_args
+    asked_for = evaluation.chat is not None
+    rendering = rendering_of(path, tokenizer, evaluation.with_chat_template, asked_for, defaults, given)
+    if rendering is None:
+        raise ConfigError(
+            [
+                f"--apply_chat_template: {model} has no chat template, suite {evaluation.suite} uses one by default; "
+                "false does without, for all models"
+            ]
+        )
+    if rendering.args.get(THINKING) and "think_end_token" not in given:
+        raise ConfigError(
+            [
+                f"--model_args: {model} thinks ({THINKING}), and the harness must know where that ends: "
+                f"think_end_token=</think>, or {THINKING}=false"
+            ]
+        )
+    return revision, rendering
+
+
+def _wanted(tasks: Sequence[Task], limit: int | None) -> list[tuple[str, int]]:
+    found = [(t.task_name, i) for t in tasks for i in range(min(limit or len(t.eval_docs), len(t.eval_docs)))]
+    if not found:
+        raise DataError("no items")
+    return found
+
+
+def _complete(
+    evaluation: Evaluation,
+    model: str,
+    rendering: Rendering,
+    benchmarks: Sequence[Benchmark],
+    tasks: dict[str, list[Task]],
+    wanted: dict[str, list[tuple[str, int]]],
+    files: dict[str, Items],
+) -> None:
+    missing = {b.name: set(wanted[b.name]) - files[b.name].found.keys() for b in benchmarks}
+    if not any(missing.values()):
+        return
+    path = evaluation.path(model)
+    lm = harness.load(path, evaluation.backend, evaluation.batch_size, evaluation.model_args, rendering)
+    _check_room(model, lm, benchmarks, tasks)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=Console(file=sys.stderr)) as progress:
+        for benchmark in benchmarks:
+            name, total = benchmark.name, len(wanted[benchmark.name])
+            bar = progress.add_task(f"{model}: {benchmark.title}", total=total, completed=total - len(missing[name]))
+            size = max(1, _AT_A_TIME // evaluation.samples_of(benchmark))
+            for task, docs in _chunks(tasks[name], wanted[name], missing[name], size):
+                seed = _seed(evaluation.seed, task.task_name, docs[0])
+                before = len(files[name].found)
+                items, prompt = harness.ask(lm, task, docs, benchmark, rendering.chat, seed)
+                if (task.task_name, docs[0]) == wanted[name][0]:
+                    _write(evaluation.prompt_file(model, benchmark), prompt)
+                files[name].add(items)
+                progress.advance(bar, len(files[name].found) - before)
+    harness.release(lm)
+
+
+def _write(path: Path, text: str) -> None:
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+
+
+def _check_room(model: str, lm: LM, benchmarks: Sequence[Benchmark], tasks: dict[str, list[Task]]) -> None:
+    for benchmark in benchmarks:
+        task = tasks[benchmark.name][0]
+        if task.OUTPUT_TYPE != "generate_until":
+            continue
+        count = (task.config.generation_kwargs or {}).get("max_gen_toks", lm.max_gen_toks)
+        if count >= lm.max_length:
+            hint = "--max_new_tokens bounds it" if benchmark.sampled else "leave it out with --benchmarks"
+            raise ConfigError(
+                [
+                    f"{benchmark.title}: up to {count} tokens are generated, and the context of {model} has "
+                    f"{lm.max_length}; {hint}"
+                ]
+            )
+
+
+def _seed(*facts: object) -> int:
+    """Of a chunk: what it samples doesn't depend on those before it, and no two have one stream."""
+    return int.from_bytes(hashlib.sha256(repr(facts).encode()).digest()[:4])
+
+
+def _chunks(
+    tasks: Sequence[Task], wanted: Sequence[tuple[str, int]], missing: set[tuple[str, int]], size: int
+) -> Iterator[tuple[Task, list[int]]]:
+    """Those of which something is missing. Samples depend on what is asked together, so a chunk is asked whole."""
+    for task in tasks:
+        docs = [doc for name, doc in wanted if name == task.task_name]
+        for start in range(0, len(docs), size):
+            chunk = docs[start : start + size]
+            if any((task.task_name, doc) in missing for doc in chunk):
+                yield task, chunk

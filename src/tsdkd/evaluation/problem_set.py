@@ -1,0 +1,123 @@
+"""How good a model is at problems with known answers: greedy, the average sample, the best of several."""
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from ..data import completion_mask, pad_sequences
+from ..grading import is_correct
+from ..losses import token_entropy
+from ..rollout.base import Completion
+from ..rollout.hf import sample
+from ..rollout.seeding import prompt_generator
+
+_LOGITS_GIB = 0.5  # that exist at once for the entropy
+
+
+@dataclass
+class Problems:
+    """What is to be solved.
+
+    Attributes:
+        prompts: token ids.
+        answers: the right ones.
+        limits: of each completion, tokens.
+        stop_ids: tokens that end a completion.
+        vocab_size: only ids below it are sampled.
+        decode: token ids -> text.
+        is_correct: completion, answer -> whether it is right.
+    """
+
+    prompts: Sequence[list[int]]
+    answers: Sequence[str]
+    limits: Sequence[int]
+    stop_ids: Collection[int]
+    vocab_size: int
+    decode: Callable[[list[int]], str]
+    is_correct: Callable[[str, str], bool] = is_correct
+
+
+@dataclass
+class Evaluation:
+    """What a model solved, problem by problem.
+
+    Attributes:
+        greedy: whether the greedy completion is right.
+        right: how many of the samples are.
+        samples: for each problem.
+        length: mean of the samples, tokens.
+        entropy: mean of the model's next-token distributions along its first samples, nats.
+    """
+
+    greedy: list[bool]
+    right: list[int]
+    samples: int
+    length: float
+    entropy: float
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Percent of the problems (greedy, average sample, best of the samples), tokens, nats."""
+        count = len(self.greedy)
+        return {
+            "greedy": 100 * sum(self.greedy) / count,
+            f"avg@{self.samples}": 100 * sum(self.right) / (count * self.samples),
+            f"pass@{self.samples}": 100 * sum(n > 0 for n in self.right) / count,
+            "length": self.length,
+            "entropy": self.entropy,
+        }
+
+
+def evaluate(model: PreTrainedModel, problems: Problems, samples: int = 8, batch_size: int = 256) -> Evaluation:
+    """Solve every problem once greedily and `samples` times at temperature 1, from fixed seeds.
+
+    Args:
+        model: on its device; put into eval mode.
+        problems: at least one.
+        samples: for each problem, at least 1.
+        batch_size: completions at a time.
+    """
+    model.eval()
+    greedy = _right(problems, _complete(model, problems, None, batch_size))
+    sampled = [_complete(model, problems, repeat, batch_size) for repeat in range(samples)]
+    right = [sum(column) for column in zip(*(_right(problems, some) for some in sampled), strict=True)]
+    lengths = [len(c.ids) for some in sampled for c in some]
+    return Evaluation(greedy, right, samples, sum(lengths) / len(lengths), _entropy(model, problems, sampled[0]))
+
+
+def _complete(model: PreTrainedModel, problems: Problems, repeat: int | None, batch_size: int) -> list[Completion]:
+    """One completion of each problem; `repeat` None is greedy. The batch doesn't change what is sampled."""
+    found: list[Completion] = []
+    for start in range(0, len(problems.prompts), batch_size):
+        which = range(start, min(start + batch_size, len(problems.prompts)))
+        found += sample(
+            model,
+            [problems.prompts[i] for i in which],
+            [problems.limits[i] for i in which],
+            None if repeat is None else [prompt_generator(0, repeat, i) for i in which],
+            stop_ids=problems.stop_ids,
+            vocab_size=problems.vocab_size,
+        )
+    return found
+
+
+def _right(problems: Problems, completions: Sequence[Completion]) -> list[bool]:
+    texts = (problems.decode(c.ids) for c in completions)
+    return [problems.is_correct(text, str(answer)) for text, answer in zip(texts, problems.answers, strict=True)]
+
+
+@torch.no_grad()
+def _entropy(model: PreTrainedModel, problems: Problems, completions: Sequence[Completion]) -> float:
+    total, count, start = 0.0, 0, 0
+    longest = max(len(p) + len(c.ids) for p, c in zip(problems.prompts, completions, strict=True))
+    size = max(1, int(_LOGITS_GIB * 2**30 / (4 * longest * problems.vocab_size)))
+    while start < len(completions):
+        some = slice(start, start + size)
+        batch = pad_sequences(problems.prompts[some], [c.ids for c in completions[some]])
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        logits = model(input_ids=batch["input_ids"], use_cache=False).logits
+        entropies = token_entropy(logits[:, :-1][completion_mask(batch)][:, : problems.vocab_size])
+        total, count, start = total + float(entropies.double().sum()), count + len(entropies), start + size
+    return total / max(count, 1)

@@ -1,0 +1,71 @@
+"""How prompts are put to a model: as in the training of the run that made it, or else as its suite says."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from ..run.output_dir import RUN_FILE, read_config
+
+THINKING = "enable_thinking"
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """What becomes of a prompt before its tokens.
+
+    Attributes:
+        template: a digest of the chat template; None: prompts are plain text.
+        args: what the template is given besides the messages.
+    """
+
+    template: str | None
+    args: dict[str, Any]
+
+    @property
+    def chat(self) -> bool:
+        """Whether prompts go through the chat template."""
+        return self.template is not None
+
+
+def rendering_of(
+    path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    chat: bool,
+    is_asked_for: bool,
+    defaults: Mapping[str, Any],
+    model_args: Mapping[str, Any],
+) -> Rendering | None:
+    """A model's, None where it would need a chat template and has none.
+
+    Args:
+        path: its folder or hub id.
+        tokenizer: its own.
+        chat: whether prompts go through chat templates.
+        is_asked_for: whether somebody said so; otherwise a run that was trained on plain text is asked in plain text.
+        defaults: for models that aren't of a run, as far as their template knows them.
+        model_args: of the harness; `enable_thinking` among them wins.
+
+    Raises:
+        DataError: the configuration of the run can't be read.
+    """
+    run = _run_of(Path(path))
+    if not chat or (run and not is_asked_for and run.get("chat_template_source") == "none"):
+        return Rendering(None, {})
+    if not tokenizer.chat_template:
+        return None
+    template = str(tokenizer.chat_template)
+    known = {name: value for name, value in defaults.items() if name in template}
+    args = known if run is None else dict(run.get("chat_template_kwargs") or {})
+    if THINKING in model_args:
+        args[THINKING] = model_args[THINKING]
+    return Rendering(hashlib.sha256(template.encode()).hexdigest()[:12], args)
+
+
+def _run_of(folder: Path) -> dict[str, Any] | None:
+    """The configuration of the run whose student, or whose checkpoint, is in a folder."""
+    places = [folder, folder.parent] if folder.name.startswith("checkpoint-") else [folder]
+    return next((read_config(place) for place in places if (place / RUN_FILE).is_file()), None)

@@ -1,0 +1,175 @@
+"""The table: models and benchmarks, intervals, tests, and what the papers report for the same pair."""
+
+import json
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from ..errors import DataError
+from ..run.output_dir import RUN_FILE, make_folder, read_config, writing
+from .scores import RESAMPLES, interval, paired_bootstrap, pass_at_k
+from .suites import Benchmark
+
+
+@dataclass
+class Measured:
+    """One model on one benchmark.
+
+    Attributes:
+        model: its name.
+        benchmark: of `suites`.
+        scores: `[items, samples]`.
+        ks: of pass@k in the Markdown table, each at most the number of samples; none: that number.
+    """
+
+    model: str
+    benchmark: Benchmark
+    scores: np.ndarray
+    ks: Sequence[int] = ()
+
+    @property
+    def metrics(self) -> dict[str, np.ndarray]:
+        """Metric -> `[items]`; accuracy, or avg@n and pass@k for `ks`, the powers of two up to n, and n."""
+        n = self.scores.shape[1]
+        if n == 1:
+            return {"accuracy": self.scores[:, 0]}
+        ks = sorted({2**i for i in range(1, n.bit_length())} | {n, *self.ks})
+        return {f"avg@{n}": self.scores.mean(axis=1), **{f"pass@{k}": pass_at_k(self.scores, k) for k in ks}}
+
+    @property
+    def shown(self) -> list[str]:
+        """The metrics of the Markdown table."""
+        n = self.scores.shape[1]
+        return ["accuracy"] if n == 1 else [f"avg@{n}", *(f"pass@{k}" for k in self.ks or (n,))]
+
+
+def write(
+    measured: Sequence[Measured],
+    models: dict[str, str],
+    baseline: str,
+    folder: Path,
+    suite: str,
+    settings: dict[str, Any] | None = None,
+) -> Path:
+    """Write `results-<suite>.json` and `results-<suite>.md`, with the settings that the numbers are of; returns the
+    latter."""
+    numbers = [entry for m in measured for entry in _numbers(m, _of(measured, baseline, m.benchmark))]
+    paths = {name: str(Path(model).resolve()) if Path(model).is_dir() else model for name, model in models.items()}
+    text = json.dumps({"models": paths, "settings": settings or {}, "results": numbers}, indent=1)
+    path = folder / f"results-{suite}.md"
+    asked = ", ".join(f"{name} {value}" for name, value in (settings or {}).items())
+    asked = f"\nSuite {suite}: {asked}.\n" if asked else ""
+    make_folder(folder)
+    with writing(path):
+        path.with_suffix(".json").write_text(text, encoding="utf-8")
+        path.write_text(_markdown(measured, numbers, models, baseline) + asked, encoding="utf-8")
+    return path
+
+
+def results_in(folder: Path) -> dict[str, Path]:
+    """What `write` has left in a folder, or in its subfolders `eval*`: name -> JSON file."""
+    paths = [*sorted(folder.glob("results-*.json")), *sorted(folder.glob("eval*/results-*.json"))]
+    return {f"{path.parent.name}/{path.stem.removeprefix('results-')}": path for path in paths}
+
+
+def read(path: Path) -> tuple[dict[str, str], list[dict[str, Any]]]:
+    """Models and entries of a `results-<suite>.json`. Raises `DataError`."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        for entry in found["results"]:
+            _ = entry["model"], entry["benchmark"], entry["metric"], entry["mean"] + 0.0
+            _ = (entry["baseline"], entry["p"] + 0.0, entry["difference"] + 0.0) if "difference" in entry else None
+        return dict(found["models"]), list(found["results"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} isn't from tsdkd eval: {' '.join(repr(error).split())[:200]}") from error
+
+
+def _numbers(measured: Measured, base: Measured) -> list[dict[str, Any]]:
+    entries = []
+    for metric, values in measured.metrics.items():
+        low, high = interval(values)
+        entry: dict[str, Any] = {"model": measured.model, "benchmark": measured.benchmark.name, "metric": metric}
+        entry |= {"items": len(values), "mean": 100 * float(values.mean()), "low": 100 * low, "high": 100 * high}
+        if base.model != measured.model:
+            theirs = base.metrics[metric]
+            low, high = interval(values - theirs)
+            entry |= {"baseline": base.model, "difference": 100 * float((values - theirs).mean())}
+            entry |= {"difference_low": 100 * low, "difference_high": 100 * high}
+            share = paired_bootstrap(values, theirs)
+            entry |= {"p": 2 * min(share, 1 - share)}
+        entries.append(entry)
+    return entries
+
+
+def _of(measured: Sequence[Measured], model: str, benchmark: Benchmark) -> Measured:
+    return next(m for m in measured if m.model == model and m.benchmark == benchmark)
+
+
+def _markdown(
+    measured: Sequence[Measured], numbers: Sequence[dict[str, Any]], models: dict[str, str], baseline: str
+) -> str:
+    """Means with 95 % intervals, then the differences from the baseline, then the papers' rows."""
+    entries = {(e["model"], e["benchmark"], e["metric"]): e for e in numbers}
+    benchmarks = list(dict.fromkeys(m.benchmark for m in measured))
+    columns = [(b, metric) for b in benchmarks for metric in _of(measured, baseline, b).shown]
+    heads = [b.title if metric == "accuracy" else f"{b.title} {metric}" for b, metric in columns]
+
+    def row(model: str, cell: Any) -> list[str]:
+        return [model, *(cell(entries[model, b.name, metric]) for b, metric in columns)]
+
+    means = [row(m, lambda e: f"{e['mean']:.1f} [{e['low']:.1f}, {e['high']:.1f}]") for m in models]
+    parts = [_rows(["", *heads], means)]
+    others = [m for m in models if m != baseline]
+    if others:
+        tests = [row(m, difference_of) for m in others]
+        parts.append(_rows([f"against {baseline}", *heads], tests))
+    parts += [_published(pair, [b.name for b in benchmarks]) for pair in _pairs(models)]
+    items = ", ".join(f"{b.title} {len(_of(measured, baseline, b).scores)}" for b in benchmarks)
+    test = (
+        f" p: two-sided, of {RESAMPLES:,} paired bootstrap resamples, twice the share in which the difference has the "
+        "other sign, ties counting half."
+    )
+    parts.append(f"Percent, with 95 % bootstrap intervals over items ({items}).{test if others else ''}\n")
+    return "\n".join(part for part in parts if part)
+
+
+def difference_of(entry: dict[str, Any]) -> str:
+    """In points, with interval and p."""
+    low, high, p = entry["difference_low"], entry["difference_high"], entry["p"]
+    return f"{entry['difference']:+.1f} [{low:+.1f}, {high:+.1f}] (p {f'{p:.3f}' if p >= 0.001 else '< 0.001'})"
+
+
+def _rows(heads: list[str], rows: list[list[str]]) -> str:
+    lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _pairs(models: dict[str, str]) -> list[dict[str, Any]]:
+    """The papers' pairs to which one of the models belongs, by its name on the hub."""
+    text = resources.files("tsdkd").joinpath("evaluation/published.yaml").read_text(encoding="utf-8")
+    names = {name for path in models.values() for name in _family(path)}
+    return [pair for pair in yaml.safe_load(text) if pair["student"] in names]
+
+
+def _family(path: str) -> set[str]:
+    """A model's own name; of a run's student, also the one that it started from."""
+    names = {Path(path).name}
+    if Path(path, RUN_FILE).is_file():
+        with suppress(DataError):  # no reason to lose a table
+            names.add(Path(str(read_config(Path(path)).get("model_name_or_path"))).name)
+    return names
+
+
+def _published(pair: dict[str, Any], benchmarks: list[str]) -> str:
+    columns = [name for name in pair["columns"] if name in benchmarks]
+    if not columns:
+        return ""
+    places = [pair["columns"].index(name) for name in columns]
+    rows = [[name, *("" if row[i] is None else f"{row[i]}" for i in places)] for name, row in pair["rows"].items()]
+    return _rows([f"{pair['table']}: {pair['teacher']} to {pair['student']}", *columns], rows)

@@ -1,0 +1,103 @@
+"""Programs that a model wrote, run where they can't do harm: no network, no files but their own, little of the rest.
+
+Linux namespaces, resource limits and a seccomp filter, without root and without a container (`jail.py`). Not covered:
+a hole in the kernel itself, and a program that sets out to fool its own tests, which run in its process.
+"""
+
+import json
+import os
+import secrets
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...errors import TSDKDError
+
+_JAIL = Path(__file__).with_name("jail.py")
+_MIB = 2**20
+
+
+class SandboxError(TSDKDError, RuntimeError):
+    """This machine doesn't let a program be locked in."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a program may use.
+
+    Attributes:
+        seconds: of wall time; also of each process's CPU time.
+        memory: of each process, MiB.
+        disk: of its directory, which is in memory, MiB.
+        file: of one file, MiB.
+        processes: at once, threads included.
+    """
+
+    seconds: int = 10
+    memory: int = 512
+    disk: int = 32
+    file: int = 4
+    processes: int = 16
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How a program ended.
+
+    Attributes:
+        passed: it ran through to its last line.
+        reason: where it didn't: the last line of its error output, or what stopped it.
+    """
+
+    passed: bool
+    reason: str = ""
+
+
+def run_program(program: str, limits: Limits = Limits()) -> Verdict:
+    """Run a Python program to its end.
+
+    Raises:
+        SandboxError: the machine doesn't allow it to be locked in; the program wasn't run.
+    """
+    word = secrets.token_hex(16)
+    program += f'\n\nimport os as _os\n_os.write(3, b"{word}")\n'  # an early exit(0) isn't success
+    with tempfile.TemporaryDirectory() as root, tempfile.TemporaryFile() as said, tempfile.TemporaryFile() as errors:
+        command = [sys.executable, "-I", "-S", str(_JAIL)]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=said, stderr=errors, env={}, cwd="/")
+        try:
+            process.communicate(json.dumps(_spec(program, root, limits)).encode(), timeout=limits.seconds)
+            stopped = ""
+        except subprocess.TimeoutExpired:
+            process.kill()  # and with it all that it has started
+            process.wait()
+            stopped = f"stopped after {limits.seconds} s"
+        said.seek(0)
+        locked_in, _, end = said.read(100).decode(errors="replace").partition("\n")
+        errors.seek(max(0, errors.seek(0, os.SEEK_END) - 4096))
+        lines = errors.read().decode(errors="replace").strip().splitlines()
+    last_line = lines[-1] if lines else f"exit code {process.returncode}"
+    if locked_in != "locked in" and not stopped:
+        raise SandboxError(f"programs can't be locked in on this machine: {last_line}")
+    passed = end == word and process.returncode == 0 and not stopped
+    return Verdict(passed, "" if passed else stopped or last_line[:200])
+
+
+def _spec(program: str, root: str, limits: Limits) -> dict[str, Any]:
+    return {
+        "program": program,
+        "root": root,
+        "python": os.path.realpath(getattr(sys, "_base_executable", sys.executable)),
+        "interpreter": os.path.realpath(sys.base_prefix),
+        "disk": limits.disk * _MIB,
+        "limits": {
+            "CPU": limits.seconds,
+            "AS": limits.memory * _MIB,
+            "FSIZE": limits.file * _MIB,
+            "NPROC": limits.processes,
+            "NOFILE": 64,
+            "CORE": 0,
+        },
+    }

@@ -1,0 +1,256 @@
+"""`tsdkd plan`: what a configuration takes on each GPU, whether it fits as it is, and what would fit."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import PretrainedConfig
+
+from ..config.base import TokenSelectiveConfig
+from ..config.launch import config_names, read_config
+from ..errors import ConfigError
+from ..methods import METHODS
+from ..models.loading import load_config
+from ..run.arguments import read_run
+from .memory import GIB, PARTS, Engine, Launch, Size, Workload, engine_room, estimate, size_of
+from .processes import visible_gpus
+from .step_time import step_seconds
+
+Placement = tuple[str, str]
+PLACEMENTS: list[Placement] = [
+    ("ddp", "replica"),
+    ("zero1", "replica"),
+    ("zero2", "replica"),
+    ("zero2", "zero3"),
+    ("zero3", "zero3"),
+    ("zero3", "cpu_offload"),
+    ("zero3_offload", "cpu_offload"),
+]
+"""(launch configuration, teacher_placement), the fastest first."""
+ALONE: list[Placement] = [("single", "replica"), ("single", "cpu_offload"), ("zero3_offload", "cpu_offload")]
+"""The same for one GPU, over which nothing can be sharded."""
+
+_RESERVED_GIB = 2.0  # the CUDA context, NCCL's buffers
+_USABLE = 0.95  # the allocator's gaps
+_ROOM = 0.9  # of that; above it is tight, as measured peaks are up to an eighth above the estimate
+_WHOLE_LOGIT = 46  # bytes for a (token, word) without the fused head, bfloat16 (docs/performance.md)
+_PROMPT = 256  # tokens, where only completions have a limit that counts
+_LARGE_GIB = 70  # from here on vLLM samples 1024 sequences at once, below 256 (an A100 of 80 GiB: 256 too)
+
+
+def show_plan(config: str | None, flags: Sequence[str], gpus: int | None, gpu_gib: float | None) -> None:
+    """Print the table and what follows from it; None: what the configuration says, or what there is.
+
+    Raises:
+        ConfigError, ModelError: there is nothing to estimate.
+    """
+    method, values, _, _ = read_run(config, flags)
+    cls = METHODS[method].config_class
+    if "teacher_model_name_or_path" in cls.refused:
+        raise ConfigError([f"method: {method} isn't a distillation; plan estimates those only"])
+    gpus, gpu_gib = _machine(gpus, gpu_gib, values["num_processes"])
+    own = own_placement(values, gpus)
+    gpus = 1 if launch_of(own[0]).alone else gpus
+    models = [_load(values, "model_name_or_path"), _load(values, "teacher_model_name_or_path")]
+    student = size_of(models[0], values["lora_r"] if values["use_peft"] else 0)
+    teacher = None if "teacher_placement" in cls.refused else size_of(models[1])  # seq-kd loads none
+    work = workload(cls, values, models, gpus, gpu_gib)
+
+    whole = teacher is None or work.with_teacher
+    others = [p for p in (PLACEMENTS if gpus > 1 else ALONE) if p != own and (p[1] == "replica" or not whole)]
+    found = {p: estimate(student, teacher, work, launch_of(p[0]), p[1], gpus) for p in (own, *others)}
+    limit = gpu_gib * _USABLE - _RESERVED_GIB
+    console = Console(highlight=False)
+    console.print(_table(found, limit))
+    starts = work.engine is None or _show_engine(console, student, work, work.engine, gpu_gib)
+    console.print(_verdict(own, found[own], limit, starts))
+    if work.engine and work.engine.share and not work.engine.sleeps and sum(found[own].values()) > _ROOM * limit:
+        asleep = replace(work, engine=replace(work.engine, sleeps=True))
+        total = sum(estimate(student, teacher, asleep, launch_of(own[0]), own[1], gpus).values())
+        console.print(f"with --vllm_enable_sleep_mode true it takes {total:.1f} GiB")
+    console.print(_fastest(found, limit, gpus))
+    _show_seconds(console, student, teacher, work)
+
+
+def _machine(gpus: int | None, gpu_gib: float | None, processes: int | None) -> tuple[int, float]:
+    """GPUs and memory of each, GiB; says what nobody gave."""
+    if gpus and gpu_gib:
+        return gpus, gpu_gib
+    here = visible_gpus()
+    count = gpus or processes or here or 8
+    sizes = [torch.cuda.get_device_properties(i).total_memory / 2**30 for i in range(here)]
+    memory = gpu_gib or min(sizes, default=80.0)
+    print(f"for {count} x {memory:.0f} GiB" + ("" if here else ", as there is no GPU here"))
+    return count, memory
+
+
+def own_placement(values: dict[str, Any], gpus: int) -> Placement:
+    """Where a configuration's values put student and teacher."""
+    launch = values["accelerate_config"] or ("ddp" if gpus > 1 else "single")
+    if gpus == 1 and launch in config_names() and not launch_of(launch).offloaded:
+        launch = "single"  # as `tsdkd train` does it
+    sharded = launch_of(launch).stage == 3
+    return launch, values["teacher_placement"] or ("zero3" if sharded else "replica")
+
+
+def launch_of(config: str) -> Launch:
+    """What a launch configuration, shipped or a file, does to the student. Raises `ConfigError`."""
+    values = read_config(config)
+    try:
+        if str(values.get("distributed_type")).upper() == "NO":
+            return Launch(stage=0, alone=True)
+        given = values.get("deepspeed_config") or {}
+        if "deepspeed_config_file" not in given:
+            return Launch(int(given.get("zero_stage", 0)), given.get("offload_param_device", "none") != "none")
+        zero = json.loads(Path(given["deepspeed_config_file"]).read_text(encoding="utf-8"))["zero_optimization"]
+        return Launch(int(zero["stage"]), zero.get("offload_param", {}).get("device", "none") != "none")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError([f"accelerate_config: {config} can't be read: {' '.join(repr(error).split())}"]) from error
+
+
+def workload(
+    cls: type[TokenSelectiveConfig],
+    values: dict[str, Any],
+    models: Sequence[PretrainedConfig],
+    gpus: int,
+    gpu_gib: float,
+) -> Workload:
+    """What a GPU does in a step, by a method and a configuration's values; `models`: student's and teacher's."""
+    a_step = values["per_device_train_batch_size"] * values["gradient_accumulation_steps"]
+    rollout = max(a_step, -(-values.get("rollout_batch_size", 0) // gpus))
+    served = rollout / a_step * values.get("epochs_per_rollout", 1)
+    generates = values["lmbda"] > 0 or cls.starts_from_data
+    half = values["fp16"] or values["bf16"] is not False  # TRL's default is bf16
+    weight_bytes = _itemsize(values["dtype"], values["model_init_kwargs"], models[0])
+    longest = _longest(values, models)
+    tokens = min(longest, values["max_new_tokens"] + _PROMPT)
+    logits = values["per_device_train_batch_size"] * tokens * models[0].get_text_config().vocab_size
+    chunk_gib = values["head_chunk_gib"] or 1.0
+    return Workload(
+        batch=values["per_device_train_batch_size"],
+        accumulated=values["gradient_accumulation_steps"],
+        rollout=rollout if generates else 0,
+        served=int(served),
+        tokens=tokens,
+        weight_bytes=weight_bytes,
+        compute_bytes=2 if half else weight_bytes,
+        teacher_bytes=_itemsize("auto", values["teacher_model_init_kwargs"], models[1]),
+        checkpointing=bool(values["gradient_checkpointing"]),
+        eager=values["attn_implementation"] == "eager",
+        chunk_gib=chunk_gib if values["fused_head"] else logits * _WHOLE_LOGIT / GIB,
+        with_teacher="use_vllm" in cls.refused,
+        engine=_engine(values, longest, gpu_gib) if values["use_vllm"] else None,
+    )
+
+
+def _engine(values: dict[str, Any], longest: int, gpu_gib: float) -> Engine:
+    slots = 1024 if gpu_gib >= _LARGE_GIB else 256
+    if values["vllm_mode"] == "server":
+        return Engine(share=0.0, slots=slots)
+    return Engine(
+        share=values["vllm_gpu_memory_utilization"] * gpu_gib * GIB,
+        sleeps=values["vllm_enable_sleep_mode"],
+        processes=values["vllm_tensor_parallel_size"],
+        longest=longest,
+        slots=slots,
+    )
+
+
+def _longest(values: dict[str, Any], models: Sequence[PretrainedConfig]) -> int:
+    """Prompt plus completion, tokens, as `data.longest_sequence` has it."""
+    contexts = [getattr(m.get_text_config(), "max_position_embeddings", None) for m in models]
+    limits = [values["max_length"], values["vllm_max_model_length"] if values["use_vllm"] else None, *contexts]
+    return min([limit for limit in limits if limit], default=2**31)
+
+
+def _itemsize(dtype: str, init_kwargs: dict[str, Any] | None, config: PretrainedConfig) -> int:
+    """Bytes of a number of a model that is loaded in `dtype`, or its checkpoint's."""
+    name = (init_kwargs or {}).get("dtype", dtype)
+    given = config.dtype or torch.float32 if name == "auto" else name
+    return torch.empty(0, dtype=getattr(torch, given) if isinstance(given, str) else given).element_size()
+
+
+def _load(values: dict[str, Any], field: str) -> PretrainedConfig:
+    kwargs = {"trust_remote_code": values["trust_remote_code"]}
+    if field == "model_name_or_path" and values["model_revision"]:
+        kwargs["revision"] = values["model_revision"]
+    return load_config(str(values[field]), field, **kwargs)
+
+
+def _table(found: dict[Placement, dict[str, float]], limit: float) -> Table:
+    table = Table(title=f"GiB a GPU, of {limit:.1f} that can be used", box=None, show_header=False)
+    table.add_column(no_wrap=True)
+    for _ in found:
+        table.add_column(justify="right", min_width=7)
+    table.add_row("", "as it is", *("instead" for _ in range(len(found) - 1)))
+    for side, label in enumerate(("student by", "teacher as")):
+        names = (placement[side].replace("_", " ") for placement in found)  # where it may be broken
+        table.add_row(label, *names, style="bold")
+    for part in PARTS:
+        if any(parts[part] >= 0.05 for parts in found.values()):
+            table.add_row(part, *(f"{parts[part]:.1f}" for parts in found.values()))
+    totals = [sum(parts.values()) for parts in found.values()]
+    table.add_row("in all", *(f"{total:.1f}" for total in totals), style="bold")
+    table.add_row("", *("fits" if total <= limit else "-" for total in totals))
+    return table
+
+
+def _verdict(own: Placement, parts: dict[str, float], limit: float, starts: bool) -> str:
+    name, total = f"this configuration ({' + '.join(own)})", sum(parts.values())
+    if total > limit:
+        return f"{name} doesn't fit: {total - limit:.1f} GiB too much; most is {max(parts, key=lambda p: parts[p])}"
+    if not starts:
+        return f"{name} doesn't fit: vLLM's share is too small"
+    return f"{name} fits{_tightly(total, limit)}: {total:.1f} of {limit:.1f} GiB"
+
+
+def _fastest(found: dict[Placement, dict[str, float]], limit: float, gpus: int) -> str:
+    """The first that leaves some room, or else the first that fits."""
+    totals = {p: sum(found[p].values()) for p in sorted(found, key=_rank)}
+    best = next((p for share in (_ROOM, 1.0) for p, total in totals.items() if total <= share * limit), None)
+    if best is None:
+        return "nothing fits: more GPUs, or a smaller per_device_train_batch_size, max_length or student"
+    flags = f"--accelerate_config {best[0]} --num_processes {gpus} --teacher_placement {best[1]}"
+    return f"the fastest that fits{_tightly(totals[best], limit)}: {flags}"
+
+
+def _rank(placement: Placement) -> int:
+    order = [*ALONE[:-1], *PLACEMENTS]
+    return order.index(placement) if placement in order else len(order)
+
+
+def _tightly(total: float, limit: float) -> str:
+    return " tightly" if total > _ROOM * limit else ""
+
+
+def _show_engine(console: Console, student: Size, work: Workload, engine: Engine, gpu_gib: float) -> bool:
+    """What a colocated engine's share holds. Returns whether it can start."""
+    if not engine.share:
+        return True
+    room = engine_room(student, engine, work.tokens)
+    share, needed = engine.share / GIB, room.least / GIB
+    if share < needed:
+        least = math.ceil(100 * needed / gpu_gib) / 100
+        console.print(f"vLLM needs {needed:.1f} GiB and has {share:.1f}: set vllm_gpu_memory_utilization: {least}")
+        return False
+    held = int(room.cache // room.sequence)
+    console.print(
+        f"vLLM's {share:.1f} GiB: {room.weights / GIB:.1f} weights, {room.working / GIB:.1f} to work in, "
+        f"{room.cache / GIB:.1f} for {held} sequences of {work.tokens} tokens; a rollout has {work.rollout}"
+    )
+    return True
+
+
+def _show_seconds(console: Console, student: Size, teacher: Size | None, work: Workload) -> None:
+    seconds = step_seconds(student, teacher, work)
+    shares = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())
+    console.print(
+        f"a step: about {sum(seconds.values()):.0f} s ({shares}), on A100s, if every sequence had {work.tokens} "
+        "tokens, without loading, copies of weights and communication between GPUs"
+    )

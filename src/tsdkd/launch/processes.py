@@ -1,0 +1,148 @@
+"""Whether a command starts processes of its own, and how many: one a visible GPU, and never twice."""
+
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..config.coercion import coerce
+from ..config.launch import LAUNCHED, config_names, count_of, find_config, read_config
+from ..errors import ConfigError
+from .accelerate import default_config
+
+_OFFLOADS = "offload"  # in the name of a shipped configuration that does something for one process too
+# by whom a process may have been started without accelerate's knowing its device
+_COUNTS = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
+@dataclass(frozen=True)
+class Start:
+    """Processes to be started.
+
+    Attributes:
+        config: a launch configuration.
+        options: of `accelerate launch`.
+    """
+
+    config: str
+    options: dict[str, Any]
+
+    @property
+    def count(self) -> int:
+        """How many, over all machines."""
+        return count_of(self.config, self.options)
+
+    @property
+    def uses_deepspeed(self) -> bool:
+        """Whether it shards with DeepSpeed."""
+        return read_config(self.config).get("distributed_type") == "DEEPSPEED"
+
+
+def visible_gpus() -> int:
+    """How many GPUs a process here would see; asks NVML, so that CUDA isn't initialised."""
+    if not os.environ.get("ACCELERATE_TORCH_DEVICE", "cuda").startswith("cuda"):
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def planned(found: Mapping[str, Any], flags: Mapping[str, Any], trains: bool = True) -> Start | None:
+    """The processes that a run needs beside this one, None where this one does it alone or is one of them.
+
+    Args:
+        found: all values of the run's file and flags, as they stand there; what is wrong with them is left to parsing.
+        flags: what the command line says of the launch: `accelerate_config` and options of `accelerate launch`.
+        trains: whether the run follows: one that this process does alone then gets one GPU only.
+
+    Raises:
+        ConfigError: processes that can't be started here.
+    """
+    if LAUNCHED in os.environ:
+        return None
+    # accelerate tells a process that is alone its precision only
+    launched = [name for name in ("LOCAL_RANK", "ACCELERATE_MIXED_PRECISION") if name in os.environ]
+    if launched and flags:
+        raise ConfigError([f"{', '.join(flags)}: a launcher has started this process already; leave one of them"])
+    if launched:
+        if trains and "LOCAL_RANK" not in launched:
+            _keep_one(visible_gpus())
+        return None
+    try:
+        config = coerce(found.get("accelerate_config"), str | None)
+        number = coerce(found.get("num_processes"), int | None)
+        on_cpu = coerce(found.get("use_cpu", False), bool)
+        path = None if config is None else find_config(config)
+    except (ConfigError, ValueError):
+        return None
+    file = read_config(None if path is None else str(path))
+    gpus = 0 if on_cpu else visible_gpus()
+    if not flags and _is_one_of_several(gpus):
+        return None
+    if config is None and (flags or gpus > 1 or (number or 1) > 1):
+        config = default_config()
+        file = read_config(config)
+    is_own = config is not None and config not in config_names()
+    machines = flags.get("num_machines") or file.get("num_machines", 1)
+    number = number or (file.get("num_processes") if is_own else None)
+    _check(number, gpus * machines, config, file)
+    if machines > 1 and not (flags.get("main_process_ip") or file.get("main_process_ip")):
+        raise ConfigError([f"main_process_ip: missing, {machines} machines must know the first one's address"])
+    here = gpus or (1 if flags else 0)
+    number = number or (1 if file.get("distributed_type") == "NO" else here * machines or None)
+    asked = is_own or machines > 1 or "accelerate_config" in flags or _OFFLOADS in (config or "")
+    if config is None or (number == 1 and not asked) or (number is None and not flags):
+        if trains:
+            _keep_one(gpus)
+            if config not in (None, "single", "ddp"):
+                unused = f"accelerate_config: {config} isn't used: one process here, nothing to share"
+                print(f"tsdkd: {unused}", file=sys.stderr)
+        return None
+    options = {name: value for name, value in flags.items() if name != "accelerate_config"}
+    if number is not None:
+        options["num_processes"] = number
+    if machines == 1 and "main_process_port" not in file:
+        options.setdefault("main_process_port", 0)  # a free one: another run may be on this machine's other GPUs
+    return Start(config, options)
+
+
+def _is_one_of_several(gpus: int) -> bool:
+    """Whether something else started this process. On CPUs accelerate makes a group of those that MPI or RANK and
+    WORLD_SIZE tell of; otherwise each would train alone. Raises `ConfigError`."""
+    names = [name for name in _COUNTS if _number(os.environ.get(name)) > 1]
+    if names and (gpus or names == ["SLURM_STEP_NUM_TASKS"]):
+        raise ConfigError(
+            [
+                f"num_processes: {names[0]} says that this is one process of several, yet LOCAL_RANK doesn't say "
+                "which: each would train alone; start one a GPU by torchrun or accelerate launch, or one a node with "
+                "--num_machines and --machine_rank, as `tsdkd slurm` does"
+            ]
+        )
+    return bool(names)
+
+
+def intended(config: str | None, on_cpu: bool) -> int | None:
+    """How many processes a run is for by its launch configuration, where there is no GPU whose number would say so;
+    None without a configuration, and on CPUs."""
+    return None if config is None or on_cpu or visible_gpus() else count_of(config, {})
+
+
+def _number(text: str | None) -> int:
+    return int(text) if text and text.isdigit() else 0
+
+
+def _check(number: int | None, gpus: int, config: str | None, file: Mapping[str, Any]) -> None:
+    if number and gpus and number > gpus:
+        chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+        among = f" (CUDA_VISIBLE_DEVICES is {chosen})" if chosen else ""
+        raise ConfigError([f"num_processes: must be at most the visible GPUs, {gpus}{among}, found {number}"])
+    if file.get("distributed_type") == "NO" and number and number > 1:
+        raise ConfigError([f"num_processes: accelerate_config {config} starts one process, found {number}"])
+
+
+def _keep_one(gpus: int) -> None:
+    """This process does it alone, on one GPU: `Trainer` would spread it over all that it sees."""
+    if gpus > 1:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or "0"
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[0]

@@ -1,0 +1,51 @@
+"""What a run needs that isn't installed: told before a process is started or a model loaded."""
+
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from typing import Any
+
+from ..errors import ConfigError
+from ..rollout.vllm import check_vllm
+from ..run.arguments import read_run
+from .processes import Start
+
+_ASKS = ("use_vllm", "teacher_placement", "use_peft")
+
+
+def missing_extras(
+    config: str | None, flags: Sequence[str], found: Mapping[str, Any], start: Start | None
+) -> list[str]:
+    """A line for each package that isn't there, with its extra.
+
+    Args:
+        config, flags: the run.
+        found: their values, as they stand there.
+        start: the processes that the run is about to start.
+
+    Raises:
+        ConfigError: what is wrong with the run itself, where there would be such a line.
+    """
+    if not _missing({**dict.fromkeys(_ASKS), **found}, start):
+        return []
+    return _missing(read_run(config, flags)[1], start)  # flags may make a key of the file meaningless
+
+
+def _missing(values: Mapping[str, Any], start: Start | None) -> list[str]:
+    problems = []
+    if _is_true(values["use_vllm"]):
+        try:
+            check_vllm()
+        except ConfigError as error:
+            problems += error.problems
+    placement = values["teacher_placement"]
+    needs = [f"accelerate_config: {start.config}"] if start and start.uses_deepspeed else []
+    needs += [f"teacher_placement: {placement}"] if placement in ("zero3", "cpu_offload") else []
+    if find_spec("deepspeed") is None:
+        problems += [f"{what} needs DeepSpeed; pip install 'tsdkd[deepspeed]'" for what in needs]
+    if _is_true(values["use_peft"]) and find_spec("peft") is None:
+        problems.append("use_peft: PEFT isn't installed; pip install 'tsdkd[peft]'")
+    return problems
+
+
+def _is_true(value: Any) -> bool:
+    return str(value).lower() == "true"

@@ -1,0 +1,102 @@
+"""An sbatch script for a configuration: launch on every node, signal before the time limit, requeue, resume."""
+
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+from ..checkpointing.preemption import MARKER
+from ..config.launch import find_config
+from ..errors import ConfigError
+from ..run.arguments import read_run
+from ..run.config_file import read_flags
+
+_TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
+
+
+def sbatch_script(
+    config: str | None, flags: Sequence[str], accelerate_config: str | None, written_by: Sequence[str], **settings: Any
+) -> str:
+    """The script.
+
+    Args:
+        config: a YAML file or a shipped name, as `tsdkd train` takes it.
+        flags: of `tsdkd train`.
+        accelerate_config: a shipped name or a file; none: the configuration's, or else zero2. The script says how
+            many nodes and processes there are.
+        written_by: the arguments of the command that asks for it, for the script's head.
+        settings: what `slurm.sh.j2` names: nodes, gpus_per_node (0: a CPU job of a process a node), time, ….
+
+    Raises:
+        ConfigError: a configuration or settings that can't be run.
+    """
+    if accelerate_config is not None:
+        find_config(accelerate_config)
+    _, values, _, _ = read_run(config, flags)  # what is wrong with them is told here, not after hours in a queue
+    if "num_processes" in read_flags(flags, []):
+        raise ConfigError(["--num_processes: the script starts a process on each GPU; set --gpus_per_node"])
+    folder = Path(str(values["output_dir"]))
+    own = {
+        "marker": shlex.quote(str(folder / MARKER)),
+        "command": shlex.join(["train", *(["--config", config] if config else []), *flags]),
+        "accelerate_config": shlex.quote(accelerate_config or values["accelerate_config"] or "zero2"),
+        "written_by": shlex.join(written_by),
+    }
+    return render("launch/slurm.sh.j2", folder, settings, written_by, **own)
+
+
+def render(template: str, folder: Path, settings: Mapping[str, Any], words: Sequence[str], **own: Any) -> str:
+    """A script of this package, for jobs that are called after the folder that they write into.
+
+    Args:
+        template: its file.
+        folder: where the jobs write.
+        settings: time, signal_seconds, partition, account, and what else the template names.
+        words: of the command, which all end in the script.
+        own: the same, checked and quoted by the caller.
+
+    Raises:
+        ConfigError: settings or words that can't be run.
+    """
+    problems = _problems(settings, words)
+    if problems:
+        raise ConfigError(problems)
+    source = resources.files("tsdkd").joinpath(template).read_text(encoding="utf-8")
+    name = re.sub(r"[^\w.-]", "-", folder.resolve().name) or "tsdkd"
+    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
+    return environment.from_string(source).render(name=name, **own, **settings)
+
+
+def _problems(settings: Mapping[str, Any], words: Sequence[str]) -> list[str]:
+    """What SLURM or the shell would make something else of."""
+    problems = [f"{word!r}: has a line break, which a script can't hold" for word in words if "\n" in word]
+    for name in ("partition", "account"):
+        if not re.fullmatch(r"[\w.,@-]*", settings[name]):
+            problems.append(f"{name}: must be letters, digits, and . , @ - _, found {settings[name]!r}")
+    seconds = _seconds(settings["time"])
+    if seconds is None:
+        problems.append(f"time: must be HH:MM:SS, or another of SLURM's forms, found {settings['time']!r}")
+    elif seconds <= settings["signal_seconds"] + 60:
+        problems.append(
+            f"signal_seconds: a job of {settings['time']} would be told to stop {settings['signal_seconds']} seconds "
+            "before its end, and SLURM may do so a minute early: that leaves no time"
+        )
+    return problems
+
+
+def _seconds(time: str) -> int | None:
+    """Of MM, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS."""
+    found = _TIME.fullmatch(time)
+    if found is None:
+        return None
+    days, *parts = found.groups()
+    numbers = [int(part) for part in parts if part is not None]
+    if days is not None:
+        hours, minutes, seconds = [*numbers, 0, 0][:3]
+    else:
+        hours, minutes, seconds = {1: [0, *numbers, 0], 2: [0, *numbers], 3: numbers}[len(numbers)]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds

@@ -1,0 +1,1 @@
+"""Statistics of tokens, and their gradients, where hidden states become logits."""

@@ -1,0 +1,245 @@
+"""One pass over the tokens: statistics forward, gradients as early as they can be known."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .gradients import HeadGradients
+from .projection import Projection
+from .softmax import SoftmaxRows, Tiles, Upstream, accumulation_dtype, divergences, logits_gradient_
+from .statistics import OwnTokenLoss, Request, TokenStatistics
+
+DIFFERENTIABLE = ("entropy", "divergence", "top_logits", "logps")
+_STUDENT, _TEACHER, _KL, _RATIO = slice(0, 3), slice(3, 6), 6, 7  # rows of `Scan.table`
+
+
+class Scan:
+    """The forward pass, and what it leaves for the backward pass.
+
+    Args:
+        student: its head in the precision of the pass, cut to the shared ids.
+        teacher: the same with the teacher's hidden states `[N, H']`, or None.
+        temperature: divides the logits of both.
+        chunk: tokens projected at a time.
+        request: the statistics that are wanted.
+        own: losses to differentiate at once, or None.
+    """
+
+    def __init__(
+        self,
+        student: Projection,
+        teacher: tuple[Projection, Tensor] | None,
+        temperature: float,
+        chunk: int,
+        request: Request,
+        own: OwnTokenLoss | None,
+    ) -> None:
+        self.student, self.teacher = student, teacher
+        self.temperature, self.chunk = temperature, chunk
+        self.request, self.own = request, own
+
+    # Forward
+
+    def forward(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, bool, bool]
+    ) -> TokenStatistics:
+        """The statistics of all tokens, and the gradients of the own-token losses."""
+        # not the parameters themselves: a sharded one is empty again in the backward pass
+        self.inputs = (hidden.detach(), weight.detach(), None if bias is None else bias.detach())
+        self.needs = needs
+        self.gradients = None if self.own is None else HeadGradients(*self.inputs, needs)
+        count = len(hidden)
+        self.table = hidden.new_zeros(8, count, dtype=accumulation_dtype(self.student.weight.dtype))
+        size = _even_size(count, self.chunk)
+        starts = range(0, max(count, 1), size)  # one empty chunk where there is no token
+        answer = _joined([self._forward_chunk(slice(i, min(i + size, count))) for i in starts])
+        self.top_ids: Any = answer.top_ids
+        # the answer's own tensor becomes an output, whose graph holds this scan
+        self.top_logits: Any = None if answer.top_logits is None else answer.top_logits.detach()
+        return answer
+
+    def _forward_chunk(self, rows: slice) -> TokenStatistics:
+        request, answer = self.request, TokenStatistics()
+        hidden, logits, tiles = self._project(rows)
+        student = SoftmaxRows.of(logits, tiles)
+        self.table[_STUDENT, rows] = student.sums
+        teacher = None
+        if self.teacher is not None and (request.needs_teacher or request.top_k):
+            teacher_logits = self._project_teacher(rows)
+            if request.needs_teacher:
+                teacher = SoftmaxRows.of(teacher_logits, tiles)
+                self.table[_TEACHER, rows] = teacher.sums
+        if request.entropy:
+            answer.entropy = student.entropy
+        if request.teacher_entropy and teacher is not None:
+            answer.teacher_entropy = teacher.entropy
+        if request.divergence is not None and teacher is not None:
+            found = divergences(student, teacher, request.divergence, tiles)
+            answer.divergence, self.table[_KL, rows], self.table[_RATIO, rows] = found
+        if request.top_k:
+            top_logits, answer.top_ids = logits.topk(min(request.top_k, logits.shape[-1]), dim=-1)
+            answer.top_logits = top_logits.to(self.table.dtype)
+            answer.top_logps = student.logps_at(answer.top_ids)
+            if self.teacher is not None:
+                answer.teacher_top_logits = teacher_logits.gather(-1, answer.top_ids).to(self.table.dtype)
+        if request.ids is not None:
+            answer.logps = student.logps_at(request.ids[rows])
+        if self.own is not None:
+            self._differentiate_own(rows, answer, student, teacher, hidden, tiles)
+        return answer
+
+    def _differentiate_own(
+        self,
+        rows: slice,
+        answer: TokenStatistics,
+        student: SoftmaxRows,
+        teacher: SoftmaxRows | None,
+        hidden: Tensor,
+        tiles: Tiles,
+    ) -> None:
+        """Evaluate the own-token losses, and add their gradient while the chunk's logits are there."""
+        assert self.own is not None and self.gradients is not None
+        leaves = {n: x.detach().requires_grad_() for n in DIFFERENTIABLE if (x := getattr(answer, n)) is not None}
+        with torch.enable_grad():
+            view = TokenStatistics(**{**vars(answer), **leaves})
+            answer.own_terms, answer.own_loss = self.own.sums(view, rows)
+        if not answer.own_loss.requires_grad:
+            return
+        found = torch.autograd.grad(answer.own_loss, list(leaves.values()), allow_unused=True)
+        upstream = dict(zip(leaves, found, strict=True))
+        self._add_sparse(self.gradients, rows, answer.top_ids, answer.top_logits, upstream.pop("top_logits", None))
+        if any(g is not None for g in upstream.values()):
+            self._add_dense(self.gradients, rows, Upstream(**upstream), student, teacher, hidden, tiles)
+
+    def _project(self, rows: slice | Tensor) -> tuple[Tensor, Tensor, Tiles]:
+        hidden = self.inputs[0][rows].to(self.student.weight.dtype)
+        logits = self.student.logits(hidden, self.temperature)
+        return hidden, logits, Tiles(logits)
+
+    def _project_teacher(self, rows: slice | Tensor) -> Tensor:
+        assert self.teacher is not None
+        projection, hidden = self.teacher
+        return projection.logits(hidden[rows], self.temperature)
+
+    # Backward
+
+    def backward(self, own: Tensor | None, **upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Gradients of hidden states, weight and bias. `upstream` are derivatives by the statistics of all tokens."""
+        gradients = HeadGradients(*self.inputs, self.needs) if own is None else self._own_gradients(own)
+        top_logits = upstream.pop("top_logits")
+        # most of the entropies have no gradient: the others' logits are not projected again
+        of_top, of_others = _places(_touched([top_logits]), _touched(list(upstream.values())))
+        if top_logits is not None and of_top is not None:
+            self._backward_top(gradients, of_top, top_logits)
+        if of_others is not None:
+            for rows in of_others.split(_even_size(len(of_others), self.chunk)):
+                self._backward_chunk(gradients, rows, upstream)
+        return gradients.results(*self.inputs)
+
+    def _own_gradients(self, upstream: Tensor) -> HeadGradients:
+        gradients, self.gradients = self.gradients, None
+        if gradients is None:
+            raise RuntimeError(
+                "the own-token losses were differentiated in the forward pass, which serves one backward pass; make "
+                "the head with own_in_forward=False to differentiate them again"
+            )
+        gradients.scale_(upstream)
+        return gradients
+
+    def _backward_chunk(self, gradients: HeadGradients, rows: Tensor, upstream: dict[str, Tensor | None]) -> None:
+        hidden, logits, tiles = self._project(rows)
+        teacher = None
+        if upstream["divergence"] is not None:
+            teacher = SoftmaxRows(self._project_teacher(rows), self.table[_TEACHER, rows])
+        here = Upstream(**{name: None if g is None else g[rows] for name, g in upstream.items()})
+        student = SoftmaxRows(logits, self.table[_STUDENT, rows])
+        self._add_dense(gradients, rows, here, student, teacher, hidden, tiles)
+
+    def _backward_top(self, gradients: HeadGradients, touched: Tensor, upstream: Tensor) -> None:
+        """Only k logits of a few tokens: their rows of the weight are gathered instead of a projection."""
+        # as many as make two [C, k, H] tensors about as large as a chunk's logits
+        size = max(1, self.chunk * self.student.weight.shape[0] // (2 * upstream.shape[-1] * self.inputs[0].shape[-1]))
+        for rows in touched.split(size):
+            self._add_sparse(gradients, rows, self.top_ids[rows], self.top_logits[rows], upstream[rows])
+
+    # Both
+
+    @property
+    def _factor(self) -> float:
+        return self.student.scale / self.temperature
+
+    def _slope(self, logits: Tensor) -> Tensor:
+        return self.student.slope(logits, self.temperature)
+
+    def _add_sparse(
+        self,
+        gradients: HeadGradients,
+        rows: slice | Tensor,
+        ids: Tensor | None,
+        logits: Tensor | None,
+        upstream: Tensor | None,
+    ) -> None:
+        if upstream is None or ids is None or logits is None:
+            return
+        values = upstream * self._factor
+        if self.student.softcap is not None:
+            values = values * self._slope(logits)
+        gradients.add_sparse(rows, ids, values, self.inputs[0][rows], self.student)
+
+    def _add_dense(
+        self,
+        gradients: HeadGradients,
+        rows: slice | Tensor,
+        upstream: Upstream,
+        student: SoftmaxRows,
+        teacher: SoftmaxRows | None,
+        hidden: Tensor,
+        tiles: Tiles,
+    ) -> None:
+        """Overwrite the chunk's logits by their gradient, and project it back."""
+        upstream = upstream.times(self._factor)
+        largest = None
+        if hidden.dtype == torch.float16:  # a loss scale comes too late for what has already become zero
+            largest = upstream.largest()
+            upstream = upstream.times(1.0 / largest)
+        slope = None if self.student.softcap is None else self._slope
+        ids = None if self.request.ids is None else self.request.ids[rows]
+        known = (self.request.divergence, self.table[_KL, rows], self.table[_RATIO, rows])
+        gradient = logits_gradient_(student, teacher, *known, ids, upstream, slope, tiles)
+        gradients.add(rows, gradient, hidden, self.student, largest)
+
+
+def _even_size(count: int, limit: int) -> int:
+    """Chunks of about the same size, at most `limit`: a small remainder costs a matrix product almost as much."""
+    chunks = max(1, -(-count // limit))
+    return max(1, -(-count // chunks))
+
+
+def _touched(upstream: list[Tensor | None]) -> Tensor | None:
+    """`[N]` bool, the tokens with a derivative that isn't zero; None where there are no derivatives."""
+    given = [g for g in upstream if g is not None]
+    return (
+        torch.stack([(g != 0).flatten(1).any(-1) if g.ndim > 1 else g != 0 for g in given]).any(0) if given else None
+    )
+
+
+def _places(*masks: Tensor | None) -> list[Tensor | None]:
+    """Where each mask `[N]` is true. The host waits for the device once for all of them."""
+    given = [mask for mask in masks if mask is not None]
+    counts = iter(torch.stack([mask.sum() for mask in given]).tolist() if given else ())
+    return [None if mask is None else torch.nonzero_static(mask, size=next(counts)).squeeze(-1) for mask in masks]
+
+
+def _joined(parts: list[TokenStatistics]) -> TokenStatistics:
+    """The statistics of consecutive chunks as one."""
+    whole = TokenStatistics()
+    for name, first in vars(parts[0]).items():
+        values = [getattr(part, name) for part in parts]
+        if isinstance(first, Tensor):
+            joined = torch.stack(values).sum(0).detach() if name == "own_loss" else torch.cat(values)
+            setattr(whole, name, joined)
+    whole.own_terms = {
+        name: torch.stack([part.own_terms[name].detach() for part in parts]).sum() for name in parts[0].own_terms
+    }
+    return whole

@@ -1,0 +1,87 @@
+"""Sums of a head's gradients over chunks of tokens, in float32 at least."""
+
+import torch
+from torch import Tensor
+
+from .projection import Projection
+from .softmax import accumulation_dtype
+
+
+class HeadGradients:
+    """Gradients of hidden states `[N, H]`, weight `[V, H]` and bias `[V]`; those not needed are None."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, bool, bool]) -> None:
+        def zeros(like: Tensor) -> Tensor:
+            return torch.zeros(like.shape, dtype=accumulation_dtype(like.dtype), device=like.device)
+
+        self.hidden = zeros(hidden) if needs[0] else None
+        self.weight = zeros(weight) if needs[1] else None
+        self.bias = zeros(bias) if needs[2] and bias is not None else None
+
+    def add(
+        self, rows: slice | Tensor, logits_gradient: Tensor, hidden: Tensor, head: Projection, scale: Tensor | None
+    ) -> None:
+        """Add a chunk: the gradient of its logits `[C, V]`, times `scale`, for the hidden states `[C, H]`."""
+        vocab_size = logits_gradient.shape[1]
+        if self.hidden is not None:
+            self.hidden[rows] += _scaled(logits_gradient @ head.weight, scale)
+        if self.weight is not None:
+            _add_outer(self.weight[:vocab_size], logits_gradient, hidden, scale)
+        if self.bias is not None:
+            self.bias[:vocab_size] += _scaled(logits_gradient.sum(0, dtype=self.bias.dtype), scale)
+
+    def add_sparse(self, rows: slice | Tensor, ids: Tensor, values: Tensor, hidden: Tensor, head: Projection) -> None:
+        """Add gradients `values` `[C, k]` of only the logits `ids` `[C, k]`."""
+        if self.hidden is not None:
+            vectors = head.weight[ids].to(values.dtype)
+            self.hidden[rows] += torch.einsum("ck,ckh->ch", values, vectors)
+        if self.weight is not None:
+            outer = values.unsqueeze(-1) * hidden.unsqueeze(1).to(values.dtype)
+            self.weight.index_add_(0, ids.flatten(), outer.flatten(0, 1))
+        if self.bias is not None:
+            self.bias.index_add_(0, ids.flatten(), values.flatten())
+
+    def scale_(self, factor: Tensor) -> None:
+        """Multiply what has been added so far."""
+        for gradient in (self.hidden, self.weight, self.bias):
+            if gradient is not None:
+                gradient *= factor
+
+    def results(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, ...]:
+        """The three gradients in their tensors' precisions; the float32 memory is given up."""
+        gradients = (self.hidden, self.weight, self.bias)
+        self.hidden = self.weight = self.bias = None
+        return tuple(
+            None if g is None or x is None else _narrow(g, x.dtype)
+            for g, x in zip(gradients, (hidden, weight, bias), strict=True)
+        )
+
+
+def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
+    return x if scale is None else x.to(scale.dtype) * scale
+
+
+def _add_outer(total: Tensor, logits_gradient: Tensor, hidden: Tensor, scale: Tensor | None) -> None:
+    """`total += logits_gradient.T @ hidden`, `[V, H]`."""
+    if total.dtype == hidden.dtype:
+        total.addmm_(logits_gradient.t(), hidden)
+        return
+    # half precision: the product of a block of ids stays in a cache until it is added up in float32
+    size = max(1, (2**21 if total.device.type == "cpu" else 2**25) // total.shape[1])
+    for start in range(0, total.shape[0], size):
+        ids = slice(start, start + size)
+        total[ids] += _scaled(logits_gradient[:, ids].t() @ hidden, scale)
+
+
+def _narrow(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x` in `dtype`; a narrower one is written over `x`, because at this moment memory is at its peak."""
+    if x.dtype == dtype:
+        return x
+    if x.element_size() < dtype.itemsize or not x.is_contiguous():
+        return x.to(dtype)
+    wide = x.view(-1)
+    narrow = wide.view(dtype)  # the same bytes: element i is written after it, or an earlier one, has been read
+    for start in range(0, len(wide), 2**22):
+        part = wide[start : start + 2**22]
+        narrow[start : start + len(part)] = part.to(dtype)
+    return narrow[: len(wide)].view(x.shape)

@@ -1,0 +1,101 @@
+"""What an objective can ask a head about each token of a micro-batch.
+
+An objective states a `Request`; a head answers it with `TokenStatistics`. `tsdkd.lm_head.dense` is the readable
+specification; `tsdkd.lm_head.fused` gives the same numbers and gradients from hidden states.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..losses import Divergence
+
+
+@dataclass(frozen=True)
+class Request:
+    """The statistics that are wanted of N tokens; what isn't asked for costs nothing.
+
+    Attributes:
+        entropy: of the student's distribution.
+        teacher_entropy: of the teacher's.
+        divergence: between the student's distribution and the teacher's.
+        top_k: how many of the student's largest logits, with the teacher's logits at the same ids.
+        ids: `[N, K]`, tokens whose log-probabilities under the student are wanted.
+    """
+
+    entropy: bool = False
+    teacher_entropy: bool = False
+    divergence: Divergence | None = None
+    top_k: int = 0
+    ids: Tensor | None = None
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether a teacher's whole distribution is needed."""
+        return self.teacher_entropy or self.divergence is not None
+
+
+@dataclass
+class TokenStatistics:
+    """The answers, float32 (float64 where the models are). What wasn't asked for is None.
+
+    Attributes:
+        entropy: `[N]`, nats; differentiable.
+        teacher_entropy: `[N]`, nats.
+        divergence: `[N]`, nats; differentiable.
+        top_ids: `[N, k]`, the student's candidates, best first.
+        top_logits: `[N, k]`, their logits; differentiable.
+        top_logps: `[N, k]`, their log-probabilities, nats; no gradient.
+        teacher_top_logits: `[N, k]`, the teacher's logits at the same ids (None without a teacher).
+        logps: `[N, K]`, log-probabilities of the requested ids, nats; differentiable.
+        own_terms: sums of the own-token losses.
+        own_loss: their weighted sum, differentiable.
+    """
+
+    entropy: Any = None
+    teacher_entropy: Any = None
+    divergence: Any = None
+    top_ids: Any = None
+    top_logits: Any = None
+    top_logps: Any = None
+    teacher_top_logits: Any = None
+    logps: Any = None
+    own_terms: dict[str, Tensor] = field(default_factory=dict)
+    own_loss: Any = None
+
+
+@dataclass(frozen=True)
+class OwnTokenLoss:
+    """Losses of a token that depend on its own statistics only, so that a head may evaluate them chunk by chunk.
+
+    Attributes:
+        weights: each term's factor in the loss.
+        losses: `(statistics of some tokens, which: a slice of the N) -> {term: [n] losses}`.
+    """
+
+    weights: dict[str, float]
+    losses: Callable[[TokenStatistics, slice], dict[str, Tensor]]
+
+    def sums(self, statistics: TokenStatistics, rows: slice = slice(None)) -> tuple[dict[str, Tensor], Tensor]:
+        """The terms' sums over the tokens `rows`, whose statistics are given, and their weighted sum."""
+        terms = {name: losses.sum() for name, losses in self.losses(statistics, rows).items()}
+        return terms, torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
+
+
+class Head(Protocol):
+    """Answers an objective's request about the N completion tokens of a micro-batch."""
+
+    def __call__(self, request: Request, own: OwnTokenLoss | None = None) -> TokenStatistics: ...
+
+
+def check_request(request: Request, count: int, has_teacher: bool) -> None:
+    """Raises `ValueError` for a request that can't be answered of `count` tokens."""
+    if request.needs_teacher and not has_teacher:
+        raise ValueError("the request needs the teacher's distribution (teacher_entropy or divergence), there is none")
+    if request.ids is not None and (request.ids.ndim != 2 or len(request.ids) != count):
+        raise ValueError(f"ids must be [{count}, K], a row a token, found {list(request.ids.shape)}")
+    if request.top_k < 0:
+        raise ValueError(f"top_k must be at least 0, found {request.top_k}")

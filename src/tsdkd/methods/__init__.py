@@ -1,0 +1,81 @@
+"""Every method, by its name: the trainer that runs it, which knows its configuration and its objective.
+
+To add one, write a file beside these (docs/methods.md) and add its trainer here.
+"""
+
+from typing import Any
+
+from .distillm import DistiLLMConfig, DistiLLMTrainer
+from .eopd import EOPDConfig, EOPDTrainer
+from .eopd_full import EOPDFullConfig, EOPDFullTrainer
+from .eopd_random import EOPDRandomConfig, EOPDRandomTrainer
+from .gkd import GKDConfig, GKDTrainer
+from .grpo import GRPOConfig, GRPOTrainer
+from .kd import KDConfig, KDTrainer
+from .minillm import MiniLLMConfig, MiniLLMTrainer
+from .opd import OPDConfig, OPDTrainer
+from .opd_advantage_shaping import OPDAdvantageShapingConfig, OPDAdvantageShapingTrainer
+from .opd_entropy_bonus import OPDEntropyBonusConfig, OPDEntropyBonusTrainer
+from .seq_kd import SeqKDConfig, SeqKDTrainer
+from .speculative_kd import SpeculativeKDConfig, SpeculativeKDTrainer
+from .supervised_kd import SupervisedKDConfig, SupervisedKDTrainer
+from .tsd_kd import TSDKDConfig, TSDKDTrainer
+from .tsd_kd_released import TSDKDReleasedConfig, TSDKDReleasedTrainer
+
+METHODS: dict[str, Any] = {
+    trainer.config_class.method: trainer
+    for trainer in (
+        TSDKDTrainer,
+        EOPDTrainer,
+        GKDTrainer,
+        MiniLLMTrainer,
+        DistiLLMTrainer,
+        SpeculativeKDTrainer,
+        SupervisedKDTrainer,
+        SeqKDTrainer,
+        KDTrainer,
+        GRPOTrainer,
+        OPDTrainer,
+        OPDEntropyBonusTrainer,
+        OPDAdvantageShapingTrainer,
+        EOPDFullTrainer,
+        EOPDRandomTrainer,
+        TSDKDReleasedTrainer,
+    )
+}
+
+__all__ = [
+    "METHODS",
+    "DistiLLMConfig",
+    "DistiLLMTrainer",
+    "EOPDConfig",
+    "EOPDFullConfig",
+    "EOPDFullTrainer",
+    "EOPDRandomConfig",
+    "EOPDRandomTrainer",
+    "EOPDTrainer",
+    "GKDConfig",
+    "GKDTrainer",
+    "GRPOConfig",
+    "GRPOTrainer",
+    "KDConfig",
+    "KDTrainer",
+    "MiniLLMConfig",
+    "MiniLLMTrainer",
+    "OPDAdvantageShapingConfig",
+    "OPDAdvantageShapingTrainer",
+    "OPDConfig",
+    "OPDEntropyBonusConfig",
+    "OPDEntropyBonusTrainer",
+    "OPDTrainer",
+    "SeqKDConfig",
+    "SeqKDTrainer",
+    "SpeculativeKDConfig",
+    "SpeculativeKDTrainer",
+    "SupervisedKDConfig",
+    "SupervisedKDTrainer",
+    "TSDKDConfig",
+    "TSDKDReleasedConfig",
+    "TSDKDReleasedTrainer",
+    "TSDKDTrainer",
+]

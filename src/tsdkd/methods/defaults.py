@@ -1,0 +1,52 @@
+"""What configurations of several methods share."""
+
+from dataclasses import dataclass
+
+from ..config.base import TokenSelectiveConfig
+from ..config.options import AT_LEAST_ONE, option
+from ..errors import ConfigError
+
+NO_BETA = TokenSelectiveConfig.refused
+NO_TOP_P = {"top_p": "the loss is of the distribution that is sampled from, the whole one"}
+OFF_POLICY = {**NO_BETA, "lmbda": "the method trains on the data set's completions; `tsdkd generate` writes them"}
+OWN_ROLLOUTS = {**NO_BETA, **NO_TOP_P, "lmbda": "the method says by itself which completions a step trains on"}
+NO_VLLM = {"use_vllm": "the teacher takes part in every token, and an engine holds the student only"}
+
+
+@dataclass
+class TSDKDDefaults(TokenSelectiveConfig):
+    """What the runs in TSD-KD's tables share (Table 10)."""
+
+    max_new_tokens: int = option(1024, "Completion limit, tokens; prompt and completion together obey max_length.")
+    max_length: int | None = option(1024, "Limit of prompt plus completion, tokens.")
+    warmup_steps: float = option(0.1, "Warmup steps; below 1 a share of all steps.")
+
+
+@dataclass
+class RolloutConfig(TokenSelectiveConfig):
+    """One rollout for several steps.
+
+    Args:
+        rollout_batch_size: prompts in one rollout, over all processes; it serves
+            `rollout_batch_size / (per-device batch x accumulation x processes)` optimizer steps.
+        vllm_importance_sampling_correction: weigh the policy's loss by what the student's probability of a token is of
+            the engine's, truncated. Without it the engine's is the policy that sampled (Q_old).
+        vllm_importance_sampling_clip_max: where that weight is truncated.
+    """
+
+    rollout_batch_size: int = option(128, "Prompts in one rollout, over all processes.", AT_LEAST_ONE)
+
+    def steps_per_rollout(self, processes: int | None = None) -> int:
+        """Optimizer steps that one rollout serves. Raises `ConfigError` where they aren't whole."""
+        processes = processes or self.world_size
+        size = self.per_device_train_batch_size * self.gradient_accumulation_steps * processes
+        if self.rollout_batch_size % size:
+            raise ConfigError(
+                [
+                    f"rollout_batch_size: must be a multiple of the mini-batch, found {self.rollout_batch_size}; the "
+                    f"mini-batch is {self.per_device_train_batch_size} (per_device_train_batch_size) x "
+                    f"{self.gradient_accumulation_steps} (gradient_accumulation_steps) x {processes} (processes)"
+                    f" = {size}"
+                ]
+            )
+        return self.rollout_batch_size // size

@@ -1,0 +1,125 @@
+"""DistiLLM: skew KL on the student's, replayed or fixed completions (Ko et al. 2024, arXiv 2402.03898).
+
+Which completions a step trains on is `tsdkd.methods.trainer_distillm`'s to say.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from ..config.options import AT_LEAST_ONE, INSIDE, NOT_NEGATIVE, SHARE, option, plain
+from ..losses import Divergence, skew_forward_kl, skew_reverse_kl
+from ..rollout.base import Completion
+from ..rollout.seeding import prompt_generator
+from ..trainer.trainer import Batch, TokenSelectiveTrainer
+from .defaults import OWN_ROLLOUTS, TSDKDDefaults
+from .divergence import DivergenceObjective
+
+_NEVER_EVALUATED = (lambda v: plain(v["eval_strategy"]) == "no", "eval_strategy is no")
+_COIN, _REPLAY = 2, 3  # streams of `prompt_generator`
+
+
+@dataclass
+class DistiLLMOptions:
+    """Options of DistiLLM's loss."""
+
+    skew: float = option(0.1, "The smaller share in the mixture: of P for forward KL, of Q for reverse KL.", INSIDE)
+    skew_kl: Literal["forward", "reverse"] = option("reverse", "Which of the two skew KL divergences.")
+
+
+@dataclass
+class DistiLLMConfig(DistiLLMOptions, TSDKDDefaults):
+    """Skew KL; own, replayed and given completions, more of the former when the validation loss rises."""
+
+    method = "distillm"
+    completions = "the data set's; the student's, or replayed ones, the more the validation loss rises"
+    paper = "Ko et al. 2024, arXiv 2402.03898"
+    starts_from_data = True
+    refused = OWN_ROLLOUTS
+
+    own_share: float = option(0.0, "Share of steps on own or replayed completions, at the start.", SHARE)
+    own_share_step: float = option(0.1, "How much it grows when the validation loss rises.", SHARE, _NEVER_EVALUATED)
+    loss_tolerance: float = option(
+        0.1, "By how much the validation loss may rise before that, nats.", NOT_NEGATIVE, _NEVER_EVALUATED
+    )
+    replay_capacity: int = option(1000, "How many own completions are kept, over all processes.", AT_LEAST_ONE)
+
+
+@dataclass
+class DistiLLMObjective(DistiLLMOptions, DivergenceObjective):
+    """A mean over tokens."""
+
+    term = "skew_kl"
+
+    @property
+    def kind(self) -> Divergence:
+        """`KL(P || skew P + (1 - skew) Q)` or `KL(Q || (1 - skew) P + skew Q)`."""
+        return {"forward": skew_forward_kl, "reverse": skew_reverse_kl}[self.skew_kl](self.skew)
+
+
+class DistiLLMTrainer(TokenSelectiveTrainer):
+    """DistiLLM (arXiv 2402.03898), with its adaptive off-policy approach. Arguments: see `TokenSelectiveTrainer`."""
+
+    config_class = DistiLLMConfig
+    objective_class = DistiLLMObjective
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.own_share: float = self.args.own_share
+        self.replay: deque[tuple[list[int], list[int]]] = deque(
+            maxlen=-(-self.args.replay_capacity // self.accelerator.num_processes)
+        )
+        self._last_loss: float | None = None
+
+    def _sequences(
+        self, model: nn.Module, rows: list[Batch], step: int, mode: str
+    ) -> tuple[list[list[int]], list[Completion]]:
+        """Of Algorithm 1: fresh ones with a probability that falls over the run, or while there are too few to choose
+        from; replayed ones; or the data set's, on which the validation loss always is."""
+        prompts = [ids for batch in rows for ids in batch["prompt_ids"]]
+        coin = float(torch.rand(1, generator=prompt_generator(self.args.seed, step, 0, _COIN)))
+        if mode == "eval" or coin >= self.own_share:
+            return prompts, [Completion(ids, True) for batch in rows for ids in batch["completion_ids"]]
+        if coin < self.own_share * (1 - step / self.state.max_steps) or not self._is_full():
+            completions = self._generate(model, rows, prompts, step, mode)
+            self.replay.extend((prompt, c.ids) for prompt, c in zip(prompts, completions, strict=True))
+            return prompts, completions
+        generator = prompt_generator(self.args.seed, step, self.accelerator.process_index, _REPLAY)
+        chosen = torch.randint(len(self.replay), (len(prompts),), generator=generator).tolist()
+        return [self.replay[i][0] for i in chosen], [Completion(self.replay[i][1], True) for i in chosen]
+
+    def _is_full(self) -> bool:
+        """On all processes alike: generating is a matter of all of them."""
+        stored = torch.tensor(len(self.replay), device=self.accelerator.device)
+        return int(self.accelerator.reduce(stored, reduction="sum")) >= self.args.replay_capacity
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """See `TokenSelectiveTrainer`. In training the share of own completions follows the loss."""
+        metrics = super().evaluate(*args, **kwargs)
+        loss = metrics.get("eval_loss")
+        if self.is_in_train and loss is not None:
+            if self._last_loss is None:
+                self._last_loss = loss
+            elif loss >= self._last_loss + self.args.loss_tolerance:
+                self.own_share = min(1.0, self.own_share + self.args.own_share_step)
+                self._last_loss = loss
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """See `TokenSelectiveTrainer`."""
+        if "loss" in logs:
+            logs["replay/own_share"] = self.own_share
+        super().log(logs, start_time)
+
+    def _own_state(self) -> dict[str, Any]:
+        replay = [[torch.tensor(ids) for ids in pair] for pair in self.replay]
+        own = {"own_share": self.own_share, "last_loss": self._last_loss, "replay": replay}
+        return {**super()._own_state(), **own}
+
+    def _load_own_state(self, state: dict[str, Any]) -> None:
+        super()._load_own_state(state)
+        self.own_share, self._last_loss = state["own_share"], state["last_loss"]
+        self.replay.extend((prompt.tolist(), completion.tolist()) for prompt, completion in state["replay"])

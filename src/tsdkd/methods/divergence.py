@@ -1,0 +1,29 @@
+"""Whole distributions at every token, by one divergence: what GKD, DistiLLM and supervised distillation share."""
+
+from typing import ClassVar
+
+from ..lm_head.statistics import Head, OwnTokenLoss, Request
+from ..losses import Divergence
+from ..objective import Objective, ObjectiveOutput, Responses, common_metrics
+
+
+class DivergenceObjective(Objective):
+    """A mean of `kind` over tokens, or over responses of their means; `term` is its name in the log."""
+
+    term: ClassVar[str]
+
+    @property
+    def kind(self) -> Divergence:
+        """Between student and teacher."""
+        raise NotImplementedError
+
+    def __call__(self, head: Head, responses: Responses) -> ObjectiveOutput:
+        """See `Objective`."""
+        shares = responses.shares
+        weights = shares if self.unit == "responses" else shares.new_ones(shares.shape)
+        own = OwnTokenLoss(
+            {self.term: 1.0}, lambda t, rows: {self.term: weights[rows].to(t.divergence) * t.divergence}
+        )
+        request = Request(entropy=True, teacher_entropy=True, divergence=self.kind, ids=responses.logged_ids)
+        tokens = head(request, own)
+        return ObjectiveOutput(tokens.own_loss, tokens.own_terms, own.weights, common_metrics(tokens, responses))

@@ -1,0 +1,57 @@
+"""EOPD: clipped reverse KL, plus top-k forward KL where the teacher is uncertain (Eq. 9), a mean over tokens."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..config.options import NOT_NEGATIVE, option
+from ..objective import Answers
+from ..trainer.rollout_scores import PolicyTrainer
+from .eopd_full import EOPDFullObjective, EOPDFullOptions
+from .opd import OPDConfig
+
+
+@dataclass
+class EOPDOptions(EOPDFullOptions):
+    """Options of EOPD (Sec. 5.1)."""
+
+    entropy_threshold: float = option(0.8, "Teacher entropy above which forward KL acts, nats.", NOT_NEGATIVE)
+
+
+@dataclass
+class EOPDConfig(EOPDOptions, OPDConfig):
+    """Clipped reverse KL, and forward KL where the teacher is uncertain."""
+
+    method = "eopd"
+    paper = "Jin et al. 2026, arXiv 2603.07079"
+
+
+@dataclass
+class EOPDObjective(EOPDOptions, EOPDFullObjective):
+    """Eq. 9."""
+
+    @property
+    def uncertain_above(self) -> float:  # type: ignore[override]
+        """What the log calls uncertain."""
+        return self.entropy_threshold
+
+    def placement(self, answers: Answers) -> Tensor:
+        """Strictly above the threshold."""
+        return answers.teacher_entropy > self.entropy_threshold
+
+
+class EOPDTrainer(PolicyTrainer):
+    """Entropy-aware on-policy distillation (arXiv 2603.07079). Arguments: see `TokenSelectiveTrainer`.
+
+    Example:
+        >>> trainer = EOPDTrainer(
+        ...     model="Qwen/Qwen3-0.6B-Base",
+        ...     teacher_model="Qwen/Qwen3-8B",
+        ...     args=EOPDConfig(output_dir="student", chat_template_source="teacher"),
+        ...     train_dataset=load_dataset("json", data_files="prompts.jsonl", split="train"),
+        ... )
+        >>> trainer.train()
+    """
+
+    config_class = EOPDConfig
+    objective_class = EOPDObjective

@@ -1,0 +1,59 @@
+"""Clipped reverse KL plus top-k forward KL on *all* tokens: the full placement of EOPD's Table 6."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..config.options import AT_LEAST_ONE, option
+from ..lm_head.statistics import TokenStatistics
+from ..losses import forward_kl_on
+from ..objective import Answers
+from ..trainer.rollout_scores import PolicyTrainer
+from .opd import OPDConfig, OPDObjective, OPDOptions
+
+
+@dataclass
+class EOPDFullOptions(OPDOptions):
+    """Options of forward KL beside on-policy distillation."""
+
+    forward_kl_top_k: int = option(16, "How many of the teacher's tokens forward KL looks at.", AT_LEAST_ONE)
+
+
+@dataclass
+class EOPDFullConfig(EOPDFullOptions, OPDConfig):
+    """Clipped reverse KL, and forward KL on all tokens."""
+
+    method = "eopd-full"
+    paper = "EOPD Table 6"
+
+
+@dataclass
+class EOPDFullObjective(EOPDFullOptions, OPDObjective):
+    """Eq. 9 without the trigger."""
+
+    @property
+    def teacher_top_k(self) -> int:  # type: ignore[override]
+        """How many of the teacher's tokens are kept."""
+        return self.forward_kl_top_k
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """See `OPDObjective`."""
+        return {**super().weights, "forward_kl": 1.0}
+
+    def terms(self, tokens: TokenStatistics, answers: Answers) -> dict[str, Tensor]:
+        """See `OPDObjective`."""
+        forward_kl = forward_kl_on(tokens.logps[:, 1:], answers.topk_logps)
+        return {**super().terms(tokens, answers), "forward_kl": forward_kl * self.placement(answers)}
+
+    def placement(self, answers: Answers) -> Tensor:
+        """`[N]` bool, where forward KL acts."""
+        return torch.ones_like(answers.teacher_entropy, dtype=torch.bool)
+
+
+class EOPDFullTrainer(PolicyTrainer):
+    """Arguments: see `TokenSelectiveTrainer`."""
+
+    config_class = EOPDFullConfig
+    objective_class = EOPDFullObjective

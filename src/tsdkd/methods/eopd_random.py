@@ -1,0 +1,43 @@
+"""Clipped reverse KL plus top-k forward KL on random tokens: the control of EOPD's Table 6."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..config.options import POSITIVE_SHARE, option
+from ..objective import Answers
+from ..trainer.rollout_scores import PolicyTrainer
+from .eopd_full import EOPDFullObjective, EOPDFullOptions
+from .opd import OPDConfig
+
+
+@dataclass
+class EOPDRandomOptions(EOPDFullOptions):
+    """Options of the random placement (App. E)."""
+
+    forward_kl_random_ratio: float = option(0.2, "Share of the tokens on which forward KL acts.", POSITIVE_SHARE)
+
+
+@dataclass
+class EOPDRandomConfig(EOPDRandomOptions, OPDConfig):
+    """Clipped reverse KL, and forward KL on random tokens."""
+
+    method = "eopd-random"
+    paper = "EOPD Table 6"
+
+
+@dataclass
+class EOPDRandomObjective(EOPDRandomOptions, EOPDFullObjective):
+    """Eq. 9 with a coin as its trigger."""
+
+    def placement(self, answers: Answers) -> Tensor:
+        """The same for a token in every step that its rollout serves."""
+        assert answers.random_uniform is not None
+        return answers.random_uniform < self.forward_kl_random_ratio
+
+
+class EOPDRandomTrainer(PolicyTrainer):
+    """Arguments: see `TokenSelectiveTrainer`."""
+
+    config_class = EOPDRandomConfig
+    objective_class = EOPDRandomObjective

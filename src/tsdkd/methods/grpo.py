@@ -1,0 +1,182 @@
+"""GRPO: reinforcement by right answers, on TRL's trainer (Shao et al. 2024, arXiv 2402.03300)."""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import trl
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+from ..checkpointing.preemption import Preemption
+from ..checkpointing.trainer_mixin import Resumable
+from ..config.base import TokenSelectiveConfig
+from ..config.options import AT_LEAST_ONE, INSIDE, option
+from ..config.validation import UNSUPPORTED
+from ..data import prepare_rows, shape_of, split_row, suffixed
+from ..errors import ConfigError, DataError
+from ..models.loading import load_student, resolve_pair
+from .defaults import NO_BETA
+
+
+@dataclass
+class GRPOConfig(TokenSelectiveConfig):
+    """Reinforcement by right answers, compared within a group of completions: TRL's trainer, no teacher.
+
+    Args:
+        num_generations: completions for each prompt; the mini-batch counts completions.
+        rollout_batch_size: prompts in one rollout, over all processes.
+    """
+
+    method = "grpo"
+    completions = "the student's, num_generations for each prompt; rows have an answer or a solution"
+    paper = "Shao et al. 2024, arXiv 2402.03300; EOPD Table 8"
+    refused = {
+        **NO_BETA,
+        "lmbda": "the method always samples",
+        "completion_column": "the reward looks at the column `answer`",
+        "max_length": "TRL's trainer bounds completions only; set max_new_tokens",
+        "chat_template_source": "there is no teacher whose template could be taken",
+        **dict.fromkeys(("fused_head", "head_chunk_gib", "log_term_gradients"), "TRL's trainer computes the loss"),
+        **dict.fromkeys(
+            ("record_steps", "max_nonfinite_steps", "vllm_request_timeout", "vllm_check_every"),
+            "TRL's trainer has none",
+        ),
+        **dict.fromkeys(
+            ("teacher_model_name_or_path", "teacher_model_init_kwargs", "teacher_placement"), "there is no teacher"
+        ),
+    }
+
+    learning_rate: float = option(3e-6, "Initial learning rate of AdamW.")
+    max_new_tokens: int = option(4096, "Completion limit, tokens.")
+    max_length: int | None = None
+    num_generations: int = option(8, "Completions for each prompt.", (lambda v: v >= 2, "must be at least 2"))
+    clip_epsilon: float = option(0.2, "PPO's clip.", INSIDE)
+    rollout_batch_size: int = option(128, "Prompts in one rollout, over all processes.", AT_LEAST_ONE)
+
+
+def right_answer(completions: list[Any], answer: list[str], **columns: Any) -> list[float]:
+    """1 where math-verify finds the completion's answer equal to `answer`, else 0."""
+    from ..grading import same_mathematics  # math-verify is an extra
+
+    texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+    return [float(same_mathematics(text, str(expected))) for text, expected in zip(texts, answer, strict=True)]
+
+
+class GRPOTrainer(Resumable, trl.GRPOTrainer):
+    """Group relative policy optimization (arXiv 2402.03300).
+
+    Args:
+        model: the student: path, hub id or loaded model.
+        teacher_model: not used; there so that all trainers are made alike.
+        args: the configuration.
+        train_dataset: rows with a prompt and an `answer`, or a `solution` that has a boxed one or is one.
+        eval_dataset, processing_class, callbacks, optimizers, peft_config: as in TRL's.
+
+    Raises:
+        ConfigError, DataError, ModelError: the input can't be used; nothing has been written.
+    """
+
+    config_class = GRPOConfig
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        teacher_model: Any = None,
+        args: GRPOConfig | None = None,
+        *,
+        train_dataset: Dataset,
+        eval_dataset: Dataset | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        teacher_processing_class: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        peft_config: Any | None = None,
+    ) -> None:
+        assert args is not None
+        _check_installed()
+        pair = resolve_pair(model, model, args, processing_class, processing_class)
+        rows = [
+            None if d is None else _rows(d, pair.template, args, pair.context) for d in (train_dataset, eval_dataset)
+        ]
+        super().__init__(
+            load_student(model, args) if isinstance(model, str) else model,
+            reward_funcs=right_answer,
+            args=_trl_config(args),
+            train_dataset=rows[0],
+            eval_dataset=rows[1],
+            processing_class=pair.tokenizer,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            peft_config=peft_config,
+        )
+        self.preemption = Preemption(self.accelerator)
+        self.add_callback(self.preemption)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """See `Trainer`; a final model gets TRL's model card."""
+        super().save_model(output_dir, _internal_call)
+        if not _internal_call:
+            self.create_model_card()
+
+    def _own_state(self) -> dict[str, Any]:
+        return {"step": self._step, "buffered": self._buffered_inputs}
+
+    def _load_own_state(self, state: dict[str, Any]) -> None:
+        self._step = state["step"]
+        buffered = state["buffered"]
+        self._buffered_inputs = None if buffered is None else [self._prepare_input(batch) for batch in buffered]
+
+
+def _check_installed() -> None:
+    try:
+        import math_verify  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(["method: grpo's reward needs math-verify; pip install 'tsdkd[eval]'"]) from error
+
+
+def _trl_config(args: GRPOConfig) -> trl.GRPOConfig:
+    """TRL's configuration, with what both have in common and what only the names differ in."""
+    names = {f.name for f in fields(trl.GRPOConfig) if f.init and hasattr(args, f.name)}
+    common = {name: getattr(args, name) for name in names - UNSUPPORTED.keys() - {"beta"}}  # these are GKD's or SFT's
+    try:
+        return trl.GRPOConfig(
+            **{
+                **common,
+                "max_completion_length": args.max_new_tokens,
+                "epsilon": args.clip_epsilon,
+                "generation_batch_size": args.rollout_batch_size * args.num_generations,
+            }
+        )
+    except ValueError as error:
+        raise ConfigError([f"rollout_batch_size, num_generations: {' '.join(str(error).split())}"]) from error
+
+
+def _rows(rows: Dataset, template: PreTrainedTokenizerBase, args: GRPOConfig, context: int) -> Dataset:
+    """Prompts that leave room for a completion, as TRL takes them, and answers."""
+    source = next((name for name in ("answer", "solution") if name in rows.column_names), None)
+    if source is None:
+        raise DataError(
+            "grpo rewards right answers: the data set has no column 'answer' or 'solution', it has "
+            f"{', '.join(rows.column_names)}"
+        )
+    from ..grading import answer_of  # math-verify is an extra
+
+    shape = shape_of(rows, args)
+    kept = prepare_rows(rows, template, args, context, needs_completion=False)["index"]
+
+    def prompt_and_answer(row: dict[str, Any], index: int) -> dict[str, Any]:
+        prompt = suffixed(split_row(row, index, shape)[0], index, args.prompt_suffix)
+        if isinstance(prompt, str) and args.chat_template_source != "none" and template.chat_template is not None:
+            prompt = [{"role": "user", "content": prompt}]
+        given = row[source]
+        if given is None:
+            raise DataError(f"row {index}: no answer: its {source} is empty")
+        answer = given if source == "answer" else answer_of(str(given))
+        if answer is None:
+            raise DataError(
+                f"row {index}: no answer: its solution has no \\boxed{{}}, and isn't a bare answer: {given[-60:]!r}"
+            )
+        return {"prompt": prompt, "answer": str(answer)}
+
+    chosen = rows.select(kept)
+    return chosen.map(prompt_and_answer, with_indices=True, remove_columns=rows.column_names, desc="Prompts")

@@ -1,0 +1,72 @@
+"""KD as EOPD's tables compare with it: cross-entropy and top-k forward KL, off-policy (EOPD App. A, Table 7)."""
+
+from dataclasses import dataclass
+
+import torch
+
+from ..config.base import TokenSelectiveConfig
+from ..config.options import AT_LEAST_ONE, NOT_NEGATIVE, option
+from ..lm_head.statistics import Head, OwnTokenLoss, Request, TokenStatistics
+from ..losses import forward_kl_on
+from ..objective import Objective, ObjectiveOutput, Responses, common_metrics
+from ..trainer.rollout_scores import PolicyTrainer
+from .defaults import OFF_POLICY
+
+
+@dataclass
+class KDOptions:
+    """Options of KD."""
+
+    cross_entropy_weight: float = option(0.5, "Weight of cross-entropy on the completion.", NOT_NEGATIVE)
+    forward_kl_weight: float = option(0.5, "Weight of forward KL.", NOT_NEGATIVE)
+    forward_kl_top_k: int = option(16, "How many of the teacher's tokens forward KL looks at.", AT_LEAST_ONE)
+
+
+@dataclass
+class KDConfig(KDOptions, TokenSelectiveConfig):
+    """Half cross-entropy, half top-16 forward KL on the data set's completions (EOPD's Table 7)."""
+
+    method = "kd"
+    completions = "the data set's"
+    paper = "Hinton et al. 2015; EOPD Table 2"
+    refused = OFF_POLICY
+
+    lmbda: float = option(0.0, "The method never generates.")
+    learning_rate: float = option(1e-5, "Initial learning rate of AdamW.")
+    max_new_tokens: int = option(4096, "Completion limit, tokens.")
+    max_length: int | None = option(4096, "Limit of prompt plus completion, tokens.")
+
+
+@dataclass
+class KDObjective(KDOptions, Objective):
+    """A mean over tokens; the teacher is renormalised on its top tokens, as in EOPD Eq. 10."""
+
+    asks_teacher = False
+    asks_once = True
+
+    @property
+    def teacher_top_k(self) -> int:  # type: ignore[override]
+        """How many of the teacher's tokens are kept."""
+        return self.forward_kl_top_k
+
+    def __call__(self, head: Head, responses: Responses) -> ObjectiveOutput:
+        """See `Objective`."""
+        answers, sampled = responses.answers, responses.ids
+        assert answers is not None and sampled is not None
+
+        def losses(tokens: TokenStatistics, rows: slice) -> dict[str, torch.Tensor]:
+            forward_kl = forward_kl_on(tokens.logps[:, 1:], answers.topk_logps[rows])
+            return {"cross_entropy": -tokens.logps[:, 0], "forward_kl": forward_kl}
+
+        weights = {"cross_entropy": self.cross_entropy_weight, "forward_kl": self.forward_kl_weight}
+        own = OwnTokenLoss(weights, losses)
+        ids = torch.cat([sampled.unsqueeze(-1), answers.topk_ids], dim=-1)
+        tokens = head(Request(entropy=True, ids=ids), own)
+        return ObjectiveOutput(tokens.own_loss, tokens.own_terms, weights, common_metrics(tokens, responses))
+
+
+class KDTrainer(PolicyTrainer):
+    """Arguments: see `TokenSelectiveTrainer`."""
+
+    config_class = KDConfig
+    objective_class = KDObjective

@@ -1,0 +1,156 @@
+"""MiniLLM: a policy gradient of the reverse KL to come, plus the reverse KL at each token (Gu et al. 2023,
+arXiv 2306.08543).
+
+The completions come from a mixture of teacher and student (`tsdkd.rollout.mixed`), which is the policy of the
+importance ratio. Left out: the language-modelling loss on a pre-training corpus.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..config.options import AT_LEAST_ONE, INSIDE, POSITIVE, SHARE, option
+from ..data import completion_mask
+from ..lm_head.statistics import Head, OwnTokenLoss, Request, TokenStatistics
+from ..losses import REVERSE_KL, clipped_policy_loss
+from ..objective import Objective, ObjectiveOutput, Responses, approx_kl, common_metrics, mean_of
+from ..rollout.base import Sampler, Sampling
+from ..rollout.categorical import draw
+from ..rollout.mixed import Choice, TogetherSampler
+from ..trainer.rollout_scores import PolicyTrainer
+from ..trainer.trainer import Batch
+from .defaults import NO_VLLM, OWN_ROLLOUTS, RolloutConfig
+
+
+@dataclass
+class MiniLLMOptions:
+    """Options of MiniLLM, as in its public code."""
+
+    clip_epsilon: float = option(0.2, "PPO's clip.", INSIDE)
+    teacher_mixture: float = option(
+        0.2, "The teacher's share of the distribution that completions are sampled from.", SHARE
+    )
+    reward_scaling: float = option(0.5, "Divides the rewards.", POSITIVE)
+    reward_clip: float = option(100.0, "Largest magnitude of a scaled reward.", POSITIVE)
+    discount: float = option(0.95, "How much less the next token's reward counts.", SHARE)
+
+
+@dataclass
+class MiniLLMConfig(MiniLLMOptions, RolloutConfig):
+    """Reverse KL by policy gradient, on completions from a mixture of teacher and student."""
+
+    method = "minillm"
+    completions = "from a mixture of teacher and student; each serves epochs_per_rollout epochs"
+    paper = "Gu et al. 2023, arXiv 2306.08543"
+    refused = {**OWN_ROLLOUTS, **NO_VLLM}
+
+    max_new_tokens: int = option(1024, "Completion limit, tokens; prompt and completion together obey max_length.")
+    max_length: int | None = option(1024, "Limit of prompt plus completion, tokens.")
+    warmup_steps: float = option(0.1, "Warmup steps; below 1 a share of all steps.")
+    rollout_batch_size: int = option(256, "Prompts in one rollout, over all processes.", AT_LEAST_ONE)
+    epochs_per_rollout: int = option(4, "How often a rollout's completions are trained on.", AT_LEAST_ONE)
+
+    def steps_per_rollout(self, processes: int | None = None) -> int:
+        """With every epoch over it."""
+        return super().steps_per_rollout(processes) * self.epochs_per_rollout
+
+
+@dataclass
+class MiniLLMObjective(MiniLLMOptions, Objective):
+    """A mean over tokens of both terms."""
+
+    asks_once = True
+    is_policy = True
+
+    def __call__(self, head: Head, responses: Responses) -> ObjectiveOutput:
+        """See `Objective`. The answers' `old_logps` are of the mixture, `advantages` of `returns`, whitened."""
+        answers, sampled = responses.answers, responses.ids
+        assert answers is not None and sampled is not None
+
+        def losses(tokens: TokenStatistics, rows: slice) -> dict[str, Tensor]:
+            some = answers.of(rows)
+            assert some.old_logps is not None and some.advantages is not None
+            policy = clipped_policy_loss(tokens.logps[:, 0], some.old_logps, some.advantages, self.clip_epsilon)
+            return {"policy": policy, "reverse_kl": tokens.divergence}
+
+        own = OwnTokenLoss({"policy": 1.0, "reverse_kl": 1.0}, losses)
+        request = Request(entropy=True, teacher_entropy=True, divergence=REVERSE_KL, ids=sampled.unsqueeze(-1))
+        tokens = head(request, own)
+        assert answers.old_logps is not None
+        log_ratio = tokens.logps[:, 0].detach() - answers.old_logps
+        metrics = common_metrics(tokens, responses)
+        metrics |= {"policy/ratio": mean_of(log_ratio.exp()), "policy/approx_kl": approx_kl(log_ratio)}
+        return ObjectiveOutput(tokens.own_loss, tokens.own_terms, own.weights, metrics)
+
+    def mixture_logps(self, student_logps: Tensor, teacher_logps: Tensor) -> Tensor:
+        """Log-probabilities of tokens under the distribution that they were sampled from, nats."""
+        share = student_logps.new_full((), self.teacher_mixture)
+        return torch.logaddexp(share.log() + teacher_logps, (1 - share).log() + student_logps)
+
+    def returns(self, student_logps: Tensor, teacher_logps: Tensor, mask: Tensor) -> Tensor:
+        """The discounted rewards to come, over the number of tokens to come.
+
+        Args:
+            student_logps, teacher_logps: `[N]`, of the sampled tokens, nats.
+            mask: `[B, T]` bool with N true entries, a row a response, without holes.
+
+        Returns:
+            `[N]`.
+        """
+        reward = ((teacher_logps - student_logps) / self.reward_scaling).clamp(-self.reward_clip, self.reward_clip)
+        rewards = reward.new_zeros(mask.shape).masked_scatter(mask, reward)
+        total, sums = torch.zeros_like(rewards[:, 0]), []
+        for t in reversed(range(mask.shape[1])):
+            total = rewards[:, t] + self.discount * total
+            sums.append(total)
+        left = mask.flip(-1).cumsum(-1).flip(-1).clamp(min=1)
+        return (torch.stack(sums[::-1], dim=-1) / left)[mask]
+
+
+class MiniLLMTrainer(PolicyTrainer):
+    """MiniLLM (arXiv 2306.08543). Arguments: see `TokenSelectiveTrainer`."""
+
+    config_class = MiniLLMConfig
+    objective_class = MiniLLMObjective
+    objective: MiniLLMObjective
+
+    def _make_sampler(self) -> Sampler:
+        sampling = Sampling(frozenset(self.stop_ids), self.pair.shared_vocab_size)
+        choose = mixed(self.args.teacher_mixture, self.args.temperature)
+        return TogetherSampler(self.accelerator, self.args, sampling, self.teacher_model, choose)
+
+    def _annotate(self, model: nn.Module, batch: Batch, step: int, mode: str) -> None:
+        """Also the mixture's log-probabilities, in place of the student's, and the returns."""
+        super()._annotate(model, batch, step, mode)
+        answers = batch["answers"]
+        logps = (answers["old_logps"], answers["teacher_logps"])
+        answers["advantages"] = self.objective.returns(*logps, completion_mask(batch))
+        answers["old_logps"] = self.objective.mixture_logps(*logps)
+
+    def _roll_out(self, model: nn.Module, rows: list[Batch], step: int, mode: str) -> list[Batch]:
+        batches = super()._roll_out(model, rows, step, mode)
+        self._whiten(batches)
+        return batches
+
+    def _whiten(self, batches: list[Batch]) -> None:
+        """Mean 0 and variance 1 over the tokens of all processes' rollouts: any split gives the same advantages."""
+        values = [batch["answers"]["advantages"].double() for batch in batches]
+        own = torch.cat([*values, torch.zeros(0, dtype=torch.float64, device=self.accelerator.device)])
+        sums = torch.stack([own.new_tensor(len(own)), own.sum(), own.square().sum()])
+        count, total, squares = self.accelerator.reduce(sums, reduction="sum")
+        mean = total / count.clamp(min=1)
+        scale = (squares / count.clamp(min=1) - mean.square()).clamp(min=0).add(1e-8).rsqrt()
+        for batch, value in zip(batches, values, strict=True):
+            batch["answers"]["advantages"] = ((value - mean) * scale).float()
+
+
+def mixed(teacher_share: float, temperature: float) -> Choice:
+    """MiniLLM, Eq. 5: from `teacher_share P + (1 - teacher_share) Q`."""
+
+    def choose(logits: list[Tensor], uniform: Tensor | None) -> Tensor:
+        assert uniform is not None
+        student, teacher = ((x / temperature).softmax(-1) for x in logits)
+        return draw((teacher_share * teacher + (1 - teacher_share) * student).log(), uniform[:, 0])[0]
+
+    return choose

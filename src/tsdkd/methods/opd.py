@@ -1,0 +1,98 @@
+"""On-policy distillation: clipped reverse KL on the sampled tokens (Lu and Lab 2025; EOPD Sec. 2.3)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..config.options import AT_LEAST_ONE, INSIDE, option
+from ..lm_head.statistics import Head, OwnTokenLoss, Request, TokenStatistics
+from ..losses import clipped_policy_loss, forward_kl_on
+from ..objective import Answers, Objective, ObjectiveOutput, Responses, approx_kl, common_metrics, mean_of
+from ..trainer.rollout_scores import PolicyTrainer
+from .defaults import RolloutConfig
+
+
+@dataclass
+class OPDOptions:
+    """Options of on-policy distillation."""
+
+    clip_epsilon: float = option(0.2, "PPO's clip.", INSIDE)
+
+
+@dataclass
+class OPDConfig(OPDOptions, RolloutConfig):
+    """Clipped reverse KL on the sampled tokens: on-policy distillation (EOPD's Table 8)."""
+
+    method = "opd"
+    paper: ClassVar[str] = "Lu and Lab 2025; EOPD Sec. 2.3, arXiv 2603.07079"
+
+    learning_rate: float = option(3e-6, "Initial learning rate of AdamW.")
+    max_new_tokens: int = option(4096, "Completion limit, tokens.")
+    max_length: int | None = option(None, "Limit of prompt plus completion, tokens; none: the models' context.")
+    vllm_importance_sampling_correction: bool = option(False, "Weigh tokens by student / engine probability.")
+    vllm_importance_sampling_clip_max: float = option(3.0, "Where that weight is truncated.", AT_LEAST_ONE)
+
+
+@dataclass
+class OPDObjective(OPDOptions, Objective):
+    """Eq. 8 of EOPD, a mean over tokens. Its relatives add terms or change the advantage; they log the same."""
+
+    asks_teacher = False
+    asks_once = True
+    is_policy = True
+    uncertain_above: ClassVar[float] = 0.8  # nats; for the log (EOPD Fig. 5)
+
+    def __call__(self, head: Head, responses: Responses) -> ObjectiveOutput:
+        """See `Objective`."""
+        answers, sampled = responses.answers, responses.ids
+        assert answers is not None and sampled is not None
+        own = OwnTokenLoss(self.weights, lambda tokens, rows: self.terms(tokens, answers.of(rows)))
+        ids = torch.cat([sampled.unsqueeze(-1), answers.topk_ids], dim=-1)
+        tokens = head(Request(entropy=True, ids=ids), own)
+        metrics = common_metrics(tokens, responses) | self._metrics(tokens, answers)
+        return ObjectiveOutput(tokens.own_loss, tokens.own_terms, own.weights, metrics)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Each term's factor in the loss."""
+        return {"reverse_kl": 1.0}
+
+    def terms(self, tokens: TokenStatistics, answers: Answers) -> dict[str, Tensor]:
+        """Each term of each token: all of them depend on a token's own statistics only."""
+        assert answers.old_logps is not None
+        advantages = self.advantages(tokens, answers)
+        loss = clipped_policy_loss(tokens.logps[:, 0], answers.old_logps, advantages, self.clip_epsilon)
+        return {"reverse_kl": loss if answers.importance is None else loss * answers.importance}
+
+    def advantages(self, tokens: TokenStatistics, answers: Answers) -> Tensor:
+        """`[N]`, Eq. 6 with the policy that sampled; no gradient."""
+        assert answers.old_logps is not None
+        return answers.teacher_logps - answers.old_logps
+
+    @torch.no_grad()
+    def _metrics(self, tokens: TokenStatistics, answers: Answers) -> dict[str, tuple[Tensor, Tensor]]:
+        advantages = self.advantages(tokens, answers)
+        assert answers.old_logps is not None
+        log_ratio = tokens.logps[:, 0] - answers.old_logps
+        ratio = log_ratio.exp()
+        too_high = (ratio > 1 + self.clip_epsilon) & (advantages > 0)
+        too_low = (ratio < 1 - self.clip_epsilon) & (advantages < 0)
+        uncertain = answers.teacher_entropy > self.uncertain_above
+        forward_kl = forward_kl_on(tokens.logps[:, 1:], answers.topk_logps)
+        return {
+            "policy/clip_fraction": mean_of(too_high | too_low),
+            "policy/ratio": mean_of(ratio),
+            "policy/approx_kl": approx_kl(log_ratio),
+            "uncertain/share": mean_of(uncertain),
+            "uncertain/forward_kl": mean_of(forward_kl[uncertain]),
+            "entropy/teacher": mean_of(answers.teacher_entropy),
+        }
+
+
+class OPDTrainer(PolicyTrainer):
+    """Arguments: see `TokenSelectiveTrainer`."""
+
+    config_class = OPDConfig
+    objective_class = OPDObjective

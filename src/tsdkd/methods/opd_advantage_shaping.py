@@ -1,0 +1,46 @@
+"""On-policy distillation with advantage shaping (Cheng et al. 2025; EOPD's Table 4 and Eq. 11)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..config.options import POSITIVE, option
+from ..lm_head.statistics import TokenStatistics
+from ..objective import Answers
+from ..trainer.rollout_scores import PolicyTrainer
+from .opd import OPDConfig, OPDObjective, OPDOptions
+
+_KAPPA = 2.0
+
+
+@dataclass
+class OPDAdvantageShapingOptions(OPDOptions):
+    """Options of the shaping function (EOPD App. A); kappa is 2."""
+
+    advantage_shaping: float = option(0.1, "Alpha of advantage shaping.", POSITIVE)
+
+
+@dataclass
+class OPDAdvantageShapingConfig(OPDAdvantageShapingOptions, OPDConfig):
+    """Clipped reverse KL whose advantages favour uncertain tokens."""
+
+    method = "opd-advantage-shaping"
+    paper = "Cheng et al. 2025; EOPD Table 4"
+
+
+@dataclass
+class OPDAdvantageShapingObjective(OPDAdvantageShapingOptions, OPDObjective):
+    """Uncertain tokens are favoured, without turning an advantage's sign."""
+
+    def advantages(self, tokens: TokenStatistics, answers: Answers) -> Tensor:
+        """Eq. 11."""
+        advantages = super().advantages(tokens, answers)
+        return advantages + torch.minimum(self.advantage_shaping * tokens.entropy.detach(), advantages.abs() / _KAPPA)
+
+
+class OPDAdvantageShapingTrainer(PolicyTrainer):
+    """Arguments: see `TokenSelectiveTrainer`."""
+
+    config_class = OPDAdvantageShapingConfig
+    objective_class = OPDAdvantageShapingObjective

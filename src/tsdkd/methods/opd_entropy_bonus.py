@@ -1,0 +1,47 @@
+"""On-policy distillation with an entropy bonus (Schulman et al. 2017; EOPD's Table 4)."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..config.options import POSITIVE, option
+from ..lm_head.statistics import TokenStatistics
+from ..objective import Answers
+from ..trainer.rollout_scores import PolicyTrainer
+from .opd import OPDConfig, OPDObjective, OPDOptions
+
+
+@dataclass
+class OPDEntropyBonusOptions(OPDOptions):
+    """The paper doesn't give the coefficient; 0.001 was verl's default."""
+
+    entropy_bonus: float = option(0.001, "Coefficient of the student's entropy.", POSITIVE)
+
+
+@dataclass
+class OPDEntropyBonusConfig(OPDEntropyBonusOptions, OPDConfig):
+    """Clipped reverse KL with an entropy bonus."""
+
+    method = "opd-entropy-bonus"
+    paper = "Schulman et al. 2017; EOPD Table 4"
+
+
+@dataclass
+class OPDEntropyBonusObjective(OPDEntropyBonusOptions, OPDObjective):
+    """`- entropy_bonus` times the mean entropy is added."""
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """See `OPDObjective`."""
+        return {**super().weights, "entropy": -self.entropy_bonus}
+
+    def terms(self, tokens: TokenStatistics, answers: Answers) -> dict[str, Tensor]:
+        """See `OPDObjective`."""
+        return {**super().terms(tokens, answers), "entropy": tokens.entropy}
+
+
+class OPDEntropyBonusTrainer(PolicyTrainer):
+    """Arguments: see `TokenSelectiveTrainer`."""
+
+    config_class = OPDEntropyBonusConfig
+    objective_class = OPDEntropyBonusObjective

@@ -1,0 +1,42 @@
+"""Sequence-level KD: cross-entropy on the teacher's completions (Kim and Rush 2016, arXiv 1606.07947)."""
+
+from dataclasses import dataclass
+
+from ..config.options import option
+from ..lm_head.statistics import Head, OwnTokenLoss, Request
+from ..objective import Objective, ObjectiveOutput, Responses, common_metrics
+from ..trainer.trainer import TokenSelectiveTrainer
+from .defaults import OFF_POLICY, TSDKDDefaults
+
+
+@dataclass
+class SeqKDConfig(TSDKDDefaults):
+    """Cross-entropy on the data set's completions, which are the teacher's; it isn't loaded again."""
+
+    method = "seq-kd"
+    completions = "the data set's"
+    paper = "Kim and Rush 2016, arXiv 1606.07947"
+    refused = {**OFF_POLICY, **dict.fromkeys(("teacher_placement", "record_steps"), "the teacher isn't loaded")}
+
+    lmbda: float = option(0.0, "The method never generates.")
+
+
+@dataclass
+class SeqKDObjective(Objective):
+    """A mean over tokens. The teacher has spoken already: `tsdkd generate` wrote the data."""
+
+    asks_teacher = False
+
+    def __call__(self, head: Head, responses: Responses) -> ObjectiveOutput:
+        """See `Objective`."""
+        assert responses.ids is not None
+        own = OwnTokenLoss({"cross_entropy": 1.0}, lambda tokens, rows: {"cross_entropy": -tokens.logps[:, 0]})
+        tokens = head(Request(entropy=True, ids=responses.ids.unsqueeze(-1)), own)
+        return ObjectiveOutput(tokens.own_loss, tokens.own_terms, own.weights, common_metrics(tokens, responses))
+
+
+class SeqKDTrainer(TokenSelectiveTrainer):
+    """Arguments: see `TokenSelectiveTrainer`."""
+
+    config_class = SeqKDConfig
+    objective_class = SeqKDObjective

@@ -1,0 +1,73 @@
+"""Speculative KD: forward KL on what student and teacher wrote together (Xu et al. 2025, arXiv 2410.11325).
+
+How they write is `tsdkd.rollout.mixed`'s to say.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..config.options import AT_LEAST_ONE, POSITIVE, POSITIVE_SHARE, option
+from ..rollout.base import Sampler, Sampling
+from ..rollout.categorical import draw
+from ..rollout.mixed import Choice, TogetherSampler
+from ..trainer.trainer import TokenSelectiveTrainer
+from .defaults import NO_VLLM, OWN_ROLLOUTS, TSDKDDefaults
+from .supervised_kd import SupervisedKDObjective
+
+
+@dataclass
+class SpeculativeKDOptions:
+    """Options of the interleaved sampling, as in the paper's public code."""
+
+    accept_top_k: int = option(25, "The student's token stays if it is among so many of the teacher's.", AT_LEAST_ONE)
+    draft_temperature: float = option(0.5, "Divides the student's logits when it samples.", POSITIVE)
+    draft_top_p: float = option(0.5, "Nucleus mass of the student's tokens.", POSITIVE_SHARE)
+    correction_temperature: float = option(0.2, "Divides the teacher's logits when it replaces a token.", POSITIVE)
+    correction_top_p: float = option(0.5, "Nucleus mass of the teacher's tokens.", POSITIVE_SHARE)
+
+
+@dataclass
+class SpeculativeKDConfig(SpeculativeKDOptions, TSDKDDefaults):
+    """Forward KL on completions in which the teacher replaces the student's unlikely tokens."""
+
+    method = "speculative-kd"
+    completions = "the student's, in which the teacher replaces unlikely tokens"
+    paper = "Xu et al. 2025, arXiv 2410.11325"
+    refused = {**OWN_ROLLOUTS, **NO_VLLM}
+
+    learning_rate: float = option(1e-5, "Initial learning rate of AdamW.")
+
+
+@dataclass
+class SpeculativeKDObjective(SupervisedKDObjective):
+    """A mean over responses, as in the paper's public code."""
+
+    unit = "responses"
+
+
+class SpeculativeKDTrainer(TokenSelectiveTrainer):
+    """Speculative KD (arXiv 2410.11325). Arguments: see `TokenSelectiveTrainer`."""
+
+    config_class = SpeculativeKDConfig
+    objective_class = SpeculativeKDObjective
+
+    def _make_sampler(self) -> Sampler:
+        sampling = Sampling(frozenset(self.stop_ids), self.pair.shared_vocab_size)
+        return TogetherSampler(self.accelerator, self.args, sampling, self.teacher_model, interleaved(self.args))
+
+
+def interleaved(options: SpeculativeKDOptions) -> Choice:
+    """Speculative KD, Algorithm 1: the student's token if the teacher has it among its top ones, else a sample of the
+    teacher's."""
+
+    def choose(logits: list[Tensor], uniform: Tensor | None) -> Tensor:
+        student, teacher = logits
+        assert uniform is not None
+        drafted, _ = draw(student / options.draft_temperature, uniform[:, 0], options.draft_top_p)
+        corrected, _ = draw(teacher / options.correction_temperature, uniform[:, 1], options.correction_top_p)
+        better = (teacher > teacher.gather(-1, drafted.unsqueeze(-1))).sum(-1)
+        return torch.where(better < options.accept_top_k, drafted, corrected)
+
+    return choose

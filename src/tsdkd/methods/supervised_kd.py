@@ -1,0 +1,40 @@
+"""Supervised KD: forward KL on all tokens of fixed completions (Hinton et al. 2015, arXiv 1503.02531)."""
+
+from dataclasses import dataclass
+
+from ..config.options import option
+from ..losses import FORWARD_KL, Divergence
+from ..trainer.trainer import TokenSelectiveTrainer
+from .defaults import OFF_POLICY, TSDKDDefaults
+from .divergence import DivergenceObjective
+
+
+@dataclass
+class SupervisedKDConfig(TSDKDDefaults):
+    """Forward KL on all tokens of the data set's completions."""
+
+    method = "supervised-kd"
+    completions = "the data set's"
+    paper = "Hinton et al. 2015, arXiv 1503.02531"
+    refused = OFF_POLICY
+
+    lmbda: float = option(0.0, "The method never generates.")
+
+
+@dataclass
+class SupervisedKDObjective(DivergenceObjective):
+    """A mean over tokens."""
+
+    term = "forward_kl"
+
+    @property
+    def kind(self) -> Divergence:
+        """`KL(P||Q)`."""
+        return FORWARD_KL
+
+
+class SupervisedKDTrainer(TokenSelectiveTrainer):
+    """Arguments: see `TokenSelectiveTrainer`."""
+
+    config_class = SupervisedKDConfig
+    objective_class = SupervisedKDObjective

@@ -1,0 +1,193 @@
+"""TSD-KD: `alpha L_Indirect + L_Direct + L_EM` (Eq. 13), each term a mean over the responses of the global batch."""
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..config.options import NOT_NEGATIVE, POSITIVE, POSITIVE_SHARE, SHARE, option
+from ..lm_head.statistics import Head, OwnTokenLoss, Request, TokenStatistics
+from ..losses import jsd, plackett_luce_nll
+from ..objective import Objective, ObjectiveOutput, Responses, common_metrics, mean_of
+from ..selection import adaptive_opener_ratio, entropy_gap_gate, opener_mask, top_entropy_mask
+from ..trainer.trainer import TokenSelectiveTrainer
+from .defaults import NO_TOP_P, TSDKDDefaults
+
+_NO_INDIRECT = (lambda v: v["alpha"] == 0, "alpha is 0")
+_NO_RANKING = (lambda v: v >= 2, "must be at least 2 (one candidate has no ranking)")
+
+
+@dataclass
+class TSDKDOptions:
+    """Options of TSD-KD (Table 10; Sec. 4.1).
+
+    Args:
+        alpha: weight of indirect distillation (Eq. 13); 0 turns it off.
+        beta: of the generalised JSD (Eq. 1).
+        indirect_top_k: number of candidates that the student proposes.
+        opener_ratio: c, the opener's share of a response's entropy.
+        adaptive_opener: choose c by the difficulty of the last five responses (A.7).
+        gate: weigh direct distillation by the entropy gap (Eq. 11).
+        gate_temperature: tau of the gate, nats.
+        entropy_weight: weight of entropy minimisation (1 in the paper); 0 turns it off.
+        entropy_ratio: share of a response's tokens whose entropy is minimised.
+        indirect_reduction: over the opener's positions: "mean", "sum" (Eq. 5 as written), or "length" (sum / L).
+    """
+
+    alpha: float = option(0.1, "Weight of indirect distillation; 0 turns it off.", NOT_NEGATIVE)
+    beta: float = option(0.9, "Interpolates between forward (0) and reverse (1) KL.", SHARE)
+    indirect_top_k: int = option(
+        10, "Number of candidates that the student proposes to the teacher.", _NO_RANKING, _NO_INDIRECT
+    )
+    opener_ratio: float = option(
+        0.1,
+        "The opener's share of a response's entropy.",
+        POSITIVE_SHARE,
+        (lambda v: v["alpha"] == 0 or v["adaptive_opener"], "alpha is 0 or adaptive_opener is true"),
+    )
+    adaptive_opener: bool = option(
+        False, "Choose the opener's share by the difficulty of recent responses.", pointless=_NO_INDIRECT
+    )
+    gate: bool = option(True, "Weigh direct distillation by the entropy gap.")
+    gate_temperature: float = option(
+        1.0, "Temperature of the gate, nats.", POSITIVE, (lambda v: not v["gate"], "gate is false")
+    )
+    entropy_weight: float = option(1.0, "Weight of entropy minimisation; 0 turns it off.", NOT_NEGATIVE)
+    entropy_ratio: float = option(
+        0.1,
+        "Share of a response's tokens whose entropy is minimised.",
+        POSITIVE_SHARE,
+        (lambda v: v["entropy_weight"] == 0, "entropy_weight is 0"),
+    )
+    indirect_reduction: Literal["mean", "sum", "length"] = option(
+        "mean", "Reduction over the opener's positions.", pointless=_NO_INDIRECT
+    )
+
+
+@dataclass
+class TSDKDConfig(TSDKDOptions, TSDKDDefaults):
+    """Token-selective dual distillation: ranking of the opener, gated JSD, entropy of the most uncertain tokens."""
+
+    method = "tsd-kd"
+    paper = "Kim and Baek 2026 (ICLR)"
+    refused = NO_TOP_P
+
+
+@dataclass
+class TSDKDObjective(TSDKDOptions, Objective):
+    """The objective of TSD-KD. All three special terms off (`gate=False`, `alpha=0`, `entropy_weight=0`) is GKD.
+
+    `window` holds the difficulty of the last five responses that this process trained on (A.7); it is the only state.
+    """
+
+    window: deque[float] = field(default_factory=lambda: deque(maxlen=5), init=False)
+
+    unit = "responses"
+
+    def __call__(self, head: Head, responses: Responses) -> ObjectiveOutput:
+        """See `Objective`."""
+        mask, share = responses.mask, responses.shares
+        direct = OwnTokenLoss(
+            {"direct": 1.0},
+            lambda t, rows: {
+                "direct": share[rows].to(t.divergence) * t.divergence * (self._gate(t) if self.gate else 1.0)
+            },
+        )
+        tokens = head(
+            Request(
+                entropy=True,
+                teacher_entropy=True,
+                divergence=jsd(self.beta),
+                top_k=self.indirect_top_k if self.alpha != 0 else 0,
+                ids=responses.logged_ids,
+            ),
+            direct,
+        )
+        loss, terms, weights = tokens.own_loss, dict(tokens.own_terms), dict(direct.weights)
+        entropy = tokens.entropy.new_zeros(mask.shape).masked_scatter(mask, tokens.entropy.detach())
+        opener = opener_mask(entropy, mask, self._opener_ratio(tokens, mask, responses.training))
+        inside = responses.at(opener).nonzero().squeeze(-1)
+        if self.alpha != 0:
+            terms["indirect"], weights["indirect"] = self._indirect(tokens, responses, opener, inside), self.alpha
+            loss = loss + self.alpha * terms["indirect"]
+        if self.entropy_weight != 0:
+            uncertain = top_entropy_mask(entropy, mask, self.entropy_ratio)
+            per_response = responses.at(uncertain.double() / uncertain.sum(-1, keepdim=True).clamp(min=1))
+            terms["entropy"] = (per_response.to(tokens.entropy) * tokens.entropy).sum()
+            weights["entropy"] = self.entropy_weight
+            loss = loss + self.entropy_weight * terms["entropy"]
+        metrics = common_metrics(tokens, responses) | self._metrics(tokens, mask, opener, inside)
+        return ObjectiveOutput(loss, terms, weights, metrics)
+
+    def _gate(self, tokens: TokenStatistics) -> Tensor:
+        return entropy_gap_gate(tokens.entropy, tokens.teacher_entropy, self.gate_temperature)
+
+    def _indirect(self, tokens: TokenStatistics, responses: Responses, opener: Tensor, inside: Tensor) -> Tensor:
+        """Eq. 5 summed over responses; a response's positions are averaged, summed, or divided by its length.
+        `inside`: which of the N tokens are in an opener."""
+        nll = plackett_luce_nll(tokens.top_logits[inside], tokens.teacher_top_logits[inside], self.indirect_top_k)
+        divisor = {
+            "mean": opener.sum(-1),
+            "sum": torch.ones_like(opener[:, 0], dtype=torch.long),
+            "length": responses.mask.sum(-1),
+        }
+        per_row = divisor[self.indirect_reduction].clamp(min=1).unsqueeze(-1).expand_as(opener)
+        return (nll / responses.at(per_row)[inside]).sum()
+
+    def _opener_ratio(self, tokens: TokenStatistics, mask: Tensor, training: bool) -> float | Tensor:
+        if not self.adaptive_opener:
+            return self.opener_ratio
+        difference = tokens.entropy.detach() - tokens.teacher_entropy
+        gap = difference.new_zeros(mask.shape).masked_scatter(mask, difference)
+        lengths = mask.sum(-1)
+        difficulty = torch.sigmoid(gap.double().sum(-1) / lengths.clamp(min=1))
+        window = self.window if training else self.window.copy()
+        ratios = []
+        for value, length in torch.stack([difficulty, lengths.double()], dim=-1).tolist():
+            if length > 0:
+                window.append(value)
+            ratios.append(adaptive_opener_ratio(sum(window) / len(window)) if window else self.opener_ratio)
+        return torch.tensor(ratios, dtype=torch.float64, device=mask.device)
+
+    @torch.no_grad()
+    def _metrics(
+        self, tokens: TokenStatistics, mask: Tensor, opener: Tensor, inside: Tensor
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        lengths, responses = opener.sum(-1), mask.any(-1).sum()
+        metrics = {
+            "opener/length": (lengths.sum(), responses),
+            "opener/share": ((lengths / mask.sum(-1).clamp(min=1)).sum(), responses),
+            "gate": mean_of(self._gate(tokens)),
+        }
+        if self.alpha != 0:
+            # candidates are sorted: the student's favourite is the first
+            favourite = tokens.teacher_top_logits[inside].argmax(-1)
+            metrics["opener/top1_agreement"] = mean_of(favourite == 0)
+        return metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs to continue."""
+        return {"window": list(self.window)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict()`."""
+        self.window = deque(state["window"], maxlen=5)
+
+
+class TSDKDTrainer(TokenSelectiveTrainer):
+    """Token-selective dual knowledge distillation (ICLR 2026). Arguments: see `TokenSelectiveTrainer`.
+
+    Example:
+        >>> trainer = TSDKDTrainer(
+        ...     model="Qwen/Qwen2.5-1.5B-Instruct",
+        ...     teacher_model="Qwen/Qwen2.5-14B-Instruct",
+        ...     args=TSDKDConfig(output_dir="student"),
+        ...     train_dataset=load_dataset("json", data_files="prompts.jsonl", split="train"),
+        ... )
+        >>> trainer.train()
+    """
+
+    config_class = TSDKDConfig
+    objective_class = TSDKDObjective

@@ -1,0 +1,114 @@
+"""The loss of TSD-KD's public code, which isn't its paper's: to measure the difference (docs/fidelity.md).
+
+The ranking is reversed, one opener is cut for a whole micro-batch (a token short, as a column of all rows), the
+entropy term takes all but the lowest tenth, padding included, and everything is a mean over a micro-batch.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..config.options import NOT_NEGATIVE, POSITIVE_SHARE, SHARE, option
+from ..data import completion_mask
+from ..lm_head.statistics import Head, Request, TokenStatistics
+from ..losses import jsd
+from ..objective import Objective, ObjectiveOutput, Responses, common_metrics
+from ..selection import entropy_gap_gate
+from ..trainer.trainer import Batch, TokenSelectiveTrainer
+from .defaults import NO_TOP_P, TSDKDDefaults
+
+_CANDIDATES = 10
+
+
+@dataclass
+class TSDKDReleasedOptions:
+    """The public code's arguments; the temperature of the gate and the number of candidates are constants there."""
+
+    alpha: float = option(0.1, "Weight of indirect distillation.", NOT_NEGATIVE)
+    beta: float = option(0.9, "Interpolates between forward (0) and reverse (1) KL.", SHARE)
+    threshold: float = option(
+        0.1, "The opener's share of the entropy, and the quantile of the entropies.", POSITIVE_SHARE
+    )
+
+
+@dataclass
+class TSDKDReleasedConfig(TSDKDReleasedOptions, TSDKDDefaults):
+    """The loss of TSD-KD's public code, with its reversed ranking: to measure what it changes."""
+
+    method = "tsd-kd-released"
+    paper = "github.com/kmswin1/TSD-KD"
+    refused = NO_TOP_P
+
+
+@dataclass
+class TSDKDReleasedObjective(TSDKDReleasedOptions, Objective):
+    """`Responses.mask` is a rectangle of completions and padding, `trained` what isn't padding (or end-of-sequence,
+    which is padding there)."""
+
+    unit = "micro-batches"
+
+    def __call__(self, head: Head, responses: Responses) -> ObjectiveOutput:
+        """See `Objective`."""
+        mask = responses.mask
+        trained = mask if responses.trained is None else responses.trained
+        inside = responses.at(trained)
+        valid_at = inside.nonzero().squeeze(-1)
+        kind = jsd(self.beta)
+        tokens = head(Request(entropy=True, teacher_entropy=True, divergence=kind, top_k=_CANDIDATES))
+        gate = entropy_gap_gate(tokens.entropy, tokens.teacher_entropy)
+        count = inside.sum().clamp(min=1)
+        terms = {"direct": (gate * tokens.divergence)[valid_at].sum() / count}
+        valid = tokens.entropy.detach()[valid_at].float()
+        opener = (responses.at(self._opener(valid, mask)) & inside).nonzero().squeeze(-1)
+        terms["indirect"] = _reversed_nll(tokens, opener).sum() / max(len(opener), 1)
+        high = tokens.entropy.detach() >= (torch.quantile(valid, self.threshold) if len(valid) else torch.inf)
+        terms["entropy"] = tokens.entropy.where(high, 0.0).sum() / high.sum().clamp(min=1)
+        weights = {"direct": 1.0, "indirect": self.alpha, "entropy": 1.0}
+        loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
+        return ObjectiveOutput(loss, terms, weights, common_metrics(tokens, responses))
+
+    def _opener(self, valid: Tensor, mask: Tensor) -> Tensor:
+        """`[B, T]`: the first columns of the completions, as many as tokens of the flattened micro-batch stay below
+        the threshold."""
+        cut = (valid.cumsum(0) / valid.sum() < self.threshold).sum()
+        start = mask.int().argmax(-1, keepdim=True)
+        column = torch.arange(mask.shape[1], device=mask.device) - start
+        return (column >= 0) & (column < cut)
+
+
+def _reversed_nll(tokens: TokenStatistics, rows: Tensor) -> Tensor:
+    """A prefix where Eq. 4 has a suffix: the likelihood of the opposite order."""
+    ranking = tokens.teacher_top_logits[rows].argsort(dim=-1, descending=True, stable=True)
+    ranked = tokens.top_logits[rows].gather(-1, ranking)
+    return (ranked.logcumsumexp(-1) - ranked).sum(-1)
+
+
+class TSDKDReleasedTrainer(TokenSelectiveTrainer):
+    """Asks about every row's completion and its padding, up to the longest. See `TokenSelectiveTrainer`."""
+
+    config_class = TSDKDReleasedConfig
+    objective_class = TSDKDReleasedObjective
+
+    def _annotate(self, model: nn.Module, batch: Batch, step: int, mode: str) -> None:
+        """Pad until every row has room for the longest completion; the padding is end-of-sequence, which the models
+        don't see."""
+        width = int(batch["prompt_lengths"].max() + batch["completion_lengths"].max())
+        ids = nn.functional.pad(batch["input_ids"], (0, width - batch["input_ids"].shape[1]))
+        lengths = batch["prompt_lengths"] + batch["completion_lengths"]
+        inside = torch.arange(width, device=ids.device) < lengths.unsqueeze(-1)
+        batch["input_ids"], batch["attention_mask"] = ids.masked_fill(~inside, self._end), inside.long()
+
+    def _mask(self, batch: Batch) -> Tensor:
+        longest = batch["completion_lengths"].max()
+        return completion_mask({**batch, "completion_lengths": longest.expand_as(batch["completion_lengths"])})
+
+    def _responses(self, batch: Batch, mask: Tensor, mode: str) -> Responses:
+        responses = super()._responses(batch, mask, mode)
+        responses.trained = completion_mask(batch) & (batch["input_ids"][:, 1:] != self._end)
+        return responses
+
+    @property
+    def _end(self) -> int:
+        end: int = self.pair.tokenizer.eos_token_id
+        return end if end is not None else min(self.stop_ids, default=0)

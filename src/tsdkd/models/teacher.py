@@ -1,0 +1,109 @@
+"""Where the teacher is, whatever the student's ZeRO stage: whole on every device, sharded over them, or in the hosts'
+memory."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import is_deepspeed_available
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.integrations.deepspeed import (
+    HfDeepSpeedConfig,
+    set_hf_deepspeed_config,
+    unset_hf_deepspeed_config,
+)
+
+from ..config.base import TokenSelectiveConfig
+from ..errors import ConfigError
+from .loading import load_frozen
+
+
+def load_teacher(name: str, config: PretrainedConfig, args: TokenSelectiveConfig) -> PreTrainedModel:
+    """Read the teacher, straight to this process's device; to be sharded, each process reads its shard only.
+
+    Raises:
+        ModelError: it can't be loaded.
+        ConfigError: its placement needs DeepSpeed, which isn't installed.
+    """
+    dtype = (args.teacher_model_init_kwargs or {}).get("dtype", "auto")
+    dtype = getattr(torch, dtype, None) or config.dtype or torch.float32
+    sharded = _is_sharded(args)
+    if sharded:
+        _init_group(args)
+    with _loading_as(_zero3(config, dtype, args) if sharded else None, args):
+        return load_frozen(name, args, device=None if sharded else args.device)
+
+
+def place_teacher(teacher: PreTrainedModel, accelerator: Accelerator, args: TokenSelectiveConfig) -> nn.Module:
+    """Put a teacher, from `load_teacher` or elsewhere, into its place, for inference. Raises `ConfigError`."""
+    teacher.requires_grad_(False).eval()
+    if not _is_sharded(args):
+        if accelerator.state.deepspeed_plugin is not None:  # accelerate would want it to be trained
+            return teacher.to(accelerator.device)
+        return accelerator.prepare_model(teacher, evaluation_mode=True)
+    import deepspeed
+
+    _init_group(args)
+    engine, *_ = deepspeed.initialize(model=teacher, config=_zero3(teacher.config, teacher.dtype, args))
+    engine.eval()
+    return engine
+
+
+def _is_sharded(args: TokenSelectiveConfig) -> bool:
+    placement = args.teacher_placement or ("zero3" if _student_is_sharded(args) else "replica")
+    if placement != "replica" and not is_deepspeed_available():
+        raise ConfigError([f"teacher_placement: {placement} needs DeepSpeed; pip install 'tsdkd[deepspeed]'"])
+    return placement != "replica"
+
+
+def _student_is_sharded(args: TokenSelectiveConfig) -> bool:
+    return args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
+
+
+def _zero3(config: PretrainedConfig, dtype: torch.dtype, args: TokenSelectiveConfig) -> dict[str, Any]:
+    """DeepSpeed's configuration of a model that is only asked; bucket sizes as transformers computes them."""
+    hidden = config.get_text_config().hidden_size
+    zero: dict[str, Any] = {
+        "stage": 3,
+        "stage3_prefetch_bucket_size": int(0.9 * hidden * hidden),
+        "stage3_param_persistence_threshold": 10 * hidden,
+    }
+    if args.teacher_placement == "cpu_offload":
+        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    return {
+        "zero_optimization": zero,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "fp16": {"enabled": dtype == torch.float16},
+        "train_micro_batch_size_per_gpu": 1,  # DeepSpeed wants one; nothing is trained
+        "steps_per_print": 2**31,
+    }
+
+
+@contextmanager
+def _loading_as(config: dict[str, Any] | None, args: TokenSelectiveConfig) -> Iterator[None]:
+    """`from_pretrained` shards what it loads by a global configuration, which is the student's: lend it another."""
+    unset_hf_deepspeed_config()
+    lent = HfDeepSpeedConfig(config) if config else None  # alive until the model is loaded
+    try:
+        yield
+    finally:
+        del lent
+        unset_hf_deepspeed_config()
+        own = getattr(args, "hf_deepspeed_config", None)  # of the argument `deepspeed`
+        if own is not None:
+            set_hf_deepspeed_config(own)
+        elif args.deepspeed_plugin is not None:
+            args.deepspeed_plugin.set_deepspeed_weakref()
+
+
+def _init_group(args: TokenSelectiveConfig) -> None:
+    """DeepSpeed needs a process group, of one process too."""
+    if not torch.distributed.is_initialized():
+        os.environ.setdefault("LOCAL_RANK", "0")
+        backend = "nccl" if args.device.type == "cuda" else "gloo"
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)

@@ -1,0 +1,161 @@
+"""What a method is: which terms it has and how they add up. One file a method, defaults from its paper.
+
+An objective asks a head (`tsdkd.lm_head.statistics`) about the tokens of one micro-batch and returns *sums*. The
+trainer divides once, by a count over the global batch: any split into micro-batches and processes gives the same
+update.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .lm_head.statistics import Head, TokenStatistics
+from .selection import token_index
+
+
+@dataclass
+class Answers:
+    """What is asked once about the N tokens of a rollout (EOPD Alg. 1, line 9), before the student changes.
+
+    Attributes:
+        teacher_entropy: `[N]`, the teacher's, over the full vocabulary, nats.
+        teacher_logps: `[N]`, log-probabilities of the sampled tokens under the teacher, nats.
+        topk_ids: `[N, K]`, the teacher's most probable tokens.
+        topk_logps: `[N, K]`, their log-probabilities, nats.
+        old_logps: `[N]`, log-probabilities under the policy that sampled, nats; None where no method asks.
+        random_uniform: `[N]` in [0, 1), for random placements.
+        importance: `[N]`, weights of the policy's loss where an engine sampled from another distribution than
+            `old_logps`; None where it didn't.
+        advantages: `[N]`, where a method has others than the difference of teacher and old policy.
+    """
+
+    teacher_entropy: Tensor
+    teacher_logps: Tensor
+    topk_ids: Tensor
+    topk_logps: Tensor
+    old_logps: Tensor | None = None
+    random_uniform: Tensor | None = None
+    importance: Tensor | None = None
+    advantages: Tensor | None = None
+
+    def of(self, rows: slice) -> "Answers":
+        """Those of some of the N tokens."""
+        some: dict[str, Any] = {name: None if all_ is None else all_[rows] for name, all_ in vars(self).items()}
+        return Answers(**some)
+
+
+@dataclass
+class Responses:
+    """The completions of a micro-batch, N tokens in B rows.
+
+    Attributes:
+        mask: `[B, T]` bool with N true entries: where a head answers, in row order.
+        ids: `[N]`, the tokens; only objectives on sampled tokens, and the log, need them.
+        training: whether an objective's own state moves on.
+        sampler_logps: `[N]`, the tokens' log-probabilities under the engine that sampled them, nats, for the log.
+        answers: of the teacher, for objectives that ask once a rollout.
+        trained: `[B, T]` bool, the part of `mask` that is trained on, where that isn't all of it.
+        index: `[N]`, where `mask` is true (`tsdkd.selection.token_index`); found here if it isn't given.
+    """
+
+    mask: Tensor
+    ids: Tensor | None = None
+    training: bool = True
+    sampler_logps: Tensor | None = None
+    answers: Answers | None = None
+    trained: Tensor | None = None
+    index: Tensor | None = None
+
+    def at(self, values: Tensor) -> Tensor:
+        """`[N]`: those of `values` `[B, T]` where `mask` is true."""
+        if self.index is None:
+            self.index = token_index(self.mask)
+        return values.flatten().index_select(0, self.index)
+
+    @property
+    def shares(self) -> Tensor:
+        """`[N]`, each token's weight in the mean of its response, float64."""
+        lengths = self.mask.sum(-1, keepdim=True).clamp(min=1)
+        return self.at(lengths.double().reciprocal().expand_as(self.mask))
+
+    @property
+    def logged_ids(self) -> Tensor | None:
+        """`[N, 1]`, the tokens whose log-probabilities only the log needs."""
+        return None if self.sampler_logps is None or self.ids is None else self.ids.unsqueeze(-1)
+
+
+@dataclass
+class ObjectiveOutput:
+    """Sums of one micro-batch.
+
+    Attributes:
+        loss: the weighted sum of the terms, scalar, differentiable.
+        terms: each term's sum over the objective's unit, scalar; differentiable where the head doesn't differentiate
+            own-token losses by itself.
+        weights: each term's factor in the loss.
+        metrics: name -> (sum, count), scalars without gradient; what is logged is sum / count.
+    """
+
+    loss: Tensor
+    terms: dict[str, Tensor]
+    weights: dict[str, float]
+    metrics: dict[str, tuple[Tensor, Tensor]]
+
+
+class Objective:
+    """Base of all objectives. Subclasses are dataclasses whose fields are the method's options.
+
+    Attributes:
+        unit: what the loss is a mean of over the global batch: "responses", "tokens" or "micro-batches".
+        asks_teacher: whether the head must know the teacher's distributions.
+        asks_once: whether it reads `Responses.answers`.
+        is_policy: whether those need the policy that sampled.
+        teacher_top_k: how many of the teacher's tokens those hold.
+    """
+
+    unit: ClassVar[str] = "tokens"
+    asks_teacher: ClassVar[bool] = True
+    asks_once: ClassVar[bool] = False
+    is_policy: ClassVar[bool] = False
+    teacher_top_k: int = 16
+
+    def __call__(self, head: Head, responses: Responses) -> ObjectiveOutput:
+        """Sums over a micro-batch."""
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs to continue; most objectives have no state."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict()`."""
+
+
+def mean_of(values: Tensor) -> tuple[Tensor, Tensor]:
+    """`(sum, count)` of a tensor's elements, as a metric."""
+    values = values.detach().float()
+    return values.sum(), values.new_full((), values.numel())
+
+
+def approx_kl(log_ratio: Tensor) -> tuple[Tensor, Tensor]:
+    """`r - 1 - log r`, an estimate of KL(Q_old || Q) from its samples, nats (Schulman 2020), as a metric.
+
+    Args:
+        log_ratio: `[N]`, `log Q - log Q_old` of the sampled tokens, nats.
+    """
+    return mean_of(log_ratio.expm1() - log_ratio)  # not exp() - 1, whose rounding is larger than the result
+
+
+def common_metrics(tokens: TokenStatistics, responses: Responses) -> dict[str, tuple[Tensor, Tensor]]:
+    """Entropies, and how far the engine that sampled is from the student; the latter's names are TRL's."""
+    metrics = {"entropy/student": mean_of(tokens.entropy)}
+    if tokens.teacher_entropy is not None:
+        metrics["entropy/teacher"] = mean_of(tokens.teacher_entropy)
+    if responses.sampler_logps is not None:
+        difference = (tokens.logps[:, 0].detach() - responses.sampler_logps).abs()
+        largest = difference.max() if len(difference) else difference.new_zeros(())
+        metrics["sampling/sampling_logp_difference/mean"] = mean_of(difference)
+        metrics["sampling/sampling_logp_difference/max"] = (largest, torch.ones_like(largest))
+    return metrics

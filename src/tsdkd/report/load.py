@@ -1,0 +1,125 @@
+"""What a run has left in its directory."""
+
+import json
+from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ..analysis.load import Record, read
+from ..config.base import TokenSelectiveConfig
+from ..errors import DataError
+from ..evaluation.results import read as read_results
+from ..evaluation.results import results_in
+from ..run.output_dir import RUN_FILE, read_config
+from ..trainer.token_records import FOLDER
+
+_STATE = "trainer_state.json"
+
+
+@dataclass
+class Run:
+    """A run.
+
+    Attributes:
+        name: in the report.
+        folder: its directory.
+        config: the resolved configuration.
+        state: of the trainer, as transformers writes it; empty before the first checkpoint.
+        records: see `tsdkd.analysis`; empty where nothing was recorded.
+        results: of `tsdkd eval` that lie in the run's directory, `results-*.json`.
+        evaluations: their Markdown tables.
+        differences: what they say of this run's student against their baseline, entries of the files.
+        nonfinite: steps whose loss or gradient wasn't finite.
+        left_out: why some of it couldn't be read.
+    """
+
+    name: str
+    folder: Path
+    config: dict[str, Any]
+    state: dict[str, Any]
+    records: list[Record] = field(default_factory=list)
+    results: dict[str, Path] = field(default_factory=dict)
+    evaluations: dict[str, str] = field(default_factory=dict)
+    differences: list[dict[str, Any]] = field(default_factory=list)
+    nonfinite: int = 0
+    left_out: list[str] = field(default_factory=list)
+
+    @cached_property
+    def curves(self) -> dict[str, list[tuple[int, float]]]:
+        """Metric -> (step, value), of training and evaluation."""
+        found: dict[str, list[tuple[int, float]]] = {}
+        for entry in self.state.get("log_history", []):
+            for name, value in entry.items():
+                if isinstance(value, int | float) and name not in ("step", "epoch"):
+                    found.setdefault(name, []).append((entry["step"], float(value)))
+        return found
+
+    def shown(self, key: str) -> str:
+        """A setting for people who may have another machine: of a path its last component."""
+        value = self.config.get(key, getattr(TokenSelectiveConfig, key, None))
+        if value is None:
+            return "none"
+        return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else str(value)
+
+    @property
+    def duration(self) -> str | None:
+        """h:mm:ss of training, since it was last started; None before its end."""
+        seconds = self.curves.get("train_runtime")
+        return str(timedelta(seconds=round(seconds[-1][1]))) if seconds else None
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the last step was taken."""
+        return bool(self.state) and self.state["global_step"] >= self.state["max_steps"] > 0
+
+
+def gather(name: str, folder: Path) -> Run:
+    """Read a run's directory. Of records and evaluations, those that can't be read are left out.
+
+    Raises:
+        DataError: it isn't one, or its configuration or log can't be read.
+    """
+    if not (folder / RUN_FILE).is_file():
+        raise DataError(f"{folder} isn't the directory of a run: it has no {RUN_FILE}")
+    run = Run(name, folder, read_config(folder), _newest_state(folder))
+    run.nonfinite = len(list(folder.glob("nonfinite_step_*.jsonl")))
+    if (folder / FOLDER).is_dir():
+        try:
+            run.records = read(folder, run.left_out)
+        except DataError as error:
+            run.left_out.append(str(error))
+    for key, path in results_in(folder).items():
+        try:
+            run.differences += _differences(path, folder.resolve())
+            run.results[key] = path
+            run.evaluations[key] = path.with_suffix(".md").read_text(encoding="utf-8", errors="replace")
+        except DataError as error:
+            run.left_out.append(str(error))
+        except OSError as error:
+            run.left_out.append(f"{error.filename} can't be read: {error.strerror}")
+    return run
+
+
+def _differences(path: Path, folder: Path) -> list[dict[str, Any]]:
+    """Of the run's student, and of its checkpoints."""
+    models, entries = read_results(path)
+    own = {name for name, model in models.items() if folder in (Path(model), Path(model).parent)}
+    return [entry for entry in entries if entry["model"] in own and "difference" in entry]
+
+
+def _newest_state(folder: Path) -> dict[str, Any]:
+    """Of the end, or else of the last checkpoint."""
+    checkpoints = [path for path in folder.glob(f"checkpoint-*/{_STATE}") if path.parent.name[11:].isdigit()]
+    newest = max(checkpoints, key=lambda path: int(path.parent.name[11:]), default=None)
+    path = folder / _STATE if (folder / _STATE).is_file() else newest
+    if path is None:
+        return {}
+    try:
+        state = dict(json.loads(path.read_text(encoding="utf-8")))
+        history = [dict(entry) | {"step": int(entry["step"])} for entry in state["log_history"]]
+        steps = {name: int(state[name]) for name in ("global_step", "max_steps")}
+        return state | steps | {"log_history": history}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise DataError(f"{path} is damaged: {' '.join(repr(error).split())[:200]}") from error

@@ -1,0 +1,121 @@
+"""A vLLM engine in this process: its start, its requests, its errors."""
+
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from ...config.base import TokenSelectiveConfig
+from ...errors import EngineError
+from ..base import Completion, Sampling
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine shares this process
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+from vllm import LLM, SamplingParams
+from vllm.platforms import current_platform
+from vllm.sampling_params import RequestOutputKind
+
+from .cpu_draw import CPUDraw, drawn, take
+
+_MOST_BIASES = 1024  # vLLM's limit for a request
+_tickets = itertools.count()
+
+
+def extra_options() -> dict[str, Any]:
+    """What an engine needs beside the usual options."""
+    return {"logits_processors": [CPUDraw]} if current_platform.is_cpu() else {}
+
+
+def new_engine(name: str, revision: str | None, args: TokenSelectiveConfig, longest: int) -> LLM:
+    """An engine that holds a model of its own. Raises `EngineError`."""
+    with as_engine_error("vLLM can't start", args):
+        return LLM(
+            model=name,
+            revision=revision,
+            tensor_parallel_size=args.vllm_tensor_parallel_size,
+            gpu_memory_utilization=args.vllm_gpu_memory_utilization,
+            max_model_len=longest,
+            model_impl=args.vllm_model_impl,
+            trust_remote_code=args.trust_remote_code,
+            logprobs_mode="processed_logprobs",
+            **extra_options(),
+        )
+
+
+def complete(llm: LLM, requests: Sequence[dict[str, Any]], sampling: Sampling) -> Iterator[tuple[int, Completion]]:
+    """Position and completion of each request, as they are done.
+
+    All are given at once: the longest often end last, and the others keep the engine busy.
+
+    Args:
+        llm: made with `extra_options()`.
+        requests: `prompt` (token ids), `max_tokens` and `seed`.
+        sampling: how completions are drawn.
+    """
+    engine, tickets = llm.llm_engine, [f"{next(_tickets)}" for _ in requests]
+    with as_engine_error("vLLM failed in a rollout"):
+        for position, (request, ticket) in enumerate(zip(requests, tickets, strict=True)):
+            prompt = {"prompt_token_ids": request["prompt"]}
+            engine.add_request(str(position), prompt, _params(request, ticket, llm, sampling))
+        while engine.has_unfinished_requests():
+            for finished in engine.step():
+                position, (output,) = int(finished.request_id), finished.outputs
+                ids = list(output.token_ids)
+                if output.logprobs is None:
+                    logps = take(tickets[position], len(ids))
+                else:
+                    logps = [at[i].logprob for i, at in zip(ids, output.logprobs, strict=True)]
+                yield position, Completion(ids, output.finish_reason == "stop", logps)
+
+
+def _params(request: dict[str, Any], ticket: str, llm: LLM, sampling: Sampling) -> SamplingParams:
+    common: dict[str, Any] = {"detokenize": False, "output_kind": RequestOutputKind.FINAL_ONLY}
+    if current_platform.is_cpu():
+        return drawn(ticket, request["seed"], request["max_tokens"], sampling, **common)
+    parameters = parameters_of(sampling, llm.model_config.get_vocab_size())
+    own = {"max_tokens": request["max_tokens"], "seed": request["seed"]}
+    return SamplingParams(logprobs=0, **own, **parameters, **common)
+
+
+def parameters_of(sampling: Sampling, vocab_size: int) -> dict[str, Any]:
+    """vLLM's sampling parameters that are the same for all requests; `vocab_size`: how many logits the model has."""
+    parameters = {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": 0,  # a server would take what the checkpoint's generation config says
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "ignore_eos": True,  # the checkpoint's; the pair's may be more
+        "stop_token_ids": sorted(sampling.stop_ids),
+    }
+    surplus = range(sampling.vocab_size, vocab_size)
+    if len(surplus) > _MOST_BIASES:
+        raise EngineError(
+            f"the model has {vocab_size} logits, {len(surplus)} more than both models share; vLLM can leave out "
+            f"{_MOST_BIASES} at the most: set use_vllm: false"
+        )
+    if surplus:
+        parameters["logit_bias"] = dict.fromkeys(surplus, -100.0)
+    return parameters
+
+
+@contextmanager
+def as_engine_error(what: str, args: TokenSelectiveConfig | None = None) -> Iterator[None]:
+    """A library's failure as one line."""
+    try:
+        yield
+    except EngineError:
+        raise
+    except Exception as error:  # vLLM, torch, requests and safetensors raise what they like
+        line = first_line(error)
+        hint = ""
+        if args is not None and "memory" in line:
+            hint = f" (vllm_gpu_memory_utilization is {args.vllm_gpu_memory_utilization})"
+        raise EngineError(f"{what}{hint}: {line}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's text, or its type."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,80 @@
+"""Seeded sampling in a vLLM engine on a CPU.
+
+vLLM seeds a request by drawing a random number for every word of the vocabulary, one request at a time, which on a CPU
+takes longer than the model. Here a logits processor draws each request's token from one number and leaves vLLM the
+choice of the largest logit.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm import SamplingParams
+from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, process_dict_updates
+
+from ..base import Sampling
+from ..categorical import draw
+
+_KEY = "tsdkd_draw"
+_logps: dict[str, dict[int, float]] = {}  # ticket -> position -> log-probability, of the requests under way
+
+
+def drawn(ticket: str, seed: int, limit: int, sampling: Sampling, **others: Any) -> SamplingParams:
+    """Parameters of a request whose tokens are drawn here; `take(ticket)` gives their log-probabilities."""
+    settings = {"ticket": ticket, "seed": seed, "sampling": sampling}
+    ends = {"max_tokens": limit, "ignore_eos": True, "stop_token_ids": sorted(sampling.stop_ids)}
+    return SamplingParams(temperature=0.0, extra_args={_KEY: settings}, **ends, **others)
+
+
+def take(ticket: str, count: int) -> list[float] | None:
+    """The log-probabilities of a finished request's tokens; None where the engine runs in another process."""
+    found = _logps.pop(ticket, None)
+    return None if found is None else [found[position] for position in range(count)]
+
+
+@dataclass
+class _Request:
+    ticket: str
+    uniform: list[float]
+    output_ids: list[int]  # vLLM's own list, which grows
+
+
+class CPUDraw(LogitsProcessor):
+    """Draws for requests of `drawn`, and leaves others alone."""
+
+    def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
+        self.requests: dict[int, _Request] = {}
+
+    def is_argmax_invariant(self) -> bool:
+        return False
+
+    def update_state(self, batch_update: BatchUpdate | None) -> None:
+        process_dict_updates(self.requests, batch_update, self._new)
+
+    def _new(self, params: SamplingParams, prompt_ids: list[int] | None, output_ids: list[int]) -> _Request | None:
+        settings = (params.extra_args or {}).get(_KEY)
+        if settings is None:
+            return None
+        self.sampling = settings["sampling"]  # the same for a whole batch
+        generator = torch.Generator().manual_seed(settings["seed"])
+        uniform = torch.rand(params.max_tokens, dtype=torch.float64, generator=generator).tolist()
+        _logps.setdefault(settings["ticket"], {})
+        return _Request(settings["ticket"], uniform, output_ids)
+
+    def apply(self, logits: Tensor) -> Tensor:
+        if not self.requests:
+            return logits
+        places = sorted(self.requests)
+        requests = [self.requests[place] for place in places]
+        positions = [len(request.output_ids) for request in requests]
+        uniform = [request.uniform[position] for request, position in zip(requests, positions, strict=True)]
+        some = logits if len(places) == len(logits) else logits[places]
+        some = some[:, : self.sampling.vocab_size]
+        if self.sampling.temperature != 1.0:
+            some = some / self.sampling.temperature
+        ids, logps = draw(some, torch.tensor(uniform, dtype=torch.float64), self.sampling.top_p)
+        for request, position, logp in zip(requests, positions, logps.tolist(), strict=True):
+            _logps[request.ticket][position] = logp
+        logits[places, ids] = torch.inf
+        return logits

@@ -1,0 +1,249 @@
+"""Rollouts on vLLM, through TRL's `VLLMGeneration`: in this process (colocate) or on a server.
+
+Replaced of TRL's: one seed and one limit a prompt, the weights of a CPU engine and of a student with adapters, and
+deadlines on a server's answers.
+"""
+
+import random
+import tempfile
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object, is_peft_model
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ...config.base import TokenSelectiveConfig
+from ...errors import EngineError
+from ..base import Completion, Key, Sampling
+from ..seeding import prompt_seed
+from .colocate import as_engine_error, complete, extra_options, first_line, parameters_of
+from .server import connect
+from .weights import merged_parameters
+
+# isort: split
+from trl.generation import vllm_generation
+
+
+class VLLMSampler(vllm_generation.VLLMGeneration):
+    """A vLLM engine that samples from the student's weights.
+
+    Args:
+        model: the student, unwrapped.
+        accelerator: knows the wrappers and the processes.
+        args: the `vllm_…` settings.
+        sampling: how completions are drawn.
+        tokenizer: the student's.
+        longest: prompt plus completion, tokens.
+
+    Raises:
+        EngineError: the engine can't start.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        accelerator: Accelerator,
+        args: TokenSelectiveConfig,
+        sampling: Sampling,
+        tokenizer: PreTrainedTokenizerBase,
+        longest: int,
+    ) -> None:
+        self.sampling = sampling
+        self.args = args
+        self.unproven = False
+        self._weights: Hashable = None  # those that the engine holds
+        self._syncs = 0
+        self._llm_weights_sleeping = False  # TRL's, which sets it where an engine can sleep
+        super().__init__(
+            model=model,
+            accelerator=accelerator,
+            processing_class=tokenizer,
+            mode=args.vllm_mode,
+            tensor_parallel_size=args.vllm_tensor_parallel_size,
+            gpu_memory_utilization=args.vllm_gpu_memory_utilization,
+            max_model_length=longest,
+            enable_sleep_mode=args.vllm_enable_sleep_mode,
+            model_impl=args.vllm_model_impl,
+            trust_remote_code=args.trust_remote_code,
+        )
+
+    def _init_vllm(self) -> None:
+        if self.mode == "server":
+            self._on_main(self._connect)
+            return
+        # TRL passes no logits processors
+        llm = partial(vllm_generation.LLM, **extra_options())
+        with (
+            _ambient_state_kept(self.accelerator.device),
+            patch.object(vllm_generation, "LLM", llm),
+            as_engine_error("vLLM can't start", self.args),
+        ):
+            super()._init_vllm()
+
+    def _connect(self) -> None:
+        self.vllm_client = connect(self.args, self.max_model_length)
+        if self.accelerator.device.type == "cuda":
+            with as_engine_error("the vLLM server takes no weights"):
+                self.vllm_client.init_communicator(device=self.accelerator.device)
+
+    def _on_main(self, work: Callable[[], Any]) -> Any:
+        """What `work` gives on the main process, the only one that talks to a server. Its error is everyone's."""
+        outcome: list[Any] = [None]
+        if self.accelerator.is_main_process:
+            try:
+                outcome = [(work(), None)]
+            except Exception as error:
+                outcome = [(None, first_line(error))]
+        broadcast_object_list(outcome)
+        value, problem = outcome[0]
+        if problem is not None:
+            raise EngineError(problem)
+        return value
+
+    def _together(self, work: Callable[[], None]) -> None:
+        """Do `work` on all processes; an error on one of them is everyone's."""
+        problem = None
+        try:
+            work()
+        except Exception as error:
+            problem = first_line(error)
+        for found in gather_object([problem]):
+            if found is not None:
+                raise EngineError(found)
+
+    # Weights
+
+    def update(self, weights: Hashable) -> bool:
+        """See `Sampler`. A sleeping engine has lost its weights and takes the same ones again."""
+        asleep = self.mode == "colocate" and self._llm_weights_sleeping
+        if weights == self._weights and not asleep:
+            return False
+        self.sync_weights()
+        if weights != self._weights:
+            self.unproven = self._syncs % self.args.vllm_check_every == 0
+            self._syncs += 1
+        self._weights = weights
+        return True
+
+    def sync_weights(self) -> None:
+        """Copy the student's weights into the engine. All processes must call it: sharded weights are gathered."""
+        with as_engine_error("the weights don't reach vLLM"):
+            on_cpu = self.accelerator.device.type == "cpu"
+            if not on_cpu:
+                torch.cuda.synchronize()  # vLLM reads them on streams of its own
+            if self.mode == "server":
+                self._sync_by_file() if on_cpu else self._together(super().sync_weights)
+            else:
+                self._together(partial(self._sync_engine, packed=on_cpu))
+
+    def _sync_by_file(self) -> None:
+        """TRL sends weights to a server by NCCL, which takes CUDA devices only."""
+        weights = {name: w.clone() for name, w in self._iter_named_params()}
+
+        def send() -> None:
+            with tempfile.TemporaryDirectory() as folder:
+                save_file(weights, Path(folder, "model.safetensors"))
+                self.vllm_client.load(folder)
+                self.vllm_client.reset_prefix_cache()
+
+        self._on_main(send)
+
+    def _sync_engine(self, packed: bool) -> None:
+        """All tensors in one call; TRL makes a call for each, and each walks through the whole model.
+
+        Args:
+            packed: the engine keeps its weights in another layout, as on a CPU, and must be given the time to unpack
+                and pack them.
+        """
+        if self._llm_weights_sleeping:
+            torch.cuda.empty_cache()
+            self.llm.wake_up(tags=["weights"])
+            self._llm_weights_sleeping = False
+        # what is given out may be read later, when a sharded tensor is no longer gathered: hence copies
+        weights = ((name, weight.clone()) for name, weight in self._iter_named_params())
+        if packed:
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+            self.llm.apply_model(_pack_tied_head)
+        else:
+            self.llm.apply_model(lambda model: model.load_weights(weights))
+        self.llm.reset_prefix_cache()
+
+    def _iter_named_params(self) -> Iterator[tuple[str, Tensor]]:
+        if is_peft_model(self.model):
+            with self._dist.gather_params(list(self.model.parameters())):
+                yield from merged_parameters(self.model)
+        else:
+            yield from super()._iter_named_params()
+
+    # Completions
+
+    def generate(
+        self, model: nn.Module, prompts: Sequence[Sequence[int]], limits: Sequence[int], keys: Sequence[Key]
+    ) -> list[Completion]:
+        """See `Sampler`."""
+        requests = [
+            {"prompt": list(prompt), "max_tokens": limit, "seed": prompt_seed(*key)}
+            for prompt, limit, key in zip(prompts, limits, keys, strict=True)
+        ]
+        return self._ask_server(requests) if self.mode == "server" else self._ask_engine(requests)
+
+    def _ask_server(self, requests: list[dict[str, Any]]) -> list[Completion]:
+        counts = gather_object([len(requests)])
+        parameters = parameters_of(self.sampling, self.model.config.get_text_config().vocab_size)
+        everyones = gather_object([request | parameters for request in requests])
+        completions: list[Completion] = self._on_main(lambda: _in_order(self.vllm_client.complete(everyones)))
+        before = sum(counts[: self.accelerator.process_index])
+        return completions[before : before + len(requests)]
+
+    def _ask_engine(self, requests: list[dict[str, Any]]) -> list[Completion]:
+        mine = slice(None)
+        if self.tensor_parallel_size > 1:  # the engines of a group work on the requests of all its processes
+            gathered: list[Any] = [None] * self.tensor_parallel_size
+            torch.distributed.all_gather_object(gathered, requests, group=self.tp_group)
+            before = sum(len(part) for part in gathered[: torch.distributed.get_rank(group=self.tp_group)])
+            mine = slice(before, before + len(requests))
+            requests = [request for part in gathered for request in part]
+            if is_peft_model(self.model) and self.accelerator.device.type == "cuda":
+                # as in TRL: the small all-reduce of the adapters' gradients may still be under way
+                torch.distributed.barrier(device_ids=[self.accelerator.local_process_index])
+        if self.enable_sleep_mode:
+            self.llm.wake_up(tags=["kv_cache"])
+        completions = _in_order(complete(self.llm, requests, self.sampling))[mine]
+        if self.enable_sleep_mode:
+            self.llm.sleep(level=2)
+            self._llm_weights_sleeping = True
+        return completions
+
+
+def _pack_tied_head(model: Any) -> None:
+    """A tied output layer loads no tensor of its own, so that its packed copy would stay the old one."""
+    head = getattr(model, "lm_head", None)
+    if head is not None and model.config.get_text_config().tie_word_embeddings:
+        head.quant_method.process_weights_after_loading(head)
+
+
+def _in_order(completions: Iterable[tuple[int, Completion]]) -> list[Completion]:
+    return [completion for _, completion in sorted(completions, key=itemgetter(0))]
+
+
+@contextmanager
+def _ambient_state_kept(device: torch.device) -> Iterator[None]:
+    """vLLM seeds every generator when it starts and, on a CPU, forbids to set the number of threads."""
+    set_num_threads, python, numpy = torch.set_num_threads, random.getstate(), np.random.get_state()
+    with torch.random.fork_rng([device.index or 0] if device.type == "cuda" else []):  # by default of all GPUs
+        try:
+            yield
+        finally:
+            torch.set_num_threads = set_num_threads
+            random.setstate(python)
+            np.random.set_state(numpy)

@@ -1,0 +1,82 @@
+"""A flat YAML file and command-line flags as they stand: keys and raw values. Needs no torch."""
+
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..config.coercion import nearest
+from ..errors import ConfigError
+from .presets import find_preset, preset_names
+
+
+def read_yaml(config: str) -> dict[str, Any]:
+    """The flat mapping in a YAML file.
+
+    Raises:
+        ConfigError: missing, unreadable, not YAML, not a mapping, or a key twice.
+    """
+    try:
+        path = Path(config) if Path(config).exists() else find_preset(config)
+        if path is None:
+            raise ConfigError(
+                [
+                    f"--config: no file and no shipped preset is called {config!r}{nearest(config, preset_names())}; "
+                    "see `tsdkd configs`"
+                ]
+            )
+        loaded = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+    except OSError as error:
+        raise ConfigError([f"--config: {config} can't be read: {error.strerror}"]) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError([f"--config: {config} can't be read: it isn't UTF-8 text"]) from error
+    except (yaml.YAMLError, ValueError, TypeError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError([f"--config: {config} is not valid YAML: {' '.join(str(error).split())}"]) from error
+    if not isinstance(loaded, dict):
+        found = "an empty file" if loaded is None else f"a {type(loaded).__name__}"
+        raise ConfigError([f"--config: {config} must hold a mapping of keys to values, found {found}"])
+    return {str(key): value for key, value in loaded.items()}
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """A key given twice is an error: YAML's silent last-one-wins has cost people runs."""
+
+
+def _unique_mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen = set()
+    for key_node, _ in node.value:
+        if key_node.value in seen:
+            raise yaml.YAMLError(f"key {key_node.value!r} is given twice, line {key_node.start_mark.line + 1}")
+        seen.add(key_node.value)
+    return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
+
+
+_UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
+
+
+def read_flags(flags: Sequence[str], problems: list[str]) -> dict[str, Any]:
+    """`--key value`, `--key=value`, `--key` (true), `--key a b` (a list); dashes in keys count as underscores."""
+    given: dict[str, Any] = {}
+    current: str | None = None
+    for token in flags:
+        if token.startswith("--"):
+            name, equals, value = token[2:].partition("=")
+            current = name.replace("-", "_")
+            given[current] = [value] if equals else []
+        elif current is None:
+            hint = f"; did you mean --config {token}?" if token.endswith((".yaml", ".yml")) else ""
+            problems.append(f"{token!r}: expected a --key before it{hint}")
+        else:
+            given[current].append(token)
+    return {k: True if not v else v[0] if len(v) == 1 else v for k, v in given.items()}
+
+
+def locate(value: Any) -> Any:
+    """`tsdkd://demo/student` is a file that ships with the package."""
+    if isinstance(value, str) and value.startswith("tsdkd://"):
+        return str(resources.files("tsdkd").joinpath(value.removeprefix("tsdkd://")))
+    return value

@@ -1,0 +1,198 @@
+"""The output directory of a run: whose it is, of which configuration, and whether there is something to continue."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from accelerate import PartialState
+from transformers.trainer import TRAINER_STATE_NAME
+from trl import ModelConfig
+
+from ..checkpointing import checkpoint
+from ..config.base import DataArguments
+from ..config.options import plain
+from ..config.validation import default_of, own_fields
+from ..errors import DataError, OutputDirError, ResumeError, TSDKDError
+from ..methods import METHODS
+from .arguments import RunArguments
+
+RUN_FILE = "tsdkd_config.yaml"  # the resolved configuration; marks an output directory as ours
+_NEW_RUN_FILE = f".{RUN_FILE}.new"
+
+# What may differ when a run goes on: it decides what is reported, kept, and how fast it goes, not what is learnt.
+_FREE_PREFIXES = ("logging_", "log_", "record_", "save_", "eval_", "hub_", "push_to_", "ddp_", "vllm_", "resume")
+_FREE = {
+    "output_dir",
+    "disable_tqdm",
+    "report_to",
+    "run_name",
+    "project",
+    "trackio_space_id",
+    "per_device_eval_batch_size",
+    "dataset_test_split",
+    "dataset_num_proc",
+    "dataloader_num_workers",
+    "dataloader_pin_memory",
+    "dataloader_persistent_workers",
+    "dataloader_prefetch_factor",
+    "load_best_model_at_end",
+    "metric_for_best_model",
+    "greater_is_better",
+    "head_chunk_gib",
+    "teacher_placement",
+    "max_nonfinite_steps",
+    "use_vllm",
+    "accelerate_config",
+    "num_processes",
+}
+_LENGTH = {"max_steps", "num_train_epochs"}  # a run may be made longer
+
+
+def make_folder(folder: Path, field: str = "output_dir") -> None:
+    """Raises `OutputDirError`."""
+    with writing(folder, field, "made"):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+def check_empty(folder: Path) -> None:
+    """Raises `OutputDirError` where there is something already."""
+    _check_folder(folder)
+    if folder.is_dir() and (present := sorted(path.name for path in folder.iterdir())):
+        raise OutputDirError(f"output_dir: {folder} holds files already ({present[0]}, …); choose another")
+
+
+@contextmanager
+def writing(path: Path, field: str = "output_dir", done: str = "written or read") -> Iterator[None]:
+    """What the system says of a file, or of a disk that is full, in one line. Raises `OutputDirError`."""
+    try:
+        yield
+    except TSDKDError:  # some are an OSError too
+        raise
+    except OSError as error:
+        raise OutputDirError(f"{field}: {path} can't be {done}: {error.strerror or error}") from error
+
+
+def _check_folder(folder: Path) -> None:
+    for place in (folder, *folder.parents):
+        if place.exists() and not place.is_dir():
+            raise OutputDirError(f"output_dir: {place} is a file, expected a folder")
+
+
+def claim(arguments: RunArguments) -> str | None:
+    """The checkpoint that the run is resumed from, or None to start. All processes must call it.
+
+    Raises:
+        OutputDirError: the directory has files that the run would mix with or overwrite, a run of another
+            configuration, or one that has ended without a checkpoint.
+        ResumeError: there is nothing to resume from, or a run of another configuration.
+    """
+    training = arguments.training
+    folder, asked = Path(str(training.output_dir)), _asked(arguments)
+    _check_folder(folder)
+    present = {path.name for path in folder.iterdir()} - {_NEW_RUN_FILE} if folder.is_dir() else set()
+    if present and RUN_FILE not in present:
+        raise OutputDirError(
+            f"output_dir: {folder} holds files that aren't tsdkd's ({min(present)}, …); choose another"
+        )
+    resumes = _resumes(arguments)
+    if present and not resumes:
+        raise OutputDirError(
+            f"output_dir: {folder} holds an earlier run; continue it with --resume true, or choose another"
+        )
+    if changes := _changes(arguments, folder) if present else "":
+        raise OutputDirError(f"output_dir: {folder} holds another run: {changes}; choose another directory")
+    if not resumes:
+        return None
+    if asked.lower() not in ("true", "false"):
+        return _chosen(arguments, Path(asked), folder)
+    if training.resume and not checkpoint.in_run(folder):
+        if has_ended(folder):
+            raise OutputDirError(
+                f"output_dir: {folder} holds a run that has ended, without a checkpoint to go on from; choose another"
+            )
+        return None
+    return str(checkpoint.newest(folder))
+
+
+def has_ended(folder: Path) -> bool:
+    """Whether a run has saved its student; the log is the last that it writes."""
+    return (folder / TRAINER_STATE_NAME).is_file()
+
+
+def _chosen(arguments: RunArguments, path: Path, folder: Path) -> str:
+    """A checkpoint that `resume_from_checkpoint` names, of this run or of one like it elsewhere."""
+    checkpoint.verify(path)
+    run = path.resolve().parent
+    elsewhere = run != folder.resolve() and (run / RUN_FILE).is_file()
+    if elsewhere and (changes := _changes(arguments, run)):
+        raise ResumeError(
+            f"resume_from_checkpoint: {path} is of another run: {changes}; to start from its weights alone, "
+            "make it model_name_or_path"
+        )
+    return str(path)
+
+
+def _asked(arguments: RunArguments) -> str:
+    """`resume_from_checkpoint` as text: a path, "true" or "false"."""
+    return str(arguments.training.resume_from_checkpoint or "false")
+
+
+def _resumes(arguments: RunArguments) -> bool:
+    return arguments.training.resume or _asked(arguments).lower() != "false"
+
+
+def mark(arguments: RunArguments) -> None:
+    """Write the resolved configuration into the output directory, in one go.
+
+    Raises:
+        OutputDirError: another run has done so since `claim`.
+    """
+    if arguments.training.process_index == 0:
+        folder = Path(str(arguments.training.output_dir))
+        make_folder(folder)
+        if (folder / RUN_FILE).exists() and not _resumes(arguments):
+            raise OutputDirError(f"output_dir: another run has begun in {folder}; choose another")
+        text = yaml.safe_dump(resolved(arguments), sort_keys=True, allow_unicode=True)
+        (folder / _NEW_RUN_FILE).write_text(text, encoding="utf-8")
+        os.replace(folder / _NEW_RUN_FILE, folder / RUN_FILE)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The resolved configuration of the run in a folder. Raises `DataError`."""
+    path = folder / RUN_FILE
+    try:
+        return dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        raise DataError(f"{path} can't be read: {' '.join(str(error).split())[:200]}") from error
+
+
+def resolved(arguments: RunArguments) -> dict[str, Any]:
+    """Every of our keys, and every key of transformers and TRL that was set; no token of the hub."""
+    values = {name: getattr(arguments.training, name) for name in own_fields(METHODS[arguments.method].config_class)}
+    values |= {k: v for k, v in arguments.given.items() if not k.endswith("token")}
+    return {"method": arguments.method, **{k: plain(v) for k, v in values.items()}}
+
+
+def _changes(arguments: RunArguments, folder: Path) -> str:
+    """In what a run differs from this one so that it isn't the same; what else differs is said."""
+    try:
+        before, now = read_config(folder), resolved(arguments)
+    except DataError as error:
+        raise OutputDirError(f"output_dir: {error}") from error
+    defaults = {"method": None}
+    for cls in (METHODS[arguments.method].config_class, ModelConfig, DataArguments):
+        defaults |= {f.name: default_of(cls, f.name) for f in fields(cls)}
+    changed = [
+        (name, *(run.get(name, plain(defaults.get(name))) for run in (before, now)))
+        for name in sorted(before.keys() | now.keys())
+        if name not in _FREE and (not name.startswith(_FREE_PREFIXES) or "importance" in name)
+    ]
+    changed = [(name, old, new) for name, old, new in changed if old != new]
+    lengths = [f"{name} was {old!r}, now {new!r}" for name, old, new in changed if name in _LENGTH]
+    for line in lengths:
+        PartialState().print(f"resume: {line}", flush=True)
+    return "; ".join(f"{name} was {old!r}, now {new!r}" for name, old, new in changed if name not in _LENGTH)

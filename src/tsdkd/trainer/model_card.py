@@ -1,0 +1,47 @@
+"""The README.md beside a saved student."""
+
+from collections.abc import Mapping
+from importlib import metadata, resources
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+
+def write(
+    path: Path,
+    *,
+    method: str,
+    model_name: str,
+    student: str,
+    teacher: str,
+    dataset: str,
+    tags: list[str],
+    settings: Mapping[str, Any],
+) -> None:
+    """Write a model card that names method, student, teacher, data, settings and both papers.
+
+    Only names that can be hub ids go into the card's metadata: a local path there fails the hub's check.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    card = ModelCard.from_template(
+        ModelCardData(
+            base_model=student if _is_hub_id(student) else None,
+            datasets=[dataset] if _is_hub_id(dataset) else None,
+            library_name="transformers",
+            tags=["generated_from_trainer", "knowledge-distillation", *tags],
+        ),
+        template_path=str(resources.files("tsdkd").joinpath("trainer/model_card.md.j2")),
+        method=method,
+        model_name=model_name,
+        student=student or "a model built in memory",
+        teacher=teacher or "a model built in memory",
+        dataset=dataset or "a data set built in memory",
+        settings=settings,
+        versions={name: metadata.version(name) for name in ("tsdkd", "trl", "transformers", "torch", "datasets")},
+    )
+    card.save(path)
+
+
+def _is_hub_id(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()

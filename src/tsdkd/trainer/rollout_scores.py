@@ -1,0 +1,58 @@
+"""`PolicyTrainer`: one rollout, one query of the teacher, several optimizer steps (EOPD's Algorithm 1)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..data import completion_mask, predicted_ids
+from ..lm_head.statistics import Request
+from ..objective import Answers
+from ..rollout.seeding import prompt_generator
+from ..selection import token_index
+from .trainer import Batch, TokenSelectiveTrainer
+
+_PLACEMENT = 1  # stream of `prompt_generator`
+
+
+class PolicyTrainer(TokenSelectiveTrainer):
+    """For methods that ask the teacher once a rollout. Arguments: see `TokenSelectiveTrainer`."""
+
+    def _annotate(self, model: nn.Module, batch: Batch, step: int, mode: str) -> None:
+        """Query the policy that sampled and the teacher, once; keep the teacher's top-k only."""
+        index = token_index(completion_mask(batch), sum(batch["lengths"]))
+        sampled = predicted_ids(batch, index).unsqueeze(-1)
+        policy: dict[str, Any] = self._policy(model, batch, index, sampled) if self.objective.is_policy else {}
+        with self._teacher_time(batch, mode):
+            wanted = Request(entropy=True, top_k=self.objective.teacher_top_k, ids=sampled)
+            teacher = self.heads.query(self.teacher_model, batch, index, wanted)
+        batch["answers"] = vars(
+            Answers(
+                teacher_entropy=teacher.entropy,
+                teacher_logps=teacher.logps.squeeze(-1),
+                topk_ids=teacher.top_ids,
+                topk_logps=teacher.top_logps,
+                random_uniform=self._placement_numbers(batch, step),
+                **policy,
+            )
+        )
+
+    def _policy(self, model: nn.Module, batch: Batch, index: Tensor, sampled: Tensor) -> dict[str, Tensor]:
+        """Log-probabilities under the policy that sampled, and importance weights if they are asked for.
+
+        An engine has told them, unless it samples from a nucleus: no forward pass is needed.
+        """
+        sampler_logps = batch.get("sampler_logps")
+        corrected = getattr(self.args, "vllm_importance_sampling_correction", False)
+        if sampler_logps is not None and not corrected and self.args.top_p == 1.0:
+            return {"old_logps": sampler_logps}
+        logps = self.heads.query(model, batch, index, Request(ids=sampled)).logps.squeeze(-1)
+        if sampler_logps is None or not corrected:
+            return {"old_logps": logps}
+        weights = (logps - sampler_logps).exp().clamp(max=self.args.vllm_importance_sampling_clip_max)
+        return {"old_logps": logps, "importance": weights}
+
+    def _placement_numbers(self, batch: Batch, step: int) -> Tensor:
+        generators = [prompt_generator(self.args.seed, step, i, _PLACEMENT) for i in batch["index"]]
+        numbers = [torch.rand(n, generator=g) for g, n in zip(generators, batch["lengths"], strict=True)]
+        return torch.cat(numbers).to(batch["input_ids"].device, non_blocking=True)

@@ -1,0 +1,163 @@
+"""What both models say at each token of some completions: one Parquet file a recorded step, for analyses and reports.
+
+Only what the models say is kept. What a method makes of it (opener, gate, trigger, ranking) follows from its options,
+when it is looked at: `tsdkd.analysis`.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor, nn
+
+from ..config.base import TokenSelectiveConfig
+from ..data import completion_mask, pad_sequences, predicted_ids
+from ..lm_head.statistics import Request
+from ..losses import Divergence, forward_kl_on, jsd
+from ..selection import token_index
+from .forward import Heads
+
+FOLDER = "records"
+CANDIDATES = 10  # of the student, with the teacher's log-probabilities of them
+MASSES = (1, 2, 4, 8, 16, 32, 64)  # the teacher's k most probable tokens
+FORWARD_KL_TOP_K = 16
+
+
+@dataclass
+class Sample:
+    """A completion to record.
+
+    Attributes:
+        index: of its row in the data set.
+        prompt, completion: token ids.
+    """
+
+    index: int
+    prompt: list[int]
+    completion: list[int]
+
+
+@torch.no_grad()
+def describe(
+    heads: Heads, student: nn.Module, teacher: nn.Module, batch: dict[str, Tensor], kind: Divergence
+) -> dict[str, Tensor]:
+    """What both models say at the N completion tokens of a batch, on the CPU.
+
+    Args:
+        heads: of the pair.
+        student, teacher: as they are wrapped for training.
+        batch: as `tsdkd.data.pad_sequences` makes it.
+        kind: the divergence that is recorded.
+
+    Returns:
+        Columns `[N]` or `[N, K]`; entropies, log-probabilities and divergences in nats.
+    """
+    index = token_index(completion_mask(batch))
+    sampled = predicted_ids(batch, index).unsqueeze(-1)
+    was_training = student.training
+    student.eval()
+    both = Request(entropy=True, teacher_entropy=True, divergence=kind, top_k=CANDIDATES, ids=sampled)
+    ours = heads.ask(student, batch, index, lambda head: head(both), heads.teacher(teacher, batch, index))
+    ids = torch.cat([sampled, ours.top_ids], dim=-1)
+    theirs = heads.query(teacher, batch, index, Request(top_k=MASSES[-1], ids=ids))
+    top = theirs.top_ids[:, :FORWARD_KL_TOP_K]
+    at_theirs = heads.query(student, batch, index, Request(ids=top)).logps
+    student.train(was_training)
+    masses = theirs.top_logps.exp().cumsum(-1)
+    columns = {
+        "token": sampled[:, 0],
+        "student_entropy": ours.entropy,
+        "teacher_entropy": ours.teacher_entropy,
+        "student_logp": ours.logps[:, 0],
+        "teacher_logp": theirs.logps[:, 0],
+        "divergence": ours.divergence,
+        "forward_kl": forward_kl_on(at_theirs, theirs.top_logps[:, :FORWARD_KL_TOP_K]),
+        "candidates": ours.top_ids,
+        "candidate_logps": ours.top_logps,
+        "candidate_teacher_logps": theirs.logps[:, 1:],
+        "teacher_mass": torch.stack([masses[:, min(k, masses.shape[1]) - 1] for k in MASSES], dim=-1),
+    }
+    return {name: values.detach().cpu() for name, values in columns.items()}
+
+
+def write(folder: Path, step: int, samples: Sequence[Sample], columns: dict[str, Tensor], decode: Any) -> Path:
+    """Write a step's file, in one go.
+
+    Args:
+        folder: of the run.
+        step: optimizer steps done.
+        samples: in the order of the columns' tokens.
+        columns: of `describe`.
+        decode: token ids -> text.
+    """
+    lengths = [len(sample.completion) for sample in samples]
+    order = {
+        "sample": [i for i, n in enumerate(lengths) for _ in range(n)],
+        "position": [t for n in lengths for t in range(n)],
+    }
+    arrays = {name: pa.array(values, pa.int32()) for name, values in order.items()}
+    arrays |= {name: _array(values) for name, values in columns.items()}
+    ids = {i for sample in samples for i in (*sample.prompt, *sample.completion)}
+    ids |= set(columns["candidates"].flatten().tolist())
+    about = {
+        "step": step,
+        "samples": [{"index": s.index, "prompt": s.prompt} for s in samples],
+        "texts": {i: _within(i, decode) for i in sorted(ids)},  # so that nobody needs the tokenizer
+    }
+    table = pa.table(arrays).replace_schema_metadata({"tsdkd": json.dumps(about)})
+    path = folder / FOLDER / f"step-{step:08d}.parquet"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_suffix(".new")
+    pq.write_table(table, new, compression="zstd")
+    new.replace(path)
+    return path
+
+
+def _within(token: int, decode: Callable[[list[int]], str]) -> str:
+    """A token's text inside a sentence: many tokenizers drop the space before what they decode first."""
+    return decode([token, token])[len(decode([token])) :]
+
+
+class Recorder:
+    """Writes records in training. All processes describe, as sharded models need all of them; the first one writes.
+
+    Args:
+        heads: of the pair.
+        args: record_steps, record_completions, output_dir.
+        decode: token ids -> text.
+    """
+
+    def __init__(self, heads: Heads, args: TokenSelectiveConfig, decode: Callable[[list[int]], str]) -> None:
+        self.heads, self.args, self.decode = heads, args, decode
+        self._next = 0
+
+    def is_due(self, step: int, mode: str) -> bool:
+        """Whether the rollout of this step is recorded: the first one in every `record_steps` steps."""
+        return mode == "train" and self.args.record_steps > 0 and step >= self._next
+
+    def record(self, student: nn.Module, teacher: nn.Module, samples: Sequence[Sample], step: int) -> None:
+        """Describe some of this process's completions, and write them."""
+        self._next = (step // self.args.record_steps + 1) * self.args.record_steps
+        chosen = samples[: self.args.record_completions]
+        padded = pad_sequences([s.prompt for s in chosen], [s.completion for s in chosen])
+        device = self.heads.accelerator.device
+        batch = {name: values.to(device) for name, values in padded.items()}
+        columns = describe(self.heads, student, teacher, batch, jsd(getattr(self.args, "beta", 0.9)))
+        if self.heads.accelerator.is_main_process:
+            write(Path(str(self.args.output_dir)), step, chosen, columns, self.decode)
+
+
+def _array(values: Tensor) -> pa.Array:
+    """Ids as int32, everything else as float32; lists of a fixed size as float16 where nobody needs more."""
+    kind = pa.float32() if values.is_floating_point() else pa.int32()
+    numbers = values.float() if values.is_floating_point() else values.int()
+    if values.ndim == 1:
+        return pa.array(numbers.numpy(), kind)
+    if values.is_floating_point():
+        kind, numbers = pa.float16(), numbers.half()
+    return pa.FixedSizeListArray.from_arrays(pa.array(numbers.flatten().numpy(), kind), values.shape[1])

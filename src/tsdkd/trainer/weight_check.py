@@ -1,0 +1,56 @@
+"""Proof that an engine samples from the student's weights: an engine that kept old ones trains fine and learns
+nothing."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from ..data import completion_mask, pad_sequences, predicted_ids
+from ..errors import EngineError
+from ..lm_head.statistics import Request
+from ..rollout.base import Completion
+from ..selection import token_index
+from .forward import Heads
+
+_COMPLETIONS = 4
+
+
+def check_engine(
+    heads: Heads,
+    accelerator: Accelerator,
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Completion],
+    top_p: float,
+) -> None:
+    """Compare the engine's log-probabilities of a few of its tokens with the student's. All processes must call it.
+
+    The tolerance is of their mean absolute difference: two units in the last place of a bfloat16 logit of the usual
+    size (its rounding explains a quarter of one, the layers below the rest), and what a nucleus takes away.
+
+    Raises:
+        EngineError: the difference is larger, on any process.
+    """
+    step = max(1, len(completions) // _COMPLETIONS)
+    chosen = list(zip(prompts, completions, strict=True))[::step][:_COMPLETIONS]
+    batch = pad_sequences([prompt for prompt, _ in chosen], [completion.ids for _, completion in chosen])
+    batch = {name: value.to(accelerator.device) for name, value in batch.items()}
+    index = token_index(completion_mask(batch))
+    sampled = predicted_ids(batch, index).unsqueeze(-1)
+    ours = heads.query(model, batch, index, Request(ids=sampled, top_k=1))
+    theirs = torch.tensor([logp for _, c in chosen for logp in c.logps or []], device=index.device)
+    difference = (ours.logps.squeeze(-1) - theirs).abs().mean()
+    tolerance = 2 * 2**-7 * ours.top_logits.abs().mean() - math.log(top_p)
+    found = torch.stack([difference, tolerance]).float() if len(theirs) else torch.tensor([0.0, 1.0])
+    for difference, tolerance in accelerator.gather(found.to(index.device)).view(-1, 2).tolist():
+        if not difference <= tolerance:
+            raise EngineError(
+                "the engine doesn't sample from the student's weights: its log-probabilities differ by "
+                f"{difference:.3g} nats a token, more than the {tolerance:.3g} that bfloat16 explains. Likely causes: "
+                "a server that serves another model or lacks --logprobs-mode processed_logprobs, a weight that the "
+                "sync doesn't reach (tied embeddings, adapters, quantised layers), an engine that computes the model "
+                "otherwise (try vllm_model_impl: transformers)"
+            )
