@@ -7,14 +7,21 @@ import pytest
 import torch
 from datasets import Dataset
 from torch import Tensor
-from tsdkd.methods.trainer_tsd_kd_released import TSDKDReleasedTrainer
 
 import reference
 from conftest import QUIET, build_model, build_tokenizer, flags, make_rows
 from tsdkd.compare.config import read_comparison, shipped
 from tsdkd.config.options import plain
 from tsdkd.lm_head.dense import LogitsHead
-from tsdkd.methods import METHODS, EOPDConfig, KDConfig, TSDKDConfig, TSDKDReleasedConfig, TSDKDTrainer
+from tsdkd.methods import (
+    METHODS,
+    EOPDConfig,
+    KDConfig,
+    TSDKDConfig,
+    TSDKDReleasedConfig,
+    TSDKDReleasedTrainer,
+    TSDKDTrainer,
+)
 from tsdkd.methods.eopd import EOPDObjective
 from tsdkd.methods.tsd_kd import TSDKDObjective
 from tsdkd.methods.tsd_kd_released import TSDKDReleasedObjective

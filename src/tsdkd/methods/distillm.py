@@ -1,6 +1,6 @@
 """DistiLLM: skew KL on the student's, replayed or fixed completions (Ko et al. 2024, arXiv 2402.03898).
 
-Which completions a step trains on is `tsdkd.methods.trainer_distillm`'s to say.
+Each step trains on the student's, replayed or fixed completions; of Algorithm 1 the trainer below.
 """
 
 from collections import deque
