@@ -24,11 +24,11 @@ from pathlib import Path
 
 import torch
 
-from tsdkd.lm_head.dense import LogitsHead
+from tsdkd.lm_head.dense import DenseHead
 from tsdkd.lm_head.fused import FusedHead
 from tsdkd.lm_head.projection import Projection
 from tsdkd.methods.tsd_kd import TSDKDObjective
-from tsdkd.objective import Responses
+from tsdkd.objective import CompletionBatch
 
 SIZES = {  # vocabulary, student's and teacher's hidden size
     "qwen2.5": (151936, 1536, 5120),  # 1.5B and 14B
@@ -73,13 +73,13 @@ class Contest:
 
     def fused(self) -> None:
         head = FusedHead(self.hidden, Projection(self.weight), self.teacher_hidden, Projection(self.teacher_weight))
-        TSDKDObjective()(head, Responses(self.mask)).loss.backward()
+        TSDKDObjective()(head, CompletionBatch(self.mask)).loss.backward()
 
     def logits(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.hidden @ self.weight.t(), self.teacher_hidden @ self.teacher_weight.t()
 
     def whole(self) -> None:
-        TSDKDObjective()(LogitsHead(*self.logits()), Responses(self.mask)).loss.backward()
+        TSDKDObjective()(DenseHead(*self.logits()), CompletionBatch(self.mask)).loss.backward()
 
     def trl_chunked(self) -> None:
         from trl.kernels.chunked_divergence import ChunkedDivergenceFunction

@@ -22,8 +22,8 @@ from step import DEVICE, STUDENT, Clock
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, Qwen2Config
 
 from tsdkd import TSDKDConfig, TSDKDTrainer
-from tsdkd.launch.memory import Launch, estimate, size_of
-from tsdkd.launch.placement import workload
+from tsdkd.launch.memory import Sharding, compute_model_size, estimate_memory
+from tsdkd.launch.placement import build_workload
 
 # vocabulary, hidden and intermediate size, layers, heads of queries and of keys, tied: of the student, of the teacher
 PAIRS = {
@@ -59,8 +59,10 @@ def make(config: PretrainedConfig, dtype: torch.dtype) -> Any:
 def estimated(args: TSDKDConfig, student: PretrainedConfig, teacher: PretrainedConfig) -> dict[str, float]:
     """GiB, by what takes it."""
     given = {"dtype": "float32", "attn_implementation": None, "teacher_model_init_kwargs": {"dtype": "bfloat16"}}
-    work = workload(TSDKDConfig, {**vars(args), **given}, [student, teacher], gpus=1, gpu_gib=80.0)
-    return estimate(size_of(student), size_of(teacher), work, Launch(stage=0), "replica", gpus=1)
+    work = build_workload(TSDKDConfig, {**vars(args), **given}, [student, teacher], gpus=1, gpu_gib=80.0)
+    return estimate_memory(
+        compute_model_size(student), compute_model_size(teacher), work, Sharding(stage=0), "replica", gpus=1
+    )
 
 
 def rows(tokens: int, count: int) -> Dataset:

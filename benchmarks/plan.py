@@ -60,8 +60,8 @@ def measure(folder: str, case: dict[str, Any]) -> None:
     from transformers import AutoConfig, AutoTokenizer
 
     from tsdkd import TSDKDConfig, TSDKDTrainer
-    from tsdkd.launch.memory import Launch, estimate, size_of
-    from tsdkd.launch.placement import workload
+    from tsdkd.launch.memory import Sharding, compute_model_size, estimate_memory
+    from tsdkd.launch.placement import build_workload
 
     on_gpu = torch.cuda.is_available()
     student, teacher = f"{folder}/student", f"{folder}/teacher"
@@ -93,8 +93,8 @@ def measure(folder: str, case: dict[str, Any]) -> None:
     measured = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else resident("VmHWM") - before
     configs = [AutoConfig.from_pretrained(folder) for folder in (student, teacher)]
     values = {**vars(args), "dtype": case.get("dtype", "float32"), "attn_implementation": None, "head_chunk_gib": 0.25}
-    work = workload(TSDKDConfig, values, configs, gpus=1, gpu_gib=1.0)
-    parts = estimate(*map(size_of, configs), work, Launch(stage=0), "replica", gpus=1)
+    work = build_workload(TSDKDConfig, values, configs, gpus=1, gpu_gib=1.0)
+    parts = estimate_memory(*map(compute_model_size, configs), work, Sharding(stage=0), "replica", gpus=1)
     print(json.dumps({"estimate": sum(parts.values()), "measured": measured, "parts": parts}))
 
 

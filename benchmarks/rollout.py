@@ -28,7 +28,7 @@ from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, StoppingCriteria
 
 from tsdkd import TSDKDConfig
-from tsdkd.rollout.base import Sampling
+from tsdkd.rollout.base import SamplingConfig
 from tsdkd.rollout.hf import HuggingFaceSampler
 
 PROMPT, LONGEST = 16, 200
@@ -81,7 +81,7 @@ class Contest:
             )
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype).eval().to(DEVICE)
         self.vocabulary = SIZES[size]["vocab_size"]
-        sampling = Sampling(frozenset(), self.vocabulary)
+        sampling = SamplingConfig(frozenset(), self.vocabulary)
         args = TSDKDConfig(folder, use_cpu=DEVICE == "cpu", bf16=autocast, use_vllm=with_vllm)
         accelerator = Accelerator(cpu=args.use_cpu, mixed_precision="bf16" if autocast else "no")
         self.model = accelerator.prepare_model(model) if autocast else model

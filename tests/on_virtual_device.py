@@ -16,7 +16,7 @@ from tsdkd.cli import main
 from tsdkd.lm_head.softmax import SoftmaxRows
 from tsdkd.methods import METHODS
 from tsdkd.models.teacher import load_teacher
-from tsdkd.rollout.hf import sample
+from tsdkd.rollout.hf import sample_completions
 from tsdkd.rollout.seeding import prompt_generator
 
 os.environ["ACCELERATE_TORCH_DEVICE"] = virtual_device.DEVICE
@@ -111,7 +111,7 @@ def cpu_generator(logits: torch.Tensor, uniform: torch.Tensor, top_p: float) -> 
     [
         ("tsdkd.trainer.trainer.completion_mask", without_device, "same device"),
         ("tsdkd.lm_head.softmax.SoftmaxRows.logps_at", cpu_index, "same device"),
-        ("tsdkd.rollout.hf.draw", cpu_generator, "device type for generator"),
+        ("tsdkd.rollout.hf.sample_tokens", cpu_generator, "device type for generator"),
     ],
 )
 def test_a_planted_fault_is_caught(
@@ -164,7 +164,7 @@ def test_a_rollout_is_the_cpu_s_with_a_wait_in_sixteen_tokens() -> None:
 
     def rolled_out() -> Any:
         generators = [prompt_generator(0, 0, i) for i in range(24)]
-        return sample(model, prompts, limits, generators, stop_ids={1, 7}, vocab_size=64)
+        return sample_completions(model, prompts, limits, generators, stop_ids={1, 7}, vocab_size=64)
 
     on_the_cpu = rolled_out()
     model.to(virtual_device.DEVICE)

@@ -22,11 +22,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from conftest import build_tokenizer, make_rows, on_cpus, write_jsonl
 from reference import token_entropy
 from tsdkd.cli import main
-from tsdkd.compare.config import read_comparison, shipped
+from tsdkd.compare.config import comparison_names, read_comparison
 from tsdkd.errors import ConfigError
-from tsdkd.evaluation import Problems, evaluate
-from tsdkd.generate import memory_share
-from tsdkd.run.arguments import parse_run
+from tsdkd.evaluation import ProblemSet, evaluate
+from tsdkd.generate import engine_memory_utilization
+from tsdkd.run.arguments import parse_args_and_config
 from tsdkd.run.train import train as run
 
 pytest.importorskip("scipy")
@@ -163,8 +163,8 @@ def test_a_teacher_s_engine_has_the_gpu_alone(comparison: Any) -> None:
     settings = {"use_vllm": True, "vllm_gpu_memory_utilization": 0.2}
     made = read_comparison(comparison(settings=settings, runs={"a": {}}, teacher_completions=True))
     for device, share in (("cuda", 0.9), ("cpu", 0.2)):
-        arguments = parse_run(made.config, made.teacher_flags(device == "cuda"))
-        assert arguments.training.use_vllm and memory_share(arguments, torch.device(device)) == share
+        arguments = parse_args_and_config(made.config, made.teacher_flags(device == "cuda"))
+        assert arguments.training.use_vllm and engine_memory_utilization(arguments, torch.device(device)) == share
 
 
 def test_finished_runs_of_other_settings_are_not_mixed_in(comparison: Any, capsys: Any) -> None:
@@ -261,7 +261,7 @@ def test_what_a_model_solves(saved_model: Any) -> None:
         said.append(ids)
         return str(len(ids))
 
-    problems = Problems(prompts, ["7"] * 6, [7] * 6, {1}, 64, decode)
+    problems = ProblemSet(prompts, ["7"] * 6, [7] * 6, {1}, 64, decode)
     found = evaluate(model, problems, samples=2, batch_size=4)
     greedy, samples = said[:6], (said[6:12], said[12:])
     for prompt, completion in zip(prompts, greedy, strict=True):
@@ -318,7 +318,7 @@ def test_intervals_are_student_s() -> None:
     assert summary.halves["greedy"] == pytest.approx(2.7764451 * spread / 5**0.5)
 
 
-@pytest.mark.parametrize("name", shipped())
+@pytest.mark.parametrize("name", comparison_names())
 def test_shipped_comparisons_are_sound(name: str, capsys: Any) -> None:
     """Every run's keys, too."""
     assert len(read_comparison(name).tasks) > 2
@@ -403,10 +403,10 @@ def test_a_slurm_array(comparison: Any, capsys: Any) -> None:
 
 def test_the_toy_gives_the_papers_table(tmp_path: Path, capsys: Any) -> None:
     """Means over 30 seeds are as far from the paper's as three seeds may be; the two scenarios differ as there."""
-    from tsdkd.reproduce.eopd_toy import SCENARIOS, simulate
+    from tsdkd.reproduce.eopd_toy import SCENARIOS, simulate_toy
 
     changes = {
-        name: [simulate(temperature, seed).top1_changes for seed in range(30)]
+        name: [simulate_toy(temperature, seed).top1_changes for seed in range(30)]
         for name, temperature in SCENARIOS.items()
     }
     low, high = (sum(values) / len(values) for values in changes.values())
@@ -423,8 +423,8 @@ def test_a_toy_step_is_the_papers(monkeypatch: Any) -> None:
 
     from tsdkd.reproduce import eopd_toy
 
-    seen = eopd_toy.simulate(0.3, 4, learning_rate=0.2, steps=1)
-    before = eopd_toy.simulate(0.3, 4, learning_rate=0.0, steps=1)
+    seen = eopd_toy.simulate_toy(0.3, 4, learning_rate=0.2, steps=1)
+    before = eopd_toy.simulate_toy(0.3, 4, learning_rate=0.0, steps=1)
     ratio = np.log(seen.student) - np.log(before.student)
     (moved,) = np.flatnonzero(np.abs(ratio - np.median(ratio)) > 1e-12)
     top = np.argsort(-before.student)[:10]
@@ -435,9 +435,9 @@ def test_a_toy_step_is_the_papers(monkeypatch: Any) -> None:
 
 
 def test_the_gates_gradients(capsys: Any) -> None:
-    from tsdkd.reproduce.tsdkd_gradient import cases
+    from tsdkd.reproduce.tsdkd_gradient import build_cases
 
-    stronger, weaker = cases()
+    stronger, weaker = build_cases()
     for case in (stronger, weaker):
         for name, (formula, found) in case.values.items():
             assert formula == pytest.approx(found, rel=1e-10), name

@@ -14,7 +14,7 @@ from tokenizers.processors import TemplateProcessing
 from conftest import QUIET, TEMPLATE, WORDS, build_tokenizer, flags, make_rows, write_jsonl
 from tsdkd import DataError, TSDKDConfig
 from tsdkd.cli import main
-from tsdkd.data import collate, completion_mask, load_rows, pad_sequences, prepare_rows
+from tsdkd.data import collate, completion_mask, load_split, pad_sequences, prepare_dataset
 
 PAD, EOS, USER, ASSISTANT = range(4)
 KWARGS_TEMPLATE = TEMPLATE + "{% if thinking is defined %}{{ 'w50' if thinking else 'w51' }} {% endif %}"
@@ -30,7 +30,7 @@ def ids(text: str) -> list[int]:
 def prepare(rows: Rows, *, tokenizer: Any = None, context: int = 128, needs: bool = False, **options: Any) -> Rows:
     args = TSDKDConfig(output_dir="unused", **QUIET, **options)
     tokenizer = build_tokenizer() if tokenizer is None else tokenizer
-    return prepare_rows(Dataset.from_list(rows), tokenizer, args, context, needs_completion=needs).to_list()
+    return prepare_dataset(Dataset.from_list(rows), tokenizer, args, context, needs_completion=needs).to_list()
 
 
 def say(role: str, content: str) -> dict[str, str]:
@@ -240,7 +240,7 @@ def write_table(path: Path, rows: Rows) -> str:
 @pytest.mark.parametrize("ending", ["json", "jsonl", "csv", "parquet"])
 def test_file_formats(tmp_path: Path, ending: str) -> None:
     rows: Rows = make_rows(5)
-    loaded = load_rows(write_table(tmp_path / f"rows.{ending}", rows), None, "train").to_list()
+    loaded = load_split(write_table(tmp_path / f"rows.{ending}", rows), None, "train").to_list()
     assert [{**row, "answer": str(row["answer"])} for row in loaded] == rows
     completions = [ids(f"{row['completion']} <eos>") for row in rows]
     assert [row["completion_ids"] for row in prepare(loaded, needs=True)] == completions
@@ -249,14 +249,14 @@ def test_file_formats(tmp_path: Path, ending: str) -> None:
 @pytest.mark.parametrize("ending", ["json", "jsonl", "parquet"])
 def test_file_formats_keep_messages(tmp_path: Path, ending: str) -> None:
     rows: Rows = [{"messages": [say("user", "w1 w2"), say("assistant", "w3")]}] * 2
-    loaded = load_rows(write_table(tmp_path / f"chats.{ending}", rows), None, "train").to_list()
+    loaded = load_split(write_table(tmp_path / f"chats.{ending}", rows), None, "train").to_list()
     assert [(r["prompt_ids"], r["completion_ids"]) for r in prepare(loaded)] == [(ids(ASKED), ids("w3 <eos>"))] * 2
 
 
 def test_a_folder_has_splits(tmp_path: Path) -> None:
     for split, count in (("train", 4), ("test", 2)):
         write_table(tmp_path / f"{split}.jsonl", make_rows(count))  # type: ignore[arg-type]
-    assert [len(load_rows(str(tmp_path), None, split)) for split in ("train", "test")] == [4, 2]
+    assert [len(load_split(str(tmp_path), None, split)) for split in ("train", "test")] == [4, 2]
 
 
 def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
@@ -264,7 +264,7 @@ def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     for text in ("w1", "w2"):
         write_jsonl(path, [{"prompt": text}])
-        assert load_rows(str(path), None, "train")[0]["prompt"] == text
+        assert load_split(str(path), None, "train")[0]["prompt"] == text
 
 
 # The command line

@@ -23,10 +23,10 @@ from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 
 from tsdkd.evaluation import harness
-from tsdkd.evaluation.scores import interval, pass_at_k
+from tsdkd.evaluation.scores import bootstrap_interval, pass_at_k
 from tsdkd.evaluation.suites import SUITES
-from tsdkd.evaluation.tasks import OWN, build, leaves
-from tsdkd.grading import same_mathematics
+from tsdkd.evaluation.tasks import OWN, build_tasks, leaf_tasks
+from tsdkd.grading import is_math_equivalent
 
 BENCHMARKS = {benchmark.name: benchmark for suite in SUITES.values() for benchmark in suite.benchmarks}
 
@@ -43,7 +43,7 @@ def test_every_task_is_in_the_installed_harness(name: str, manager: TaskManager)
     if benchmark.task in OWN:
         return
     counts = {"mmlu_stem": 19, "bbh": 27, "musr": 3, "math": 7, "mmlu_pro": 14}
-    assert len(leaves(manager, benchmark.task)) == counts.get(name, 1)
+    assert len(leaf_tasks(manager, benchmark.task)) == counts.get(name, 1)
 
 
 # Data of our own, in each benchmark's format, and what a model that is right would say -------------------------------
@@ -132,17 +132,17 @@ def data(manager: TaskManager, tmp_path_factory: pytest.TempPathFactory) -> Path
     folder = tmp_path_factory.mktemp("benchmarks")
     written(folder, "gsm8k", {"train": some(gsm, start=10), "test": some(gsm)})
     written(folder, "gsm_plus", {"test": some(gsm)})
-    for task in leaves(manager, "minerva_math"):
+    for task in leaf_tasks(manager, "minerva_math"):
         written(folder, task, {"train": some(competition, 2, 20), "test": some(competition, 2)})
-    for task in leaves(manager, "mmlu_stem"):
+    for task in leaf_tasks(manager, "mmlu_stem"):
         written(folder, task, {"dev": some(choice, 5, 10), "test": some(choice, 1)})
-    for task in leaves(manager, "mmlu_pro"):
+    for task in leaf_tasks(manager, "mmlu_pro"):
         category = task.removeprefix("mmlu_pro_").replace("_", " ")
         rows = [many_choices(n, category) for n in range(6)]
         written(folder, task, {"validation": rows, "test": rows[:2]})
-    for task in leaves(manager, "bbh_cot_fewshot"):
+    for task in leaf_tasks(manager, "bbh_cot_fewshot"):
         written(folder, task, {"test": [{"input": "Is it so?", "target": "yes"}]})
-    for task in leaves(manager, "leaderboard_musr"):
+    for task in leaf_tasks(manager, "leaderboard_musr"):
         written(folder, task, {task.removeprefix("leaderboard_musr_"): some(mystery, 2)})
     written(folder, "sciq", {"train": some(science, 2), "validation": some(science, 2), "test": some(science)})
     written(folder, "ifeval", {"train": some(instruction, 4)})
@@ -212,9 +212,9 @@ RIGHT: dict[str, Any] = {
 def asked(name: str, data: Path | None, lm: LM, samples: int = 2) -> list[Any]:
     benchmark = BENCHMARKS[name]
     count = samples if benchmark.samples > 1 else 1
-    tasks = build(benchmark, count, 8192, data)
+    tasks = build_tasks(benchmark, count, 8192, data)
     docs = {t.task_name: list(range(min(4, len(t.eval_docs)))) for t in tasks}
-    return [item for t in tasks for item in harness.ask(lm, t, docs[t.task_name], benchmark, False, 0)[0]]
+    return [item for t in tasks for item in harness.evaluate_docs(lm, t, docs[t.task_name], benchmark, False, 0)[0]]
 
 
 @pytest.mark.parametrize("name", RIGHT)
@@ -259,10 +259,10 @@ def test_prompts_are_the_papers(data: Path) -> None:
 
 
 def test_mathematics_is_compared_by_meaning() -> None:
-    assert same_mathematics(r"so \boxed{\frac{1}{2}}", "0.5")
-    assert same_mathematics(r"\boxed{\left(3, \frac{\pi}{2}\right)}", r"\left( 3, \frac{\pi}{2} \right)")
-    assert same_mathematics(r"first \boxed{3}, no, \boxed{4}", "4") and not same_mathematics(r"\boxed{3}", "4")
-    assert not same_mathematics("", "4")
+    assert is_math_equivalent(r"so \boxed{\frac{1}{2}}", "0.5")
+    assert is_math_equivalent(r"\boxed{\left(3, \frac{\pi}{2}\right)}", r"\left( 3, \frac{\pi}{2} \right)")
+    assert is_math_equivalent(r"first \boxed{3}, no, \boxed{4}", "4") and not is_math_equivalent(r"\boxed{3}", "4")
+    assert not is_math_equivalent("", "4")
 
 
 # Numbers -------------------------------------------------------------------------------------------------------------
@@ -283,10 +283,10 @@ def test_intervals_cover_the_mean() -> None:
     rng = random.Random(0)
     covered = 0
     for seed in range(200):
-        low, high = interval(np.array([float(rng.random() < 0.4) for _ in range(60)]), seed)
+        low, high = bootstrap_interval(np.array([float(rng.random() < 0.4) for _ in range(60)]), seed)
         covered += low <= 0.4 <= high
     assert 0.90 <= covered / 200 <= 0.99
-    assert interval(np.ones(5)) == (1.0, 1.0)
+    assert bootstrap_interval(np.ones(5)) == (1.0, 1.0)
 
 
 # The command ---------------------------------------------------------------------------------------------------------
@@ -340,15 +340,18 @@ def test_two_models_in_one_table(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 def test_published_rows_are_beside_their_pair(data: Path, tmp_path: Path) -> None:
     """A run's student belongs to the model that it started from."""
-    from tsdkd.evaluation.results import Measured, write
+    from tsdkd.evaluation.results import BenchmarkResult, write_results
 
     (tmp_path / "tsdkd_config.yaml").write_text("model_name_or_path: Qwen/Qwen2.5-1.5B-Instruct\n")
-    measured = [Measured("mine", BENCHMARKS[name], np.ones((4, 1))) for name in ("gsm8k", "sciq")]
-    table = write(measured, {"mine": str(tmp_path)}, "mine", tmp_path, "tsd-kd").read_text()
+    measured = [BenchmarkResult("mine", BENCHMARKS[name], np.ones((4, 1))) for name in ("gsm8k", "sciq")]
+    table = write_results(measured, {"mine": str(tmp_path)}, "mine", tmp_path, "tsd-kd").read_text()
     assert "TSD-KD, Tables 1 and 2" in table and "| TSD-KD | 60.1 | 93.0 |" in table
     (tmp_path / "tsdkd_config.yaml").write_text("[")
-    assert "Tables 1 and 2" not in write(measured, {"mine": str(tmp_path)}, "mine", tmp_path, "tsd-kd").read_text()
-    assert "Tables 1 and 2" not in write(measured, {"mine": "gpt2"}, "mine", tmp_path, "tsd-kd").read_text()
+    assert (
+        "Tables 1 and 2"
+        not in write_results(measured, {"mine": str(tmp_path)}, "mine", tmp_path, "tsd-kd").read_text()
+    )
+    assert "Tables 1 and 2" not in write_results(measured, {"mine": "gpt2"}, "mine", tmp_path, "tsd-kd").read_text()
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ from torch import Tensor
 
 import reference
 from conftest import QUIET, build_model, build_tokenizer, flags, make_rows
-from tsdkd.compare.config import read_comparison, shipped
-from tsdkd.config.options import plain
-from tsdkd.lm_head.dense import LogitsHead
+from tsdkd.compare.config import comparison_names, read_comparison
+from tsdkd.config.options import enum_value
+from tsdkd.lm_head.dense import DenseHead
 from tsdkd.methods import (
     METHODS,
     EOPDConfig,
@@ -25,8 +25,8 @@ from tsdkd.methods import (
 from tsdkd.methods.eopd import EOPDObjective
 from tsdkd.methods.tsd_kd import TSDKDObjective
 from tsdkd.methods.tsd_kd_released import TSDKDReleasedObjective
-from tsdkd.objective import Answers, Responses
-from tsdkd.run.arguments import parse_run, read_run
+from tsdkd.objective import CompletionBatch, RolloutScores
+from tsdkd.run.arguments import parse_args_and_config, resolve_run_values
 from tsdkd.run.presets import preset_names
 from tsdkd.run.train import train as run
 
@@ -47,8 +47,8 @@ def term_gradients(objective: Any, student: Tensor, teacher: Tensor, mask: Tenso
     released = isinstance(objective, TSDKDReleasedObjective)
     logits = student.clone().requires_grad_()
     asked = torch.ones_like(mask) if released else mask
-    head = LogitsHead(logits[asked], teacher[asked])
-    output = objective(head, Responses(asked, trained=mask if released else None))
+    head = DenseHead(logits[asked], teacher[asked])
+    output = objective(head, CompletionBatch(asked, trained=mask if released else None))
     return {
         name: torch.autograd.grad(term, logits, retain_graph=True)[0]
         for name, term in output.terms.items()
@@ -218,9 +218,11 @@ def test_trigger_is_strict(above: bool) -> None:
     student, teacher = (torch.randn(1, VOCABULARY, generator=make, dtype=torch.float64) for _ in range(2))
     logps = teacher.log_softmax(-1)
     entropy = -(logps.exp() * logps).sum(-1)
-    answers = Answers(entropy, logps[:, 0], *reversed(logps.topk(16)), old_logps=student.log_softmax(-1)[:, 0])
+    answers = RolloutScores(entropy, logps[:, 0], *reversed(logps.topk(16)), old_logps=student.log_softmax(-1)[:, 0])
     objective = EOPDObjective(entropy_threshold=float(entropy) - (1e-9 if above else 0.0))
-    output = objective(LogitsHead(student), Responses(torch.ones(1, 1).bool(), torch.tensor([0]), answers=answers))
+    output = objective(
+        DenseHead(student), CompletionBatch(torch.ones(1, 1).bool(), torch.tensor([0]), answers=answers)
+    )
     assert (float(output.terms["forward_kl"]) != 0) == above
 
 
@@ -256,11 +258,11 @@ EOPD_TABLE_8 |= {
 )
 def test_hyperparameters_are_the_papers(preset: str, table: dict[str, Any]) -> None:
     """TSD-KD's Table 10, EOPD's Table 8, on the 8 GPUs that the presets are written for."""
-    parsed = parse_run(preset, ["--use_cpu", "true", "--bf16", "false"]).training
+    parsed = parse_args_and_config(preset, ["--use_cpu", "true", "--bf16", "false"]).training
     found = {name: getattr(parsed, name) for name in table if name not in ("batch", "optim")}
     found |= {"batch": 8 * parsed.per_device_train_batch_size * parsed.gradient_accumulation_steps}
-    found |= {"optim": plain(parsed.optim).split("_")[0]}
-    assert {name: plain(value) for name, value in found.items()} == table
+    found |= {"optim": enum_value(parsed.optim).split("_")[0]}
+    assert {name: enum_value(value) for name, value in found.items()} == table
 
 
 @pytest.mark.parametrize("name", ["demo_table3.yaml", "qwen25_table3.yaml"])
@@ -268,7 +270,7 @@ def test_rows_of_table_3(name: str) -> None:
     """Gate, L_Indirect, L_EM, as OpenReview's version of the paper marks them: only the first row has no gate."""
     comparison = read_comparison(name)
     tasks = [task for task in comparison.tasks if task.seed == comparison.seeds[0]]
-    values = [read_run(comparison.config, comparison.flags(task))[1] for task in tasks]
+    values = [resolve_run_values(comparison.config, comparison.flags(task))[1] for task in tasks]
     rows = [(v["gate"], v["alpha"] > 0, v["entropy_weight"] > 0) for v in values]
     assert rows == [(False,) * 3, (True, False, False), (True, True, False), (True, False, True), (True,) * 3]
 
@@ -276,16 +278,16 @@ def test_rows_of_table_3(name: str) -> None:
 RELEASED = "TSD-KD-Qwen2.5-14B-Instruct-Gen"
 
 
-@pytest.mark.parametrize("name", [*preset_names(), *shipped()])
+@pytest.mark.parametrize("name", [*preset_names(), *comparison_names()])
 def test_data_of_off_policy_runs_are_the_teachers(name: str) -> None:
     """UltraInteract's own completions are of other models: no shipped run trains on them, a comparison's wait for the
     teacher's."""
     if name in preset_names():
-        runs = [read_run(name, [])]
+        runs = [resolve_run_values(name, [])]
     else:
         comparison = read_comparison(name)
         tasks = [task for task in comparison.tasks if task.seed == comparison.seeds[0]]
-        runs = [read_run(comparison.config, comparison.flags(task)) for task in tasks]
+        runs = [resolve_run_values(comparison.config, comparison.flags(task)) for task in tasks]
     for method, values, _, _ in runs:
         if METHODS[method].config_class.starts_from_data or values["lmbda"] < 1:
             assert Path(values["dataset_name"]).name in ("teacher_completions.jsonl", RELEASED)
@@ -300,4 +302,4 @@ def test_hyperparameters_of_kd() -> None:
     assert (config.learning_rate, config.cross_entropy_weight, config.forward_kl_weight) == (1e-5, 0.5, 0.5)
     assert (config.max_length, config.forward_kl_top_k, config.num_train_epochs) == (4096, 16, 3)
     assert 8 * 4 * config.gradient_accumulation_steps == 128
-    assert plain(config.lr_scheduler_type) == "cosine" and plain(config.optim).startswith("adamw")
+    assert enum_value(config.lr_scheduler_type) == "cosine" and enum_value(config.optim).startswith("adamw")

@@ -19,13 +19,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import reference as ref
 from tsdkd import losses, selection
-from tsdkd.lm_head.dense import LogitsHead
+from tsdkd.lm_head.dense import DenseHead
 from tsdkd.lm_head.fused import FusedHead
 from tsdkd.lm_head.projection import Projection
-from tsdkd.lm_head.statistics import Head, OwnTokenLoss, Request, TokenStatistics
+from tsdkd.lm_head.statistics import Head, PerTokenLoss, StatisticsRequest, TokenStatistics
 from tsdkd.methods.eopd import EOPDObjective
 from tsdkd.methods.tsd_kd import TSDKDObjective
-from tsdkd.objective import Answers, Responses
+from tsdkd.objective import CompletionBatch, RolloutScores
 
 CHUNKS = (1, 7, 20, None)  # tokens, None: all
 SAME = {torch.float32: (1e-6, 1e-5), torch.float64: (1e-12, 1e-12)}  # values, gradients
@@ -102,9 +102,9 @@ class Pair:
         models = [replace(m, hidden=m.hidden[rows]) for m in (self.student, self.teacher)]
         return replace(self, student=models[0], teacher=models[1])
 
-    def whole(self, teacher: bool = True) -> LogitsHead:
+    def whole(self, teacher: bool = True) -> DenseHead:
         size = self.vocab_size, self.temperature
-        return LogitsHead(self.student.logits(*size), self.teacher.logits(*size) if teacher else None)
+        return DenseHead(self.student.logits(*size), self.teacher.logits(*size) if teacher else None)
 
     def fused(self, teacher: bool = True, **options: Any) -> FusedHead:
         other = (self.teacher.hidden, self.teacher.projection()) if teacher else ()
@@ -164,8 +164,8 @@ class Term:
     ids: int = 0
     request: dict[str, Any] = field(default_factory=dict)
 
-    def ask(self, pair: Pair) -> Request:
-        return Request(**self.request, ids=pair.ids(self.ids) if self.ids else None)
+    def ask(self, pair: Pair) -> StatisticsRequest:
+        return StatisticsRequest(**self.request, ids=pair.ids(self.ids) if self.ids else None)
 
 
 def divergence(kind: losses.Divergence, loop: Callable[[Row, Row], float]) -> Term:
@@ -240,7 +240,7 @@ def loss_of(pair: Pair, name: str, head: Head, weight: float | None = None) -> t
         values = term.library(s)
         return {"term": at[which].to(values) * values}
 
-    own = None if weight is None else OwnTokenLoss({"term": weight}, weighted)
+    own = None if weight is None else PerTokenLoss({"term": weight}, weighted)
     answer = head(term.ask(pair), own)
     return answer, weighted(answer, slice(None))["term"].sum() if own is None else answer.own_loss
 
@@ -404,7 +404,7 @@ def test_chunks_are_invisible(name: str, own_in_forward: bool | None) -> None:
 OWN = {"direct": 1.0, "ranking": 0.1, "policy": -0.3}
 
 
-def own_token_loss(pair: Pair, names: tuple[str, ...] = tuple(OWN)) -> tuple[Request, OwnTokenLoss]:
+def own_token_loss(pair: Pair, names: tuple[str, ...] = tuple(OWN)) -> tuple[StatisticsRequest, PerTokenLoss]:
     """Every kind of statistic, of tokens that are weighted by where they are."""
 
     def terms(s: TokenStatistics, which: slice) -> Numbers:
@@ -413,8 +413,10 @@ def own_token_loss(pair: Pair, names: tuple[str, ...] = tuple(OWN)) -> tuple[Req
         every = {"direct": gate * s.divergence, "ranking": ranking, "policy": s.logps.exp().sum(-1) * s.entropy}
         return {name: factors(pair.count)[which].to(every[name]) * every[name] for name in names}
 
-    request = Request(entropy=True, teacher_entropy=True, divergence=losses.jsd(0.9), top_k=4, ids=pair.ids(3))
-    return request, OwnTokenLoss({name: OWN[name] for name in names}, terms)
+    request = StatisticsRequest(
+        entropy=True, teacher_entropy=True, divergence=losses.jsd(0.9), top_k=4, ids=pair.ids(3)
+    )
+    return request, PerTokenLoss({name: OWN[name] for name in names}, terms)
 
 
 def run_own(pair: Pair, head: Head, names: tuple[str, ...] = tuple(OWN)) -> Numbers:
@@ -450,7 +452,7 @@ def test_own_token_losses_see_every_token_once() -> None:
             sizes.add(len(s.entropy))
             return {"entropy": s.entropy}
 
-        pair.fused(chunk=chunk)(Request(entropy=True), OwnTokenLoss({"entropy": 1.0}, entropies))
+        pair.fused(chunk=chunk)(StatisticsRequest(entropy=True), PerTokenLoss({"entropy": 1.0}, entropies))
         assert seen == list(range(pair.count))
     assert {1, pair.count} < sizes, "a token, all tokens, and something in between"
 
@@ -465,8 +467,8 @@ def test_own_token_losses_without_a_gradient() -> None:
     for answer in (silent, frozen):
         assert not answer.own_loss.requires_grad and not answer.entropy.requires_grad
         torch.testing.assert_close(answer.own_loss, expected)
-    constant = OwnTokenLoss({"constant": 2.0}, lambda s, _: {"constant": s.entropy.detach()})
-    pair.fused()(Request(entropy=True), constant).own_loss.backward()
+    constant = PerTokenLoss({"constant": 2.0}, lambda s, _: {"constant": s.entropy.detach()})
+    pair.fused()(StatisticsRequest(entropy=True), constant).own_loss.backward()
     assert all((leaf.grad == 0).all() for leaf in pair.student.leaves.values())
 
 
@@ -496,7 +498,7 @@ def test_bfloat16_is_no_less_precise(name: str, autocast: torch.dtype | None, sp
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_autocast_sets_the_precision_of_both_projections(dtype: torch.dtype) -> None:
     with torch.autocast("cpu", dtype):
-        answer = draw(student=PLAIN, teacher=PLAIN).fused()(Request(top_k=3))
+        answer = draw(student=PLAIN, teacher=PLAIN).fused()(StatisticsRequest(top_k=3))
     for logits in (answer.top_logits, answer.teacher_top_logits):
         assert logits.dtype == torch.float32 and torch.equal(logits, logits.to(dtype).float())
 
@@ -507,8 +509,8 @@ def test_half_precision_keeps_the_gradient_of_sure_tokens(dtype: torch.dtype, ma
     """1 - q has its digits only as long as neither of the two has been rounded. The logits are exact here."""
     model = Model(margin * torch.eye(64), torch.eye(64)).copy(dtype)
     exact = model.copy(torch.float64)
-    for m, head in ((model, FusedHead(model.hidden, model.projection())), (exact, LogitsHead(exact.logits(64, 1.0)))):
-        head(Request(ids=torch.arange(64).unsqueeze(-1))).logps.sum().backward()
+    for m, head in ((model, FusedHead(model.hidden, model.projection())), (exact, DenseHead(exact.logits(64, 1.0)))):
+        head(StatisticsRequest(ids=torch.arange(64).unsqueeze(-1))).logps.sum().backward()
         assert m.hidden.grad is not None
     for found, expected in ((model.hidden, exact.hidden), (model.weight, exact.weight)):
         assert (found.grad.double() - expected.grad).norm() <= 0.005 * expected.grad.norm()
@@ -561,7 +563,7 @@ def test_tied_weights(dtype: torch.dtype) -> None:
         embedding = pair.student.weight.detach().clone().requires_grad_()
         hidden = embedding[torch.arange(9)].tanh()
         tied = replace(pair, student=replace(pair.student, hidden=hidden, weight=embedding))
-        answer = (tied.fused() if fused else tied.whole())(Request(entropy=True, divergence=losses.jsd(0.5)))
+        answer = (tied.fused() if fused else tied.whole())(StatisticsRequest(entropy=True, divergence=losses.jsd(0.5)))
         (answer.entropy + answer.divergence).mean().backward()
         return {"gradient": embedding.grad}
 
@@ -674,10 +676,10 @@ def test_bad_shapes() -> None:
 def test_requests_without_an_answer(kind: str) -> None:
     alone, both = getattr(draw(), kind)(teacher=False), getattr(draw(), kind)()
     for head, request in [
-        (alone, Request(teacher_entropy=True)),
-        (alone, Request(divergence=losses.jsd(0.5))),
-        (both, Request(top_k=-1)),
-        (both, Request(ids=torch.zeros(1, 2, dtype=torch.long))),
+        (alone, StatisticsRequest(teacher_entropy=True)),
+        (alone, StatisticsRequest(divergence=losses.jsd(0.5))),
+        (both, StatisticsRequest(top_k=-1)),
+        (both, StatisticsRequest(ids=torch.zeros(1, 2, dtype=torch.long))),
     ]:
         with pytest.raises(ValueError):
             head(request)
@@ -688,21 +690,23 @@ def test_requests_without_an_answer(kind: str) -> None:
 every_objective = pytest.mark.parametrize("objective", ["tsd-kd", "eopd"])
 
 
-def ask_teacher(pair: Pair, **options: Any) -> Answers:
+def ask_teacher(pair: Pair, **options: Any) -> RolloutScores:
     """As the student of a head of its own; the policy that sampled is near the student."""
     with torch.no_grad():
         teacher = replace(pair, student=pair.teacher).fused(teacher=False, **options)
-        s = teacher(Request(entropy=True, top_k=16, ids=pair.ids(1)))
-        old = pair.fused(teacher=False)(Request(ids=pair.ids(1))).logps[:, 0]
+        s = teacher(StatisticsRequest(entropy=True, top_k=16, ids=pair.ids(1)))
+        old = pair.fused(teacher=False)(StatisticsRequest(ids=pair.ids(1))).logps[:, 0]
     old = old - torch.linspace(-0.1, 0.4, pair.count).to(old)
-    return Answers(s.entropy, s.logps[:, 0], s.top_ids, s.top_logps, old)
+    return RolloutScores(s.entropy, s.logps[:, 0], s.top_ids, s.top_logps, old)
 
 
-def objective_loss(objective: str, pair: Pair, fused: bool, answers: Answers, mask: Tensor, **options: Any) -> Tensor:
+def objective_loss(
+    objective: str, pair: Pair, fused: bool, answers: RolloutScores, mask: Tensor, **options: Any
+) -> Tensor:
     head = pair.fused(teacher=objective == "tsd-kd", **options) if fused else pair.whole(objective == "tsd-kd")
     if objective == "tsd-kd":
-        return TSDKDObjective()(head, Responses(mask)).loss / mask.any(-1).sum()
-    return EOPDObjective()(head, Responses(mask, pair.ids(1)[:, 0], answers=answers)).loss / pair.count
+        return TSDKDObjective()(head, CompletionBatch(mask)).loss / mask.any(-1).sum()
+    return EOPDObjective()(head, CompletionBatch(mask, pair.ids(1)[:, 0], answers=answers)).loss / pair.count
 
 
 @every_objective

@@ -9,10 +9,10 @@ from transformers import AutoModelForCausalLM
 
 from conftest import flags
 from tsdkd.cli import main
-from tsdkd.generate import memory_share
-from tsdkd.rollout.hf import sample
+from tsdkd.generate import engine_memory_utilization
+from tsdkd.rollout.hf import sample_completions
 from tsdkd.rollout.seeding import prompt_generator
-from tsdkd.run.arguments import parse_run
+from tsdkd.run.arguments import parse_args_and_config
 
 COMMON = {"use_cpu": "true", "bf16": "false", "gradient_checkpointing": "false", "disable_tqdm": "true", "seed": 3}
 COMMON |= {"max_length": 64, "max_new_tokens": 12, "report_to": "none"}
@@ -50,7 +50,7 @@ def test_rows_are_the_models_samples(command, saved_model, rows_file, tmp_path):
         assert (row["model"], row["seed"], row["temperature"]) == (teacher, 3, 1.0) and row["revision"]
         if i < 4:
             ids = build_ids(row["prompt"])
-            (drawn,) = sample(model, [ids], [12], [prompt_generator(3, j, i)], stop_ids={1}, vocab_size=64)
+            (drawn,) = sample_completions(model, [ids], [12], [prompt_generator(3, j, i)], stop_ids={1}, vocab_size=64)
             assert row["num_tokens"] == len(drawn.ids)
             assert row["finish_reason"] == ("stop" if drawn.stopped else "length")
             assert build_ids(row["completion"], bare=True) == [t for t in drawn.ids if 2 <= t < 60]
@@ -65,7 +65,7 @@ def test_a_suffix_is_asked_and_not_written(command, saved_model, tmp_path, capsy
     row = read(output)[0, 0]
     model = AutoModelForCausalLM.from_pretrained(row["model"], dtype=torch.float32)
     ids = build_ids(f"{row['prompt']} w7 w8")
-    (drawn,) = sample(model, [ids], [12], [prompt_generator(3, 0, 0)], stop_ids={1}, vocab_size=64)
+    (drawn,) = sample_completions(model, [ids], [12], [prompt_generator(3, 0, 0)], stop_ids={1}, vocab_size=64)
     assert build_ids(row["completion"], bare=True) == [t for t in drawn.ids if 2 <= t < 60]
     assert "w7 w8" not in row["prompt"]
     assert main(command(output)) == 2
@@ -143,13 +143,13 @@ def test_a_cut_completion_is_not_taught_as_an_end(command, tmp_path, saved_model
 
     from conftest import build_tokenizer
     from tsdkd import TSDKDConfig
-    from tsdkd.data import prepare_rows
+    from tsdkd.data import prepare_dataset
 
     output = tmp_path / "rows.jsonl"
     assert main(command(output)) == 0
     rows: Dataset = load_dataset("json", data_files=str(output), split="train")
     args = TSDKDConfig(str(tmp_path / "run"), use_cpu=True, bf16=False, max_length=64, lmbda=0.0)
-    prepared = prepare_rows(rows, build_tokenizer(), args, 128, needs_completion=True)
+    prepared = prepare_dataset(rows, build_tokenizer(), args, 128, needs_completion=True)
     ends = [ids[-1] == 1 for ids in prepared["completion_ids"]]
     assert ends == [reason == "stop" for reason in rows["finish_reason"]]
 
@@ -174,8 +174,8 @@ def test_a_method_that_trains_on_them_is_asked_too(method, command, tmp_path):
 )
 def test_an_engine_alone_has_the_gpu(device, flags, share):
     """A preset's share is what training leaves an engine; the teacher's 14B don't fit there."""
-    arguments = parse_run("qwen25_14b_to_1p5b.yaml", flags, trains=False)
-    assert memory_share(arguments, torch.device(device)) == share
+    arguments = parse_args_and_config("qwen25_14b_to_1p5b.yaml", flags, trains=False)
+    assert engine_memory_utilization(arguments, torch.device(device)) == share
 
 
 OFF_POLICY = "qwen25_14b_to_1p5b_offpolicy.yaml"
@@ -195,6 +195,6 @@ OFF_POLICY = "qwen25_14b_to_1p5b_offpolicy.yaml"
 )
 def test_whose_completions_a_run_trains_on_is_told(preset, flags, told):
     """Where a flag brings completions that the configuration wasn't written for."""
-    notes = [note for note in parse_run(preset, flags, trains=False).notes if "tsdkd generate" in note]
+    notes = [note for note in parse_args_and_config(preset, flags, trains=False).notes if "tsdkd generate" in note]
     assert len(notes) == told
     assert all(flags[flags.index("--dataset_name") + 1] in note for note in notes)

@@ -17,8 +17,8 @@ from tsdkd.cli import main
 from tsdkd.compare.config import read_comparison
 from tsdkd.config.launch import LAUNCHED
 from tsdkd.errors import ConfigError
-from tsdkd.launch.processes import planned
-from tsdkd.run.arguments import parse_run
+from tsdkd.launch.processes import resolve_launch
+from tsdkd.run.arguments import parse_args_and_config
 from tsdkd.run.output_dir import RUN_FILE
 
 EPOCH = {"max_steps": -1, "num_train_epochs": 1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
@@ -168,8 +168,8 @@ TWO_NODES = {"num_machines": 2, "machine_rank": 1, "main_process_ip": "node1"}
 def test_what_is_started(gpus, found, flags, environment, expected, monkeypatch, tmp_path):
     for name, value in {"CUDA_VISIBLE_DEVICES": "3,5", **environment}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("tsdkd.launch.processes.visible_gpus", lambda: gpus)
-    start = planned({**found, **flags}, flags)
+    monkeypatch.setattr("tsdkd.launch.processes.num_visible_gpus", lambda: gpus)
+    start = resolve_launch({**found, **flags}, flags)
     assert (start and (start.config, start.count)) == expected
     if start is None and gpus == 8 and "use_cpu" not in found and "LOCAL_RANK" not in environment:
         assert os.environ["CUDA_VISIBLE_DEVICES"] == "3"  # `Trainer` would spread one process over all
@@ -191,9 +191,9 @@ def test_what_is_started(gpus, found, flags, environment, expected, monkeypatch,
 def test_what_cannot_be_started(gpus, found, flags, environment, said, monkeypatch):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("tsdkd.launch.processes.visible_gpus", lambda: gpus)
+    monkeypatch.setattr("tsdkd.launch.processes.num_visible_gpus", lambda: gpus)
     with pytest.raises(ConfigError) as caught:
-        planned({**found, **flags}, flags)
+        resolve_launch({**found, **flags}, flags)
     (problem,) = caught.value.problems
     assert all(text in problem for text in said)
 
@@ -252,13 +252,13 @@ VLLM |= {"vllm_check_every": 10}
     ids=str,
 )
 def test_a_flag_that_takes_the_engine_away(flags, left_out, config):
-    arguments = parse_run(config(**VLLM), flags)
+    arguments = parse_args_and_config(config(**VLLM), flags)
     assert all(any(key in note for note in arguments.notes) and key not in arguments.given for key in left_out)
     server = flags[0] == "--vllm_mode"
     assert arguments.training.use_vllm == server
     with pytest.raises(ConfigError):  # where it isn't the file's
         own = ["--vllm_model_impl", "vllm"] if server else ["--vllm_check_every", "20"]
-        parse_run(config(**VLLM), [*flags, *own])
+        parse_args_and_config(config(**VLLM), [*flags, *own])
 
 
 # a login node -----------------------------------------------------------------------------------------------------

@@ -19,15 +19,15 @@ from conftest import QUIET, build_model, build_tokenizer, flags, make_rows, weig
 from crash import run, run_ranks
 from tsdkd.cli import main
 from tsdkd.errors import DataError
-from tsdkd.lm_head.dense import LogitsHead
+from tsdkd.lm_head.dense import DenseHead
 from tsdkd.lm_head.fused import FusedHead
 from tsdkd.lm_head.projection import Projection
-from tsdkd.lm_head.statistics import Head, Request
+from tsdkd.lm_head.statistics import Head, StatisticsRequest
 from tsdkd.methods import METHODS
 from tsdkd.methods.minillm import mixed
-from tsdkd.methods.speculative_kd import SpeculativeKDOptions, interleaved
-from tsdkd.objective import Answers, Objective, Responses
-from tsdkd.rollout.hf import sample, sample_together
+from tsdkd.methods.speculative_kd import SpeculativeKDOptions, speculative_choice
+from tsdkd.objective import CompletionBatch, Objective, RolloutScores
+from tsdkd.rollout.hf import sample_completions, sample_from_models
 from tsdkd.rollout.seeding import prompt_generator
 from tsdkd.run.train import print_methods
 
@@ -62,14 +62,14 @@ class Case:
     def tokens(self) -> list[list[int]]:
         return [part.tolist() for part in self.ids.split(LENGTHS)]
 
-    def answers(self, objective: Objective) -> Answers:
+    def answers(self, objective: Objective) -> RolloutScores:
         """What a trainer would have asked for at the rollout."""
-        teacher = LogitsHead(self.teacher)(
-            Request(entropy=True, top_k=objective.teacher_top_k, ids=self.ids.unsqueeze(-1))
+        teacher = DenseHead(self.teacher)(
+            StatisticsRequest(entropy=True, top_k=objective.teacher_top_k, ids=self.ids.unsqueeze(-1))
         )
-        old = LogitsHead(self.old)(Request(ids=self.ids.unsqueeze(-1))).logps[:, 0]
+        old = DenseHead(self.old)(StatisticsRequest(ids=self.ids.unsqueeze(-1))).logps[:, 0]
         uniform = torch.linspace(0.0, 0.99, len(self.ids))
-        answers = Answers(teacher.entropy, teacher.logps[:, 0], teacher.top_ids, teacher.top_logps, old, uniform)
+        answers = RolloutScores(teacher.entropy, teacher.logps[:, 0], teacher.top_ids, teacher.top_logps, old, uniform)
         if hasattr(objective, "returns"):
             advantages = objective.returns(old, answers.teacher_logps, self.mask)
             spread = advantages.var(correction=0)
@@ -80,7 +80,7 @@ class Case:
     def loss(self, objective: Objective, head: Head) -> Tensor:
         """Divided as the trainer does."""
         answers = self.answers(objective) if objective.asks_once else None
-        output = objective(head, Responses(self.mask, self.ids, answers=answers))
+        output = objective(head, CompletionBatch(self.mask, self.ids, answers=answers))
         for name, term in output.terms.items():
             assert math.isfinite(term), name
         count = {"tokens": len(self.ids), "responses": len(LENGTHS), "micro-batches": 1}[objective.unit]
@@ -166,7 +166,7 @@ def test_values_and_gradients(name: str) -> None:
     flat = case.student.flatten().tolist()
     slopes = torch.tensor(ref.central_difference(probe, flat), dtype=torch.float64).reshape(case.student.shape)
     logits = case.student.clone().requires_grad_()
-    loss = case.loss(objective, LogitsHead(logits, case.teacher))
+    loss = case.loss(objective, DenseHead(logits, case.teacher))
     loss.backward()
     assert loss.item() == pytest.approx(probe(flat), rel=1e-12)
     torch.testing.assert_close(logits.grad, slopes, rtol=2e-6, atol=1e-8)
@@ -189,10 +189,10 @@ def test_the_released_loss_has_the_values_of_the_released_code() -> None:
         trained = torch.arange(length) < lengths.unsqueeze(-1)
         logits = student.flatten(0, 1).requires_grad_()
         identity = Projection(torch.eye(size))
-        heads = LogitsHead(logits, teacher.flatten(0, 1)), FusedHead(logits, identity, teacher.flatten(0, 1), identity)
+        heads = DenseHead(logits, teacher.flatten(0, 1)), FusedHead(logits, identity, teacher.flatten(0, 1), identity)
         gradients = []
         for head in heads:
-            responses = Responses(torch.ones_like(trained), trained=trained)
+            responses = CompletionBatch(torch.ones_like(trained), trained=trained)
             output = METHODS["tsd-kd-released"].objective_class()(head, responses)
             assert output.loss.item() == pytest.approx(expected, abs=2e-6)
             gradients += torch.autograd.grad(output.loss, logits)
@@ -208,12 +208,12 @@ def together(choose: Any, prompts: list[list[int]] = PROMPTS, limit: int = 12, s
     models = [build_model("qwen3", 0), build_model("llama", 1)]
     generators = [[prompt_generator(0, step, i, stream) for stream in (0, 4)] for i in range(len(prompts))]
     limits = [limit] * len(prompts)
-    completions = sample_together(models, prompts, limits, generators, choose, stop_ids={1}, vocab_size=64)
+    completions = sample_from_models(models, prompts, limits, generators, choose, stop_ids={1}, vocab_size=64)
     return [c.ids for c in completions]
 
 
 def speculative(**options: Any) -> Any:
-    return interleaved(SpeculativeKDOptions(**options))
+    return speculative_choice(SpeculativeKDOptions(**options))
 
 
 def test_interleaved_sampling_that_accepts_everything_is_the_students_own() -> None:
@@ -221,13 +221,15 @@ def test_interleaved_sampling_that_accepts_everything_is_the_students_own() -> N
     found = together(speculative(accept_top_k=64, draft_temperature=0.7, draft_top_p=0.8))
     generators = [prompt_generator(0, 0, i) for i in range(len(PROMPTS))]
     options = {"stop_ids": {1}, "vocab_size": 64, "temperature": 0.7, "top_p": 0.8}
-    own = sample(build_model("qwen3", 0), PROMPTS, [12] * len(PROMPTS), generators, **options)
+    own = sample_completions(build_model("qwen3", 0), PROMPTS, [12] * len(PROMPTS), generators, **options)
     assert found == [c.ids for c in own]
 
 
 def test_interleaved_sampling_that_accepts_only_the_best_is_the_teachers_greedy_choice() -> None:
     found = together(speculative(accept_top_k=1, correction_top_p=1e-9))
-    greedy = sample(build_model("llama", 1), PROMPTS, [12] * len(PROMPTS), None, stop_ids={1}, vocab_size=64)
+    greedy = sample_completions(
+        build_model("llama", 1), PROMPTS, [12] * len(PROMPTS), None, stop_ids={1}, vocab_size=64
+    )
     assert found == [c.ids for c in greedy]
 
 
@@ -474,12 +476,12 @@ def test_grpo_puts_the_suffix_after_the_question(tmp_path: Any) -> None:
 
 def test_grpo_rewards_right_answers() -> None:
     pytest.importorskip("math_verify")
-    from tsdkd.methods.grpo import right_answer
+    from tsdkd.methods.grpo import accuracy_reward
 
     texts = ["so 4 + 3 = 7 . answer 7", r"thus \boxed{\frac{1}{2}}", "answer 8", ""]
-    assert right_answer(texts, ["7", "0.5", "7", "7"]) == [1.0, 1.0, 0.0, 0.0]
+    assert accuracy_reward(texts, ["7", "0.5", "7", "7"]) == [1.0, 1.0, 0.0, 0.0]
     chats = [[{"role": "assistant", "content": text}] for text in texts]
-    assert right_answer(chats, ["7", r"\frac{1}{2}", "7", "7"]) == [1.0, 1.0, 0.0, 0.0]
+    assert accuracy_reward(chats, ["7", r"\frac{1}{2}", "7", "7"]) == [1.0, 1.0, 0.0, 0.0]
 
 
 def test_methods_are_listed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,8 +12,16 @@ from conftest import build_model
 from model_configs import BILLIONS, CONFIGS, save_config
 from tsdkd.cli import main
 from tsdkd.errors import ConfigError
-from tsdkd.launch.memory import Engine, Launch, Size, Workload, engine_room, estimate, size_of
-from tsdkd.launch.placement import PLACEMENTS, launch_of
+from tsdkd.launch.memory import (
+    ModelSize,
+    Sharding,
+    VllmMemoryConfig,
+    Workload,
+    compute_model_size,
+    estimate_memory,
+    split_engine_memory,
+)
+from tsdkd.launch.placement import PLACEMENTS, read_sharding
 from tsdkd.run.presets import find_preset, preset_names
 
 STUDENT, TEACHER = "Qwen/Qwen2.5-1.5B-Instruct", "Qwen/Qwen2.5-14B-Instruct"
@@ -51,12 +59,12 @@ def fits(out):
 @pytest.mark.parametrize("family", ["gemma2", "llama", "qwen2", "qwen3"])
 def test_sizes_without_weights(family):
     model = build_model(family)
-    assert size_of(model.config).parameters == sum(p.numel() for p in model.parameters())
+    assert compute_model_size(model.config).parameters == sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_presets_models_are_the_published_ones(name):
-    assert size_of(CONFIGS[name]).parameters / 1e9 == pytest.approx(BILLIONS[name], abs=0.006)
+    assert compute_model_size(CONFIGS[name]).parameters / 1e9 == pytest.approx(BILLIONS[name], abs=0.006)
 
 
 @pytest.mark.parametrize("preset", [name for name in preset_names() if not name.startswith("demo")])
@@ -106,10 +114,10 @@ def test_a_deepspeed_file(tmp_path):
         (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": zero}))
         launch = {"deepspeed_config": {"deepspeed_config_file": str(tmp_path / "ds.json")}}
         (tmp_path / "launch.yaml").write_text(yaml.safe_dump(launch))
-        assert launch_of(str(tmp_path / "launch.yaml")) == Launch(stage, device == "cpu")
+        assert read_sharding(str(tmp_path / "launch.yaml")) == Sharding(stage, device == "cpu")
     (tmp_path / "ds.json").write_text("{")
     with pytest.raises(ConfigError, match=r"accelerate_config.*launch\.yaml"):
-        launch_of(str(tmp_path / "launch.yaml"))
+        read_sharding(str(tmp_path / "launch.yaml"))
 
 
 def test_a_colocated_engine(plan):
@@ -175,24 +183,24 @@ WORK = Workload(
     eager=False,
     chunk_gib=1.0,
     with_teacher=False,
-    engine=Engine(share=0.0),
+    engine=VllmMemoryConfig(share=0.0),
 )
 
 
-def totals(student: Size, work: Workload, launch: str, gpus: int = 8) -> dict[str, float]:
-    return estimate(student, None, work, launch_of(launch), "replica", gpus)
+def totals(student: ModelSize, work: Workload, launch: str, gpus: int = 8) -> dict[str, float]:
+    return estimate_memory(student, None, work, read_sharding(launch), "replica", gpus)
 
 
 def test_what_shards_less():
     """Every placement takes less than the one before it, for a pair whose teacher is large."""
-    student, teacher = size_of(CONFIGS[STUDENT]), size_of(CONFIGS[TEACHER])
-    found = [sum(estimate(student, teacher, WORK, launch_of(p[0]), p[1], 8).values()) for p in PLACEMENTS]
+    student, teacher = compute_model_size(CONFIGS[STUDENT]), compute_model_size(CONFIGS[TEACHER])
+    found = [sum(estimate_memory(student, teacher, WORK, read_sharding(p[0]), p[1], 8).values()) for p in PLACEMENTS]
     assert found == sorted(found, reverse=True)
 
 
 def test_buffers_by_their_definitions():
     """GiB of a student of P = 1.54e9 parameters."""
-    student = size_of(CONFIGS[STUDENT])
+    student = compute_model_size(CONFIGS[STUDENT])
     size, gib = student.parameters, 2**30
     ddp, zero1, zero2, zero3 = (totals(student, WORK, launch) for launch in ("ddp", "zero1", "zero2", "zero3"))
     assert ddp["gradients"] == ddp["buckets"] == pytest.approx(4 * size / gib)
@@ -209,7 +217,7 @@ def test_buffers_by_their_definitions():
 
 
 def test_an_adapters_states_are_small():
-    whole, lora = size_of(CONFIGS[STUDENT]), size_of(CONFIGS[STUDENT], lora_r=16)
+    whole, lora = compute_model_size(CONFIGS[STUDENT]), compute_model_size(CONFIGS[STUDENT], lora_r=16)
     found = totals(lora, replace(WORK, weight_bytes=2), "single", gpus=1)
     assert lora.adapters < 0.02 * whole.parameters
     assert found["student"] == pytest.approx((2 * whole.parameters + 4 * lora.adapters) / 2**30)
@@ -217,8 +225,10 @@ def test_an_adapters_states_are_small():
 
 
 def test_an_engine_that_is_shared_holds_a_part_of_the_weights():
-    student = size_of(CONFIGS[STUDENT])
-    one, two = (engine_room(student, Engine(20 * 2**30, processes=n, longest=1024), 1024) for n in (1, 2))
+    student = compute_model_size(CONFIGS[STUDENT])
+    one, two = (
+        split_engine_memory(student, VllmMemoryConfig(20 * 2**30, processes=n, longest=1024), 1024) for n in (1, 2)
+    )
     assert one.weights == 2 * student.parameters == 2 * two.weights
     assert one.sequence == two.sequence == 1024 * 28 * 2 * 2 * 128 * 2
 

@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM
 
 import reference as ref
 from conftest import QUIET, flags
-from tsdkd.analysis.load import read
+from tsdkd.analysis.load import read_records
 from tsdkd.cli import main
-from tsdkd.evaluation.results import Measured, write
-from tsdkd.evaluation.suites import choose
+from tsdkd.evaluation.results import BenchmarkResult, write_results
+from tsdkd.evaluation.suites import select_benchmarks
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def logits(model: str, prompt: list[int], completion: list[int], size: int) -> l
 
 def test_columns_are_what_the_models_say(run: dict[str, Any]) -> None:
     """The first record is of the student before any update."""
-    first = read(run["folder"])[0]
+    first = read_records(run["folder"])[0]
     assert first.step == 0 and len(first.samples) == 3
     columns = first.columns
     for i, sample in enumerate(first.samples):
@@ -69,7 +69,7 @@ def test_columns_are_what_the_models_say(run: dict[str, Any]) -> None:
 
 def test_what_the_method_makes_of_them(run: dict[str, Any]) -> None:
     """With the run's own options."""
-    record = read(run["folder"])[0]
+    record = read_records(run["folder"])[0]
     for i in range(3):
         own = record.columns["sample"] == i
         ours, theirs = (record.columns[f"{who}_entropy"][own].tolist() for who in ("student", "teacher"))
@@ -86,16 +86,16 @@ def test_what_the_method_makes_of_them(run: dict[str, Any]) -> None:
 
 
 def test_recording_changes_nothing_and_goes_on(run: dict[str, Any]) -> None:
-    steps = [record.step for record in read(run["folder"])]
+    steps = [record.step for record in read_records(run["folder"])]
     assert steps == [0, 2]
     sizes = [path.stat().st_size for path in (run["folder"] / "records").glob("*.parquet")]
-    tokens = [len(record.columns["token"]) for record in read(run["folder"])]
+    tokens = [len(record.columns["token"]) for record in read_records(run["folder"])]
     assert all(size < 30_000 + 200 * n for size, n in zip(sizes, tokens, strict=True))
 
 
 def test_texts_are_there(run: dict[str, Any]) -> None:
     """Nobody needs the tokenizer to read a record."""
-    record = read(run["folder"])[0]
+    record = read_records(run["folder"])[0]
     ids = {*record.columns["token"].tolist(), *record.columns["candidates"].flatten().tolist()}
     assert ids <= record.texts.keys()
     metadata = pq.read_schema(min((run["folder"] / "records").glob("*.parquet"))).metadata
@@ -107,7 +107,7 @@ def test_figures_of_two_runs(run: dict[str, Any], tmp_path: Path, capsys: pytest
     assert main(["analyze", folder, folder + "/", "--figures_dir", str(tmp_path)]) == 0
     numbers = json.loads((tmp_path / "analysis.json").read_text())
     assert len(list(tmp_path.glob("*.png"))) == len(numbers) == 8
-    record = read(run["folder"])[-1]
+    record = read_records(run["folder"])[-1]
     (found,) = {json.dumps(value) for value in numbers["entropy_histogram"].values()}
     above = json.loads(found)["student"]["above"]
     assert above == pytest.approx((record.columns["student_entropy"] >= 1.0).mean())
@@ -118,7 +118,7 @@ def test_numbers_of_the_figures(run: dict[str, Any], tmp_path: Path) -> None:
     """By loops over the records' rows."""
     assert main(["analyze", str(run["folder"]), "--figures_dir", str(tmp_path)]) == 0
     numbers = {name: of.get("run", of) for name, of in json.loads((tmp_path / "analysis.json").read_text()).items()}
-    records = read(run["folder"])
+    records = read_records(run["folder"])
 
     def mean(values: list[float]) -> float:
         return sum(values) / len(values)
@@ -148,9 +148,9 @@ def test_numbers_of_the_figures(run: dict[str, Any], tmp_path: Path) -> None:
 
 def test_pass_at_k_of_evaluations(run: dict[str, Any], tmp_path: Path) -> None:
     """Of a directory of `tsdkd eval`, and of one inside a run."""
-    (benchmark,) = choose("demo", ["demo"])
+    (benchmark,) = select_benchmarks("demo", ["demo"])
     right = np.arange(4) < np.array([0, 1, 4])[:, None]
-    write([Measured("a", benchmark, right * 1.0)], {"a": "a"}, "a", tmp_path / "eval-1", "demo")
+    write_results([BenchmarkResult("a", benchmark, right * 1.0)], {"a": "a"}, "a", tmp_path / "eval-1", "demo")
     chances = {1: (0 + 1 / 4 + 1) / 3, 2: (0 + 1 / 2 + 1) / 3, 4: (0 + 1 + 1) / 3}
     for folder in (tmp_path / "eval-1", tmp_path):
         assert main(["analyze", str(folder), "--figures_dir", str(tmp_path / "figures")]) == 0
@@ -171,7 +171,7 @@ def test_any_two_models(
     config.write_text(json.dumps(values))
     command = ["analyze", "--config", str(config), "--output_dir", str(tmp_path / "look"), "--num_prompts", "5"]
     assert main(command) == 0
-    (record,) = read(tmp_path / "look")
+    (record,) = read_records(tmp_path / "look")
     assert len(record.samples) == 5 and record.step == 0
     before = {path: path.stat() for path in run["folder"].rglob("*")}
     for folder in (tmp_path / "look", run["folder"]):  # whose records are another's

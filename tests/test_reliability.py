@@ -227,7 +227,7 @@ def test_rotation_keeps_the_one_that_was_just_written(command, tmp_path):
     """A damaged one, which the resume passed over, may have a higher number."""
     for step in (2, 4, 6):
         (tmp_path / f"checkpoint-{step}").mkdir()
-    checkpoint.rotate(tmp_path / "checkpoint-4", keep=1, best=None)
+    checkpoint.rotate_checkpoints(tmp_path / "checkpoint-4", keep=1, best=None)
     assert checkpoints(tmp_path) == ["checkpoint-4"]
 
 

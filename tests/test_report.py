@@ -15,10 +15,10 @@ from selenium.webdriver.support.ui import Select, WebDriverWait
 
 from conftest import QUIET, flags
 from tsdkd.cli import main
-from tsdkd.evaluation.results import Measured
-from tsdkd.evaluation.results import write as write_table
-from tsdkd.evaluation.suites import choose
-from tsdkd.trainer.token_records import MASSES, Sample, write
+from tsdkd.evaluation.results import BenchmarkResult
+from tsdkd.evaluation.results import write_results as write_table
+from tsdkd.evaluation.suites import select_benchmarks
+from tsdkd.trainer.token_records import MASSES, RecordedCompletion, write_token_records
 
 needs_chromium = pytest.mark.skipif(not shutil.which("chromedriver"), reason="needs Debian's chromium-driver")
 HOSTILE = "<script>document.title = 'taken'</script><img src=x onerror=\"document.title = 'taken'\">"
@@ -35,9 +35,9 @@ def run(saved_model: Any, rows_file: str, tmp_path_factory: pytest.TempPathFacto
     values |= {"dataset_name": rows_file, "max_steps": 8, "max_new_tokens": 10, "per_device_train_batch_size": 4}
     values |= {"record_steps": 4, "record_completions": 3, "logging_steps": 1, "report_to": "none"}
     assert main(["train", *flags(**values, output_dir=folder)]) == 0
-    (benchmark,) = choose("demo", ["demo"])
+    (benchmark,) = select_benchmarks("demo", ["demo"])
     right = np.arange(8) < np.arange(30)[:, None] % 4
-    measured = [Measured("before", benchmark, right * 1.0), Measured("after", benchmark, ~right * 1.0)]
+    measured = [BenchmarkResult("before", benchmark, right * 1.0), BenchmarkResult("after", benchmark, ~right * 1.0)]
     write_table(measured, {"before": "student", "after": str(folder)}, "before", folder / "eval", "demo")
     assert main(["report", str(folder)]) == 0
     return folder
@@ -109,10 +109,10 @@ def test_tokens_by_keyboard(run: Path, browser: Any) -> None:
 @needs_chromium
 def test_numbers_are_the_records(run: Path, browser: Any) -> None:
     """What stands beside a token, and how it is coloured."""
-    from tsdkd.analysis.load import read
+    from tsdkd.analysis.load import read_records
 
     opened(browser, run / "report.html")
-    record = read(run)[0]
+    record = read_records(run)[0]
     for name, title in [("student_entropy", "Student's entropy"), ("gate", "Gate"), ("agreement", "Agreement")]:
         values = getattr(record, name) if hasattr(record, name) else record.columns[name]
         line = next(text for text in shown(browser, "details").splitlines() if text.startswith(title))
@@ -185,7 +185,9 @@ def test_completions_are_text(run: Path, browser: Any, tmp_path: Path) -> None:
     for path in (folder / "records").glob("*"):
         path.unlink()
     columns = made_up(20)
-    write(folder, 3, [Sample(0, [1, 2], list(range(20)))], columns, lambda ids: HOSTILE * len(ids))
+    write_token_records(
+        folder, 3, [RecordedCompletion(0, [1, 2], list(range(20)))], columns, lambda ids: HOSTILE * len(ids)
+    )
     assert main(["report", str(folder), "--output", str(tmp_path / "page.html")]) == 0
     opened(browser, tmp_path / "page.html")
     assert "taken" not in browser.title and not browser.find_elements(By.CSS_SELECTOR, "img")
@@ -204,8 +206,8 @@ def test_a_long_run_is_small(run: Path, tmp_path: Path) -> None:
     state["log_history"] = [{**template, "step": step, "loss": float(np.sin(step))} for step in range(1, 1001)]
     (folder / "trainer_state.json").write_text(json.dumps(state))
     for step in range(0, 1000, 20):
-        samples = [Sample(0, list(range(100)), list(range(1024)))]
-        write(
+        samples = [RecordedCompletion(0, list(range(100)), list(range(1024)))]
+        write_token_records(
             folder,
             step,
             samples,

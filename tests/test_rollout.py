@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from conftest import build_model
-from tsdkd.rollout.base import Completion, Sampling
-from tsdkd.rollout.hf import HuggingFaceSampler, sample
+from tsdkd.rollout.base import Completion, SamplingConfig
+from tsdkd.rollout.hf import HuggingFaceSampler, sample_completions
 from tsdkd.rollout.seeding import prompt_generator
 
 FAMILIES = ("gemma2", "llama", "qwen2", "qwen3")
@@ -36,7 +36,9 @@ def draw(model: Any, indices: Sequence[int], limits: Sequence[int] | None = None
     own = {"stop_ids": {1, 7, 23}, "vocab_size": ROWS}
     seeds = {key: options.pop(key) for key in ("seed", "step") if key in options}
     limits = [LIMITS[i] for i in indices] if limits is None else limits
-    return sample(model, [PROMPTS[i] for i in indices], limits, generators(indices, **seeds), **{**own, **options})
+    return sample_completions(
+        model, [PROMPTS[i] for i in indices], limits, generators(indices, **seeds), **{**own, **options}
+    )
 
 
 def next_probs(model: Any, ids: list[int], temperature: float = 1.0, vocab_size: int = ROWS) -> Tensor:
@@ -87,11 +89,11 @@ def test_greedy_equals_generate_on_each_prompt_alone(family: str) -> None:
     free = [alone(p, n, []) for p, n in zip(PROMPTS, LIMITS, strict=True)]
     stop = sorted({free[0][3], free[2][10], free[5][0]})  # rows end at different lengths, so the batch shrinks
     expected = [alone(p, n, stop) for p, n in zip(PROMPTS, LIMITS, strict=True)]
-    got = sample(model, PROMPTS, LIMITS, None, stop_ids=set(stop), vocab_size=ROWS)
+    got = sample_completions(model, PROMPTS, LIMITS, None, stop_ids=set(stop), vocab_size=ROWS)
     assert [c.ids for c in got] == expected
     assert [c.stopped for c in got] == [ids[-1] in stop for ids in expected]
     assert len({len(ids) for ids in expected}) >= 4 and len({c.stopped for c in got}) == 2
-    assert [c.ids for c in sample(model, PROMPTS, LIMITS, None, stop_ids=set(), vocab_size=ROWS)] == free
+    assert [c.ids for c in sample_completions(model, PROMPTS, LIMITS, None, stop_ids=set(), vocab_size=ROWS)] == free
 
 
 @every_family
@@ -132,7 +134,7 @@ def test_seed_step_and_index_decide_the_draw() -> None:
 
     def completion(seed: int, step: int, index: int) -> tuple[int, ...]:
         generator = prompt_generator(seed, step, index)
-        return tuple(sample(model, PROMPTS[:1], [16], [generator], stop_ids=set(), vocab_size=ROWS)[0].ids)
+        return tuple(sample_completions(model, PROMPTS[:1], [16], [generator], stop_ids=set(), vocab_size=ROWS)[0].ids)
 
     keys = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (2, 0, 0), (0, 0, 2), (42, 7, 3), (42, 3, 7)]
     draws = [completion(*key) for key in keys]
@@ -152,7 +154,7 @@ def test_frequencies_match_the_softmax(family: str, temperature: float) -> None:
     model = build_model(family, seed=5)
     prompt, draws = PROMPTS[0], 6000
     options: dict[str, Any] = {"stop_ids": {1}, "vocab_size": ROWS, "temperature": temperature}
-    got = sample(model, [prompt] * draws, [1] * draws, generators(range(draws)), **options)
+    got = sample_completions(model, [prompt] * draws, [1] * draws, generators(range(draws)), **options)
     counts = Counter(c.ids[0] for c in got)
     probs = dict(enumerate(next_probs(model, prompt, temperature).tolist()))
     assert excess(counts, probs) < 5
@@ -166,7 +168,7 @@ def test_consecutive_tokens_are_jointly_right_whatever_part_of_the_key_varies(va
     model, prompt, draws, size = build_model("qwen3", seed=6), PROMPTS[5], 5000, 5
     keys = [{"seed": 3, "step": 4, "index": 5, varies: i} for i in range(draws)]
     rng = [prompt_generator(**key) for key in keys]
-    got = sample(model, [prompt] * draws, [2] * draws, rng, stop_ids=set(), vocab_size=size)
+    got = sample_completions(model, [prompt] * draws, [2] * draws, rng, stop_ids=set(), vocab_size=size)
     first = next_probs(model, prompt, vocab_size=size).tolist()
     second = [next_probs(model, [*prompt, a], vocab_size=size).tolist() for a in range(size)]
     probs = {(a, b): first[a] * second[a][b] for a in range(size) for b in range(size)}
@@ -185,7 +187,7 @@ def test_top_p_keeps_exactly_the_nucleus(top_p: float) -> None:
         mass += float(probs[token])
     assert 1 <= len(nucleus) < size and float(probs[nucleus].min()) * draws > 20 * mass
     options: dict[str, Any] = {"stop_ids": set(), "vocab_size": size, "temperature": 1.3, "top_p": top_p}
-    got = sample(model, [prompt] * draws, [1] * draws, generators(range(draws)), **options)
+    got = sample_completions(model, [prompt] * draws, [1] * draws, generators(range(draws)), **options)
     counts = Counter(c.ids[0] for c in got)
     assert set(counts) == set(nucleus)
     assert excess(counts, {v: float(probs[v]) / mass for v in nucleus}) < 5
@@ -197,7 +199,7 @@ def test_top_p_at_the_edge_of_a_token(top_p: float, kept: int) -> None:
     model = build_model("llama")
     torch.nn.init.zeros_(model.get_output_embeddings().weight)
     options: dict[str, Any] = {"stop_ids": set(), "vocab_size": 4, "top_p": top_p}
-    got = sample(model, [PROMPTS[0]] * 200, [1] * 200, generators(range(200)), **options)
+    got = sample_completions(model, [PROMPTS[0]] * 200, [1] * 200, generators(range(200)), **options)
     assert len({c.ids[0] for c in got}) == kept
 
 
@@ -208,10 +210,10 @@ def test_ids_outside_the_shared_vocabulary_are_never_sampled(size: int, greedy: 
     model.get_output_embeddings().weight.data[size:] *= 3  # what lies outside would often win
     prompts, limits = PROMPTS * 8, list(LIMITS) * 8
     rng = None if greedy else generators(range(len(prompts)))
-    inside = sample(model, prompts, limits, rng, stop_ids=set(), vocab_size=size, temperature=2.0)
+    inside = sample_completions(model, prompts, limits, rng, stop_ids=set(), vocab_size=size, temperature=2.0)
     assert all(0 <= token < size for c in inside for token in c.ids)
     rng = None if greedy else generators(range(len(prompts)))
-    all_ids = sample(model, prompts, limits, rng, stop_ids=set(), vocab_size=ROWS, temperature=2.0)
+    all_ids = sample_completions(model, prompts, limits, rng, stop_ids=set(), vocab_size=ROWS, temperature=2.0)
     assert any(token >= size for c in all_ids for token in c.ids), "nothing is tested"
 
 
@@ -221,7 +223,9 @@ def test_stop_token_ends_a_completion_and_limits_are_each_row_s_own(family: str)
     stop, count = {1, 9, 17, 30}, 96
     prompts = [PROMPTS[i % len(PROMPTS)] for i in range(count)]
     limits = [1 + i % 14 for i in range(count)]
-    got = sample(model, prompts, limits, generators(range(count)), stop_ids=stop, vocab_size=ROWS, temperature=2.0)
+    got = sample_completions(
+        model, prompts, limits, generators(range(count)), stop_ids=stop, vocab_size=ROWS, temperature=2.0
+    )
     for completion, limit in zip(got, limits, strict=True):
         assert 1 <= len(completion.ids) <= limit
         assert not stop & set(completion.ids[:-1])
@@ -241,7 +245,9 @@ def test_the_checkpoint_s_generation_config_has_no_effect() -> None:
     everything = range(len(PROMPTS))
     assert draw(tuned, everything) == draw(plain, everything)
     options: dict[str, Any] = {"stop_ids": {1}, "vocab_size": ROWS}
-    assert sample(tuned, PROMPTS, LIMITS, None, **options) == sample(plain, PROMPTS, LIMITS, None, **options)
+    assert sample_completions(tuned, PROMPTS, LIMITS, None, **options) == sample_completions(
+        plain, PROMPTS, LIMITS, None, **options
+    )
 
 
 def test_finished_rows_leave_the_batch() -> None:
@@ -249,7 +255,7 @@ def test_finished_rows_leave_the_batch() -> None:
     forwarded: list[int] = []
     model.register_forward_pre_hook(lambda m, _, kw: forwarded.append(len(kw["input_ids"])), with_kwargs=True)
     limits = [2] * 15 + [40]
-    sample(model, [PROMPTS[0]] * 16, limits, generators(range(16)), stop_ids=set(), vocab_size=ROWS)
+    sample_completions(model, [PROMPTS[0]] * 16, limits, generators(range(16)), stop_ids=set(), vocab_size=ROWS)
     assert len(forwarded) == 40 and sum(forwarded) < 2 * sum(limits)
 
 
@@ -257,7 +263,7 @@ def test_a_row_that_has_ended_asks_for_no_position_beyond_the_model_s() -> None:
     """One of sixteen rows fills the context of 128 and stays in the batch for a while."""
     model, prompts = build("gpt2"), [PROMPTS[0]] * 15 + [list(range(4, 59)) * 2]
     limits = [40] * 15 + [128 - len(prompts[-1])]
-    got = sample(model, prompts, limits, generators(range(16)), stop_ids=set(), vocab_size=ROWS)
+    got = sample_completions(model, prompts, limits, generators(range(16)), stop_ids=set(), vocab_size=ROWS)
     assert [len(c.ids) for c in got] == limits
 
 
@@ -280,7 +286,7 @@ def test_a_rollout_casts_each_weight_once() -> None:
 
     stop, keys = frozenset({1, 7, 23}), [(0, 0, i) for i in range(len(PROMPTS))]
     with Casts() as casts:
-        together = HuggingFaceSampler(accelerator, Sampling(stop, ROWS)).generate(model, PROMPTS, LIMITS, keys)
+        together = HuggingFaceSampler(accelerator, SamplingConfig(stop, ROWS)).generate(model, PROMPTS, LIMITS, keys)
     assert casts.of == dict.fromkeys(shapes, 1)
     with Casts() as casts:
         alone = draw(model, range(len(PROMPTS)))
@@ -306,7 +312,7 @@ def test_weights_get_no_gradient_and_the_mode_stays() -> None:
 )
 def test_an_engine_gets_merged_weights_and_the_student_keeps_its_own_bitwise(options: dict[str, Any]) -> None:
     peft = pytest.importorskip("peft")
-    from tsdkd.rollout.vllm.weights import merged_parameters
+    from tsdkd.rollout.vllm.weights import iter_merged_parameters
 
     torch.manual_seed(0)
     config = peft.LoraConfig(r=4, lora_alpha=32, init_lora_weights=False, task_type="CAUSAL_LM", **options)
@@ -315,7 +321,7 @@ def test_an_engine_gets_merged_weights_and_the_student_keeps_its_own_bitwise(opt
     expected_logits = model(torch.tensor([PROMPTS[2]])).logits
 
     plain = build_model("llama", seed=6)
-    handed_out = dict(merged_parameters(model))
+    handed_out = dict(iter_merged_parameters(model))
     assert handed_out.keys() == dict(plain.named_parameters()).keys()
     plain.load_state_dict(handed_out)
     torch.testing.assert_close(plain(torch.tensor([PROMPTS[2]])).logits, expected_logits, rtol=1e-4, atol=1e-4)

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from tsdkd.evaluation.sandbox import Limits, run_program
+from tsdkd.evaluation.sandbox import ResourceLimits, run_program
 
-LIMITS = Limits(seconds=3)
+LIMITS = ResourceLimits(seconds=3)
 MARK = f"tsdkd-hostile-{os.getpid()}"
 
 # Each says "ESCAPED" by running through to its end; a program that is stopped, or that gets an exception, hasn't.
@@ -159,7 +159,7 @@ def test_good_programs() -> None:
 
 def test_wrong_program_says_why() -> None:
     assert run_program("assert 1 == 2, 'not equal'").reason == "AssertionError: not equal"
-    assert "stopped after 1 s" in run_program("while True: pass", Limits(seconds=1)).reason
+    assert "stopped after 1 s" in run_program("while True: pass", ResourceLimits(seconds=1)).reason
 
 
 def test_programs_do_not_see_each_other() -> None:

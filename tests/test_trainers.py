@@ -10,10 +10,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import reference
 from conftest import QUIET, build_model, build_tokenizer, make_rows
 from tsdkd import EOPDConfig, EOPDTrainer, TokenizerMismatchError, TSDKDConfig, TSDKDTrainer
-from tsdkd.lm_head.dense import LogitsHead
+from tsdkd.lm_head.dense import DenseHead
 from tsdkd.methods.eopd import EOPDObjective
-from tsdkd.objective import Answers, Responses
-from tsdkd.rollout.hf import sample
+from tsdkd.objective import CompletionBatch, RolloutScores
+from tsdkd.rollout.hf import sample_completions
 from tsdkd.rollout.seeding import prompt_generator
 
 FAMILIES = ["gemma2", "llama", "qwen2", "qwen3"]
@@ -61,7 +61,9 @@ def on_policy_sequences(student: str, data: Dataset, shared: int, limit: int = 1
     model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
     prompts = [prompt_ids(row["prompt"]) for row in data]
     generators = [prompt_generator(42, 0, i) for i in range(len(prompts))]
-    completions = sample(model, prompts, [limit] * len(prompts), generators, stop_ids={1}, vocab_size=shared)
+    completions = sample_completions(
+        model, prompts, [limit] * len(prompts), generators, stop_ids={1}, vocab_size=shared
+    )
     return [(p, c.ids) for p, c in zip(prompts, completions, strict=True)]
 
 
@@ -403,7 +405,7 @@ def test_importance_weights_act_on_the_sampled_term_alone():
     weights = torch.rand(7, generator=make, dtype=torch.float64) * 3
     teacher_logps = teacher.log_softmax(-1)
     top = teacher_logps.topk(16)
-    answers = Answers(
+    answers = RolloutScores(
         old_logps=old,
         teacher_logps=teacher_logps[range(7), sampled],
         teacher_entropy=-(teacher_logps.exp() * teacher_logps).sum(-1),
@@ -412,7 +414,7 @@ def test_importance_weights_act_on_the_sampled_term_alone():
         importance=weights,
     )
     logits = student.clone().requires_grad_()
-    output = EOPDObjective()(LogitsHead(logits), Responses(torch.ones(1, 7).bool(), sampled, answers=answers))
+    output = EOPDObjective()(DenseHead(logits), CompletionBatch(torch.ones(1, 7).bool(), sampled, answers=answers))
     output.loss.backward()
 
     def expected(flat: list[float]) -> float:

@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM
 from conftest import DDP, QUIET, build_tokenizer, flags, launch, make_rows, zero_launcher
 from tsdkd import DataError, EngineError, EOPDConfig, EOPDTrainer, TSDKDConfig, TSDKDTrainer
 from tsdkd.cli import main
-from tsdkd.data import load_rows
-from tsdkd.demo.run_demo import measure_saved
+from tsdkd.data import load_split
+from tsdkd.demo.run_demo import evaluate_saved
 from tsdkd.run.presets import preset_paths
 
 pytest.importorskip("vllm")
@@ -189,8 +189,8 @@ def test_a_student_with_adapters(saved_model, tmp_path):
 def test_the_demo_learns_as_much_as_with_the_students_own_rollouts(tmp_path):
     """docs/demo.md: avg@8 37.0 before, 54 to 61 after, by seed."""
     assert main(["demo", "--use_vllm", "true", "--output_dir", str(tmp_path / "run")]) == 0
-    rows = list(load_rows(str(resources.files("tsdkd").joinpath("demo/test.jsonl")), None, "train"))[:256]
-    assert measure_saved(str(tmp_path / "run"), rows).metrics["avg@8"] > 50
+    rows = list(load_split(str(resources.files("tsdkd").joinpath("demo/test.jsonl")), None, "train"))[:256]
+    assert evaluate_saved(str(tmp_path / "run"), rows).metrics["avg@8"] > 50
 
 
 def test_too_small_a_share_of_memory_is_named(saved_model, tmp_path, monkeypatch):
@@ -237,7 +237,7 @@ def test_over_two_processes(sharing, saved_model, rows_file, tmp_path):
 
 def test_weights_are_copied_once_and_again_after_a_resume(saved_model, tmp_path, monkeypatch):
     synced, proven = [], []
-    sync, check = VLLMSampler.sync_weights, "tsdkd.trainer.trainer.check_engine"
+    sync, check = VLLMSampler.sync_weights, "tsdkd.trainer.trainer.check_engine_weights"
     monkeypatch.setattr(VLLMSampler, "sync_weights", lambda self: (synced.append(1), sync(self)))
     monkeypatch.setattr(check, lambda *args: proven.append(len(synced)))
     values = {"save_strategy": "steps", "save_steps": 2, "vllm_check_every": 3, "learning_rate": 0.01}

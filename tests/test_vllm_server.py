@@ -151,7 +151,7 @@ def test_a_server_that_dies_and_one_with_other_weights(command, server, saved_mo
     assert logs_of(folder)[-1]["sampling/sampling_logp_difference/mean"] < 0.05
 
     # it answers, but never takes the student's weights
-    monkeypatch.setattr("tsdkd.rollout.vllm.server.Client.load", lambda self, folder: None)
+    monkeypatch.setattr("tsdkd.rollout.vllm.server.RolloutClient.load", lambda self, folder: None)
     capsys.readouterr()
     assert main(command("train", server.port, output_dir=tmp_path / "other", **RUN)) == 2
     assert "doesn't sample from the student's weights" in capsys.readouterr().err

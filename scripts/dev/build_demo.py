@@ -40,7 +40,7 @@ from transformers import (
 )
 
 from tsdkd.demo import task
-from tsdkd.demo.run_demo import measure
+from tsdkd.demo.run_demo import evaluate_demo
 
 CHAT_TEMPLATE = (
     "{%- for message in messages %}"
@@ -212,7 +212,7 @@ def load(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
 
 
 def report(label: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rows: list[Row]) -> None:
-    found = measure(model, tokenizer, rows).metrics
+    found = evaluate_demo(model, tokenizer, rows).metrics
     print(f"{label}: " + "  ".join(f"{name} {found[name]:.1f}" for name in ("greedy", "avg@8", "pass@8")), flush=True)
 
 

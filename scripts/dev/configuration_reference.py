@@ -13,7 +13,7 @@ from trl import ModelConfig
 from tsdkd.compare.config import Comparison
 from tsdkd.config.base import DataArguments, TokenSelectiveConfig
 from tsdkd.config.launch import LaunchArguments
-from tsdkd.config.validation import UNSUPPORTED, default_of, rules_of
+from tsdkd.config.validation import UNSUPPORTED, get_default, get_rules
 from tsdkd.methods import METHODS
 
 HEAD = """# Configuration
@@ -56,10 +56,10 @@ def main() -> None:
 def table(cls: Any, names: Iterable[str], meanings: bool = True) -> str:
     """Keys with their types, defaults, meanings and rules."""
     by_name, hints = {f.name: f for f in dataclasses.fields(cls)}, get_type_hints(cls)
-    ranges, pointless = rules_of(cls)
+    ranges, pointless = get_rules(cls)
     found = []
     for name in names:
-        cells = [f"`{name}`", type_of(hints[name]), value(default_of(cls, name))]
+        cells = [f"`{name}`", type_of(hints[name]), value(get_default(cls, name))]
         if meanings:
             said = [by_name[name].metadata["help"]]
             said += [f"M{ranges[name][1].removeprefix('m')}."] if name in ranges else []

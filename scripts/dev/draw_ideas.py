@@ -14,14 +14,14 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 from tsdkd.analysis.figures import COLORS
-from tsdkd.analysis.load import Record, read
+from tsdkd.analysis.load import StepRecord, read_records
 
 BLUE, RED, GREEN = COLORS[:3]
 
 
 def main(run: Path, folder: Path) -> None:
     """Both pictures, of one completion of the first record."""
-    record = read(run)[0]
+    record = read_records(run)[0]
     sample = int(np.argmin(np.abs(record.lengths - 33)))  # as many tokens as are legible
     own = record.columns["sample"] == sample
     folder.mkdir(parents=True, exist_ok=True)
@@ -29,7 +29,7 @@ def main(run: Path, folder: Path) -> None:
     eopd(record, own, folder / "eopd.png")
 
 
-def tsd_kd(record: Record, own: np.ndarray, path: Path) -> None:
+def tsd_kd(record: StepRecord, own: np.ndarray, path: Path) -> None:
     """The student's entropy with opener and most uncertain tokens; gate and JSD."""
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(9, 4.6), sharex=True, layout="constrained")
     entropy, opener, chosen = record.columns["student_entropy"][own], record.opener[own], record.uncertain[own]
@@ -48,7 +48,7 @@ def tsd_kd(record: Record, own: np.ndarray, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def eopd(record: Record, own: np.ndarray, path: Path) -> None:
+def eopd(record: StepRecord, own: np.ndarray, path: Path) -> None:
     """The teacher's entropy with the trigger; the two terms."""
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(9, 4.6), sharex=True, layout="constrained")
     entropy, fires = record.columns["teacher_entropy"][own], record.triggered[own]
@@ -66,7 +66,7 @@ def eopd(record: Record, own: np.ndarray, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _finish(top: Axes, bottom: Axes, record: Record, own: np.ndarray) -> None:
+def _finish(top: Axes, bottom: Axes, record: StepRecord, own: np.ndarray) -> None:
     texts = [record.texts[token].strip() for token in record.columns["token"][own]]
     bottom.set_xticks(range(len(texts)), texts, fontsize=8, rotation=90)
     bottom.set_xlim(-0.7, len(texts) - 0.3)

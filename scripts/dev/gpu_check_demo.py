@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tsdkd.data import load_rows
-from tsdkd.demo.run_demo import measure
+from tsdkd.data import load_split
+from tsdkd.demo.run_demo import evaluate_demo
 from tsdkd.errors import PreemptedError
 
 CONFIGS = {"tsd-kd": "demo.yaml", "eopd": "demo_eopd.yaml"}
@@ -45,9 +45,9 @@ def train(method: str, flags: list[str], stop: bool) -> None:
 
 def row(method: str, stage: str, model: Path, problems: int, start: float) -> None:
     """Print a stage and its model's accuracy, percent."""
-    rows = list(load_rows(str(DEMO / "test.jsonl"), None, "train"))[:problems]
+    rows = list(load_split(str(DEMO / "test.jsonl"), None, "train"))[:problems]
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).to("cuda" if CUDA else "cpu")
-    found = measure(loaded, AutoTokenizer.from_pretrained(model), rows).metrics
+    found = evaluate_demo(loaded, AutoTokenizer.from_pretrained(model), rows).metrics
     cells = " | ".join(f"{found[name]:.1f}" for name in ("greedy", "avg@8", "pass@8"))
     print(f"| {method} | {stage} | {cells} | {time.monotonic() - start:.0f} |", flush=True)
 

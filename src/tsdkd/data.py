@@ -16,12 +16,12 @@ from transformers import PreTrainedTokenizerBase
 
 from .config.base import TokenSelectiveConfig
 from .errors import DataError
-from .models.hub import unreachable
+from .models.hub import offline_reason
 
 _FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
-def load_rows(name: str, config: str | None, split: str, field: str = "dataset_name") -> Dataset:
+def load_split(name: str, config: str | None, split: str, field: str = "dataset_name") -> Dataset:
     """A split of a local folder or a hub data set; a local file has only the split "train".
 
     Raises:
@@ -41,7 +41,7 @@ def load_rows(name: str, config: str | None, split: str, field: str = "dataset_n
         elif not path.exists() and (path.suffix in _FORMATS or path.is_absolute() or name.startswith(".")):
             raise DataError(f"{field}: there is no file {name!r}")
         else:
-            offline = None if path.exists() else unreachable()
+            offline = None if path.exists() else offline_reason()
             rows = load_dataset(name, config, split=split)
     except DataError:
         raise
@@ -57,7 +57,7 @@ def load_rows(name: str, config: str | None, split: str, field: str = "dataset_n
     return rows
 
 
-def prepare_rows(
+def prepare_dataset(
     rows: Dataset, template: PreTrainedTokenizerBase, args: TokenSelectiveConfig, context: int, needs_completion: bool
 ) -> Dataset:
     """Tokenise, and drop the prompts that leave no room for a completion.
@@ -76,12 +76,12 @@ def prepare_rows(
     Raises:
         DataError: a row without a usable prompt, or no row left.
     """
-    shape = shape_of(rows, args)
-    total = longest_sequence(args, context)
+    shape = resolve_columns(rows, args)
+    total = max_sequence_length(args, context)
 
     def tokenize(row: dict[str, Any], index: int) -> dict[str, Any]:
-        prompt, completion = split_row(row, index, shape)
-        prompt_ids = _prompt_ids(suffixed(prompt, index, args.prompt_suffix), index, template, args)
+        prompt, completion = split_prompt_completion(row, index, shape)
+        prompt_ids = _prompt_ids(append_prompt_suffix(prompt, index, args.prompt_suffix), index, template, args)
         if not prompt_ids:
             raise DataError(f"row {index}: the tokenizer makes no token of the prompt {str(prompt)[:60]!r}")
         if completion is None and needs_completion:
@@ -111,13 +111,13 @@ def prepare_rows(
     return kept
 
 
-def longest_sequence(args: TokenSelectiveConfig, context: int) -> int:
+def max_sequence_length(args: TokenSelectiveConfig, context: int) -> int:
     """Prompt plus completion, tokens: what is asked for, and what the models and an engine take."""
     limits = [args.max_length, args.vllm_max_model_length if args.use_vllm else None]
     return min([context, *(limit for limit in limits if limit)])
 
 
-def shape_of(rows: Dataset, args: TokenSelectiveConfig) -> tuple[str, str | None]:
+def resolve_columns(rows: Dataset, args: TokenSelectiveConfig) -> tuple[str, str | None]:
     """The columns of prompt and completion. Raises `DataError`."""
     columns = rows.column_names
     for field in ("prompt_column", "completion_column"):
@@ -137,7 +137,7 @@ def shape_of(rows: Dataset, args: TokenSelectiveConfig) -> tuple[str, str | None
     return "messages", None
 
 
-def split_row(row: dict[str, Any], index: int, shape: tuple[str, str | None]) -> tuple[Any, str | None]:
+def split_prompt_completion(row: dict[str, Any], index: int, shape: tuple[str, str | None]) -> tuple[Any, str | None]:
     """Prompt (string or messages) and completion. The last assistant turn of a conversation is its completion."""
     prompt_column, completion_column = shape
     prompt = row[prompt_column]
@@ -161,7 +161,7 @@ def split_row(row: dict[str, Any], index: int, shape: tuple[str, str | None]) ->
     return prompt, completion
 
 
-def suffixed(prompt: Any, index: int, suffix: str | None) -> Any:
+def append_prompt_suffix(prompt: Any, index: int, suffix: str | None) -> Any:
     """A prompt, string or messages, with a line after it: after its last user message.
 
     Raises:
@@ -235,7 +235,7 @@ def pad_sequences(prompts: Sequence[Sequence[int]], completions: Sequence[Sequen
     }
 
 
-def predicted_ids(batch: dict[str, torch.Tensor], index: torch.Tensor) -> torch.Tensor:
+def target_ids(batch: dict[str, torch.Tensor], index: torch.Tensor) -> torch.Tensor:
     """The tokens `[N]` that are predicted at the positions `index` of `[B, S - 1]`."""
     return batch["input_ids"][:, 1:].flatten().index_select(0, index)
 

@@ -16,22 +16,29 @@ from datasets import Dataset
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from .config.base import TokenSelectiveConfig
-from .data import prepare_rows, shape_of, split_row
+from .data import prepare_dataset, resolve_columns, split_prompt_completion
 from .errors import ConfigError, OutputDirError
-from .models.loading import Pair, generation_config_of, load_frozen, resolve_pair, revision_of, stop_token_ids
-from .rollout.base import Completion, Key, Sampling
+from .models.loading import (
+    ModelPair,
+    collect_stop_token_ids,
+    get_revision,
+    load_frozen_model,
+    load_generation_config,
+    resolve_pair,
+)
+from .rollout.base import Completion, Key, SamplingConfig
 from .rollout.seeding import prompt_generator, prompt_seed
-from .rollout.vllm import check_vllm
+from .rollout.vllm import require_vllm
 from .run import train as run
 from .run.arguments import RunArguments
-from .run.output_dir import writing
+from .run.output_dir import wrap_os_errors
 
 ROLES = {"teacher": "teacher_model_name_or_path", "student": "model_name_or_path"}
 _SAY_EVERY = 10.0  # seconds
 
 
 @dataclass
-class Job:
+class GenerationSetup:
     """Who generates, how, and for what.
 
     Attributes:
@@ -48,7 +55,7 @@ class Job:
     vocab_size: int
     revision: str | None
     args: TokenSelectiveConfig
-    pair: Pair
+    pair: ModelPair
     rows: Dataset
     shape: tuple[str, str | None]
     prepared: Dataset
@@ -58,7 +65,7 @@ class Job:
         """What all rows of a file share."""
         return {
             "model": self.name,
-            "revision": revision_of(self.name, self.config),
+            "revision": get_revision(self.name, self.config),
             "engine": "vllm" if self.args.use_vllm else "transformers",
             **{
                 name: getattr(self.args, name)
@@ -67,12 +74,12 @@ class Job:
         }
 
     @property
-    def sampling(self) -> Sampling:
+    def sampling(self) -> SamplingConfig:
         """Only ids that both models have, until the generating model stops."""
-        own = generation_config_of(self.name, self.config, self.revision)
+        own = load_generation_config(self.name, self.config, self.revision)
         shared = self.pair.shared_vocab_size
-        stop_ids = frozenset(i for i in stop_token_ids(own, self.tokenizer) if i < shared)
-        return Sampling(stop_ids, shared, self.args.temperature, self.args.top_p)
+        stop_ids = frozenset(i for i in collect_stop_token_ids(own, self.tokenizer) if i < shared)
+        return SamplingConfig(stop_ids, shared, self.args.temperature, self.args.top_p)
 
     @property
     def columns(self) -> tuple[str, str]:
@@ -81,11 +88,11 @@ class Job:
 
     def prompt_of(self, row: dict[str, Any], index: int) -> Any:
         """The prompt of a row of the data set, as it stands there."""
-        return split_row(row, index, self.shape)[0]
+        return split_prompt_completion(row, index, self.shape)[0]
 
 
 @dataclass
-class Ticket:
+class PendingCompletion:
     """One completion to be made."""
 
     index: int
@@ -95,7 +102,7 @@ class Ticket:
     key: Key
 
 
-def generate(
+def generate_completions(
     arguments: RunArguments, role: str, output: Path, per_prompt: int = 1, top_p: float | None = None
 ) -> None:
     """Append the rows that `output` lacks, each as soon as it is done.
@@ -112,68 +119,68 @@ def generate(
     """
     if top_p is not None:
         arguments.training.top_p = top_p
-    job = _prepare(arguments, role)
+    job = _prepare_setup(arguments, role)
     is_new = not output.exists()
     try:
-        _generate(job, output, per_prompt)
+        _append_completions(job, output, per_prompt)
     finally:
         if is_new and output.exists() and output.stat().st_size == 0:
             output.unlink()  # nothing was made
 
 
-def memory_share(arguments: RunArguments, device: torch.device) -> float:
+def engine_memory_utilization(arguments: RunArguments, device: torch.device) -> float:
     """Share of a device's memory for an engine that has it to itself: the file's is for one beside a training."""
     if device.type == "cuda" and "vllm_gpu_memory_utilization" not in arguments.flags:
         return 0.9
     return arguments.training.vllm_gpu_memory_utilization
 
 
-def _generate(job: Job, output: Path, per_prompt: int) -> None:
-    with _writing(output):
-        done = _read(output, job)
+def _append_completions(job: GenerationSetup, output: Path, per_prompt: int) -> None:
+    with _open_for_append(output):
+        done = _read_finished(output, job)
     tickets = [
-        Ticket(row["index"], sample, row["prompt_ids"], row["limit"], (job.args.seed, sample, row["index"]))
+        PendingCompletion(row["index"], sample, row["prompt_ids"], row["limit"], (job.args.seed, sample, row["index"]))
         for sample in range(per_prompt)
         for row in job.prepared
         if (row["index"], sample) not in done
     ]
-    _say(f"{output}: {len(done)} completions are there, {len(tickets)} to go")
+    _print_progress(f"{output}: {len(done)} completions are there, {len(tickets)} to go")
     if not tickets:
         return
     if job.args.use_vllm and job.args.vllm_mode == "colocate":
-        _say("starting vLLM's engine, which takes a minute or two")
+        _print_progress("starting vLLM's engine, which takes a minute or two")
     source = job.source
-    completions = _by_vllm(job, tickets) if job.args.use_vllm else _by_hugging_face(job, tickets)
-    with _writing(output) as file:
-        for position, completion in _told(completions, len(tickets)):
-            file.write(json.dumps(_row(job, tickets[position], completion) | source, ensure_ascii=False) + "\n")
+    completions = _generate_with_vllm(job, tickets) if job.args.use_vllm else _generate_with_transformers(job, tickets)
+    with _open_for_append(output) as file:
+        for position, completion in _with_progress(completions, len(tickets)):
+            file.write(json.dumps(_build_row(job, tickets[position], completion) | source, ensure_ascii=False) + "\n")
             file.flush()
 
 
-def _prepare(arguments: RunArguments, role: str) -> Job:
+def _prepare_setup(arguments: RunArguments, role: str) -> GenerationSetup:
     args = arguments.training
     if args.world_size > 1:
         raise ConfigError(
             [f"it runs in one process, found {args.world_size}; vLLM takes vllm_tensor_parallel_size GPUs"]
         )
     if args.use_vllm:
-        check_vllm()
-        args.vllm_gpu_memory_utilization = memory_share(arguments, args.device)
-    rows, _ = run.load_data(arguments.data, args)
-    run.set_model_kwargs(arguments)
+        require_vllm()
+        args.vllm_gpu_memory_utilization = engine_memory_utilization(arguments, args.device)
+    rows, _ = run.load_datasets(arguments.data, args)
+    run.set_model_init_kwargs(arguments)
     student, teacher = str(arguments.model.model_name_or_path), str(args.teacher_model_name_or_path)
     pair = resolve_pair(student, teacher, args)
-    prepared = prepare_rows(rows, pair.template, args, pair.context, needs_completion=False)
+    prepared = prepare_dataset(rows, pair.template, args, pair.context, needs_completion=False)
     if role == "student":
         who = (student, pair.student_config, pair.tokenizer, pair.vocab_sizes[0])
         revision = (args.model_init_kwargs or {}).get("revision")
     else:
         who = (teacher, pair.teacher_config, pair.teacher_tokenizer, pair.vocab_sizes[1])
         revision = (args.teacher_model_init_kwargs or {}).get("revision")
-    return Job(role, *who, revision, args, pair, rows, shape_of(rows, args), prepared)
+    return GenerationSetup(role, *who, revision, args, pair, rows, resolve_columns(rows, args), prepared)
 
 
-def _row(job: Job, ticket: Ticket, completion: Completion) -> dict[str, Any]:
+def _build_row(job: GenerationSetup, ticket: PendingCompletion, completion: Completion) -> dict[str, Any]:
     original, (prompt, completion_) = job.rows[ticket.index], job.columns
     return {
         prompt: job.prompt_of(original, ticket.index),
@@ -186,7 +193,7 @@ def _row(job: Job, ticket: Ticket, completion: Completion) -> dict[str, Any]:
     }
 
 
-def _read(output: Path, job: Job) -> set[tuple[int, int]]:
+def _read_finished(output: Path, job: GenerationSetup) -> set[tuple[int, int]]:
     """(index, sample) of the rows that are there; a last line that was cut off is removed."""
     done, whole, source = set(), 0, job.source
     start = f'{{"{job.columns[0]}": '.encode()
@@ -215,32 +222,34 @@ def _read(output: Path, job: Job) -> set[tuple[int, int]]:
 
 
 @contextmanager
-def _writing(output: Path) -> Iterator[TextIO]:
+def _open_for_append(output: Path) -> Iterator[TextIO]:
     """The file, open for more rows."""
-    with writing(output, "output_file", "written"):
+    with wrap_os_errors(output, "output_file", "written"):
         output.parent.mkdir(parents=True, exist_ok=True)
         with output.open("a", encoding="utf-8") as file:
             yield file
 
 
-def _by_vllm(job: Job, tickets: list[Ticket]) -> Iterator[tuple[int, Completion]]:
+def _generate_with_vllm(job: GenerationSetup, tickets: list[PendingCompletion]) -> Iterator[tuple[int, Completion]]:
     """Position and completion of each ticket, as they are done."""
-    from .rollout.vllm.colocate import complete, new_engine, parameters_of  # vLLM is an extra
+    from .rollout.vllm.colocate import iter_completions, shared_sampling_params, start_engine  # vLLM is an extra
 
     requests = [{"prompt": t.prompt_ids, "max_tokens": t.limit, "seed": prompt_seed(*t.key)} for t in tickets]
     longest = max(len(t.prompt_ids) + t.limit for t in tickets)
     if job.args.vllm_mode == "server":
-        from .rollout.vllm.server import connect
+        from .rollout.vllm.server import connect_to_server
 
-        parameters = parameters_of(job.sampling, job.vocab_size)
-        return connect(job.args, longest, job.name).complete([request | parameters for request in requests])
-    return complete(new_engine(job.name, job.revision, job.args, longest), requests, job.sampling)
+        parameters = shared_sampling_params(job.sampling, job.vocab_size)
+        return connect_to_server(job.args, longest, job.name).complete([request | parameters for request in requests])
+    return iter_completions(start_engine(job.name, job.revision, job.args, longest), requests, job.sampling)
 
 
-def _by_hugging_face(job: Job, tickets: list[Ticket]) -> Iterator[tuple[int, Completion]]:
-    from .rollout.hf import sample
+def _generate_with_transformers(
+    job: GenerationSetup, tickets: list[PendingCompletion]
+) -> Iterator[tuple[int, Completion]]:
+    from .rollout.hf import sample_completions
 
-    model = load_frozen(job.name, job.args, ROLES[job.role], job.args.device).eval()
+    model = load_frozen_model(job.name, job.args, ROLES[job.role], job.args.device).eval()
     sampling, size = job.sampling, job.args.per_device_eval_batch_size
     # alike lengths, so that little is padded; the longest first, so that memory runs out at once or not at all
     order = sorted(range(len(tickets)), key=lambda i: -len(tickets[i].prompt_ids) - tickets[i].limit)
@@ -248,10 +257,12 @@ def _by_hugging_face(job: Job, tickets: list[Ticket]) -> Iterator[tuple[int, Com
         some = [tickets[i] for i in positions]
         generators = [prompt_generator(*t.key) for t in some]
         prompts, limits = [t.prompt_ids for t in some], [t.limit for t in some]
-        yield from zip(positions, sample(model, prompts, limits, generators, **vars(sampling)), strict=True)
+        yield from zip(
+            positions, sample_completions(model, prompts, limits, generators, **vars(sampling)), strict=True
+        )
 
 
-def _told(completions: Iterator[tuple[int, Completion]], total: int) -> Iterator[tuple[int, Completion]]:
+def _with_progress(completions: Iterator[tuple[int, Completion]], total: int) -> Iterator[tuple[int, Completion]]:
     """The same, with progress on stderr."""
     start = said = time.perf_counter()
     tokens = 0
@@ -260,8 +271,8 @@ def _told(completions: Iterator[tuple[int, Completion]], total: int) -> Iterator
         tokens, now = tokens + len(completion.ids), time.perf_counter()
         if count == total or now - said >= _SAY_EVERY:
             said = now
-            _say(f"{count} of {total} completions, {tokens} tokens, {tokens / (now - start):.0f} tokens/s")
+            _print_progress(f"{count} of {total} completions, {tokens} tokens, {tokens / (now - start):.0f} tokens/s")
 
 
-def _say(text: str) -> None:
+def _print_progress(text: str) -> None:
     print(f"tsdkd generate: {text}", file=sys.stderr, flush=True)

@@ -9,23 +9,23 @@ _COMMAND = re.compile(r"\\[a-zA-Z]+")
 _LETTER = re.compile(r"(?:\\text\{)?\s*\(?([A-Z])\b")
 
 
-def is_correct(completion: str, answer: str) -> bool:
+def is_exact_match(completion: str, answer: str) -> bool:
     r"""Compare the last `\boxed{...}`, or else the last number, with `answer`: as numbers, or else as text.
 
     Enough for a curve during training; a benchmark's score needs the benchmark's own grader.
     """
-    boxed, numbers = last_boxed(completion), _NUMBER.findall(completion)
+    boxed, numbers = extract_boxed(completion), _NUMBER.findall(completion)
     given = boxed if boxed is not None else numbers[-1] if numbers else completion
-    return _normal(given) == _normal(answer)
+    return _normalize(given) == _normalize(answer)
 
 
-def last_boxed(text: str) -> str | None:
+def extract_boxed(text: str) -> str | None:
     r"""What is in the last `\boxed{...}`."""
     found = _BOXED.findall(text)
     return found[-1] if found else None
 
 
-def _normal(text: str) -> str:
+def _normalize(text: str) -> str:
     text = text.strip().strip("$").replace(",", "")
     try:
         return repr(float(text))
@@ -33,19 +33,19 @@ def _normal(text: str) -> str:
         return text
 
 
-def same_mathematics(response: str, answer: str) -> bool:
+def is_math_equivalent(response: str, answer: str) -> bool:
     """math-verify's verdict: fractions, sets, units and the like are compared by what they mean.
 
     Of several boxed answers the last one counts, or all of them together.
     """
     from math_verify import parse, verify  # an extra
 
-    gold, boxed = parse(f"${answer}$"), last_boxed(response)
+    gold, boxed = parse(f"${answer}$"), extract_boxed(response)
     readings = [response] if boxed is None else [f"\\boxed{{{boxed}}}", response]
     return any(verify(gold, parse(text)) for text in readings)
 
 
-def answer_of(solution: str) -> str | None:
+def extract_answer(solution: str) -> str | None:
     r"""What is in the last `\boxed{}`, or the whole where it is nothing but an answer, as in DAPO-Math-17k-Processed.
 
     That is one line without a word, an equals sign or an arrow, of which math-verify can make something: no worked
@@ -53,19 +53,19 @@ def answer_of(solution: str) -> str | None:
     """
     from math_verify import parse  # an extra
 
-    boxed, text = last_boxed(solution), solution.strip()
+    boxed, text = extract_boxed(solution), solution.strip()
     if boxed is not None:
         return boxed
-    is_bare = not _PROSE.search(_COMMAND.sub(_symbol, text))
+    is_bare = not _PROSE.search(_COMMAND.sub(_replace_command, text))
     return text if is_bare and parse(f"${text}$") else None
 
 
-def _symbol(command: re.Match[str]) -> str:
+def _replace_command(command: re.Match[str]) -> str:
     """Commands aren't words, and only some of them connect steps."""
     return command[0] if _PROSE.match(command[0]) else " "
 
 
-def boxed_letter_is(response: str, letter: str) -> bool:
+def is_boxed_letter(response: str, letter: str) -> bool:
     """Whether the last boxed letter is the given one."""
-    found = _LETTER.match((last_boxed(response) or "").strip())
+    found = _LETTER.match((extract_boxed(response) or "").strip())
     return found is not None and found[1] == letter

@@ -16,7 +16,7 @@ from .selection import token_index
 
 
 @dataclass
-class Answers:
+class RolloutScores:
     """What is asked once about the N tokens of a rollout (EOPD Alg. 1, line 9), before the student changes.
 
     Attributes:
@@ -40,14 +40,14 @@ class Answers:
     importance: Tensor | None = None
     advantages: Tensor | None = None
 
-    def of(self, rows: slice) -> "Answers":
+    def of(self, rows: slice) -> "RolloutScores":
         """Those of some of the N tokens."""
         some: dict[str, Any] = {name: None if all_ is None else all_[rows] for name, all_ in vars(self).items()}
-        return Answers(**some)
+        return RolloutScores(**some)
 
 
 @dataclass
-class Responses:
+class CompletionBatch:
     """The completions of a micro-batch, N tokens in B rows.
 
     Attributes:
@@ -64,7 +64,7 @@ class Responses:
     ids: Tensor | None = None
     training: bool = True
     sampler_logps: Tensor | None = None
-    answers: Answers | None = None
+    answers: RolloutScores | None = None
     trained: Tensor | None = None
     index: Tensor | None = None
 
@@ -121,7 +121,7 @@ class Objective:
     is_policy: ClassVar[bool] = False
     teacher_top_k: int = 16
 
-    def __call__(self, head: Head, responses: Responses) -> ObjectiveOutput:
+    def __call__(self, head: Head, responses: CompletionBatch) -> ObjectiveOutput:
         """Sums over a micro-batch."""
         raise NotImplementedError
 
@@ -133,7 +133,7 @@ class Objective:
         """Continue from `state_dict()`."""
 
 
-def mean_of(values: Tensor) -> tuple[Tensor, Tensor]:
+def mean_metric(values: Tensor) -> tuple[Tensor, Tensor]:
     """`(sum, count)` of a tensor's elements, as a metric."""
     values = values.detach().float()
     return values.sum(), values.new_full((), values.numel())
@@ -145,17 +145,17 @@ def approx_kl(log_ratio: Tensor) -> tuple[Tensor, Tensor]:
     Args:
         log_ratio: `[N]`, `log Q - log Q_old` of the sampled tokens, nats.
     """
-    return mean_of(log_ratio.expm1() - log_ratio)  # not exp() - 1, whose rounding is larger than the result
+    return mean_metric(log_ratio.expm1() - log_ratio)  # not exp() - 1, whose rounding is larger than the result
 
 
-def common_metrics(tokens: TokenStatistics, responses: Responses) -> dict[str, tuple[Tensor, Tensor]]:
+def common_metrics(tokens: TokenStatistics, responses: CompletionBatch) -> dict[str, tuple[Tensor, Tensor]]:
     """Entropies, and how far the engine that sampled is from the student; the latter's names are TRL's."""
-    metrics = {"entropy/student": mean_of(tokens.entropy)}
+    metrics = {"entropy/student": mean_metric(tokens.entropy)}
     if tokens.teacher_entropy is not None:
-        metrics["entropy/teacher"] = mean_of(tokens.teacher_entropy)
+        metrics["entropy/teacher"] = mean_metric(tokens.teacher_entropy)
     if responses.sampler_logps is not None:
         difference = (tokens.logps[:, 0].detach() - responses.sampler_logps).abs()
         largest = difference.max() if len(difference) else difference.new_zeros(())
-        metrics["sampling/sampling_logp_difference/mean"] = mean_of(difference)
+        metrics["sampling/sampling_logp_difference/mean"] = mean_metric(difference)
         metrics["sampling/sampling_logp_difference/max"] = (largest, torch.ones_like(largest))
     return metrics

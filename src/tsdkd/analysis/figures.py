@@ -14,19 +14,19 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ..trainer.token_records import MASSES
-from .load import Record
+from .load import StepRecord
 
 SURE, UNSURE = 0.8, 1.0  # nats: EOPD's trigger, and what its Sec. 3.1 calls high
 BINS = np.linspace(0.0, 4.0, 41)
 # Okabe and Ito's, the light ones darker, so that a thin line is seen on white
 COLORS = ("#0072b2", "#d55e00", "#009170", "#b9628f", "#b27a00", "#3a8fc4")
 
-Runs = dict[str, list[Record]]
+Runs = dict[str, list[StepRecord]]
 Numbers = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Analysis:
+class FigureSpec:
     """A figure.
 
     Attributes:
@@ -44,7 +44,7 @@ class Analysis:
     draw: Callable[[Axes, Numbers], None]
 
 
-def figure_of(analysis: Analysis, numbers: Numbers) -> Figure:
+def plot_figure(analysis: FigureSpec, numbers: Numbers) -> Figure:
     """Drawn, for the caller to save and close."""
     figure, axis = plt.subplots(figsize=(6.4, 3.4), layout="constrained")
     analysis.draw(axis, numbers)
@@ -57,10 +57,10 @@ def figure_of(analysis: Analysis, numbers: Numbers) -> Figure:
 # What is counted -----------------------------------------------------------------------------------------------------
 
 
-def _by_position(runs: Runs) -> Numbers:
+def _entropy_by_position(runs: Runs) -> Numbers:
     """Mean entropies at each twentieth of a response."""
 
-    def means(record: Record, name: str) -> list[float | None]:
+    def means(record: StepRecord, name: str) -> list[float | None]:
         place = record.columns["position"] / record.lengths[record.columns["sample"]]
         bins = np.minimum((place * 20).astype(int), 19)
         sums, counts = np.bincount(bins, record.columns[name], 20), np.bincount(bins, minlength=20)
@@ -72,7 +72,7 @@ def _by_position(runs: Runs) -> Numbers:
     }
 
 
-def _histogram(runs: Runs) -> Numbers:
+def _entropy_histogram(runs: Runs) -> Numbers:
     def shares(values: np.ndarray) -> Numbers:
         counts, _ = np.histogram(np.minimum(values, BINS[-1] - 1e-6), BINS)
         return {"share": (counts / max(len(values), 1)).tolist(), "above": float((values >= UNSURE).mean())}
@@ -83,7 +83,7 @@ def _histogram(runs: Runs) -> Numbers:
     }
 
 
-def _over_steps(value: Callable[[Record], float | None]) -> Callable[[Runs], Numbers]:
+def _over_steps(value: Callable[[StepRecord], float | None]) -> Callable[[Runs], Numbers]:
     def numbers(runs: Runs) -> Numbers:
         return {
             run: {"step": [r.step for r in records], "value": [value(r) for r in records]}
@@ -93,12 +93,12 @@ def _over_steps(value: Callable[[Record], float | None]) -> Callable[[Runs], Num
     return numbers
 
 
-def _uncertain_forward_kl(record: Record) -> float | None:
+def _uncertain_forward_kl(record: StepRecord) -> float | None:
     chosen = record.columns["forward_kl"][record.columns["teacher_entropy"] > SURE]
     return float(chosen.mean()) if len(chosen) else None
 
 
-def _masses(runs: Runs) -> Numbers:
+def _top_k_mass(runs: Runs) -> Numbers:
     means = {
         run: np.mean([r.columns["teacher_mass"].mean(axis=0) for r in records], axis=0).tolist()
         for run, records in runs.items()
@@ -107,14 +107,14 @@ def _masses(runs: Runs) -> Numbers:
     return {"k": list(MASSES), "bytes": [12 * k for k in MASSES], "mass": means}
 
 
-def _openers(runs: Runs) -> Numbers:
-    def lengths(record: Record) -> list[int]:
+def _opener_lengths(runs: Runs) -> Numbers:
+    def lengths(record: StepRecord) -> list[int]:
         return np.bincount(record.columns["sample"][record.opener], minlength=len(record.samples)).tolist()
 
     return {run: {"length": lengths(records[-1]), "of": records[-1].lengths.tolist()} for run, records in runs.items()}
 
 
-def _gates(runs: Runs) -> Numbers:
+def _gate_histogram(runs: Runs) -> Numbers:
     bins = np.linspace(0.0, 1.0, 41)
     return {run: (np.histogram(r[-1].gate, bins)[0] / len(r[-1].gate)).tolist() for run, r in runs.items()}
 
@@ -122,26 +122,26 @@ def _gates(runs: Runs) -> Numbers:
 # How it is drawn -----------------------------------------------------------------------------------------------------
 
 
-def _draw_by_position(axis: Axes, numbers: Numbers) -> None:
+def _plot_entropy_by_position(axis: Axes, numbers: Numbers) -> None:
     places = np.arange(20) * 5 + 2.5
-    for (run, found), color in zip(numbers.items(), _cycle(), strict=False):
+    for (run, found), color in zip(numbers.items(), _color_cycle(), strict=False):
         for who, style in (("student", "-"), ("teacher", ":")):
             values = np.array(found[who], dtype=float)  # None, where no response has a token there, as NaN
             axis.plot(places, values, color=color, ls=style, label=f"{run}: {who}")
     axis.set(xlabel="position in the response, %", ylabel="mean entropy, nats")
 
 
-def _draw_histogram(axis: Axes, numbers: Numbers) -> None:
-    for (run, found), color in zip(numbers.items(), _cycle(), strict=False):
+def _plot_entropy_histogram(axis: Axes, numbers: Numbers) -> None:
+    for (run, found), color in zip(numbers.items(), _color_cycle(), strict=False):
         for who, style in (("student", "-"), ("teacher", ":")):
             label = f"{run}: {who}, {100 * found[who]['above']:.1f} % at {UNSURE} nat or more"
             axis.stairs(found[who]["share"], BINS, color=color, ls=style, label=label)
     axis.set(xlabel="entropy of a token, nats", ylabel="share of tokens", yscale="log")
 
 
-def _draw_over_steps(label: str) -> Callable[[Axes, Numbers], None]:
+def _plot_over_steps(label: str) -> Callable[[Axes, Numbers], None]:
     def draw(axis: Axes, numbers: Numbers) -> None:
-        for (run, found), color in zip(numbers.items(), _cycle(), strict=False):
+        for (run, found), color in zip(numbers.items(), _color_cycle(), strict=False):
             axis.plot(found["step"], np.array(found["value"], dtype=float), ".-", color=color, label=run)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set(xlabel="optimizer step", ylabel=label)
@@ -149,8 +149,8 @@ def _draw_over_steps(label: str) -> Callable[[Axes, Numbers], None]:
     return draw
 
 
-def _draw_masses(axis: Axes, numbers: Numbers) -> None:
-    for (run, mass), color in zip(numbers["mass"].items(), _cycle(), strict=False):
+def _plot_top_k_mass(axis: Axes, numbers: Numbers) -> None:
+    for (run, mass), color in zip(numbers["mass"].items(), _color_cycle(), strict=False):
         axis.plot(numbers["bytes"], mass, "o-", color=color, label=run)
     for k, size in zip(numbers["k"], numbers["bytes"], strict=True):
         lowest = min(m[numbers["k"].index(k)] for m in numbers["mass"].values())
@@ -161,8 +161,8 @@ def _draw_masses(axis: Axes, numbers: Numbers) -> None:
     axis.set(xlabel="bytes a token", ylabel="the teacher's probability in its top k", xscale="log")
 
 
-def _draw_openers(axis: Axes, numbers: Numbers) -> None:
-    for (run, found), color in zip(numbers.items(), _cycle(), strict=False):
+def _plot_opener_lengths(axis: Axes, numbers: Numbers) -> None:
+    for (run, found), color in zip(numbers.items(), _color_cycle(), strict=False):
         shares = 100 * np.array(found["length"]) / np.maximum(found["of"], 1)
         axis.hist(
             shares, bins=20, range=(0, 100), histtype="step", color=color, label=f"{run}: {np.mean(shares):.1f} %"
@@ -170,45 +170,59 @@ def _draw_openers(axis: Axes, numbers: Numbers) -> None:
     axis.set(xlabel="the opener's share of a response's tokens, %", ylabel="responses")
 
 
-def _draw_gates(axis: Axes, numbers: Numbers) -> None:
-    for (run, shares), color in zip(numbers.items(), _cycle(), strict=False):
+def _plot_gate_histogram(axis: Axes, numbers: Numbers) -> None:
+    for (run, shares), color in zip(numbers.items(), _color_cycle(), strict=False):
         axis.stairs(shares, np.linspace(0.0, 1.0, 41), color=color, label=run)
     axis.set(xlabel="gate of a token", ylabel="share of tokens")
 
 
-def _cycle() -> Sequence[str]:
+def _color_cycle() -> Sequence[str]:
     return COLORS * 4
 
 
 ANALYSES = (
-    Analysis("entropy_by_position", "Token entropy by position", "TSD-KD, Figure 1", _by_position, _draw_by_position),
-    Analysis(
-        "entropy_histogram", "Token entropies of student and teacher", "EOPD, Figure 3", _histogram, _draw_histogram
+    FigureSpec(
+        "entropy_by_position",
+        "Token entropy by position",
+        "TSD-KD, Figure 1",
+        _entropy_by_position,
+        _plot_entropy_by_position,
     ),
-    Analysis(
+    FigureSpec(
+        "entropy_histogram",
+        "Token entropies of student and teacher",
+        "EOPD, Figure 3",
+        _entropy_histogram,
+        _plot_entropy_histogram,
+    ),
+    FigureSpec(
         "policy_entropy",
         "The student's mean entropy over training",
         "EOPD, Figure 4",
         _over_steps(lambda r: float(r.columns["student_entropy"].mean())),
-        _draw_over_steps("mean entropy, nats"),
+        _plot_over_steps("mean entropy, nats"),
     ),
-    Analysis(
+    FigureSpec(
         "uncertain_forward_kl",
         f"Forward KL where the teacher's entropy is above {SURE} nats",
         "EOPD, Figures 5 and 11",
         _over_steps(_uncertain_forward_kl),
-        _draw_over_steps("mean forward KL, nats"),
+        _plot_over_steps("mean forward KL, nats"),
     ),
-    Analysis(
+    FigureSpec(
         "uncertain_share",
         "Share of tokens at which the trigger fires",
         "EOPD, Figure 9",
         _over_steps(lambda r: float(r.triggered.mean())),
-        _draw_over_steps("share of tokens"),
+        _plot_over_steps("share of tokens"),
     ),
-    Analysis(
-        "top_k_mass", "What the teacher's top k hold, and what they cost", "EOPD, Figure 10", _masses, _draw_masses
+    FigureSpec(
+        "top_k_mass",
+        "What the teacher's top k hold, and what they cost",
+        "EOPD, Figure 10",
+        _top_k_mass,
+        _plot_top_k_mass,
     ),
-    Analysis("opener_length", "Length of the opener", "TSD-KD, Sec. 3.1", _openers, _draw_openers),
-    Analysis("gate", "The gate's values", "TSD-KD, Eq. 11", _gates, _draw_gates),
+    FigureSpec("opener_length", "Length of the opener", "TSD-KD, Sec. 3.1", _opener_lengths, _plot_opener_lengths),
+    FigureSpec("gate", "The gate's values", "TSD-KD, Eq. 11", _gate_histogram, _plot_gate_histogram),
 )

@@ -11,13 +11,13 @@ import pyarrow.parquet as pq
 import torch
 
 from ..errors import DataError
-from ..run.output_dir import RUN_FILE, read_config
+from ..run.output_dir import RUN_FILE, read_run_config
 from ..selection import entropy_gap_gate, opener_mask, top_entropy_mask
 from ..trainer.token_records import FOLDER
 
 
 @dataclass(frozen=True)
-class Options:
+class SelectionOptions:
     """What decides which tokens a method looks at; TSD-KD's and EOPD's defaults where a run has none."""
 
     opener_ratio: float = 0.1
@@ -27,7 +27,7 @@ class Options:
 
 
 @dataclass
-class Record:
+class StepRecord:
     """One recorded step.
 
     Attributes:
@@ -43,7 +43,7 @@ class Record:
     columns: dict[str, np.ndarray]
     samples: list[dict[str, Any]]
     texts: dict[int, str]
-    options: Options
+    options: SelectionOptions
 
     @cached_property
     def lengths(self) -> np.ndarray:
@@ -87,7 +87,7 @@ class Record:
         return entropy, mask
 
 
-def read(run: Path, left_out: list[str] | None = None) -> list[Record]:
+def read_records(run: Path, left_out: list[str] | None = None) -> list[StepRecord]:
     """All records of a run, by step.
 
     Args:
@@ -102,11 +102,11 @@ def read(run: Path, left_out: list[str] | None = None) -> list[Record]:
         raise DataError(
             f"{run} has no records; training writes them with --record_steps N, and tsdkd analyze --config makes some"
         )
-    options = _options(run)
+    options = _read_options(run)
     found = []
     for path in paths:
         try:
-            found.append(_read(path, options))
+            found.append(_read_record(path, options))
         except DataError as error:
             if left_out is None:
                 raise
@@ -114,19 +114,19 @@ def read(run: Path, left_out: list[str] | None = None) -> list[Record]:
     return found
 
 
-def _read(path: Path, options: Options) -> Record:
+def _read_record(path: Path, options: SelectionOptions) -> StepRecord:
     try:
         table = pq.read_table(path)
         about = json.loads(table.schema.metadata[b"tsdkd"])
-        columns = {name: _numbers(table[name]) for name in table.column_names}
+        columns = {name: _to_numpy(table[name]) for name in table.column_names}
         texts = {int(i): text for i, text in about["texts"].items()}
-        return Record(about["step"], columns, about["samples"], texts, options)
+        return StepRecord(about["step"], columns, about["samples"], texts, options)
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:200].rstrip(".")
         raise DataError(f"{path} isn't a record of tsdkd, or is damaged: {reason}") from error
 
 
-def _numbers(column: Any) -> np.ndarray:
+def _to_numpy(column: Any) -> np.ndarray:
     whole = column.combine_chunks()
     size = getattr(whole.type, "list_size", None)
     flat = whole.flatten() if size else whole
@@ -135,11 +135,11 @@ def _numbers(column: Any) -> np.ndarray:
     return numbers.reshape(-1, size) if size else numbers.copy()
 
 
-def _options(run: Path) -> Options:
+def _read_options(run: Path) -> SelectionOptions:
     path = run / RUN_FILE
-    found = read_config(run) if path.is_file() else {}
-    given = {name: found[name] for name in Options.__dataclass_fields__ if found.get(name) is not None}
+    found = read_run_config(run) if path.is_file() else {}
+    given = {name: found[name] for name in SelectionOptions.__dataclass_fields__ if found.get(name) is not None}
     try:
-        return Options(**{name: float(value) for name, value in given.items()})
+        return SelectionOptions(**{name: float(value) for name, value in given.items()})
     except (ValueError, TypeError) as error:
         raise DataError(f"{path}: one of {given} isn't a number") from error

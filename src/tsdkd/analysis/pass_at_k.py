@@ -6,8 +6,8 @@ from pathlib import Path
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from ..evaluation.results import read
-from ..evaluation.suites import title_of
+from ..evaluation.results import read_results
+from ..evaluation.suites import benchmark_title
 from .figures import COLORS
 
 TITLE, SOURCE = "pass@k", "EOPD, Figures 2, 7 and 8"
@@ -15,7 +15,7 @@ _COLUMNS = 3
 _Curves = dict[str, dict[str, dict[str, list[float]]]]
 
 
-def read_curves(files: dict[str, Path]) -> _Curves:
+def read_pass_at_k(files: dict[str, Path]) -> _Curves:
     """Benchmark -> model -> `k` and `percent`; of benchmarks that were sampled.
 
     Raises:
@@ -23,7 +23,7 @@ def read_curves(files: dict[str, Path]) -> _Curves:
     """
     found: _Curves = {}
     for name, path in files.items():
-        for entry in read(path)[1]:
+        for entry in read_results(path)[1]:
             kind, _, k = entry["metric"].partition("@")
             if kind == "accuracy":
                 continue
@@ -34,7 +34,7 @@ def read_curves(files: dict[str, Path]) -> _Curves:
     return found
 
 
-def figure_of(curves: _Curves) -> Figure:
+def plot_pass_at_k(curves: _Curves) -> Figure:
     """A plot for each benchmark, for the caller to save and close."""
     columns = min(len(curves), _COLUMNS)
     rows = math.ceil(len(curves) / columns)
@@ -48,7 +48,7 @@ def figure_of(curves: _Curves) -> Figure:
         axis.set_xscale("log", base=2)
         ticks = sorted({k for curve in of.values() for k in curve["k"]})
         axis.set_xticks(ticks, [str(k) for k in ticks])
-        axis.set(title=title_of(benchmark) if len(curves) > 1 else None, xlabel="k", ylabel="pass@k, %")
+        axis.set(title=benchmark_title(benchmark) if len(curves) > 1 else None, xlabel="k", ylabel="pass@k, %")
         axis.spines[["top", "right"]].set_visible(False)
     for axis in axes.flat[len(curves) :]:
         axis.remove()

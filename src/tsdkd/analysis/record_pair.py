@@ -7,16 +7,16 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 
-from ..data import pad_sequences, prepare_rows
+from ..data import pad_sequences, prepare_dataset
 from ..losses import jsd
-from ..models.loading import load_frozen, resolve_pair, stop_token_ids
-from ..rollout.hf import sample
+from ..models.loading import collect_stop_token_ids, load_frozen_model, resolve_pair
+from ..rollout.hf import sample_completions
 from ..rollout.seeding import prompt_generator
 from ..run import train as run
 from ..run.arguments import RunArguments
-from ..run.output_dir import check_empty, writing
-from ..trainer.forward import Heads
-from ..trainer.token_records import Sample, describe, write
+from ..run.output_dir import require_empty_dir, wrap_os_errors
+from ..trainer.forward import HeadForward
+from ..trainer.token_records import RecordedCompletion, compute_token_records, write_token_records
 
 _AT_A_TIME = 8
 
@@ -30,32 +30,35 @@ def record_pair(arguments: RunArguments, count: int) -> Path:
     """
     training = arguments.training
     folder = Path(str(training.output_dir))
-    check_empty(folder)
-    rows, _ = run.load_data(arguments.data, training)
-    run.set_model_kwargs(arguments)
+    require_empty_dir(folder)
+    rows, _ = run.load_datasets(arguments.data, training)
+    run.set_model_init_kwargs(arguments)
     names = str(arguments.model.model_name_or_path), str(training.teacher_model_name_or_path)
     pair = resolve_pair(*names, training)
-    prepared = prepare_rows(rows, pair.template, training, pair.context, needs_completion=False)
+    prepared = prepare_dataset(rows, pair.template, training, pair.context, needs_completion=False)
     prepared = prepared.select(range(min(count, len(prepared))))
     fields = ("model_name_or_path", "teacher_model_name_or_path")
     student, teacher = (
-        load_frozen(name, training, field, training.device).eval() for name, field in zip(names, fields, strict=True)
+        load_frozen_model(name, training, field, training.device).eval()
+        for name, field in zip(names, fields, strict=True)
     )
     shared = pair.shared_vocab_size
-    stop_ids = {i for i in stop_token_ids(pair.tokenizer, student.generation_config) if i < shared}
-    heads = Heads(Accelerator(cpu=training.use_cpu), training, shared)
+    stop_ids = {i for i in collect_stop_token_ids(pair.tokenizer, student.generation_config) if i < shared}
+    heads = HeadForward(Accelerator(cpu=training.use_cpu), training, shared)
     samples, parts = [], []
     for start in range(0, len(prepared), _AT_A_TIME):
         some = prepared.select(range(start, min(start + _AT_A_TIME, len(prepared))))
         generators = [prompt_generator(training.seed, 0, i) for i in some["index"]]
         prompts, limits = list(some["prompt_ids"]), list(some["limit"])
         options: dict[str, Any] = {"stop_ids": stop_ids, "vocab_size": shared, "temperature": training.temperature}
-        completions = sample(student, prompts, limits, generators, **options)
+        completions = sample_completions(student, prompts, limits, generators, **options)
         batch = pad_sequences(prompts, [c.ids for c in completions])
         batch = send_to_device(batch, training.device)
-        parts.append(describe(heads, student, teacher, batch, jsd(getattr(training, "beta", 0.9))))
-        samples += [Sample(i, p, c.ids) for i, p, c in zip(some["index"], prompts, completions, strict=True)]
+        parts.append(compute_token_records(heads, student, teacher, batch, jsd(getattr(training, "beta", 0.9))))
+        samples += [
+            RecordedCompletion(i, p, c.ids) for i, p, c in zip(some["index"], prompts, completions, strict=True)
+        ]
     columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    with writing(folder):
-        write(folder, 0, samples, columns, pair.tokenizer.decode)
+    with wrap_os_errors(folder):
+        write_token_records(folder, 0, samples, columns, pair.tokenizer.decode)
     return folder

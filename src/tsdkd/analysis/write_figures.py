@@ -11,24 +11,24 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import DataError
-from ..evaluation.results import results_in
-from ..run.output_dir import make_folder
+from ..evaluation.results import find_results
+from ..run.output_dir import ensure_dir
 from ..trainer.token_records import FOLDER
 from . import pass_at_k
-from .figures import ANALYSES, figure_of
-from .load import Record, read
+from .figures import ANALYSES, plot_figure
+from .load import StepRecord, read_records
 
 
-def draw_all(folders: Sequence[Path], output: Path) -> None:
+def write_figures(folders: Sequence[Path], output: Path) -> None:
     """Write `<name>.png` of every figure and `analysis.json` with all their numbers.
 
     Raises:
         DataError: a folder with neither records nor evaluations.
         OutputDirError: `output` can't be made.
     """
-    runs, evaluations = _found(folders)
-    curves = pass_at_k.read_curves(evaluations)
-    make_folder(output, "--figures_dir")
+    runs, evaluations = _load_runs(folders)
+    curves = pass_at_k.read_pass_at_k(evaluations)
+    ensure_dir(output, "--figures_dir")
     found: dict[str, Any] = {}
     table = Table("figure", "shows", "in the paper")
 
@@ -41,30 +41,30 @@ def draw_all(folders: Sequence[Path], output: Path) -> None:
 
     for analysis in ANALYSES if runs else ():
         numbers = analysis.numbers(runs)
-        save(analysis.name, numbers, figure_of(analysis, numbers), analysis.title, analysis.source)
+        save(analysis.name, numbers, plot_figure(analysis, numbers), analysis.title, analysis.source)
     if curves:
-        save("pass_at_k", curves, pass_at_k.figure_of(curves), pass_at_k.TITLE, pass_at_k.SOURCE)
+        save("pass_at_k", curves, pass_at_k.plot_pass_at_k(curves), pass_at_k.TITLE, pass_at_k.SOURCE)
     (output / "analysis.json").write_text(json.dumps(found, indent=1, allow_nan=False), encoding="utf-8")
     console = Console(highlight=False)
     console.print(table)
     for run, records in runs.items():
-        console.print(_summary(run, records))
+        console.print(_summarize_run(run, records))
     console.print(f"written to {output}, the numbers in analysis.json")
 
 
-def _found(folders: Sequence[Path]) -> tuple[dict[str, list[Record]], dict[str, Path]]:
+def _load_runs(folders: Sequence[Path]) -> tuple[dict[str, list[StepRecord]], dict[str, Path]]:
     """Records of the folders that have some, and results of evaluations. Raises `DataError`."""
-    runs: dict[str, list[Record]] = {}
+    runs: dict[str, list[StepRecord]] = {}
     evaluations: dict[str, Path] = {}
-    for name, folder in named(folders).items():
-        own = {f"{name}/{key}": path for key, path in results_in(folder).items()}
+    for name, folder in name_folders(folders).items():
+        own = {f"{name}/{key}": path for key, path in find_results(folder).items()}
         evaluations |= own
         if not own or (folder / FOLDER).is_dir():
-            runs[name] = read(folder)
+            runs[name] = read_records(folder)
     return runs, evaluations
 
 
-def named(folders: Sequence[Path]) -> dict[str, Path]:
+def name_folders(folders: Sequence[Path]) -> dict[str, Path]:
     """Name -> folder: its own name, or its whole path where two have one name. Raises `DataError`."""
     missing = [str(folder) for folder in folders if not folder.is_dir()]
     if missing:
@@ -73,7 +73,7 @@ def named(folders: Sequence[Path]) -> dict[str, Path]:
     return {name if names.count(name) == 1 else str(f): f for name, f in zip(names, folders, strict=True)}
 
 
-def _summary(run: str, records: Sequence[Record]) -> str:
+def _summarize_run(run: str, records: Sequence[StepRecord]) -> str:
     last = records[-1]
     ours, theirs = (100 * float((last.columns[f"{who}_entropy"] >= 1.0).mean()) for who in ("student", "teacher"))
     return (

@@ -45,7 +45,7 @@ class Manifest:
     files: dict[str, tuple[int, str]]
 
 
-def write(run: Path, step: int, write_files: Callable[[Path], None]) -> Path:
+def write_checkpoint(run: Path, step: int, write_files: Callable[[Path], None]) -> Path:
     """Make `checkpoint-STEP` in the run's folder, which all processes must see.
 
     Args:
@@ -67,14 +67,14 @@ def write(run: Path, step: int, write_files: Callable[[Path], None]) -> Path:
         state.wait_for_everyone()
         write_files(partial)
         state.wait_for_everyone()
-        entries = _of_all(_synced, partial, _files_in(partial))
+        entries = _map_files(_fsync_and_hash, partial, _list_files(partial))
         if state.is_main_process:
             versions = {name: version(name) for name in _PACKAGES}
             _write_manifest(partial / MANIFEST, Manifest(step, state.num_processes, versions, entries))
-            _sync_folders(partial)
-            _discard(final)  # only a damaged one, which a resume passed over, can be there
+            _fsync_dirs(partial)
+            _delete_checkpoint(final)  # only a damaged one, which a resume passed over, can be there
             partial.rename(final)
-            _sync(run)
+            _fsync(run)
     except Exception as error:
         # safetensors and torch have exceptions of their own for a full disk
         shutil.rmtree(partial, ignore_errors=True)
@@ -86,35 +86,35 @@ def write(run: Path, step: int, write_files: Callable[[Path], None]) -> Path:
     return final
 
 
-def newest(run: Path) -> Path:
+def get_last_valid_checkpoint(run: Path) -> Path:
     """The newest checkpoint in a run's folder that verifies; what is passed over is said. All processes must call it.
 
     Raises:
         ResumeError: there is none.
     """
-    folders = in_run(run)
+    folders = list_checkpoints(run)
     for folder in reversed(folders):
-        problem = damage(folder)
+        problem = find_damage(folder)
         if problem is None:
             return folder
         PartialState().print(f"resume: skipped {folder}: {problem}", flush=True)
     raise ResumeError(f"resume: {run} has no checkpoint that can be resumed from ({len(folders)} found)")
 
 
-def verify(folder: Path) -> None:
+def verify_checkpoint(folder: Path) -> None:
     """Check a checkpoint. All processes must call it. Raises `ResumeError`."""
-    problem = damage(folder)
+    problem = find_damage(folder)
     if problem:
         raise ResumeError(f"resume_from_checkpoint: {folder} can't be resumed from: {problem}")
 
 
-def in_run(run: Path) -> list[Path]:
+def list_checkpoints(run: Path) -> list[Path]:
     """The checkpoints in a run's folder, the oldest first, whatever their state."""
     found = ((_NAME.fullmatch(path.name), path) for path in run.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
     return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
 
 
-def damage(folder: Path) -> str | None:
+def find_damage(folder: Path) -> str | None:
     """Why a checkpoint can't be used; None if it can. All processes must call it: each reads a share of the files.
 
     Raises:
@@ -129,11 +129,11 @@ def damage(folder: Path) -> str | None:
             f"resume: {folder} was written by {found.processes} process{'es' * (found.processes > 1)}, found "
             f"{state.num_processes}; start as many"
         )
-    present = _files_in(folder)
+    present = _list_files(folder)
     missing = sorted(set(found.files) - set(present))
     if missing:
         return f"it has no {', '.join(missing[:3])}"
-    now = _of_all(_as_read, folder, sorted(found.files))
+    now = _map_files(_try_hash_file, folder, sorted(found.files))
     changed = [name for name in now if now[name] != tuple(found.files[name])]
     if changed:
         return f"{', '.join(changed[:3])}: other bytes than were written"
@@ -145,7 +145,7 @@ def _read_manifest(folder: Path) -> Manifest | str:
     try:
         content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         digest = content.pop("sha256")
-        if digest != _digest_of(content):
+        if digest != _hash_manifest(content):
             return f"{MANIFEST}: other bytes than were written"
         return Manifest(**content)
     except FileNotFoundError:
@@ -154,26 +154,26 @@ def _read_manifest(folder: Path) -> Manifest | str:
         return f"{MANIFEST} can't be read"
 
 
-def rotate(newest: Path, keep: int | None, best: str | None) -> None:
-    """Delete the oldest checkpoints beside `newest`, which is complete, until `keep` are left; never it, never the
+def rotate_checkpoints(newest: Path, keep: int | None, best: str | None) -> None:
+    """Delete the oldest checkpoints beside `get_last_valid_checkpoint`, which is complete, until `keep` are left; never it, never the
     best, never by halves."""
     if not keep:
         return
-    folders = in_run(newest.parent)
+    folders = list_checkpoints(newest.parent)
     protected = {newest.name, Path(best or "").name}  # a damaged one may have a higher number
     surplus = [folder for folder in folders if folder.name not in protected]
     for folder in surplus[: max(0, len(folders) - keep)]:
-        _discard(folder)
+        _delete_checkpoint(folder)
 
 
-def remove_leftovers(run: Path) -> None:
+def remove_partial_checkpoints(run: Path) -> None:
     """What a killed save or rotation has left."""
     for pattern in (f"{_WRITING}*", f"{_DELETING}*"):
         for folder in run.glob(pattern):
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _discard(folder: Path) -> None:
+def _delete_checkpoint(folder: Path) -> None:
     """Not a checkpoint any more at once, then deleted."""
     if folder.exists():
         doomed = folder.with_name(f"{_DELETING}{folder.name}")
@@ -181,49 +181,49 @@ def _discard(folder: Path) -> None:
         shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _files_in(folder: Path) -> list[str]:
+def _list_files(folder: Path) -> list[str]:
     """Relative paths, the manifest apart."""
     paths = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     return sorted(path for path in paths if path != MANIFEST)
 
 
-def _of_all(function: Callable[[Path], Any], folder: Path, names: list[str]) -> dict[str, Any]:
+def _map_files(function: Callable[[Path], Any], folder: Path, names: list[str]) -> dict[str, Any]:
     """Name -> `function(file)`, each process calling it for a share of the files."""
     state = PartialState()
     own = [(name, function(folder / name)) for name in names[state.process_index :: state.num_processes]]
     return dict(sorted(gather_object(own)))
 
 
-def _synced(path: Path) -> tuple[int, str]:
+def _fsync_and_hash(path: Path) -> tuple[int, str]:
     """Bytes and SHA-256 of a file, which is on the disk afterwards."""
-    _sync(path)
-    return _described(path)
+    _fsync(path)
+    return _hash_file(path)
 
 
-def _described(path: Path) -> tuple[int, str]:
+def _hash_file(path: Path) -> tuple[int, str]:
     with path.open("rb") as file:
         return path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _as_read(path: Path) -> tuple[int, str] | None:
+def _try_hash_file(path: Path) -> tuple[int, str] | None:
     """None for a file that can't be read: the other processes wait for an answer."""
     try:
-        return _described(path)
+        return _hash_file(path)
     except OSError:
         return None
 
 
-def _digest_of(content: dict[str, Any]) -> str:
+def _hash_manifest(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _write_manifest(path: Path, manifest: Manifest) -> None:
     content = json.loads(json.dumps(asdict(manifest)))
-    path.write_text(json.dumps({"sha256": _digest_of(content), **content}, indent=1), encoding="utf-8")
-    _sync(path)
+    path.write_text(json.dumps({"sha256": _hash_manifest(content), **content}, indent=1), encoding="utf-8")
+    _fsync(path)
 
 
-def _sync(path: Path) -> None:
+def _fsync(path: Path) -> None:
     """Bring a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -232,6 +232,6 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _sync_folders(folder: Path) -> None:
+def _fsync_dirs(folder: Path) -> None:
     for path in (folder, *(p for p in folder.rglob("*") if p.is_dir())):
-        _sync(path)
+        _fsync(path)

@@ -12,7 +12,7 @@ from ..errors import CheckpointError
 
 
 @contextmanager
-def only_data_is_loaded() -> Iterator[None]:
+def safe_deepspeed_load() -> Iterator[None]:
     """Within it, DeepSpeed's `load_checkpoint` raises `CheckpointError` for a file with anything else in it."""
     from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler

@@ -21,12 +21,12 @@ _received: list[int] = []  # signals belong to the process, and so does this
 
 
 @contextmanager
-def watching() -> Iterator[None]:
+def catch_signals() -> Iterator[None]:
     """Within it, the signals only set the flag. Without effect in a thread, which can't have handlers."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, _note) for number in _SIGNALS}
+    before = {number: signal.signal(number, _on_signal) for number in _SIGNALS}
     try:
         yield
     finally:
@@ -34,11 +34,11 @@ def watching() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _note(number: int, frame: FrameType | None) -> None:
+def _on_signal(number: int, frame: FrameType | None) -> None:
     _received.append(number)
 
 
-class Preemption(TrainerCallback):
+class PreemptionCallback(TrainerCallback):
     """Saves and stops at the end of a step after which any process has received a signal.
 
     Attributes:

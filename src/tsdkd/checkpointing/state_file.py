@@ -20,36 +20,36 @@ def save_state(state: Any, path: str | Path) -> None:
         OSError, SafetensorError: the file can't be written.
     """
     tensors: dict[str, Tensor] = {}
-    plain = json.dumps(_without_tensors(state, tensors))
+    plain = json.dumps(_extract_tensors(state, tensors))
     save_file(tensors, str(path), metadata={"state": plain})
 
 
 def load_state(path: str | Path) -> Any:
     """What `save_state` wrote, bit for bit, on the CPU. Raises `OSError`, `SafetensorError`."""
     with safe_open(str(path), framework="pt") as file:
-        return _with_tensors(json.loads(file.metadata()["state"]), file)
+        return _restore_tensors(json.loads(file.metadata()["state"]), file)
 
 
-def _without_tensors(state: Any, tensors: dict[str, Tensor]) -> Any:
+def _extract_tensors(state: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(state, Tensor):
         name = str(len(tensors))
         tensors[name] = state.detach().to("cpu", copy=True).contiguous()  # safetensors refuses memory that is shared
         return {"tensor": name}
     if isinstance(state, dict):  # JSON's keys are strings, ours are numbers too
-        return {"dict": [[_without_tensors(part, tensors) for part in item] for item in state.items()]}
+        return {"dict": [[_extract_tensors(part, tensors) for part in item] for item in state.items()]}
     if isinstance(state, (list, tuple)):
-        return {"tuple" if isinstance(state, tuple) else "list": [_without_tensors(part, tensors) for part in state]}
+        return {"tuple" if isinstance(state, tuple) else "list": [_extract_tensors(part, tensors) for part in state]}
     if isinstance(state, _PLAIN):
         return state
     raise TypeError(f"a checkpoint holds tensors, numbers and text, found {type(state).__name__}")
 
 
-def _with_tensors(plain: Any, file: Any) -> Any:
+def _restore_tensors(plain: Any, file: Any) -> Any:
     if not isinstance(plain, dict):
         return plain
     ((kind, content),) = plain.items()
     if kind == "tensor":
         return file.get_tensor(content)
     if kind == "dict":
-        return {_with_tensors(key, file): _with_tensors(value, file) for key, value in content}
-    return {"list": list, "tuple": tuple}[kind](_with_tensors(part, file) for part in content)
+        return {_restore_tensors(key, file): _restore_tensors(value, file) for key, value in content}
+    return {"list": list, "tuple": tuple}[kind](_restore_tensors(part, file) for part in content)

@@ -14,13 +14,13 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from . import checkpoint, preemption
-from .deepspeed_files import only_data_is_loaded
+from .deepspeed_files import safe_deepspeed_load
 from .state_file import load_state, save_state
 
 _STATE, _OPTIMIZER = "trainer_state.json", "optimizer.safetensors"
 
 
-class Resumable(Trainer):
+class CheckpointMixin(Trainer):
     """Comes before a trainer among its bases; the trainer says what of its own belongs to a checkpoint."""
 
     def _own_state(self) -> Any:
@@ -38,14 +38,14 @@ class Resumable(Trainer):
             CheckpointError: a checkpoint can't be written.
         """
         if self.args.should_save:
-            checkpoint.remove_leftovers(Path(self.args.output_dir))
+            checkpoint.remove_partial_checkpoints(Path(self.args.output_dir))
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = str(checkpoint.newest(Path(self.args.output_dir)))
+            resume_from_checkpoint = str(checkpoint.get_last_valid_checkpoint(Path(self.args.output_dir)))
         elif resume_from_checkpoint:
-            checkpoint.verify(Path(resume_from_checkpoint))
+            checkpoint.verify_checkpoint(Path(resume_from_checkpoint))
         if resume_from_checkpoint:
             self.accelerator.print(f"resume: continuing from {resume_from_checkpoint}", flush=True)
-        with preemption.watching(), only_data_is_loaded() if self.is_deepspeed_enabled else nullcontext():
+        with preemption.catch_signals(), safe_deepspeed_load() if self.is_deepspeed_enabled else nullcontext():
             return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _prepare_input(self, data: Any) -> Any:
@@ -61,9 +61,9 @@ class Resumable(Trainer):
         best = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
         if best.is_dir() or self.state.best_global_step == self.state.global_step:
             self.state.best_model_checkpoint = str(best)
-        folder = checkpoint.write(run, self.state.global_step, self._write_files)
+        folder = checkpoint.write_checkpoint(run, self.state.global_step, self._write_files)
         if self.args.should_save:
-            checkpoint.rotate(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
+            checkpoint.rotate_checkpoints(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
         if self.args.push_to_hub:
             self.create_model_card()
             self._push_from_checkpoint(str(folder))
@@ -72,7 +72,7 @@ class Resumable(Trainer):
         self.save_model(str(folder), _internal_call=True)
         if self.is_deepspeed_enabled:
             self.model_wrapped.save_checkpoint(str(folder), exclude_frozen_parameters=is_peft_model(self.model))
-        process = {"random": _random_state(), "own": self._own_state()}
+        process = {"random": _get_rng_state(), "own": self._own_state()}
         save_state(process, self._process_file(folder))
         if self.args.should_save:
             save_state({name: part.state_dict() for name, part in self._stateful()}, folder / _OPTIMIZER)
@@ -130,13 +130,13 @@ class Resumable(Trainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            _set_random_state(load_state(self._process_file(checkpoint))["random"])
+            _set_rng_state(load_state(self._process_file(checkpoint))["random"])
 
     def _process_file(self, folder: str | Path) -> Path:
         return Path(folder, f"process_{self.args.process_index}.safetensors")
 
 
-def _random_state() -> dict[str, Any]:
+def _get_rng_state() -> dict[str, Any]:
     """Of Python, numpy, torch, and this process's device."""
     algorithm, words, *rest = np.random.get_state(legacy=True)
     return {
@@ -147,7 +147,7 @@ def _random_state() -> dict[str, Any]:
     }
 
 
-def _set_random_state(state: dict[str, Any]) -> None:
+def _set_rng_state(state: dict[str, Any]) -> None:
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["cpu"])

@@ -53,14 +53,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(import_module(f".{command}", __name__).main(argv[1:]))
     except TSDKDError as error:
-        _say(command, error)
+        _print_error(command, error)
         return error.exit_code
     except KeyboardInterrupt:
         print(f"\ntsdkd {command}: interrupted", file=sys.stderr)
         return 130
 
 
-def _say(command: str, error: TSDKDError) -> None:
+def _print_error(command: str, error: TSDKDError) -> None:
     """Most errors are all processes'; the first says them, after which the launcher ends the others. One that ended
     sooner would have the launcher end the first before it has spoken; one that is still there later was alone."""
     if os.environ.get("RANK", "0") != "0" and not isinstance(error, CheckpointError):

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import ConfigError
-from .arguments import at_least, run_parser
+from .arguments import build_run_parser, int_at_least
 
 _EPILOG = """examples:
   tsdkd analyze runs/tsdkd runs/gkd --figures_dir figures         runs that recorded (--record_steps N)
@@ -16,9 +16,9 @@ output_dir first."""
 def main(argv: Sequence[str]) -> int:
     """Parse, and hand over to `tsdkd.analysis`."""
     about = "The papers' figures, and the numbers in them, from recorded runs or any two models."
-    parser = run_parser("analyze", about, _EPILOG, "RUN_DIR ... | ")
+    parser = build_run_parser("analyze", about, _EPILOG, "RUN_DIR ... | ")
     parser.add_argument("--figures_dir", type=Path, help="default: figures/ in the first run's directory")
-    parser.add_argument("--num_prompts", type=at_least(1), help="with --config; default: 50")
+    parser.add_argument("--num_prompts", type=int_at_least(1), help="with --config; default: 50")
     args, rest = parser.parse_known_args(argv)
     if not args.config and not rest:
         raise ConfigError(["name directories of runs, or a configuration with --config"])
@@ -31,12 +31,12 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(["analyze needs matplotlib; pip install 'tsdkd[report]'"]) from error
 
     from ..analysis.record_pair import record_pair
-    from ..analysis.write_figures import draw_all
+    from ..analysis.write_figures import write_figures
     from ..run import train as run
 
     if args.config:
-        folders = [record_pair(run.parse(args.config, [*rest, "--lmbda", "1"]), args.num_prompts or 50)]
+        folders = [record_pair(run.parse_arguments(args.config, [*rest, "--lmbda", "1"]), args.num_prompts or 50)]
     else:
         folders = [Path(text) for text in rest]
-    draw_all(folders, args.figures_dir or folders[0] / "figures")
+    write_figures(folders, args.figures_dir or folders[0] / "figures")
     return 0

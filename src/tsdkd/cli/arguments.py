@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable
 
 
-def run_parser(command: str, description: str, epilog: str, usage: str) -> argparse.ArgumentParser:
+def build_run_parser(command: str, description: str, epilog: str, usage: str) -> argparse.ArgumentParser:
     """The parser of a command whose other flags are keys of `tsdkd train`."""
     parser = argparse.ArgumentParser(
         prog=f"tsdkd {command}",
@@ -19,7 +19,7 @@ def run_parser(command: str, description: str, epilog: str, usage: str) -> argpa
     return parser
 
 
-def at_least(least: int) -> Callable[[str], int]:
+def int_at_least(least: int) -> Callable[[str], int]:
     """An argument's type: a whole number."""
 
     def parse(text: str) -> int:
@@ -34,7 +34,7 @@ def at_least(least: int) -> Callable[[str], int]:
     return parse
 
 
-def positive(text: str) -> float:
+def positive_float(text: str) -> float:
     """An argument's type: a finite number above 0."""
     try:
         value = float(text)

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from ..errors import ConfigError
-from .arguments import at_least
+from .arguments import int_at_least
 
 _EPILOG = """What is finished isn't done again, and a run that was interrupted continues: the same command goes on.
 examples:
@@ -25,23 +25,23 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--config", metavar="FILE", help="a comparison, or the name of a shipped one")
     parser.add_argument("--list", action="store_true", help="list the shipped comparisons, and stop")
-    parser.add_argument("--jobs", type=at_least(1), default=1, help="runs at a time; default: %(default)s")
-    parser.add_argument("--task", type=at_least(0), metavar="N", help="do only this one, as a SLURM array does")
+    parser.add_argument("--jobs", type=int_at_least(1), default=1, help="runs at a time; default: %(default)s")
+    parser.add_argument("--task", type=int_at_least(0), metavar="N", help="do only this one, as a SLURM array does")
     parser.add_argument("--report", action="store_true", help="only write the table of what is finished")
     group = parser.add_argument_group("a SLURM array")
     group.add_argument("--slurm", action="store_true", help="print an sbatch script with a job for every run and seed")
     group.add_argument("--time", default="04:00:00", help="the time limit of one job; default: %(default)s")
-    group.add_argument("--gpus_per_node", type=at_least(0), default=8, help="default: %(default)s")
-    group.add_argument("--cpus_per_task", type=at_least(0), default=0, help="0: the cluster's default")
-    group.add_argument("--signal_seconds", type=at_least(1), default=300, help="default: %(default)s")
+    group.add_argument("--gpus_per_node", type=int_at_least(0), default=8, help="default: %(default)s")
+    group.add_argument("--cpus_per_task", type=int_at_least(0), default=0, help="0: the cluster's default")
+    group.add_argument("--signal_seconds", type=int_at_least(1), default=300, help="default: %(default)s")
     group.add_argument("--partition", default="")
     group.add_argument("--account", default="")
     args = parser.parse_args(argv)
 
-    from ..compare.config import print_shipped, read_comparison  # torch from here on
+    from ..compare.config import print_comparisons, read_comparison  # torch from here on
 
     if args.list:
-        print_shipped()
+        print_comparisons()
         return 0
     if args.config is None:
         raise ConfigError(["--config: missing; name a comparison (`tsdkd compare --list` shows the shipped ones)"])
@@ -52,17 +52,19 @@ def main(argv: Sequence[str]) -> int:
 
     if args.slurm:
         names = ("time", "gpus_per_node", "cpus_per_task", "signal_seconds", "partition", "account")
-        sys.stdout.write(runner.array_script(comparison, args.config, **{name: getattr(args, name) for name in names}))
+        sys.stdout.write(
+            runner.build_array_script(comparison, args.config, **{name: getattr(args, name) for name in names})
+        )
         return 0
     if args.task is not None:
         if args.task >= len(comparison.tasks):
             raise ConfigError([f"--task: there are {len(comparison.tasks)} tasks, from 0, found {args.task}"])
-        task.do(comparison, comparison.tasks[args.task])
+        task.run_task(comparison, comparison.tasks[args.task])
         return 0
-    table = _table()
+    table = _import_results()
     if not args.report:
-        runner.run_all(comparison, args.config, args.jobs)
-    path = table.write_results(comparison)
+        runner.run_tasks(comparison, args.config, args.jobs)
+    path = table.write_summary(comparison)
     if path is None:
         print("tsdkd compare: nothing is finished yet")
         return 0
@@ -71,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _table():  # type: ignore[no-untyped-def]
+def _import_results():  # type: ignore[no-untyped-def]
     """Before the first run: what writes its table is an extra."""
     try:
         from ..compare import summary as table

@@ -30,14 +30,14 @@ def main(argv: Sequence[str]) -> int:
 
     given = {flag.split("=")[0].replace("-", "_") for flag in flags}
     if "__output_dir" not in given:
-        flags += ["--output_dir", str(_free_folder(Path("runs/demo")))]
+        flags += ["--output_dir", str(_next_free_dir(Path("runs/demo")))]
     if "__record_steps" not in given:
         flags += ["--record_steps", "30"]  # the report's tokens
-    show.show(run.parse(_CONFIGS[args.method], flags))
+    show.run_demo(run.parse_arguments(_CONFIGS[args.method], flags))
     return 0
 
 
-def _free_folder(folder: Path) -> Path:
+def _next_free_dir(folder: Path) -> Path:
     """`folder`, or `folder-2`, `folder-3`, ...: a demo is run more than once."""
     candidates = (folder.with_name(f"{folder.name}-{n}") if n > 1 else folder for n in range(1, 10_000))
     return next(c for c in candidates if not c.exists())

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from .arguments import at_least
+from .arguments import int_at_least
 
 _EPILOG = """examples:
   tsdkd eval tsdkd://demo/student after=runs/demo teacher=tsdkd://demo/teacher --suite demo
@@ -40,25 +40,31 @@ def main(argv: Sequence[str]) -> int:
         default="",
         help="of lm-evaluation-harness's model class; enable_thinking wins over a run's and the suite's",
     )
-    parser.add_argument("--batch_size", type=_batch_size, default="8", help="a number or auto; default: %(default)s")
     parser.add_argument(
-        "--samples", type=at_least(2), metavar="N", help="of each item, where it is sampled; default: 8"
+        "--batch_size", type=_parse_batch_size, default="8", help="a number or auto; default: %(default)s"
     )
     parser.add_argument(
-        "--k", type=_whole_numbers, metavar="K,K", default=(), help="of pass@k in the table; default: the samples"
+        "--samples", type=int_at_least(2), metavar="N", help="of each item, where it is sampled; default: 8"
     )
-    parser.add_argument("--limit", type=at_least(1), metavar="N", help="only the first items of each task")
     parser.add_argument(
-        "--max_new_tokens", type=at_least(1), metavar="N", default=8192, help="where they are sampled; default: 8192"
+        "--k", type=_parse_ks, metavar="K,K", default=(), help="of pass@k in the table; default: the samples"
+    )
+    parser.add_argument("--limit", type=int_at_least(1), metavar="N", help="only the first items of each task")
+    parser.add_argument(
+        "--max_new_tokens",
+        type=int_at_least(1),
+        metavar="N",
+        default=8192,
+        help="where they are sampled; default: 8192",
     )
     parser.add_argument("--data_dir", type=Path, metavar="DIR", help="local data: DIR/<task>/<split>.jsonl")
     parser.add_argument("--apply_chat_template", choices=["true", "false"], help="default: the suite's")
-    parser.add_argument("--seed", type=at_least(0), default=0, help="of the samples; default: %(default)s")
+    parser.add_argument("--seed", type=int_at_least(0), default=0, help="of the samples; default: %(default)s")
     parser.add_argument(
         "--allow_code_execution", action="store_true", help="run what models write, in a sandbox (docs/evaluation.md)"
     )
     args = parser.parse_args(argv)
-    models = _named(args.models)
+    models = _parse_models(args.models)
     baseline = args.baseline or next(iter(models))
     if baseline not in models:
         raise ConfigError([f"--baseline: must be one of {', '.join(models)}, found {baseline!r}"])
@@ -68,18 +74,18 @@ def main(argv: Sequence[str]) -> int:
     if args.data_dir is not None and not args.data_dir.is_dir():
         raise ConfigError([f"--data_dir: no such directory: {args.data_dir}"])
 
-    from ..evaluation.suites import choose  # torch from here on
+    from ..evaluation.suites import select_benchmarks  # torch from here on
 
     benchmarks = args.benchmarks.split(",") if args.benchmarks else None
-    choose(args.suite, benchmarks, args.allow_code_execution)
-    runner, table = _heavy()
-    evaluation = runner.Evaluation(
+    select_benchmarks(args.suite, benchmarks, args.allow_code_execution)
+    runner, table = _import_evaluation()
+    evaluation = runner.EvalArguments(
         models,
         suite=args.suite,
         output_dir=args.output_dir,
         benchmarks=benchmarks,
         backend=args.backend,
-        model_args=_model_args(args.model_args),
+        model_args=_parse_model_args(args.model_args),
         batch_size=args.batch_size,
         samples=args.samples,
         ks=args.k,
@@ -90,9 +96,11 @@ def main(argv: Sequence[str]) -> int:
         allow_code_execution=args.allow_code_execution,
         seed=args.seed,
     )
-    path = table.write(runner.run(evaluation), models, baseline, args.output_dir, args.suite, evaluation.settings)
+    path = table.write_results(
+        runner.run_evaluation(evaluation), models, baseline, args.output_dir, args.suite, evaluation.settings
+    )
     print(path.read_text(encoding="utf-8"))
-    _print_prompts(runner.prompts(evaluation))
+    _print_prompts(runner.read_first_prompts(evaluation))
     print(f"written to {path}, with {path.with_suffix('.json').name} and every item beside it")
     return 0
 
@@ -103,15 +111,15 @@ def _print_prompts(prompts: dict[str, tuple[Any, str]]) -> None:
     for model, (benchmark, text) in prompts.items():
         seen_by.setdefault((benchmark.title, text), []).append(model)
     for (title, text), names in seen_by.items():
-        print(f"first prompt of {title}, for {', '.join(names)}:\n{_shortened(text)}\n")
+        print(f"first prompt of {title}, for {', '.join(names)}:\n{_truncate_middle(text)}\n")
 
 
-def _shortened(text: str) -> str:
+def _truncate_middle(text: str) -> str:
     """Both ends, where the template shows; few-shot examples are long."""
     return text if len(text) <= 1600 else f"{text[:800]}\n[… {len(text) - 1600} characters …]\n{text[-800:]}"
 
 
-def _named(models: Sequence[str]) -> dict[str, str]:
+def _parse_models(models: Sequence[str]) -> dict[str, str]:
     """Name -> model; by default its last component. Names are folders of the output directory."""
     found: dict[str, str] = {}
     for text in models:
@@ -126,15 +134,15 @@ def _named(models: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def _whole_numbers(text: str) -> tuple[int, ...]:
-    return tuple(sorted({at_least(2)(part) for part in text.split(",")}))
+def _parse_ks(text: str) -> tuple[int, ...]:
+    return tuple(sorted({int_at_least(2)(part) for part in text.split(",")}))
 
 
-def _batch_size(text: str) -> str:
-    return text if text == "auto" else str(at_least(1)(text))
+def _parse_batch_size(text: str) -> str:
+    return text if text == "auto" else str(int_at_least(1)(text))
 
 
-def _model_args(text: str) -> dict[str, object]:
+def _parse_model_args(text: str) -> dict[str, object]:
     from lm_eval.utils import simple_parse_args_string
 
     bad = [part for part in text.split(",") if part and not re.fullmatch(r"\w+=.+", part)]
@@ -148,7 +156,7 @@ def _model_args(text: str) -> dict[str, object]:
     return found
 
 
-def _heavy():  # type: ignore[no-untyped-def]
+def _import_evaluation():  # type: ignore[no-untyped-def]
     try:
         from ..evaluation import evaluator as runner
         from ..evaluation import results as table

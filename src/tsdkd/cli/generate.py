@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..run.config_file import read_flags, read_yaml
-from .arguments import at_least, run_parser
+from .arguments import build_run_parser, int_at_least
 
 _EPILOG = """examples:
   tsdkd generate --config my.yaml --output_file teacher.jsonl
@@ -18,14 +18,14 @@ def main(argv: Sequence[str]) -> int:
     """Parse, and hand over to `tsdkd.generate`."""
     about = "Write completions of the teacher (or the student) for a run's prompts to a JSONL file."
     usage = "--output_file FILE [--role ROLE] [--num_completions N] "
-    parser = run_parser("generate", about, _EPILOG, usage)
+    parser = build_run_parser("generate", about, _EPILOG, usage)
     parser.add_argument("--output_file", "--output-file", metavar="FILE", type=Path, required=True)
     parser.add_argument("--role", choices=["teacher", "student"], default="teacher", help="default: %(default)s")
     parser.add_argument(
         "--num_completions",
         "--num-completions",
         metavar="N",
-        type=at_least(1),
+        type=int_at_least(1),
         default=1,
         help="for each prompt; default: 1",
     )
@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
     if args.top_p is not None and not 0 < args.top_p <= 1:
         parser.error(f"--top_p: must be in (0, 1], found {args.top_p}")
 
-    from ..generate import generate
+    from ..generate import generate_completions
     from ..methods import METHODS
     from ..run import train as run  # torch from here on
 
@@ -43,6 +43,6 @@ def main(argv: Sequence[str]) -> int:
     trainer = METHODS.get(str(found.get("method")))
     if trainer is None or "lmbda" not in trainer.config_class.refused:
         flags += ["--lmbda", "1"]  # a configuration for off-policy training would say that nothing is generated
-    arguments = run.parse(args.config, flags)
-    generate(arguments, args.role, args.output_file, args.num_completions, args.top_p)
+    arguments = run.parse_arguments(args.config, flags)
+    generate_completions(arguments, args.role, args.output_file, args.num_completions, args.top_p)
     return 0

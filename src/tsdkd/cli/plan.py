@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from .arguments import at_least, positive, run_parser
+from .arguments import build_run_parser, int_at_least, positive_float
 
 _EPILOG = """The estimate is for full-length completions. It needs the models' configurations, no weights and no GPU.
 example:
@@ -13,12 +13,12 @@ def main(argv: Sequence[str]) -> int:
     """Print what a configuration takes."""
     about = "What a configuration takes on each GPU, and which placement fits."
     usage = "[--gpus N] [--gpu_gib GIB] "
-    parser = run_parser("plan", about, _EPILOG, usage)
-    parser.add_argument("--gpus", type=at_least(1), help="default: num_processes, the visible ones, or 8")
-    parser.add_argument("--gpu_gib", type=positive, help="memory of one, GiB; default: theirs, or else 80")
+    parser = build_run_parser("plan", about, _EPILOG, usage)
+    parser.add_argument("--gpus", type=int_at_least(1), help="default: num_processes, the visible ones, or 8")
+    parser.add_argument("--gpu_gib", type=positive_float, help="memory of one, GiB; default: theirs, or else 80")
     args, flags = parser.parse_known_args(argv)
 
-    from ..launch.placement import show_plan
+    from ..launch.placement import print_plan
 
-    show_plan(args.config, flags, args.gpus, args.gpu_gib)
+    print_plan(args.config, flags, args.gpus, args.gpu_gib)
     return 0

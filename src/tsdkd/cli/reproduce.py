@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import ConfigError
-from .arguments import at_least, positive
+from .arguments import int_at_least, positive_float
 
 
 def main(argv: Sequence[str]) -> int:
@@ -23,9 +23,11 @@ def main(argv: Sequence[str]) -> int:
     toy.add_argument(
         "--output_dir", type=Path, default=Path("runs/eopd_toy"), help="of the plots; default: %(default)s"
     )
-    toy.add_argument("--seeds", type=at_least(1), default=3, help="default: %(default)s, as in the paper")
-    toy.add_argument("--learning_rate", type=positive, default=0.2, help="not in the paper; default: %(default)s")
-    toy.add_argument("--steps", type=at_least(25), default=1000, help="not in the paper; default: %(default)s")
+    toy.add_argument("--seeds", type=int_at_least(1), default=3, help="default: %(default)s, as in the paper")
+    toy.add_argument(
+        "--learning_rate", type=positive_float, default=0.2, help="not in the paper; default: %(default)s"
+    )
+    toy.add_argument("--steps", type=int_at_least(25), default=1000, help="not in the paper; default: %(default)s")
     args = parser.parse_args(argv)
     if args.experiment == "tsdkd-gradient":
         from ..reproduce import tsdkd_gradient
@@ -37,8 +39,8 @@ def main(argv: Sequence[str]) -> int:
     except ImportError as error:
         raise ConfigError(["eopd-toy's plots need matplotlib; pip install 'tsdkd[report]'"]) from error
     from ..reproduce import eopd_toy
-    from ..run.output_dir import make_folder
+    from ..run.output_dir import ensure_dir
 
-    make_folder(args.output_dir)
+    ensure_dir(args.output_dir)
     eopd_toy.reproduce(args.output_dir, args.seeds, args.learning_rate, args.steps)
     return 0

@@ -4,9 +4,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..config.launch import config_names
+from ..config.launch import launch_config_names
 from ..errors import OutputDirError
-from .arguments import at_least, run_parser
+from .arguments import build_run_parser, int_at_least
 
 _EPILOG = """Other flags go to `tsdkd train`. The job saves and is queued again before its time limit, and after a
 preemption; it continues by itself.
@@ -19,33 +19,33 @@ def main(argv: Sequence[str]) -> int:
     """Write the script, or print it."""
     about = "Write an sbatch script for a configuration."
     usage = "[--nodes N] [--gpus_per_node N] --time HH:MM:SS "
-    parser = run_parser("slurm", about, _EPILOG, usage)
+    parser = build_run_parser("slurm", about, _EPILOG, usage)
     parser.add_argument("--script", metavar="FILE", help="where the script is written; by default it is printed")
-    parser.add_argument("--nodes", type=at_least(1), default=1, help="default: %(default)s")
+    parser.add_argument("--nodes", type=int_at_least(1), default=1, help="default: %(default)s")
     parser.add_argument(
-        "--gpus_per_node", type=at_least(0), default=8, help="default: %(default)s; 0: a process a node, on CPUs"
+        "--gpus_per_node", type=int_at_least(0), default=8, help="default: %(default)s; 0: a process a node, on CPUs"
     )
     parser.add_argument(
-        "--cpus_per_task", type=at_least(0), default=0, help="CPU cores of a node; 0: the cluster's default"
+        "--cpus_per_task", type=int_at_least(0), default=0, help="CPU cores of a node; 0: the cluster's default"
     )
     parser.add_argument("--time", required=True, metavar="HH:MM:SS", help="the time limit of one job")
     parser.add_argument(
-        "--signal_seconds", type=at_least(1), default=300, help="how long before it to stop; default: %(default)s"
+        "--signal_seconds", type=int_at_least(1), default=300, help="how long before it to stop; default: %(default)s"
     )
     parser.add_argument("--partition", default="")
     parser.add_argument("--account", default="")
     parser.add_argument(
         "--accelerate_config",
-        help=f"a file, or one of {', '.join(config_names())}; default: the configuration's, or else zero2",
+        help=f"a file, or one of {', '.join(launch_config_names())}; default: the configuration's, or else zero2",
     )
     args, flags = parser.parse_known_args(argv)
 
-    from ..launch.slurm import sbatch_script
-    from ..run.output_dir import writing  # torch from here on
+    from ..launch.slurm import build_sbatch_script
+    from ..run.output_dir import wrap_os_errors  # torch from here on
 
     settings = vars(args)
     script = settings.pop("script")
-    text = sbatch_script(
+    text = build_sbatch_script(
         settings.pop("config"), flags, settings.pop("accelerate_config"), ["slurm", *argv], **settings
     )
     if script is None:
@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     if Path(script).exists():
         raise OutputDirError(f"script: {script} exists; choose another name")
-    with writing(Path(script), "script", "written"):
+    with wrap_os_errors(Path(script), "script", "written"):
         Path(script).write_text(text, encoding="utf-8")
     print(f"wrote {script}; start it with: sbatch {script}")
     return 0

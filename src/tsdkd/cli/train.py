@@ -5,12 +5,12 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..config.launch import config_names
+from ..config.launch import launch_config_names
 from ..errors import ConfigError, TSDKDError
 from ..launch import accelerate as launch
-from ..launch.processes import intended, planned
+from ..launch.processes import configured_num_processes, resolve_launch
 from ..run.config_file import read_flags, read_yaml
-from .arguments import at_least, run_parser
+from .arguments import build_run_parser, int_at_least
 
 _EPILOG = """Every field of the method's configuration, of TRL's ModelConfig and of transformers' TrainingArguments is
 a key of FILE and a flag: --learning_rate 1e-6, --gate false, --report_to tensorboard wandb.
@@ -19,13 +19,13 @@ _LAUNCH: dict[str, tuple[str, Callable[[str], Any], str]] = {
     "accelerate_config": (
         "FILE",
         str,
-        f"a launch configuration, or one of {', '.join(config_names())}; a key of the YAML too",
+        f"a launch configuration, or one of {', '.join(launch_config_names())}; a key of the YAML too",
     ),
-    "num_processes": ("N", at_least(1), "default: one a visible GPU; a key of the YAML too"),
-    "num_machines": ("N", at_least(1), ""),
-    "machine_rank": ("N", at_least(0), ""),
+    "num_processes": ("N", int_at_least(1), "default: one a visible GPU; a key of the YAML too"),
+    "num_machines": ("N", int_at_least(1), ""),
+    "machine_rank": ("N", int_at_least(0), ""),
     "main_process_ip": ("HOST", str, ""),
-    "main_process_port": ("PORT", at_least(0), ""),
+    "main_process_port": ("PORT", int_at_least(0), ""),
     "rdzv_backend": ("NAME", str, ""),
 }
 _KEYS = ("accelerate_config", "num_processes")
@@ -39,21 +39,23 @@ def main(argv: Sequence[str]) -> int:
 
         print_keys()
         return 0
-    launch.tell_locks()
+    launch.warn_about_compile_locks()
     asked = {name: value for name in _LAUNCH if (value := getattr(args, name)) is not None}
     flags += [word for name in _KEYS if name in asked for word in (f"--{name}", str(asked[name]))]
     found = {**(read_yaml(args.config) if args.config is not None else {}), **read_flags(flags, [])}
-    start = planned(found, asked, trains=not args.dry_run) if found else None
+    start = resolve_launch(found, asked, trains=not args.dry_run) if found else None
 
     from ..launch.requirements import missing_extras
     from ..run import train as run  # torch from here on
 
     lacking = missing_extras(args.config, flags, found, start)
     if args.dry_run:
-        arguments = run.parse(args.config, flags, trains=False)
+        arguments = run.parse_arguments(args.config, flags, trains=False)
         try:
             launched = arguments.launch.accelerate_config
-            run.plan(arguments, start.count if start else intended(launched, arguments.training.use_cpu))
+            run.dry_run(
+                arguments, start.count if start else configured_num_processes(launched, arguments.training.use_cpu)
+            )
         except TSDKDError as error:
             if not lacking:
                 raise
@@ -66,15 +68,15 @@ def main(argv: Sequence[str]) -> int:
         if not asked:
             print(f"tsdkd: starting {start.count} processes, by {start.config}", file=sys.stderr, flush=True)
         own = ["--config", args.config] if args.config is not None else []
-        return launch.launch(start.config, start.options, ["train", *own, *flags])
-    run.train(run.parse(args.config, flags))
+        return launch.launch_processes(start.config, start.options, ["train", *own, *flags])
+    run.train(run.parse_arguments(args.config, flags))
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     about = "Distil a student from a teacher. Several visible GPUs: one process each, which it starts by itself."
     usage = "[--dry_run] [--accelerate_config NAME --num_processes N] "
-    parser = run_parser("train", about, _EPILOG, usage)
+    parser = build_run_parser("train", about, _EPILOG, usage)
     parser.add_argument("--dry_run", "--dry-run", action="store_true", help="print configuration and plan, and stop")
     parser.add_argument("--help_keys", action="store_true", help="list tsdkd's own keys, and stop")
     group = parser.add_argument_group("several processes, by accelerate")

@@ -8,13 +8,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from ..config.coercion import coerce, nearest
+from ..config.coercion import coerce, did_you_mean
 from ..config.options import AT_LEAST_ONE, option
 from ..errors import ConfigError
-from ..launch.processes import Start, planned
+from ..launch.processes import LaunchSpec, resolve_launch
 from ..methods import METHODS
-from ..run.arguments import RunArguments, parse_run, read_run
-from ..run.config_file import locate, read_yaml
+from ..run.arguments import RunArguments, parse_args_and_config, resolve_run_values
+from ..run.config_file import read_yaml, resolve_path
 
 _SHIPPED = Path(str(resources.files("tsdkd").joinpath("configs/compare")))
 _OWN = ("seed", "output_dir", "resume")
@@ -23,7 +23,7 @@ REFERENCES = ("student", "teacher")
 
 
 @dataclass(frozen=True)
-class Task:
+class ComparisonTask:
     """One run with one seed, or one of `REFERENCES`.
 
     Attributes:
@@ -76,44 +76,46 @@ class Comparison:
         return self.folder / "teacher_completions.jsonl"
 
     @property
-    def tasks(self) -> list[Task]:
+    def tasks(self) -> list[ComparisonTask]:
         """All that is to be done: references first, then every run with the first seed, and so on."""
         assert isinstance(self.runs, dict)
-        references = [Task(name, None, self.folder / name) for name in REFERENCES]
+        references = [ComparisonTask(name, None, self.folder / name) for name in REFERENCES]
         folders = {name: self.folder / (re.sub(r"[^\w.-]+", "_", name).lstrip(".") or "_") for name in self.runs}
-        return references + [Task(run, s, folders[run] / f"seed-{s}") for s in self.seeds for run in self.runs]
+        return references + [
+            ComparisonTask(run, s, folders[run] / f"seed-{s}") for s in self.seeds for run in self.runs
+        ]
 
-    def flags(self, task: Task) -> list[str]:
+    def flags(self, task: ComparisonTask) -> list[str]:
         """Of `tsdkd train --config …`."""
         assert isinstance(self.runs, dict)
         own = {"output_dir": str(task.folder), "resume": True}
         if task.seed is not None:
             own["seed"] = task.seed
-        words = _flags({**self.settings, **self.runs.get(task.run, {}), **own})
+        words = _to_flags({**self.settings, **self.runs.get(task.run, {}), **own})
         if self.teacher_completions and self._needs_completions(words):
             words += ["--dataset_name", str(self.teacher_file)]
         return words
 
     def _needs_completions(self, words: list[str]) -> bool:
-        method, values, _, _ = read_run(self.config, words)
+        method, values, _, _ = resolve_run_values(self.config, words)
         return METHODS[method].config_class.starts_from_data or values["lmbda"] < 1
 
-    def arguments(self, task: Task) -> RunArguments:
+    def arguments(self, task: ComparisonTask) -> RunArguments:
         """The run, parsed and checked. Raises `ConfigError`."""
-        return parse_run(self.config, self.flags(task))
+        return parse_args_and_config(self.config, self.flags(task))
 
-    def start(self, task: Task) -> Start | None:
+    def start(self, task: ComparisonTask) -> LaunchSpec | None:
         """The processes that the run needs. Raises `ConfigError`."""
         own = {"accelerate_config": self.accelerate_config, "num_processes": self.num_processes}
         own = {name: value for name, value in own.items() if value is not None}
-        return planned({**read_run(self.config, self.flags(task))[1], **own}, own)
+        return resolve_launch({**resolve_run_values(self.config, self.flags(task))[1], **own}, own)
 
     @property
     def shared_flags(self) -> list[str]:
         """What holds for all runs, as one that samples: the teacher's completions and the measurement go by it."""
         values = {**self.settings, "output_dir": self.output_dir}
-        method = read_run(self.config, _flags(values))[0]
-        return _flags(values if "lmbda" in METHODS[method].config_class.refused else {**values, "lmbda": 1})
+        method = resolve_run_values(self.config, _to_flags(values))[0]
+        return _to_flags(values if "lmbda" in METHODS[method].config_class.refused else {**values, "lmbda": 1})
 
     def teacher_flags(self, on_gpu: bool) -> list[str]:
         """Of `tsdkd generate --config …`, for the teacher's completions: on a GPU, which its engine has to itself,
@@ -123,7 +125,7 @@ class Comparison:
 
     def shared_arguments(self) -> RunArguments:
         """`shared_flags`, parsed and checked. Raises `ConfigError`."""
-        return parse_run(self.config, self.shared_flags)
+        return parse_args_and_config(self.config, self.shared_flags)
 
     def varied(self, run: str) -> float:
         """The value of `x` in a run."""
@@ -131,15 +133,15 @@ class Comparison:
         return float(self.runs[run][self.x])
 
 
-def shipped() -> list[str]:
+def comparison_names() -> list[str]:
     """The comparisons that ship with tsdkd."""
     return sorted(path.name for path in _SHIPPED.glob("*.yaml"))
 
 
-def print_shipped() -> None:
+def print_comparisons() -> None:
     """Names, and the first line of each."""
-    width = max(map(len, shipped()))
-    for name in shipped():
+    width = max(map(len, comparison_names()))
+    for name in comparison_names():
         first = (_SHIPPED / name).read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
         print(f"{name:<{width}}  {first}")
 
@@ -150,8 +152,8 @@ def read_comparison(name: str) -> Comparison:
     Raises:
         ConfigError: with every problem found, one line each, of the comparison and of its runs.
     """
-    found = read_yaml(str(_find(name)))
-    problems = _unknown(found)
+    found = read_yaml(str(_find_comparison(name)))
+    problems = _unknown_keys(found)
     hints, values = get_type_hints(Comparison), {}
     metadata = {f.name: f.metadata for f in fields(Comparison)}
     if "seeds" in found and not isinstance(found["seeds"], list):
@@ -171,41 +173,41 @@ def read_comparison(name: str) -> Comparison:
     if problems:
         raise ConfigError(problems)
     if isinstance(values["runs"], str):
-        other = read_yaml(str(_find(values["runs"]))).get("runs")
+        other = read_yaml(str(_find_comparison(values["runs"]))).get("runs")
         if not isinstance(other, dict):
             raise ConfigError([f"runs: {values['runs']}: must have runs of its own, found {other!r}"])
         values["runs"] = other
     values["runs"] = {str(name): run for name, run in values["runs"].items()}
-    values["eval_dataset_name"] = locate(values.get("eval_dataset_name"))
+    values["eval_dataset_name"] = resolve_path(values.get("eval_dataset_name"))
     comparison = Comparison(**values)
-    _check(comparison)
+    _validate_comparison(comparison)
     return comparison
 
 
-def _find(name: str) -> Path:
+def _find_comparison(name: str) -> Path:
     for path in (Path(name), _SHIPPED / name, _SHIPPED / f"{name}.yaml"):
         if path.is_file():
             return path
     raise ConfigError(
         [
-            f"--config: no file and no shipped comparison is called {name!r}{nearest(name, shipped())}; see "
+            f"--config: no file and no shipped comparison is called {name!r}{did_you_mean(name, comparison_names())}; see "
             "`tsdkd compare --list`"
         ]
     )
 
 
-def _unknown(found: Mapping[str, Any]) -> list[str]:
+def _unknown_keys(found: Mapping[str, Any]) -> list[str]:
     known = [f.name for f in fields(Comparison)]
-    return [f"{key}: unknown key{nearest(key, known)}" for key in found if key not in known]
+    return [f"{key}: unknown key{did_you_mean(key, known)}" for key in found if key not in known]
 
 
-def _check(comparison: Comparison) -> None:
+def _validate_comparison(comparison: Comparison) -> None:
     """Every run's keys, before the first one starts."""
     runs, problems = comparison.runs, []
     assert isinstance(runs, dict)
     if not runs or not comparison.seeds:
         problems.append("runs, seeds: at least one of each is needed")
-    problems += _check_seeds(comparison.seeds)
+    problems += _validate_seeds(comparison.seeds)
     folders: dict[Path, str] = {}
     for task in comparison.tasks:
         other = folders.setdefault(task.folder.parent if task.seed is not None else task.folder, task.run)
@@ -226,20 +228,20 @@ def _check(comparison: Comparison) -> None:
         if comparison.x is not None and not _is_number(values.get(comparison.x)):
             found = values.get(comparison.x, "nothing")
             problems.append(f"runs: {name}: {comparison.x}: x says that it varies, must be a number, found {found!r}")
-        task = Task(name, 0, Path("unused"))
+        task = ComparisonTask(name, 0, Path("unused"))
         try:
-            read_run(comparison.config, comparison.flags(task))
+            resolve_run_values(comparison.config, comparison.flags(task))
         except ConfigError as error:
             problems += [f"runs: {name}: {line}" for line in error.problems]
     try:
-        read_run(comparison.config, comparison.shared_flags)
+        resolve_run_values(comparison.config, comparison.shared_flags)
     except ConfigError as error:
         problems += [f"config, settings: {line}" for line in error.problems]
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
 
 
-def _check_seeds(seeds: list[Any]) -> list[str]:
+def _validate_seeds(seeds: list[Any]) -> list[str]:
     wrong = [seed for seed in seeds if type(seed) is not int or seed < 0]
     twice = {seed for seed in seeds if seeds.count(seed) > 1}
     return [
@@ -255,11 +257,11 @@ def _is_number(value: Any) -> bool:
         return False
 
 
-def _flags(values: Mapping[str, Any]) -> list[str]:
-    return [word for key, value in values.items() for word in _flag(key, value)]
+def _to_flags(values: Mapping[str, Any]) -> list[str]:
+    return [word for key, value in values.items() for word in _to_flag(key, value)]
 
 
-def _flag(key: str, value: Any) -> list[str]:
+def _to_flag(key: str, value: Any) -> list[str]:
     if isinstance(value, dict):
         return [f"--{key}", json.dumps(value)]
     if isinstance(value, list):

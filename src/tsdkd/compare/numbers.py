@@ -9,7 +9,7 @@ from scipy import stats
 
 
 @dataclass
-class Summary:
+class RunSummary:
     """A run over its seeds.
 
     Attributes:
@@ -29,17 +29,17 @@ class Summary:
     solved: np.ndarray
 
 
-def summarize(run: str, results: Sequence[dict[str, Any]], metrics: Sequence[str]) -> Summary:
+def summarize(run: str, results: Sequence[dict[str, Any]], metrics: Sequence[str]) -> RunSummary:
     """Of the results of one run, a seed each."""
     points = {metric: [float(result[metric]) for result in results] for metric in metrics}
     means = {metric: float(np.mean(values)) for metric, values in points.items()}
-    halves = {metric: _half_interval(values) for metric, values in points.items()}
+    halves = {metric: _half_width(values) for metric, values in points.items()}
     samples = results[0]["settings"]["eval_samples"]
     solved = np.mean([result["samples_right"] for result in results], axis=0) / samples
-    return Summary(run, len(results), means, halves, points, solved)
+    return RunSummary(run, len(results), means, halves, points, solved)
 
 
-def _half_interval(values: Sequence[float]) -> float:
+def _half_width(values: Sequence[float]) -> float:
     if len(values) < 2:
         return float("nan")
     return float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))

@@ -10,10 +10,10 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from ..errors import PreemptedError, TSDKDError
-from ..launch.slurm import render
-from ..run.output_dir import make_folder
-from .config import Comparison, Task
-from .task import load_problems, result_of
+from ..launch.slurm import render_job_script
+from ..run.output_dir import ensure_dir
+from .config import Comparison, ComparisonTask
+from .task import load_problems, read_result
 
 
 class TasksFailedError(TSDKDError, RuntimeError):
@@ -22,55 +22,57 @@ class TasksFailedError(TSDKDError, RuntimeError):
     exit_code = 1
 
 
-def run_all(comparison: Comparison, name: str, jobs: int) -> None:
+def run_tasks(comparison: Comparison, name: str, jobs: int) -> None:
     """Do what isn't done yet, `jobs` at a time.
 
     Raises:
         TasksFailedError: naming the tasks that failed and their logs.
         PreemptedError: a signal stopped them.
     """
-    make_folder(comparison.folder)
+    ensure_dir(comparison.folder)
     load_problems(comparison)  # what is wrong with them is told before hours of training
     tasks = list(enumerate(comparison.tasks))
-    todo = [(i, task) for i, task in tasks if result_of(comparison, task) is None]
-    _say(f"{len(tasks) - len(todo)} of {len(tasks)} tasks are done, {len(todo)} to go")
+    todo = [(i, task) for i, task in tasks if read_result(comparison, task) is None]
+    _print_progress(f"{len(tasks) - len(todo)} of {len(tasks)} tasks are done, {len(todo)} to go")
     running: dict[int, subprocess.Popen[bytes]] = {}
-    signals = _PassingSignalsOn(running)
+    signals = SignalForwarder(running)
 
-    def one(number: int, task: Task) -> tuple[Task, int, float] | None:
+    def run_in_subprocess(number: int, task: ComparisonTask) -> tuple[ComparisonTask, int, float] | None:
         if signals.received:
             return None
-        start, log = time.perf_counter(), _log(task)
-        make_folder(log.parent)
+        start, log = time.perf_counter(), _log_path(task)
+        ensure_dir(log.parent)
         command = [sys.executable, "-m", "tsdkd", "compare", "--config", name, "--task", str(number)]
         with log.open("ab") as file:
-            process = subprocess.Popen(command, stdout=file, stderr=file, env=_environment(jobs))
+            process = subprocess.Popen(command, stdout=file, stderr=file, env=_subprocess_env(jobs))
         running[number] = process
         if signals.received:  # meanwhile
             process.send_signal(signal.SIGTERM)
         return task, process.wait(), time.perf_counter() - start
 
-    failed: list[Task] = []
+    failed: list[ComparisonTask] = []
     with ThreadPoolExecutor(jobs) as pool:
-        pending: set[Future[tuple[Task, int, float] | None]] = {pool.submit(one, *item) for item in todo}
+        pending: set[Future[tuple[ComparisonTask, int, float] | None]] = {
+            pool.submit(run_in_subprocess, *item) for item in todo
+        }
         try:
             with signals:
                 while pending:
                     finished, pending = wait(pending, return_when=FIRST_COMPLETED)
                     for task, code, seconds in filter(None, (future.result() for future in finished)):
                         failed += [task] if code else []
-                        _tell(comparison, task, code, seconds)
+                        _print_task_result(comparison, task, code, seconds)
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     if signals.received:
         raise PreemptedError("stopped by a signal; the same command goes on from here")
     if failed:
-        logs = "\n".join(f"{task.title}: failed, see {_log(task)}" for task in failed)
+        logs = "\n".join(f"{task.title}: failed, see {_log_path(task)}" for task in failed)
         raise TasksFailedError(logs)
 
 
-class _PassingSignalsOn:
+class SignalForwarder:
     """Within it, SIGTERM and SIGUSR1 go to the running tasks, which save and stop.
 
     Attributes:
@@ -94,31 +96,31 @@ class _PassingSignalsOn:
                 process.send_signal(number)
 
 
-def _environment(jobs: int) -> dict[str, str]:
+def _subprocess_env(jobs: int) -> dict[str, str]:
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
     return {"OMP_NUM_THREADS": threads, **os.environ}
 
 
-def _log(task: Task) -> Path:
+def _log_path(task: ComparisonTask) -> Path:
     """Beside the folder, which is the run's own."""
     return task.folder.parent / f"{task.folder.name}.log"
 
 
-def _tell(comparison: Comparison, task: Task, code: int, seconds: float) -> None:
-    result = result_of(comparison, task) if code == 0 else None
+def _print_task_result(comparison: Comparison, task: ComparisonTask, code: int, seconds: float) -> None:
+    result = read_result(comparison, task) if code == 0 else None
     if result is None:
-        _say(f"{task.title}: exit code {code} after {seconds:.0f} s, see {_log(task)}")
+        _print_progress(f"{task.title}: exit code {code} after {seconds:.0f} s, see {_log_path(task)}")
         return
     k = comparison.eval_samples
     shown = ", ".join(f"{metric} {result[metric]:.1f}" for metric in ("greedy", f"avg@{k}", f"pass@{k}"))
-    _say(f"{task.title}: {shown} ({seconds:.0f} s)")
+    _print_progress(f"{task.title}: {shown} ({seconds:.0f} s)")
 
 
-def _say(text: str) -> None:
+def _print_progress(text: str) -> None:
     print(f"tsdkd compare: {text}", flush=True)
 
 
-def array_script(comparison: Comparison, name: str, **settings: object) -> str:
+def build_array_script(comparison: Comparison, name: str, **settings: object) -> str:
     """An sbatch script with a job for every task. Raises `ConfigError`."""
     own = {"last": len(comparison.tasks) - 1, "config": shlex.quote(name)}
-    return render("compare/slurm.sh.j2", comparison.folder, settings, [name], **own)
+    return render_job_script("compare/slurm.sh.j2", comparison.folder, settings, [name], **own)

@@ -11,40 +11,40 @@ from matplotlib import pyplot as plt
 
 from ..evaluation.scores import RESAMPLES, paired_bootstrap
 from .config import REFERENCES, Comparison
-from .numbers import Summary, summarize
-from .task import result_of
+from .numbers import RunSummary, summarize
+from .task import read_result
 
 _SMALL_TEST = 100  # problems
 _PALE, _DARK = "#9aa5b1", "#1f4e79"
 
 
-def write_results(comparison: Comparison) -> Path | None:
+def write_summary(comparison: Comparison) -> Path | None:
     """Write what is finished into the comparison's folder; returns the table's path, None where nothing is."""
-    found = [(task, result_of(comparison, task)) for task in comparison.tasks]
+    found = [(task, read_result(comparison, task)) for task in comparison.tasks]
     results = [result for _, result in found if result is not None]
     if not results:
         return None
     lines = "".join(json.dumps(result) + "\n" for result in results)
     (comparison.folder / "results.jsonl").write_text(lines, encoding="utf-8")
-    metrics = _metrics(comparison)
+    metrics = _metric_names(comparison)
     runs = [*REFERENCES, *comparison.runs]
     by_run = {run: [result for result in results if result["run"] == run] for run in runs}
     summaries = [summarize(run, some, metrics) for run, some in by_run.items() if some]
     path = comparison.folder / "results.md"
-    path.write_text(markdown(comparison, summaries), encoding="utf-8")
+    path.write_text(format_summary(comparison, summaries), encoding="utf-8")
     if any(summary.run not in REFERENCES for summary in summaries):
-        plot(comparison, summaries, comparison.folder / "results.png")
+        plot_accuracy(comparison, summaries, comparison.folder / "results.png")
     return path
 
 
-def _metrics(comparison: Comparison) -> list[str]:
+def _metric_names(comparison: Comparison) -> list[str]:
     k = comparison.eval_samples
     return ["greedy", f"avg@{k}", f"pass@{k}", "length", "entropy", "train_seconds"]
 
 
-def markdown(comparison: Comparison, summaries: Sequence[Summary]) -> str:
+def format_summary(comparison: Comparison, summaries: Sequence[RunSummary]) -> str:
     """The table: means over seeds with 95 % intervals, and the test against the baseline."""
-    metrics = _metrics(comparison)
+    metrics = _metric_names(comparison)
     heads = {"length": "length, tokens", "entropy": "entropy, nats", "train_seconds": "training, s"}
     baseline = comparison.baseline or next(iter(comparison.runs))
     base = next((s for s in summaries if s.run == baseline), None)
@@ -56,8 +56,8 @@ def markdown(comparison: Comparison, summaries: Sequence[Summary]) -> str:
     rows = [columns, ["---", *["---:"] * (len(columns) - 1)]]
     best = {m: max((s.means[m] for s in summaries if s.run not in REFERENCES), default=None) for m in metrics[:3]}
     for summary in summaries:
-        cells = [_cell(summary, metric, best.get(metric)) for metric in metrics]
-        rows.append([summary.run.replace("|", "\\|"), *cells, _against(summary, base)])
+        cells = [_format_cell(summary, metric, best.get(metric)) for metric in metrics]
+        rows.append([summary.run.replace("|", "\\|"), *cells, _format_difference(summary, base)])
     text = "".join(f"| {' | '.join(row)} |\n" for row in rows)
     count = len(summaries[0].solved)
     counts = sorted({s.seeds for s in summaries if s.run not in REFERENCES})
@@ -70,7 +70,7 @@ def markdown(comparison: Comparison, summaries: Sequence[Summary]) -> str:
     return f"{text}\n{note}"
 
 
-def _cell(summary: Summary, metric: str, best: float | None) -> str:
+def _format_cell(summary: RunSummary, metric: str, best: float | None) -> str:
     mean, half = summary.means[metric], summary.halves[metric]
     digits = {"entropy": 3, "train_seconds": 0}.get(metric, 1)
     if metric == "train_seconds" and summary.run in REFERENCES:
@@ -80,7 +80,7 @@ def _cell(summary: Summary, metric: str, best: float | None) -> str:
     return text if half != half else f"{text} ± {half:.{digits}f}"
 
 
-def _against(summary: Summary, base: Summary | None) -> str:
+def _format_difference(summary: RunSummary, base: RunSummary | None) -> str:
     if base is None or summary.run == base.run or summary.run in REFERENCES:
         return ""
     difference = 100 * float((summary.solved - base.solved).mean())
@@ -88,16 +88,16 @@ def _against(summary: Summary, base: Summary | None) -> str:
     return f"{difference:+.1f} (p {shares[0]:.3f}; {shares[1]:.3f})"
 
 
-def _limits(percents: Sequence[float]) -> tuple[float, float]:
+def _axis_limits(percents: Sequence[float]) -> tuple[float, float]:
     """Of an axis: with few seeds an interval is far longer than what there is to be seen."""
     low, high = min(percents), max(percents)
     margin = max(2.0, 0.15 * (high - low))
     return max(0.0, low - margin), min(100.0, high + margin)
 
 
-def plot(comparison: Comparison, summaries: Sequence[Summary], path: Path) -> None:
+def plot_accuracy(comparison: Comparison, summaries: Sequence[RunSummary], path: Path) -> None:
     """Accuracy of every run: each seed a dot, the mean with its interval; of a sweep as a line over `x`."""
-    metrics = _metrics(comparison)[:3]
+    metrics = _metric_names(comparison)[:3]
     runs = [s for s in summaries if s.run not in REFERENCES]
     if comparison.x:
         runs.sort(key=lambda s: comparison.varied(s.run))
@@ -126,7 +126,7 @@ def plot(comparison: Comparison, summaries: Sequence[Summary], path: Path) -> No
             before = references["student"].means[metric]
             draw(before, color="black", lw=0.8, ls=":", label="student before")
             shown.append(before)
-        (axis.set_ylim if comparison.x else axis.set_xlim)(_limits(shown))
+        (axis.set_ylim if comparison.x else axis.set_xlim)(_axis_limits(shown))
         axis.spines[["top", "right"]].set_visible(False)
     if "student" in references:
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", frameon=False, fontsize="small")

@@ -17,23 +17,23 @@ from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
-from ..data import load_rows, prepare_rows
+from ..data import load_split, prepare_dataset
 from ..errors import DataError, EngineError, OutputDirError, PreemptedError
-from ..evaluation import Problems, evaluate
-from ..launch.accelerate import launch
-from ..launch.processes import Start
-from ..models.loading import Pair, resolve_pair, stop_token_ids
+from ..evaluation import ProblemSet, evaluate
+from ..launch.accelerate import launch_processes
+from ..launch.processes import LaunchSpec
+from ..models.loading import ModelPair, collect_stop_token_ids, resolve_pair
 from ..run import train as run
 from ..run.arguments import RunArguments
 from ..run.config_file import read_yaml
-from ..run.output_dir import has_ended, make_folder
-from .config import Comparison, Task
+from ..run.output_dir import ensure_dir, has_final_model
+from .config import Comparison, ComparisonTask
 
 RESULT = "result.json"
 _SECONDS = "seconds"  # how long each attempt trained, a line each
 
 
-def result_of(comparison: Comparison, task: Task) -> dict[str, Any] | None:
+def read_result(comparison: Comparison, task: ComparisonTask) -> dict[str, Any] | None:
     """What is known of a task, None where it isn't finished.
 
     Raises:
@@ -47,7 +47,7 @@ def result_of(comparison: Comparison, task: Task) -> dict[str, Any] | None:
         return None
     except (ValueError, TypeError, KeyError) as error:
         raise OutputDirError(f"output_dir: {path} is damaged; remove it, and the task is measured again") from error
-    wanted = _settings(comparison, task)
+    wanted = _result_settings(comparison, task)
     differing = [name for name in wanted.keys() | before.keys() if wanted.get(name) != before.get(name)]
     if differing:
         name = min(differing)
@@ -58,21 +58,21 @@ def result_of(comparison: Comparison, task: Task) -> dict[str, Any] | None:
     return found
 
 
-def do(comparison: Comparison, task: Task) -> dict[str, Any]:
+def run_task(comparison: Comparison, task: ComparisonTask) -> dict[str, Any]:
     """The task's result, made if it isn't there.
 
     Raises:
         TSDKDError: as `run.train`; a later call goes on from there.
     """
-    found = result_of(comparison, task)
+    found = read_result(comparison, task)
     if found is not None:
         return found
-    make_folder(task.folder.parent)
-    with _locked(task.folder.parent / f"{task.folder.name}.lock"):
-        return result_of(comparison, task) or _do(comparison, task)
+    ensure_dir(task.folder.parent)
+    with _file_lock(task.folder.parent / f"{task.folder.name}.lock"):
+        return read_result(comparison, task) or _run_task(comparison, task)
 
 
-def _do(comparison: Comparison, task: Task) -> dict[str, Any]:
+def _run_task(comparison: Comparison, task: ComparisonTask) -> dict[str, Any]:
     processes = comparison.start(task) if task.seed is not None else None  # before anything takes a GPU
     arguments, rows = comparison.arguments(task), load_problems(comparison)
     seconds = 0.0
@@ -82,10 +82,12 @@ def _do(comparison: Comparison, task: Task) -> dict[str, Any]:
         seconds = _train(comparison, task, arguments, processes)
         clear_device_cache(garbage_collection=True)  # a trainer's cycles hold its models
     start = time.perf_counter()
-    model = {"student": str(arguments.model.model_name_or_path), "teacher": _teacher(arguments)}.get(task.run)
-    found_metrics = _measure(comparison, arguments, rows, model if task.seed is None else str(task.folder))
+    model = {"student": str(arguments.model.model_name_or_path), "teacher": _teacher_name_or_path(arguments)}.get(
+        task.run
+    )
+    found_metrics = _evaluate(comparison, arguments, rows, model if task.seed is None else str(task.folder))
     clear_device_cache(garbage_collection=True)
-    settings = _settings(comparison, task)
+    settings = _result_settings(comparison, task)
     timing = {"train_seconds": seconds, "eval_seconds": time.perf_counter() - start}
     result = {
         "run": task.run,
@@ -95,7 +97,7 @@ def _do(comparison: Comparison, task: Task) -> dict[str, Any]:
         **timing,
         "settings": settings,
     }
-    _write(task.folder / RESULT, json.dumps(result))
+    _write_atomically(task.folder / RESULT, json.dumps(result))
     return result
 
 
@@ -105,14 +107,14 @@ def write_teacher_completions(comparison: Comparison) -> None:
     if file.exists():
         return
     partial = file.with_suffix(".partial.jsonl")
-    with _locked(file.with_suffix(".lock")) as lock:
+    with _file_lock(file.with_suffix(".lock")) as lock:
         if file.exists():
             return
-        _generate(comparison, partial, lock)
+        _generate_in_subprocess(comparison, partial, lock)
         os.replace(partial, file)
 
 
-def _generate(comparison: Comparison, output: Path, lock: TextIO) -> None:
+def _generate_in_subprocess(comparison: Comparison, output: Path, lock: TextIO) -> None:
     """In a process of its own: only its end gives back all of the GPU's memory. If it outlives this one, it keeps the
     lock."""
     on_gpu = comparison.shared_arguments().training.device.type == "cuda"
@@ -134,16 +136,18 @@ def _generate(comparison: Comparison, output: Path, lock: TextIO) -> None:
         raise SystemExit(code)  # it has said why
 
 
-def _train(comparison: Comparison, task: Task, arguments: RunArguments, processes: Start | None) -> float:
+def _train(
+    comparison: Comparison, task: ComparisonTask, arguments: RunArguments, processes: LaunchSpec | None
+) -> float:
     """Train to the end; the seconds that it took in all, earlier attempts included."""
     clock = task.folder.parent / f"{task.folder.name}.{_SECONDS}"
     start = time.perf_counter()
     try:
-        if not has_ended(task.folder):
+        if not has_final_model(task.folder):
             if processes:
-                _launch(comparison, task, processes)
+                _launch_training(comparison, task, processes)
             else:
-                with _environment_kept():
+                with _preserve_environ():
                     run.train(arguments)
     finally:
         with clock.open("a") as file:
@@ -152,7 +156,7 @@ def _train(comparison: Comparison, task: Task, arguments: RunArguments, processe
 
 
 @contextmanager
-def _environment_kept() -> Iterator[None]:
+def _preserve_environ() -> Iterator[None]:
     """DeepSpeed and vLLM have a process say which of several it is; the next run would take itself for launched."""
     before = dict(os.environ)
     try:
@@ -162,9 +166,9 @@ def _environment_kept() -> Iterator[None]:
         os.environ.update(before)
 
 
-def _launch(comparison: Comparison, task: Task, processes: Start) -> None:
+def _launch_training(comparison: Comparison, task: ComparisonTask, processes: LaunchSpec) -> None:
     command = ["train", "--config", comparison.config, *comparison.flags(task)]
-    code = launch(processes.config, processes.options, command)
+    code = launch_processes(processes.config, processes.options, command)
     if code:
         raise SystemExit(code)  # its processes have said why
 
@@ -176,40 +180,42 @@ def load_problems(comparison: Comparison) -> Dataset:
     if name is None:
         raise DataError("eval_dataset_name: missing, it names the problems to measure on")
     split = "train" if Path(name).is_file() else shared.data.dataset_test_split
-    rows = load_rows(name, None, split, "eval_dataset_name")
+    rows = load_split(name, None, split, "eval_dataset_name")
     if "answer" not in rows.column_names:
         raise DataError(f"eval_dataset_name: {name} has no column 'answer'")
     return rows.select(range(min(comparison.eval_problems or len(rows), len(rows))))
 
 
-def _measure(comparison: Comparison, arguments: RunArguments, rows: Dataset, model: str | None) -> dict[str, Any]:
+def _evaluate(comparison: Comparison, arguments: RunArguments, rows: Dataset, model: str | None) -> dict[str, Any]:
     """With the same limits, whatever those of the run were; in the template that it had."""
     training, shared = arguments.training, comparison.shared_arguments().training
     training.max_new_tokens, training.max_length = shared.max_new_tokens, shared.max_length
-    student, teacher = str(arguments.model.model_name_or_path), _teacher(arguments)
+    student, teacher = str(arguments.model.model_name_or_path), _teacher_name_or_path(arguments)
     pair = resolve_pair(student, teacher, training)
-    prepared = prepare_rows(rows, pair.template, training, pair.context, needs_completion=False)
+    prepared = prepare_dataset(rows, pair.template, training, pair.context, needs_completion=False)
     dtype = torch.bfloat16 if training.device.type == "cuda" else torch.float32
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(training.device)
-    result = evaluate(loaded, _problems(pair, prepared, loaded), comparison.eval_samples, comparison.eval_batch_size)
+    result = evaluate(
+        loaded, _build_problem_set(pair, prepared, loaded), comparison.eval_samples, comparison.eval_batch_size
+    )
     return {**result.metrics, "greedy_right": [int(x) for x in result.greedy], "samples_right": result.right}
 
 
-def _problems(pair: Pair, prepared: Any, model: Any) -> Problems:
+def _build_problem_set(pair: ModelPair, prepared: Any, model: Any) -> ProblemSet:
     def decode(ids: list[int]) -> str:
         return str(pair.tokenizer.decode(ids, skip_special_tokens=True))
 
-    stop_ids = stop_token_ids(pair.tokenizer, pair.teacher_tokenizer, model.generation_config)
+    stop_ids = collect_stop_token_ids(pair.tokenizer, pair.teacher_tokenizer, model.generation_config)
     shared = pair.shared_vocab_size
     stop_ids = {i for i in stop_ids if i < shared}
-    return Problems(prepared["prompt_ids"], prepared["answer"], prepared["limit"], stop_ids, shared, decode)
+    return ProblemSet(prepared["prompt_ids"], prepared["answer"], prepared["limit"], stop_ids, shared, decode)
 
 
-def _teacher(arguments: RunArguments) -> str:
+def _teacher_name_or_path(arguments: RunArguments) -> str:
     return str(arguments.training.teacher_model_name_or_path or arguments.model.model_name_or_path)
 
 
-def _settings(comparison: Comparison, task: Task) -> dict[str, Any]:
+def _result_settings(comparison: Comparison, task: ComparisonTask) -> dict[str, Any]:
     """All that the result depends on."""
     assert isinstance(comparison.runs, dict)
     own = {} if task.seed is None else {**comparison.runs[task.run], "seed": task.seed}
@@ -218,16 +224,16 @@ def _settings(comparison: Comparison, task: Task) -> dict[str, Any]:
     return {**read_yaml(comparison.config), **comparison.settings, **own, **measured}
 
 
-def _write(path: Path, text: str) -> None:
+def _write_atomically(path: Path, text: str) -> None:
     """In one go: a result is whole or isn't there."""
-    make_folder(path.parent)
+    ensure_dir(path.parent)
     new = path.with_name(f".{path.name}.new")
     new.write_text(text, encoding="utf-8")
     os.replace(new, path)
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[TextIO]:
+def _file_lock(path: Path) -> Iterator[TextIO]:
     """One process at a time, whoever started it; the lock ends with the last process that has the file open."""
     with path.open("w") as file:
         try:

@@ -13,7 +13,7 @@ from trl.experimental.gkd import GKDConfig
 from ..errors import ConfigError
 from .coercion import coerce
 from .options import AT_LEAST_ONE, NOT_NEGATIVE, option
-from .validation import check_values, default_of, own_fields
+from .validation import declared_fields, get_default, validate_options
 
 
 @dataclass
@@ -121,7 +121,7 @@ class TokenSelectiveConfig(GKDConfig):
     _VALID_DICT_FIELDS = [*GKDConfig._VALID_DICT_FIELDS, "chat_template_kwargs"]
 
     def __post_init__(self) -> None:
-        problems = self._coerce_own() or check_values(type(self), vars(self))
+        problems = self._coerce_own() or validate_options(type(self), vars(self))
         if problems:
             raise ConfigError(problems)
         super().__post_init__()
@@ -134,7 +134,7 @@ class TokenSelectiveConfig(GKDConfig):
     def _coerce_own(self) -> list[str]:
         hints = get_type_hints(type(self))
         problems = []
-        for name in own_fields(type(self)):
+        for name in declared_fields(type(self)):
             try:
                 setattr(self, name, coerce(getattr(self, name), hints[name]))
             except ValueError as error:
@@ -144,11 +144,11 @@ class TokenSelectiveConfig(GKDConfig):
     @classmethod
     def own_options(cls) -> list[str]:
         """The options that a method adds to what all have, or gives another default."""
-        common = {name: default_of(TokenSelectiveConfig, name) for name in own_fields(TokenSelectiveConfig)}
+        common = {name: get_default(TokenSelectiveConfig, name) for name in declared_fields(TokenSelectiveConfig)}
         if cls is TokenSelectiveConfig:
             return list(common)
-        names = [name for name in own_fields(cls) if name not in cls.refused]
-        return [name for name in names if name not in common or default_of(cls, name) != common[name]]
+        names = [name for name in declared_fields(cls) if name not in cls.refused]
+        return [name for name in names if name not in common or get_default(cls, name) != common[name]]
 
     @property
     def needs_completions(self) -> bool:

@@ -8,7 +8,7 @@ from enum import Enum
 from typing import Any, Literal, Union, get_args, get_origin
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
+def did_you_mean(word: str, known: Iterable[str]) -> str:
     """ ", did you mean ...?" where something known is close to `word`, else nothing."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f", did you mean {close[0]!r}?" if close else ""
@@ -29,7 +29,7 @@ def coerce(value: Any, hint: Any) -> Any:
     if value is None:
         if optional:
             return None
-        raise ValueError(f"expected {_describe(options)}, found nothing")
+        raise ValueError(f"expected {_describe_types(options)}, found nothing")
     errors = []
     for option in sorted(options, key=_specificity):
         try:
@@ -37,7 +37,7 @@ def coerce(value: Any, hint: Any) -> Any:
         except ValueError as error:
             errors.append(str(error))
     chosen = next((e for e in errors if e), None)
-    raise ValueError(chosen or f"expected {_describe(options)}, found {value!r}")
+    raise ValueError(chosen or f"expected {_describe_types(options)}, found {value!r}")
 
 
 def _specificity(option: Any) -> int:
@@ -48,21 +48,21 @@ def _specificity(option: Any) -> int:
 def _coerce_one(value: Any, option: Any) -> Any:
     origin = get_origin(option) or option
     if origin is Literal:
-        return _one_of(value, list(get_args(option)))
+        return _match_choice(value, list(get_args(option)))
     if isinstance(origin, type) and issubclass(origin, Enum):
         # YAML 1.1 reads an unquoted no as false
-        return _one_of("no" if value is False else value, [choice.value for choice in origin])
+        return _match_choice("no" if value is False else value, [choice.value for choice in origin])
     converters = {bool: _to_bool, int: _to_int, float: _to_float, str: _to_str, dict: _to_dict, list: _to_list}
     if origin not in converters:
         raise ValueError("")
     return converters[origin](value)
 
 
-def _one_of(value: Any, choices: list[Any]) -> Any:
+def _match_choice(value: Any, choices: list[Any]) -> Any:
     if value in choices:
         return value
     names = [str(choice) for choice in choices]
-    raise ValueError(f"must be one of {', '.join(names)}, found {value!r}{nearest(str(value), names)}")
+    raise ValueError(f"must be one of {', '.join(names)}, found {value!r}{did_you_mean(str(value), names)}")
 
 
 def _to_bool(value: Any) -> bool:
@@ -74,14 +74,14 @@ def _to_bool(value: Any) -> bool:
 
 
 def _to_int(value: Any) -> int:
-    return int(_numeral(value, int))
+    return int(_to_number(value, int))
 
 
 def _to_float(value: Any) -> float:
-    return _numeral(value, float)  # also strings: PyYAML reads 5e-6 as one
+    return _to_number(value, float)  # also strings: PyYAML reads 5e-6 as one
 
 
-def _numeral(value: Any, kind: type[int] | type[float]) -> float:
+def _to_number(value: Any, kind: type[int] | type[float]) -> float:
     if isinstance(value, bool) or not isinstance(value, (kind, int, str)):
         raise ValueError("")
     try:
@@ -113,7 +113,7 @@ def _to_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [str(value)]
 
 
-def _describe(options: Sequence[Any]) -> str:
+def _describe_types(options: Sequence[Any]) -> str:
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "a string", dict: "a mapping"}
     texts = [names.get(get_origin(o) or o, "a list" if get_origin(o) is list else "") for o in options]
     return " or ".join(t for t in texts if t) or "another value"

@@ -15,7 +15,7 @@ _CONFIGS = resources.files("tsdkd").joinpath("configs/accelerate")
 LAUNCHED = "TSDKD_LAUNCHED"  # in the environment of the processes that are started here: how many they are
 
 
-def config_names() -> list[str]:
+def launch_config_names() -> list[str]:
     """The launch configurations that ship with tsdkd."""
     return sorted(path.name.removesuffix(".yaml") for path in _CONFIGS.iterdir())
 
@@ -25,42 +25,45 @@ class LaunchArguments:
     """How a run's processes are started.
 
     Args:
-        accelerate_config: a launch configuration of accelerate: a file, or one of `config_names()`.
+        accelerate_config: a launch configuration of accelerate: a file, or one of `launch_config_names()`.
         num_processes: how many; by default one a visible GPU.
     """
 
     accelerate_config: str | None = option(
         None,
         "A launch configuration of accelerate.",
-        (lambda v: _path_of(v) is not None, f"must be a file, or one of {', '.join(config_names())}"),
+        (
+            lambda v: _launch_config_path(v) is not None,
+            f"must be a file, or one of {', '.join(launch_config_names())}",
+        ),
     )
     num_processes: int | None = option(None, "Processes in all; none: one a visible GPU.", AT_LEAST_ONE)
 
 
-def find_config(config: str) -> Path:
+def find_launch_config(config: str) -> Path:
     """A file, or a shipped configuration. Raises `ConfigError`."""
-    path = _path_of(config)
+    path = _launch_config_path(config)
     if path is None:
-        raise ConfigError([f"accelerate_config: no file {config!r}, and none of {', '.join(config_names())}"])
+        raise ConfigError([f"accelerate_config: no file {config!r}, and none of {', '.join(launch_config_names())}"])
     return path
 
 
-def read_config(config: str | None) -> dict[str, Any]:
+def read_launch_config(config: str | None) -> dict[str, Any]:
     """What a launch configuration says; nothing where there is none. Raises `ConfigError`."""
     if config is None:
         return {}
-    path = find_config(config)
+    path = find_launch_config(config)
     try:
         return dict(yaml.safe_load(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
         raise ConfigError([f"accelerate_config: {path} can't be read: {' '.join(str(error).split())}"]) from error
 
 
-def count_of(config: str, options: Mapping[str, Any]) -> int:
+def launch_num_processes(config: str, options: Mapping[str, Any]) -> int:
     """How many processes a launch configuration starts with these options of `accelerate launch`, on all machines."""
-    return int(options.get("num_processes") or read_config(config).get("num_processes") or 1)
+    return int(options.get("num_processes") or read_launch_config(config).get("num_processes") or 1)
 
 
-def _path_of(config: str) -> Path | None:
+def _launch_config_path(config: str) -> Path | None:
     shipped = _CONFIGS.joinpath(f"{config}.yaml")
     return next((path for path in (Path(config), Path(str(shipped))) if path.is_file()), None)

@@ -40,6 +40,6 @@ def option(
     )
 
 
-def plain(value: Any) -> Any:
+def enum_value(value: Any) -> Any:
     """An enumeration's member as its value, anything else as it is."""
     return getattr(value, "value", value)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from typing import Any
 
-from .options import AT_LEAST_ONE, NOT_NEGATIVE, POSITIVE, POSITIVE_SHARE, SHARE, Check, Pointless, plain
+from .options import AT_LEAST_ONE, NOT_NEGATIVE, POSITIVE, POSITIVE_SHARE, SHARE, Check, Pointless, enum_value
 
 # Options of TRL and transformers that would have no effect here, or a wrong one: refused, not ignored.
 UNSUPPORTED = {
@@ -56,7 +56,7 @@ _CHECKPOINTING = {"use_reentrant", "preserve_rng_state", "determinism_check", "d
 _RESERVED = {"add_generation_prompt", "tokenize", "return_dict", "return_tensors", "padding", "truncation"}
 
 
-def _only(allowed: set[str]) -> Check:
+def _only_keys(allowed: set[str]) -> Check:
     return (lambda v: set(v) <= allowed), f"must have no other keys than {', '.join(sorted(allowed))}"
 
 
@@ -100,7 +100,7 @@ _RANGES: dict[str, Check] = {
     "adam_epsilon": POSITIVE,
     "log_level": (lambda v: v in _LOG_LEVELS, f"must be one of {', '.join(_LOG_LEVELS)}"),
     "dtype": (lambda v: v in _DTYPES, f"must be one of {', '.join(_DTYPES)}"),
-    "gradient_checkpointing_kwargs": _only(_CHECKPOINTING),
+    "gradient_checkpointing_kwargs": _only_keys(_CHECKPOINTING),
     "chat_template_kwargs": (
         lambda v: not _RESERVED & set(v),
         f"must leave out {', '.join(sorted(_RESERVED))}: they are tsdkd's to set",
@@ -119,10 +119,10 @@ _POINTLESS: dict[str, Check] = {
     "log_completions": (lambda v: v["lmbda"] == 0, "lmbda is 0: nothing is generated"),
     "head_chunk_gib": (lambda v: not v["fused_head"], "fused_head is false"),
     "chat_template_kwargs": (lambda v: v["chat_template_source"] == "none", "chat_template_source is none"),
-    "save_steps": (lambda v: plain(v["save_strategy"]) != "steps", "save_strategy is not steps"),
-    "save_total_limit": (lambda v: plain(v["save_strategy"]) == "no", "save_strategy is no"),
-    "load_best_model_at_end": (lambda v: plain(v["save_strategy"]) == "no", "save_strategy is no"),
-    "eval_steps": (lambda v: plain(v["eval_strategy"]) != "steps", "eval_strategy is not steps"),
+    "save_steps": (lambda v: enum_value(v["save_strategy"]) != "steps", "save_strategy is not steps"),
+    "save_total_limit": (lambda v: enum_value(v["save_strategy"]) == "no", "save_strategy is no"),
+    "load_best_model_at_end": (lambda v: enum_value(v["save_strategy"]) == "no", "save_strategy is no"),
+    "eval_steps": (lambda v: enum_value(v["eval_strategy"]) != "steps", "eval_strategy is not steps"),
     "use_vllm": (lambda v: v["lmbda"] == 0, "lmbda is 0: nothing is generated"),
     "vllm_importance_sampling_clip_max": (
         lambda v: not v["vllm_importance_sampling_correction"],
@@ -134,7 +134,7 @@ _SERVED = ("server_base_url", "server_host", "server_port", "server_timeout", "r
 _VLLM = ("mode", "max_model_length", "check_every", "importance_sampling_correction")
 
 
-def _without(condition: str, names: tuple[str, ...]) -> dict[str, Check]:
+def _no_effect_if(condition: str, names: tuple[str, ...]) -> dict[str, Check]:
     tests = {
         "use_vllm is false": lambda v: not v["use_vllm"],
         "vllm_mode is not server": lambda v: v["vllm_mode"] != "server",
@@ -143,8 +143,10 @@ def _without(condition: str, names: tuple[str, ...]) -> dict[str, Check]:
     return {f"vllm_{name}": (tests[condition], condition) for name in names}
 
 
-_POINTLESS |= _without("use_vllm is false", _VLLM)
-_POINTLESS |= _without("vllm_mode is not server", _SERVED) | _without("vllm_mode is not colocate", _COLOCATED)
+_POINTLESS |= _no_effect_if("use_vllm is false", _VLLM)
+_POINTLESS |= _no_effect_if("vllm_mode is not server", _SERVED) | _no_effect_if(
+    "vllm_mode is not colocate", _COLOCATED
+)
 _LORA = (
     "lora_r",
     "lora_alpha",
@@ -157,7 +159,7 @@ _LORA = (
 )
 
 
-def own_fields(cls: type) -> list[str]:
+def declared_fields(cls: type) -> list[str]:
     """The fields that tsdkd declares, or gives a type or default of its own."""
     package = __name__.partition(".")[0]
     declared = [c.__annotations__ for c in cls.__mro__ if c.__module__.partition(".")[0] == package]
@@ -165,7 +167,7 @@ def own_fields(cls: type) -> list[str]:
     return [name for name in dict.fromkeys(n for annotations in declared for n in annotations) if name in names]
 
 
-def default_of(cls: type, name: str) -> Any:
+def get_default(cls: type, name: str) -> Any:
     """The default of a dataclass field (None where there is none)."""
     for f in fields(cls):
         if f.name == name:
@@ -175,7 +177,7 @@ def default_of(cls: type, name: str) -> Any:
     raise KeyError(name)
 
 
-def rules_of(cls: Any) -> tuple[dict[str, Check], dict[str, Pointless]]:
+def get_rules(cls: Any) -> tuple[dict[str, Check], dict[str, Pointless]]:
     """What the options of a configuration must fulfil, and when they have no effect, by name."""
     metadata = {f.name: f.metadata for f in fields(cls)}
     ranges = {n: valid for n, m in metadata.items() if (valid := m.get("valid") or _RANGES.get(n))}
@@ -183,11 +185,11 @@ def rules_of(cls: Any) -> tuple[dict[str, Check], dict[str, Pointless]]:
     return ranges, pointless
 
 
-def check_values(cls: Any, values: Mapping[str, Any]) -> list[str]:
+def validate_options(cls: Any, values: Mapping[str, Any]) -> list[str]:
     """All problems of a configuration's values: range, support, contradiction. Values are already of their types."""
-    ranges, pointless = rules_of(cls)
+    ranges, pointless = get_rules(cls)
     refused = getattr(cls, "refused", {})
-    changed = sorted(f.name for f in fields(cls) if f.name in values and values[f.name] != default_of(cls, f.name))
+    changed = sorted(f.name for f in fields(cls) if f.name in values and values[f.name] != get_default(cls, f.name))
     problems = []
     for name, (valid, text) in sorted(ranges.items()):
         value = values.get(name)
@@ -202,10 +204,10 @@ def check_values(cls: Any, values: Mapping[str, Any]) -> list[str]:
             problems.append(f"{name}: no option of {cls.method}: {refused[name]}; remove it")
         elif name in pointless and pointless[name][0](values):
             problems.append(f"{name}: {values[name]!r} has no effect because {pointless[name][1]}; remove it")
-    return problems + _contradictions(values, changed)
+    return problems + _check_conflicts(values, changed)
 
 
-def _contradictions(values: Mapping[str, Any], changed: list[str]) -> list[str]:
+def _check_conflicts(values: Mapping[str, Any], changed: list[str]) -> list[str]:
     problems = []
     if values.get("bf16") and values.get("fp16"):
         problems.append("bf16, fp16: at most one can be true")

@@ -10,31 +10,31 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data import load_rows
-from ..evaluation import Evaluation, Problems, evaluate
-from ..models.loading import stop_token_ids
+from ..data import load_split
+from ..evaluation import EvalResult, ProblemSet, evaluate
+from ..models.loading import collect_stop_token_ids
 from ..run import train as run
 from ..run.arguments import RunArguments
-from ..run.output_dir import claim
+from ..run.output_dir import resolve_resume
 from . import task
 
 PROBLEMS = 256
 _SHOWN = ("greedy", "avg@8", "pass@8")
 
 
-def show(arguments: RunArguments) -> None:
+def run_demo(arguments: RunArguments) -> None:
     """Run the demo and print its table. Raises `TSDKDError`."""
-    claim(arguments)
+    resolve_resume(arguments)
     torch.set_num_threads(2)  # more cost more than they give on matrices of 64 x 64, and change the bits of the run
-    rows = list(load_rows(str(arguments.data.eval_dataset_name), None, "train"))[:PROBLEMS]
-    teacher = measure_saved(str(arguments.training.teacher_model_name_or_path), rows)
-    print(f"teacher         {_line(teacher)}", flush=True)
-    before = measure_saved(str(arguments.model.model_name_or_path), rows)
-    print(f"student, before {_line(before)}", flush=True)
+    rows = list(load_split(str(arguments.data.eval_dataset_name), None, "train"))[:PROBLEMS]
+    teacher = evaluate_saved(str(arguments.training.teacher_model_name_or_path), rows)
+    print(f"teacher         {_format_metrics(teacher)}", flush=True)
+    before = evaluate_saved(str(arguments.model.model_name_or_path), rows)
+    print(f"student, before {_format_metrics(before)}", flush=True)
     start = time.perf_counter()
     run.train(arguments)
     seconds = time.perf_counter() - start
-    after = measure_saved(str(arguments.training.output_dir), rows)
+    after = evaluate_saved(str(arguments.training.output_dir), rows)
 
     title = f"{arguments.method} on {len(rows)} held-out problems, {seconds:.0f} s of training"
     table = Table(title=title, caption="percent solved; avg@8 and pass@8 at temperature 1")
@@ -44,10 +44,10 @@ def show(arguments: RunArguments) -> None:
         table.add_row(name, *(f"{found.metrics[metric]:.1f}" for metric in _SHOWN))
     table.add_row("gained", *(f"{after.metrics[metric] - before.metrics[metric]:+.1f}" for metric in _SHOWN))
     Console().print(table)
-    _report(arguments, {"before": before, "after": after, "teacher": teacher})
+    _write_report(arguments, {"before": before, "after": after, "teacher": teacher})
 
 
-def _report(arguments: RunArguments, found: dict[str, Evaluation]) -> None:
+def _write_report(arguments: RunArguments, found: dict[str, EvalResult]) -> None:
     """The evaluation's files and the run's report, both in its folder."""
     try:
         from ..evaluation import results as table
@@ -66,32 +66,34 @@ def _report(arguments: RunArguments, found: dict[str, Evaluation]) -> None:
     measured = []
     for name, of in found.items():
         samples = np.arange(of.samples) < np.array(of.right)[:, None]  # which of them are right doesn't matter
-        measured.append(table.Measured(name, greedy, np.array(of.greedy, dtype=float)[:, None]))
-        measured.append(table.Measured(name, sampled, samples.astype(float)))
-    table.write(measured, models, "before", folder / "eval", "demo")
+        measured.append(table.BenchmarkResult(name, greedy, np.array(of.greedy, dtype=float)[:, None]))
+        measured.append(table.BenchmarkResult(name, sampled, samples.astype(float)))
+    table.write_results(measured, models, "before", folder / "eval", "demo")
     print(f"report: {write_report([folder], folder / 'report.html')}")
 
 
-def measure_saved(folder: str, rows: list[dict[str, str]]) -> Evaluation:
+def evaluate_saved(folder: str, rows: list[dict[str, str]]) -> EvalResult:
     """A saved model, loaded as a user would load it."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return measure(model, AutoTokenizer.from_pretrained(folder), rows)
+    return evaluate_demo(model, AutoTokenizer.from_pretrained(folder), rows)
 
 
-def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, str]]) -> Evaluation:
+def evaluate_demo(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, str]]
+) -> EvalResult:
     """What a model makes of every row (`prompt`, `answer`), greedily and in eight samples."""
     chats = [[{"role": "user", "content": row["prompt"]}] for row in rows]
-    problems = Problems(
+    problems = ProblemSet(
         prompts=[tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=False) for c in chats],
         answers=[row["answer"] for row in rows],
         limits=[task.MAX_COMPLETION_TOKENS + 10] * len(rows),
-        stop_ids=stop_token_ids(tokenizer, model.generation_config),
+        stop_ids=collect_stop_token_ids(tokenizer, model.generation_config),
         vocab_size=model.config.vocab_size,
         decode=lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
-        is_correct=task.is_correct,
+        is_correct=task.is_demo_correct,
     )
     return evaluate(model, problems)
 
 
-def _line(found: Evaluation) -> str:
+def _format_metrics(found: EvalResult) -> str:
     return "   ".join(f"{metric} {found.metrics[metric]:5.1f}" for metric in _SHOWN)

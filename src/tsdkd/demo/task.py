@@ -1,4 +1,4 @@
-"""The demo task "chains": arithmetic modulo 10 on two interleaved chains of one to three operations.
+"""The demo task "chains": arithmetic modulo 10 on two speculative_choice chains of one to three operations.
 
     prompt      a 3 +4 *2 ; d 5 -2 ; find a - d
     completion  so a 3 +4 = 7 . then d 5 -2 = 3 ; thus a 7 *2 = 4 ; so a 4 - d 3 = 1 . answer 1
@@ -51,7 +51,7 @@ class Problem:
     sign: str
 
 
-def apply(value: int, operation: str) -> int:
+def apply_operation(value: int, operation: str) -> int:
     """The result of one operation such as "+4" or "*2", modulo 10."""
     sign, number = operation[0], int(operation[1:])
     return {"+": value + number, "-": value - number, "*": value * number}[sign] % 10
@@ -61,7 +61,7 @@ def final_value(chain: Chain) -> int:
     """The value of a chain after all of its operations."""
     value = chain.start
     for operation in chain.operations:
-        value = apply(value, operation)
+        value = apply_operation(value, operation)
     return value
 
 
@@ -74,7 +74,7 @@ def make_problem(rng: random.Random) -> Problem:
     sign = rng.choice("+-")
     first, second = rng.sample(chains, 2)
     prompt = f"{chains[0]} ; {chains[1]} ; find {first.name} {sign} {second.name}"
-    answer = apply(final_value(first), f"{sign}{final_value(second)}")
+    answer = apply_operation(final_value(first), f"{sign}{final_value(second)}")
     return Problem(prompt, str(answer), first, second, sign)
 
 
@@ -86,7 +86,7 @@ def sample_solution(problem: Problem, rng: random.Random) -> str:
     while unfinished := [chain for chain in values if todo[chain]]:
         chain = rng.choice(unfinished)
         operation = todo[chain].pop(0)
-        result = apply(values[chain], operation)
+        result = apply_operation(values[chain], operation)
         end = "." if todo[chain] else ";"
         steps.append(f"{_connective(rng)} {chain.name} {values[chain]} {operation} = {result} {end}")
         values[chain] = result
@@ -99,13 +99,13 @@ def _connective(rng: random.Random) -> str:
     return rng.choices(list(CONNECTIVES), list(CONNECTIVES.values()))[0]
 
 
-def is_correct(completion: str, answer: str) -> bool:
+def is_demo_correct(completion: str, answer: str) -> bool:
     """Whether the word after the last "answer" of the completion is the answer."""
     _, found, after = f" {completion} ".rpartition(" answer ")
     return bool(found) and after.split()[:1] == [answer]
 
 
-def split_of(prompt: str) -> Split:
+def assign_split(prompt: str) -> Split:
     """The split that owns a prompt, a function of its text alone: no seed can draw a held-out prompt for training."""
     return "held_out" if crc32(prompt.encode()) % 8 == 0 else "train"
 
@@ -116,6 +116,6 @@ def iter_problems(seed: int, split: Split) -> Iterator[tuple[Problem, str]]:
     seen: set[str] = set()
     while True:
         problem = make_problem(rng)
-        if split_of(problem.prompt) == split and problem.prompt not in seen:
+        if assign_split(problem.prompt) == split and problem.prompt not in seen:
             seen.add(problem.prompt)
             yield problem, sample_solution(problem, rng)

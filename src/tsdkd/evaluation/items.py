@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from ..errors import OutputDirError
-from ..run.output_dir import writing
+from ..run.output_dir import wrap_os_errors
 
 
 @dataclass
-class Item:
+class ItemResult:
     """One item of a benchmark.
 
     Attributes:
@@ -30,7 +30,7 @@ class Item:
     responses: list[str]
 
 
-class Items:
+class ItemResults:
     """The file of one model's items of one benchmark.
 
     Args:
@@ -43,16 +43,16 @@ class Items:
 
     def __init__(self, path: Path, source: dict[str, Any]) -> None:
         self.path, self.source = path, source
-        self.found: dict[tuple[str, int], Item] = {}
-        with writing(path):
+        self.found: dict[tuple[str, int], ItemResult] = {}
+        with wrap_os_errors(path):
             if path.exists():
                 self._read()
 
-    def add(self, items: Iterable[Item]) -> None:
+    def add(self, items: Iterable[ItemResult]) -> None:
         """Append those that aren't there. Raises `OutputDirError`."""
         new = [item for item in items if (item.task, item.doc) not in self.found]
         lines = [json.dumps(asdict(item) | self.source, ensure_ascii=False) + "\n" for item in new]
-        with writing(self.path):
+        with wrap_os_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
                 file.write("".join(lines))
@@ -70,7 +70,7 @@ class Items:
                     break
                 try:
                     row = json.loads(line)
-                    item = Item(**{name: row[name] for name in ("task", "doc", "scores", "responses")})
+                    item = ItemResult(**{name: row[name] for name in ("task", "doc", "scores", "responses")})
                     found = {name: row[name] for name in self.source}
                     damaged = len(item.scores) != row["samples"] or not all(0 <= score <= 1 for score in item.scores)
                 except (ValueError, KeyError, TypeError):

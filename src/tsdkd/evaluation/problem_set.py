@@ -7,17 +7,17 @@ import torch
 from transformers import PreTrainedModel
 
 from ..data import completion_mask, pad_sequences
-from ..grading import is_correct
+from ..grading import is_exact_match
 from ..losses import token_entropy
 from ..rollout.base import Completion
-from ..rollout.hf import sample
+from ..rollout.hf import sample_completions
 from ..rollout.seeding import prompt_generator
 
 _LOGITS_GIB = 0.5  # that exist at once for the entropy
 
 
 @dataclass
-class Problems:
+class ProblemSet:
     """What is to be solved.
 
     Attributes:
@@ -36,11 +36,11 @@ class Problems:
     stop_ids: Collection[int]
     vocab_size: int
     decode: Callable[[list[int]], str]
-    is_correct: Callable[[str, str], bool] = is_correct
+    is_correct: Callable[[str, str], bool] = is_exact_match
 
 
 @dataclass
-class Evaluation:
+class EvalResult:
     """What a model solved, problem by problem.
 
     Attributes:
@@ -70,7 +70,7 @@ class Evaluation:
         }
 
 
-def evaluate(model: PreTrainedModel, problems: Problems, samples: int = 8, batch_size: int = 256) -> Evaluation:
+def evaluate(model: PreTrainedModel, problems: ProblemSet, samples: int = 8, batch_size: int = 256) -> EvalResult:
     """Solve every problem once greedily and `samples` times at temperature 1, from fixed seeds.
 
     Args:
@@ -80,19 +80,21 @@ def evaluate(model: PreTrainedModel, problems: Problems, samples: int = 8, batch
         batch_size: completions at a time.
     """
     model.eval()
-    greedy = _right(problems, _complete(model, problems, None, batch_size))
-    sampled = [_complete(model, problems, repeat, batch_size) for repeat in range(samples)]
-    right = [sum(column) for column in zip(*(_right(problems, some) for some in sampled), strict=True)]
+    greedy = _grade(problems, _sample_completions(model, problems, None, batch_size))
+    sampled = [_sample_completions(model, problems, repeat, batch_size) for repeat in range(samples)]
+    right = [sum(column) for column in zip(*(_grade(problems, some) for some in sampled), strict=True)]
     lengths = [len(c.ids) for some in sampled for c in some]
-    return Evaluation(greedy, right, samples, sum(lengths) / len(lengths), _entropy(model, problems, sampled[0]))
+    return EvalResult(greedy, right, samples, sum(lengths) / len(lengths), _mean_entropy(model, problems, sampled[0]))
 
 
-def _complete(model: PreTrainedModel, problems: Problems, repeat: int | None, batch_size: int) -> list[Completion]:
+def _sample_completions(
+    model: PreTrainedModel, problems: ProblemSet, repeat: int | None, batch_size: int
+) -> list[Completion]:
     """One completion of each problem; `repeat` None is greedy. The batch doesn't change what is sampled."""
     found: list[Completion] = []
     for start in range(0, len(problems.prompts), batch_size):
         which = range(start, min(start + batch_size, len(problems.prompts)))
-        found += sample(
+        found += sample_completions(
             model,
             [problems.prompts[i] for i in which],
             [problems.limits[i] for i in which],
@@ -103,13 +105,13 @@ def _complete(model: PreTrainedModel, problems: Problems, repeat: int | None, ba
     return found
 
 
-def _right(problems: Problems, completions: Sequence[Completion]) -> list[bool]:
+def _grade(problems: ProblemSet, completions: Sequence[Completion]) -> list[bool]:
     texts = (problems.decode(c.ids) for c in completions)
     return [problems.is_correct(text, str(answer)) for text, answer in zip(texts, problems.answers, strict=True)]
 
 
 @torch.no_grad()
-def _entropy(model: PreTrainedModel, problems: Problems, completions: Sequence[Completion]) -> float:
+def _mean_entropy(model: PreTrainedModel, problems: ProblemSet, completions: Sequence[Completion]) -> float:
     total, count, start = 0.0, 0, 0
     longest = max(len(p) + len(c.ids) for p, c in zip(problems.prompts, completions, strict=True))
     size = max(1, int(_LOGITS_GIB * 2**30 / (4 * longest * problems.vocab_size)))

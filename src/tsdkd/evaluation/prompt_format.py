@@ -8,13 +8,13 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ..run.output_dir import RUN_FILE, read_config
+from ..run.output_dir import RUN_FILE, read_run_config
 
 THINKING = "enable_thinking"
 
 
 @dataclass(frozen=True)
-class Rendering:
+class PromptFormat:
     """What becomes of a prompt before its tokens.
 
     Attributes:
@@ -31,14 +31,14 @@ class Rendering:
         return self.template is not None
 
 
-def rendering_of(
+def resolve_prompt_format(
     path: str,
     tokenizer: PreTrainedTokenizerBase,
     chat: bool,
     is_asked_for: bool,
     defaults: Mapping[str, Any],
     model_args: Mapping[str, Any],
-) -> Rendering | None:
+) -> PromptFormat | None:
     """A model's, None where it would need a chat template and has none.
 
     Args:
@@ -52,9 +52,9 @@ def rendering_of(
     Raises:
         DataError: the configuration of the run can't be read.
     """
-    run = _run_of(Path(path))
+    run = _find_run_config(Path(path))
     if not chat or (run and not is_asked_for and run.get("chat_template_source") == "none"):
-        return Rendering(None, {})
+        return PromptFormat(None, {})
     if not tokenizer.chat_template:
         return None
     template = str(tokenizer.chat_template)
@@ -62,10 +62,10 @@ def rendering_of(
     args = known if run is None else dict(run.get("chat_template_kwargs") or {})
     if THINKING in model_args:
         args[THINKING] = model_args[THINKING]
-    return Rendering(hashlib.sha256(template.encode()).hexdigest()[:12], args)
+    return PromptFormat(hashlib.sha256(template.encode()).hexdigest()[:12], args)
 
 
-def _run_of(folder: Path) -> dict[str, Any] | None:
+def _find_run_config(folder: Path) -> dict[str, Any] | None:
     """The configuration of the run whose student, or whose checkpoint, is in a folder."""
     places = [folder, folder.parent] if folder.name.startswith("checkpoint-") else [folder]
-    return next((read_config(place) for place in places if (place / RUN_FILE).is_file()), None)
+    return next((read_run_config(place) for place in places if (place / RUN_FILE).is_file()), None)

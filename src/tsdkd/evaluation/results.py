@@ -12,13 +12,13 @@ import numpy as np
 import yaml
 
 from ..errors import DataError
-from ..run.output_dir import RUN_FILE, make_folder, read_config, writing
-from .scores import RESAMPLES, interval, paired_bootstrap, pass_at_k
+from ..run.output_dir import RUN_FILE, ensure_dir, read_run_config, wrap_os_errors
+from .scores import RESAMPLES, bootstrap_interval, paired_bootstrap, pass_at_k
 from .suites import Benchmark
 
 
 @dataclass
-class Measured:
+class BenchmarkResult:
     """One model on one benchmark.
 
     Attributes:
@@ -49,8 +49,8 @@ class Measured:
         return ["accuracy"] if n == 1 else [f"avg@{n}", *(f"pass@{k}" for k in self.ks or (n,))]
 
 
-def write(
-    measured: Sequence[Measured],
+def write_results(
+    measured: Sequence[BenchmarkResult],
     models: dict[str, str],
     baseline: str,
     folder: Path,
@@ -59,26 +59,26 @@ def write(
 ) -> Path:
     """Write `results-<suite>.json` and `results-<suite>.md`, with the settings that the numbers are of; returns the
     latter."""
-    numbers = [entry for m in measured for entry in _numbers(m, _of(measured, baseline, m.benchmark))]
+    numbers = [entry for m in measured for entry in _build_entries(m, _find_result(measured, baseline, m.benchmark))]
     paths = {name: str(Path(model).resolve()) if Path(model).is_dir() else model for name, model in models.items()}
     text = json.dumps({"models": paths, "settings": settings or {}, "results": numbers}, indent=1)
     path = folder / f"results-{suite}.md"
     asked = ", ".join(f"{name} {value}" for name, value in (settings or {}).items())
     asked = f"\nSuite {suite}: {asked}.\n" if asked else ""
-    make_folder(folder)
-    with writing(path):
+    ensure_dir(folder)
+    with wrap_os_errors(path):
         path.with_suffix(".json").write_text(text, encoding="utf-8")
-        path.write_text(_markdown(measured, numbers, models, baseline) + asked, encoding="utf-8")
+        path.write_text(_format_markdown(measured, numbers, models, baseline) + asked, encoding="utf-8")
     return path
 
 
-def results_in(folder: Path) -> dict[str, Path]:
-    """What `write` has left in a folder, or in its subfolders `eval*`: name -> JSON file."""
+def find_results(folder: Path) -> dict[str, Path]:
+    """What `write_results` has left in a folder, or in its subfolders `eval*`: name -> JSON file."""
     paths = [*sorted(folder.glob("results-*.json")), *sorted(folder.glob("eval*/results-*.json"))]
     return {f"{path.parent.name}/{path.stem.removeprefix('results-')}": path for path in paths}
 
 
-def read(path: Path) -> tuple[dict[str, str], list[dict[str, Any]]]:
+def read_results(path: Path) -> tuple[dict[str, str], list[dict[str, Any]]]:
     """Models and entries of a `results-<suite>.json`. Raises `DataError`."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -90,15 +90,15 @@ def read(path: Path) -> tuple[dict[str, str], list[dict[str, Any]]]:
         raise DataError(f"{path} isn't from tsdkd eval: {' '.join(repr(error).split())[:200]}") from error
 
 
-def _numbers(measured: Measured, base: Measured) -> list[dict[str, Any]]:
+def _build_entries(measured: BenchmarkResult, base: BenchmarkResult) -> list[dict[str, Any]]:
     entries = []
     for metric, values in measured.metrics.items():
-        low, high = interval(values)
+        low, high = bootstrap_interval(values)
         entry: dict[str, Any] = {"model": measured.model, "benchmark": measured.benchmark.name, "metric": metric}
         entry |= {"items": len(values), "mean": 100 * float(values.mean()), "low": 100 * low, "high": 100 * high}
         if base.model != measured.model:
             theirs = base.metrics[metric]
-            low, high = interval(values - theirs)
+            low, high = bootstrap_interval(values - theirs)
             entry |= {"baseline": base.model, "difference": 100 * float((values - theirs).mean())}
             entry |= {"difference_low": 100 * low, "difference_high": 100 * high}
             share = paired_bootstrap(values, theirs)
@@ -107,30 +107,30 @@ def _numbers(measured: Measured, base: Measured) -> list[dict[str, Any]]:
     return entries
 
 
-def _of(measured: Sequence[Measured], model: str, benchmark: Benchmark) -> Measured:
+def _find_result(measured: Sequence[BenchmarkResult], model: str, benchmark: Benchmark) -> BenchmarkResult:
     return next(m for m in measured if m.model == model and m.benchmark == benchmark)
 
 
-def _markdown(
-    measured: Sequence[Measured], numbers: Sequence[dict[str, Any]], models: dict[str, str], baseline: str
+def _format_markdown(
+    measured: Sequence[BenchmarkResult], numbers: Sequence[dict[str, Any]], models: dict[str, str], baseline: str
 ) -> str:
     """Means with 95 % intervals, then the differences from the baseline, then the papers' rows."""
     entries = {(e["model"], e["benchmark"], e["metric"]): e for e in numbers}
     benchmarks = list(dict.fromkeys(m.benchmark for m in measured))
-    columns = [(b, metric) for b in benchmarks for metric in _of(measured, baseline, b).shown]
+    columns = [(b, metric) for b in benchmarks for metric in _find_result(measured, baseline, b).shown]
     heads = [b.title if metric == "accuracy" else f"{b.title} {metric}" for b, metric in columns]
 
     def row(model: str, cell: Any) -> list[str]:
         return [model, *(cell(entries[model, b.name, metric]) for b, metric in columns)]
 
     means = [row(m, lambda e: f"{e['mean']:.1f} [{e['low']:.1f}, {e['high']:.1f}]") for m in models]
-    parts = [_rows(["", *heads], means)]
+    parts = [_format_table(["", *heads], means)]
     others = [m for m in models if m != baseline]
     if others:
-        tests = [row(m, difference_of) for m in others]
-        parts.append(_rows([f"against {baseline}", *heads], tests))
-    parts += [_published(pair, [b.name for b in benchmarks]) for pair in _pairs(models)]
-    items = ", ".join(f"{b.title} {len(_of(measured, baseline, b).scores)}" for b in benchmarks)
+        tests = [row(m, format_difference) for m in others]
+        parts.append(_format_table([f"against {baseline}", *heads], tests))
+    parts += [_format_published(pair, [b.name for b in benchmarks]) for pair in _find_published(models)]
+    items = ", ".join(f"{b.title} {len(_find_result(measured, baseline, b).scores)}" for b in benchmarks)
     test = (
         f" p: two-sided, of {RESAMPLES:,} paired bootstrap resamples, twice the share in which the difference has the "
         "other sign, ties counting half."
@@ -139,37 +139,37 @@ def _markdown(
     return "\n".join(part for part in parts if part)
 
 
-def difference_of(entry: dict[str, Any]) -> str:
+def format_difference(entry: dict[str, Any]) -> str:
     """In points, with interval and p."""
     low, high, p = entry["difference_low"], entry["difference_high"], entry["p"]
     return f"{entry['difference']:+.1f} [{low:+.1f}, {high:+.1f}] (p {f'{p:.3f}' if p >= 0.001 else '< 0.001'})"
 
 
-def _rows(heads: list[str], rows: list[list[str]]) -> str:
+def _format_table(heads: list[str], rows: list[list[str]]) -> str:
     lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def _pairs(models: dict[str, str]) -> list[dict[str, Any]]:
+def _find_published(models: dict[str, str]) -> list[dict[str, Any]]:
     """The papers' pairs to which one of the models belongs, by its name on the hub."""
     text = resources.files("tsdkd").joinpath("evaluation/published.yaml").read_text(encoding="utf-8")
-    names = {name for path in models.values() for name in _family(path)}
+    names = {name for path in models.values() for name in _model_names(path)}
     return [pair for pair in yaml.safe_load(text) if pair["student"] in names]
 
 
-def _family(path: str) -> set[str]:
+def _model_names(path: str) -> set[str]:
     """A model's own name; of a run's student, also the one that it started from."""
     names = {Path(path).name}
     if Path(path, RUN_FILE).is_file():
         with suppress(DataError):  # no reason to lose a table
-            names.add(Path(str(read_config(Path(path)).get("model_name_or_path"))).name)
+            names.add(Path(str(read_run_config(Path(path)).get("model_name_or_path"))).name)
     return names
 
 
-def _published(pair: dict[str, Any], benchmarks: list[str]) -> str:
+def _format_published(pair: dict[str, Any], benchmarks: list[str]) -> str:
     columns = [name for name in pair["columns"] if name in benchmarks]
     if not columns:
         return ""
     places = [pair["columns"].index(name) for name in columns]
     rows = [[name, *("" if row[i] is None else f"{row[i]}" for i in places)] for name, row in pair["rows"].items()]
-    return _rows([f"{pair['table']}: {pair['teacher']} to {pair['student']}", *columns], rows)
+    return _format_table([f"{pair['table']}: {pair['teacher']} to {pair['student']}", *columns], rows)

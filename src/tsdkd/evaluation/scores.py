@@ -21,7 +21,7 @@ def pass_at_k(scores: np.ndarray, k: int) -> np.ndarray:
     return 1.0 - np.prod(np.clip(wrong[:, None] - i, 0, None) / (n - i), axis=1)
 
 
-def interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
+def bootstrap_interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
     """The 95 % bootstrap interval of the mean over items, percentile method."""
     if len(values) < 2 or np.ptp(values) == 0:
         mean = float(np.mean(values))

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..config.coercion import nearest
+from ..config.coercion import did_you_mean
 from ..errors import ConfigError
 
 
@@ -54,7 +54,7 @@ class Suite:
 _NOT_THINKING = {"enable_thinking": False}  # EOPD, section 5.1: the teacher; appendix C: the template of training
 
 
-def _sampled(name: str, title: str) -> Benchmark:
+def _sampled_benchmark(name: str, title: str) -> Benchmark:
     return Benchmark(name, title, name, 0, "score", "all", samples=8, sampled=True)
 
 
@@ -77,12 +77,12 @@ SUITES = {
     ),
     "eopd": Suite(
         (
-            _sampled("math500", "MATH500"),
-            _sampled("amc23", "AMC23"),
-            _sampled("minerva", "Minerva"),
-            _sampled("olympiadbench", "OlympiadBench"),
-            _sampled("aime24", "AIME24"),
-            _sampled("aime25", "AIME25"),
+            _sampled_benchmark("math500", "MATH500"),
+            _sampled_benchmark("amc23", "AMC23"),
+            _sampled_benchmark("minerva", "Minerva"),
+            _sampled_benchmark("olympiadbench", "OlympiadBench"),
+            _sampled_benchmark("aime24", "AIME24"),
+            _sampled_benchmark("aime25", "AIME25"),
         ),
         chat=True,
         source="EOPD, section 5.1 and appendix C",
@@ -90,7 +90,7 @@ SUITES = {
     ),
     "ood": Suite(
         (
-            _sampled("gpqa_diamond", "GPQA-Diamond"),
+            _sampled_benchmark("gpqa_diamond", "GPQA-Diamond"),
             Benchmark("mmlu_pro", "MMLU-Pro", "mmlu_pro", 5, "exact_match", "custom-extract", sampled=True),
         ),
         chat=True,
@@ -100,7 +100,7 @@ SUITES = {
     "demo": Suite(
         (
             Benchmark("demo_greedy", "demo, greedy", "demo_greedy", 0, "score", "all"),
-            _sampled("demo", "demo"),
+            _sampled_benchmark("demo", "demo"),
         ),
         chat=True,
         source="the embedded demo",
@@ -108,12 +108,12 @@ SUITES = {
 }
 
 
-def title_of(name: str) -> str:
+def benchmark_title(name: str) -> str:
     """A benchmark's title; of an unknown one its name."""
     return next((b.title for suite in SUITES.values() for b in suite.benchmarks if b.name == name), name)
 
 
-def choose(suite: str, names: list[str] | None, allow_code_execution: bool = False) -> list[Benchmark]:
+def select_benchmarks(suite: str, names: list[str] | None, allow_code_execution: bool = False) -> list[Benchmark]:
     """The suite's benchmarks, or those of them that are named.
 
     Raises:
@@ -124,7 +124,10 @@ def choose(suite: str, names: list[str] | None, allow_code_execution: bool = Fal
     if unknown:
         has = f"it has {', '.join(known)}"
         raise ConfigError(
-            [f"--benchmarks: {name!r} is not of suite {suite}{nearest(name, list(known))}; {has}" for name in unknown]
+            [
+                f"--benchmarks: {name!r} is not of suite {suite}{did_you_mean(name, list(known))}; {has}"
+                for name in unknown
+            ]
         )
     chosen = [known[name] for name in names or known]
     coded = [b.title for b in chosen if b.runs_code]

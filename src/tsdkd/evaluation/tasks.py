@@ -13,7 +13,7 @@ from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 
 from ..errors import DataError
-from ..grading import boxed_letter_is, is_correct, same_mathematics
+from ..grading import is_boxed_letter, is_exact_match, is_math_equivalent
 from .sandbox import run_program
 from .suites import Benchmark
 
@@ -25,10 +25,10 @@ _NEUTRAL = {"top_k": 0, "repetition_penalty": 1.0}  # or a checkpoint's own gene
 _LETTERS = "ABCD"
 
 
-def _mathematics(path: str, split: str, question: str, answer: str) -> dict[str, Any]:
+def _math_task(path: str, split: str, question: str, answer: str) -> dict[str, Any]:
     def grade(response: str, doc: dict[str, Any]) -> bool:
         gold = doc[answer]
-        return same_mathematics(response, str(gold[0] if isinstance(gold, list) else gold))
+        return is_math_equivalent(response, str(gold[0] if isinstance(gold, list) else gold))
 
     return {
         "dataset_path": path,
@@ -39,7 +39,7 @@ def _mathematics(path: str, split: str, question: str, answer: str) -> dict[str,
     }
 
 
-def _multiple_choice() -> dict[str, Any]:
+def _gpqa_task() -> dict[str, Any]:
     def choices(doc: dict[str, Any]) -> list[str]:
         """The right one and the others, in an order that depends on the question alone."""
         names = ["Correct Answer", *(f"Incorrect Answer {i}" for i in (1, 2, 3))]
@@ -55,37 +55,37 @@ def _multiple_choice() -> dict[str, Any]:
         "dataset_name": "gpqa_diamond",
         "test_split": "train",
         "doc_to_text": text,
-        "grade": lambda response, doc: boxed_letter_is(response, _LETTERS[choices(doc).index("Correct Answer")]),
+        "grade": lambda response, doc: is_boxed_letter(response, _LETTERS[choices(doc).index("Correct Answer")]),
         "generation_kwargs": _SAMPLED,
     }
 
 
-def _demo(**generation: Any) -> dict[str, Any]:
+def _demo_task(**generation: Any) -> dict[str, Any]:
     return {
         "dataset_path": "json",
         "dataset_kwargs": {"data_files": {"test": str(resources.files("tsdkd").joinpath("demo/test.jsonl"))}},
         "test_split": "test",
         "doc_to_text": lambda doc: doc["prompt"],
-        "grade": lambda response, doc: is_correct(response, str(doc["answer"])),
+        "grade": lambda response, doc: is_exact_match(response, str(doc["answer"])),
         "generation_kwargs": {"max_gen_toks": 64, **generation},
     }
 
 
 OWN: dict[str, dict[str, Any]] = {
-    "math500": _mathematics("HuggingFaceH4/MATH-500", "test", "problem", "answer"),
-    "amc23": _mathematics("math-ai/amc23", "test", "question", "answer"),
-    "minerva": _mathematics("math-ai/minervamath", "test", "question", "answer"),
-    "olympiadbench": _mathematics("math-ai/olympiadbench", "test", "question", "final_answer"),
-    "aime24": _mathematics("HuggingFaceH4/aime_2024", "train", "problem", "answer"),
-    "aime25": _mathematics("math-ai/aime25", "test", "problem", "answer"),
-    "gpqa_diamond": _multiple_choice(),
-    "demo": _demo(do_sample=True, temperature=1.0),
-    "demo_greedy": _demo(do_sample=False),
+    "math500": _math_task("HuggingFaceH4/MATH-500", "test", "problem", "answer"),
+    "amc23": _math_task("math-ai/amc23", "test", "question", "answer"),
+    "minerva": _math_task("math-ai/minervamath", "test", "question", "answer"),
+    "olympiadbench": _math_task("math-ai/olympiadbench", "test", "question", "final_answer"),
+    "aime24": _math_task("HuggingFaceH4/aime_2024", "train", "problem", "answer"),
+    "aime25": _math_task("math-ai/aime25", "test", "problem", "answer"),
+    "gpqa_diamond": _gpqa_task(),
+    "demo": _demo_task(do_sample=True, temperature=1.0),
+    "demo_greedy": _demo_task(do_sample=False),
 }
 """Tasks of our own: as the harness's, and `grade`, which takes a response and its item."""
 
 
-def build(benchmark: Benchmark, samples: int, max_new_tokens: int, data_dir: Path | None) -> list[Task]:
+def build_tasks(benchmark: Benchmark, samples: int, max_new_tokens: int, data_dir: Path | None) -> list[Task]:
     """The benchmark's tasks, with their data loaded.
 
     Args:
@@ -97,15 +97,15 @@ def build(benchmark: Benchmark, samples: int, max_new_tokens: int, data_dir: Pat
     Raises:
         DataError: a data set that isn't there, or local rows that aren't the benchmark's.
     """
-    manager = _index() if benchmark.task not in OWN else TaskManager(include_defaults=False)
+    manager = _harness_task_manager() if benchmark.task not in OWN else TaskManager(include_defaults=False)
     if benchmark.task in OWN:
-        specs = [_own(benchmark.task, samples, max_new_tokens)]
+        specs = [_custom_task_config(benchmark.task, samples, max_new_tokens)]
     elif benchmark.runs_code:
-        specs = [_in_the_sandbox(manager.task_index[benchmark.task].cfg)]
+        specs = [_sandboxed_task_config(manager.task_index[benchmark.task].cfg)]
     else:
-        specs = [_theirs(name, benchmark, max_new_tokens) for name in leaves(manager, benchmark.task)]
+        specs = [_harness_task_config(name, benchmark, max_new_tokens) for name in leaf_tasks(manager, benchmark.task)]
     if data_dir is not None:
-        specs = [spec | _local(spec["task"], data_dir) for spec in specs]
+        specs = [spec | _local_dataset_config(spec["task"], data_dir) for spec in specs]
     if specs[0]["task"] in manager.task_index:  # a group's members may say in what they differ from the index
         specs = [{"group": benchmark.name, "task": specs}]
     try:
@@ -123,11 +123,11 @@ def build(benchmark: Benchmark, samples: int, max_new_tokens: int, data_dir: Pat
         raise DataError(f"{benchmark.title}: its data can't be loaded{place}: {line}") from error
     if data_dir is not None:
         for task in tasks:
-            _check_rows(task, benchmark, data_dir)
+            _validate_rows(task, benchmark, data_dir)
     return tasks
 
 
-def _check_rows(task: Task, benchmark: Benchmark, data_dir: Path) -> None:
+def _validate_rows(task: Task, benchmark: Benchmark, data_dir: Path) -> None:
     """What the harness would stumble over when models have been loaded, or have answered."""
     examples = list(task.fewshot_docs() or []) if benchmark.shots else []
     if len(examples) < benchmark.shots:
@@ -158,21 +158,21 @@ def _check_rows(task: Task, benchmark: Benchmark, data_dir: Path) -> None:
 
 
 @cache
-def _index() -> TaskManager:
+def _harness_task_manager() -> TaskManager:
     """All of the harness's tasks: thousands of small files."""
     return TaskManager()
 
 
-def leaves(manager: TaskManager, name: str) -> list[str]:
+def leaf_tasks(manager: TaskManager, name: str) -> list[str]:
     """The harness's tasks of that name: itself, a group's, a tag's."""
     entry = manager.task_index[name]
     members = entry.cfg.get("task") if entry.cfg else sorted(entry.tags)
     if isinstance(members, str):
         return [name]
-    return [leaf for member in members for leaf in leaves(manager, member)]
+    return [leaf for member in members for leaf in leaf_tasks(manager, member)]
 
 
-def _own(name: str, samples: int, max_new_tokens: int) -> dict[str, Any]:
+def _custom_task_config(name: str, samples: int, max_new_tokens: int) -> dict[str, Any]:
     config = dict(OWN[name])
     grade: Grade = config.pop("grade")
     return config | {
@@ -188,14 +188,14 @@ def _own(name: str, samples: int, max_new_tokens: int) -> dict[str, Any]:
     }
 
 
-def _theirs(name: str, benchmark: Benchmark, max_new_tokens: int) -> dict[str, Any]:
+def _harness_task_config(name: str, benchmark: Benchmark, max_new_tokens: int) -> dict[str, Any]:
     spec: dict[str, Any] = {"task": name, "num_fewshot": benchmark.shots}
     if benchmark.sampled:
         spec["generation_kwargs"] = {"until": ["Question:"], "max_gen_toks": max_new_tokens, **_NEUTRAL, **_SAMPLED}
     return spec
 
 
-def _in_the_sandbox(config: dict[str, Any]) -> dict[str, Any]:
+def _sandboxed_task_config(config: dict[str, Any]) -> dict[str, Any]:
     """The harness's task of writing programs, without its way to run them, which is no sandbox."""
     kept = ("dataset_path", "dataset_name", "test_split", "doc_to_text", "target_delimiter", "generation_kwargs")
     return {
@@ -204,12 +204,12 @@ def _in_the_sandbox(config: dict[str, Any]) -> dict[str, Any]:
         "output_type": "generate_until",
         "doc_to_target": "",
         "num_fewshot": 0,
-        "process_results": lambda doc, results: {"pass_at_1": float(_passes(results[0], doc))},
+        "process_results": lambda doc, results: {"pass_at_1": float(_passes_tests(results[0], doc))},
         "metric_list": [{"metric": "pass_at_1", "aggregation": "mean", "higher_is_better": True}],
     }
 
 
-def _passes(response: str, doc: dict[str, Any]) -> bool:
+def _passes_tests(response: str, doc: dict[str, Any]) -> bool:
     program = response.removeprefix("```python").rpartition("```")[0] or response
     setup = doc.get("test_setup_code") or ""
     return run_program("\n".join([setup, program, *doc["test_list"]])).passed
@@ -228,22 +228,22 @@ def _is_used(column: str, task: Task, benchmark: Benchmark, row: dict[str, Any])
         return True
 
 
-def local_digest(tasks: Sequence[Task], data_dir: Path | None) -> str | None:
+def hash_local_data(tasks: Sequence[Task], data_dir: Path | None) -> str | None:
     """Of the files in `--data_dir` that some tasks read; None without."""
     if data_dir is None:
         return None
     digest = hashlib.sha256()
-    for path in sorted(path for task in tasks for path in _splits(task.task_name, data_dir)):
+    for path in sorted(path for task in tasks for path in _split_files(task.task_name, data_dir)):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:12]
 
 
-def _splits(task: str, data_dir: Path) -> list[Path]:
+def _split_files(task: str, data_dir: Path) -> list[Path]:
     return sorted((data_dir / task).glob("*.jsonl"))
 
 
-def _local(task: str, data_dir: Path) -> dict[str, Any]:
-    files = {path.stem: str(path) for path in _splits(task, data_dir)}
+def _local_dataset_config(task: str, data_dir: Path) -> dict[str, Any]:
+    files = {path.stem: str(path) for path in _split_files(task, data_dir)}
     if not files:
         raise DataError(f"--data_dir: no {data_dir / task}/<split>.jsonl")
     return {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": files}}

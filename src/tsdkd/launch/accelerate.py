@@ -9,13 +9,13 @@ from pathlib import Path
 from subprocess import CalledProcessError
 from typing import Any
 
-from ..config.launch import LAUNCHED, count_of, find_config, read_config
+from ..config.launch import LAUNCHED, find_launch_config, launch_num_processes, read_launch_config
 from ..errors import ConfigError, PreemptedError
 
 _INTERRUPTED = 128  # plus the signal, as a shell says it
 
 
-def launch(config: str, options: dict[str, Any], command: Sequence[str]) -> int:
+def launch_processes(config: str, options: dict[str, Any], command: Sequence[str]) -> int:
     """Run `tsdkd command` in the processes that an accelerate configuration asks for.
 
     Args:
@@ -35,22 +35,22 @@ def launch(config: str, options: dict[str, Any], command: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    flags = ["--config_file", str(find_config(config))]
+    flags = ["--config_file", str(find_launch_config(config))]
     flags += [text for name, value in options.items() for text in (f"--{name}", str(value))]
     arguments = launch_command_parser().parse_args([*flags, "-m", "tsdkd", *command])
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # seconds to save in, after a SIGTERM
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes say it themselves
     if signal.getsignal(signal.SIGUSR1) is not signal.SIG_IGN:
-        signal.signal(signal.SIGUSR1, _terminate)
-    os.environ[LAUNCHED] = str(count_of(config, options))
+        signal.signal(signal.SIGUSR1, _sigusr1_to_sigterm)
+    os.environ[LAUNCHED] = str(launch_num_processes(config, options))
     try:
         launch_command(arguments)
     except ChildFailedError as error:
         # a process that lost another ends with 1, maybe before the launcher looks: errors of ours come before
         rank, first = min(error.failures.items(), key=lambda failure: (failure[1].exitcode <= 1, failure[1].timestamp))
-        return _reported(rank, first.exitcode)
+        return _to_exit_code(rank, first.exitcode)
     except CalledProcessError as error:
-        return _reported(0, error.returncode)
+        return _to_exit_code(0, error.returncode)
     except SignalException as error:
         stopped = error.sigval in (signal.SIGTERM, signal.SIGUSR1)  # its processes had time to save
         return PreemptedError.exit_code if stopped else _INTERRUPTED + error.sigval
@@ -61,7 +61,7 @@ def launch(config: str, options: dict[str, Any], command: Sequence[str]) -> int:
     return 0
 
 
-def tell_locks() -> None:
+def warn_about_compile_locks() -> None:
     """Say which of torch's compilations have a lock: one that was killed leaves it, and DeepSpeed waits for it without
     a word."""
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true" or int(os.environ.get("LOCAL_RANK", "0")):
@@ -73,23 +73,23 @@ def tell_locks() -> None:
         print(f"tsdkd: {lock} is there; if no other run is compiling, remove it, or this one waits", file=sys.stderr)
 
 
-def _terminate(*_: Any) -> None:
+def _sigusr1_to_sigterm(*_: Any) -> None:
     """SIGTERM to itself, which is passed on once there are processes."""
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         sys.exit(PreemptedError.exit_code)
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def default_config() -> str:
+def default_launch_config() -> str:
     """What `accelerate config` wrote for several processes, or else ddp."""
     from accelerate.commands.config.config_args import default_config_file
 
-    if Path(default_config_file).exists() and read_config(default_config_file).get("distributed_type") != "NO":
+    if Path(default_config_file).exists() and read_launch_config(default_config_file).get("distributed_type") != "NO":
         return str(default_config_file)
     return "ddp"  # accelerate would start one process on a CPU, whatever it is asked for
 
 
-def _reported(rank: int, code: int) -> int:
+def _to_exit_code(rank: int, code: int) -> int:
     """A process that was killed couldn't say so."""
     if code < 0:
         print(f"tsdkd: process {rank} was killed by signal {-code} ({signal.Signals(-code).name})", file=sys.stderr)

@@ -27,7 +27,7 @@ _ASLEEP = 2.0 * GIB  # sleeping it gives back weights and cache, not graphs and 
 
 
 @dataclass
-class Size:
+class ModelSize:
     """A model's, in numbers (not bytes).
 
     Attributes:
@@ -61,7 +61,7 @@ class Size:
         return self.trainable if self.trainable < self.parameters else 0
 
 
-class Launch(NamedTuple):
+class Sharding(NamedTuple):
     """How the student is spread over the GPUs.
 
     Attributes:
@@ -76,7 +76,7 @@ class Launch(NamedTuple):
 
 
 @dataclass
-class Engine:
+class VllmMemoryConfig:
     """A vLLM that rolls out.
 
     Attributes:
@@ -123,10 +123,10 @@ class Workload:
     eager: bool
     chunk_gib: float
     with_teacher: bool
-    engine: Engine | None
+    engine: VllmMemoryConfig | None
 
 
-def size_of(config: PretrainedConfig, lora_r: int = 0) -> Size:
+def compute_model_size(config: PretrainedConfig, lora_r: int = 0) -> ModelSize:
     """Of a model of this configuration, without its weights; `lora_r`: rank of adapters on all its linear layers."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -141,7 +141,7 @@ def size_of(config: PretrainedConfig, lora_r: int = 0) -> Size:
     saved = 2 * queries + 2 * keys + 4 * text.intermediate_size
     if hasattr(layer.self_attn, "q_norm"):
         saved += 2 * (queries + keys)
-    return Size(
+    return ModelSize(
         parameters=parameters,
         trainable=sum(lora_r * (m.in_features + m.out_features) for m in linear) if lora_r else parameters,
         layer=sum(p.numel() for p in layer.parameters()),
@@ -158,28 +158,31 @@ def size_of(config: PretrainedConfig, lora_r: int = 0) -> Size:
     )
 
 
-def estimate(
-    student: Size, teacher: Size | None, work: Workload, launch: Launch, teacher_placement: str, gpus: int
+def estimate_memory(
+    student: ModelSize, teacher: ModelSize | None, work: Workload, launch: Sharding, teacher_placement: str, gpus: int
 ) -> dict[str, float]:
     """GiB a GPU, for each of `PARTS`; `teacher` None: it isn't loaded.
 
     Of parts that aren't there at once, those of the fullest moment count: a backward pass, a step of ZeRO's optimizer,
     or a rollout.
     """
-    always = {**_student(student, work, launch, gpus), "teacher": _teacher(teacher, work, teacher_placement, gpus)}
-    engine = work.engine or Engine(share=0.0)
+    always = {
+        **_student_bytes(student, work, launch, gpus),
+        "teacher": _teacher_bytes(teacher, work, teacher_placement, gpus),
+    }
+    engine = work.engine or VllmMemoryConfig(share=0.0)
     idle = min(engine.share, _ASLEEP) if engine.sleeps else engine.share
     moments = (
-        {**_backward(student, teacher, work, launch, gpus), "vLLM": idle},
-        {**_optimizer_step(student, work, launch, gpus), "vLLM": idle},
-        {"rollout": _rollout(student, teacher, work, launch), "vLLM": engine.share},
+        {**_backward_bytes(student, teacher, work, launch, gpus), "vLLM": idle},
+        {**_optimizer_step_bytes(student, work, launch, gpus), "vLLM": idle},
+        {"rollout": _rollout_bytes(student, teacher, work, launch), "vLLM": engine.share},
     )
     parts = always | max(moments, key=lambda moment: sum(moment.values()))
     return {name: parts.get(name, 0.0) / GIB for name in PARTS}
 
 
-def _student(student: Size, work: Workload, launch: Launch, gpus: int) -> dict[str, float]:
-    each, own = _bytes(student, work, launch)
+def _student_bytes(student: ModelSize, work: Workload, launch: Sharding, gpus: int) -> dict[str, float]:
+    each, own = _bytes_per_weight(student, work, launch)
     weights: float = student.parameters * each + student.adapters * own
     if launch.stage == 3:
         gathered = min(student.parameters, _LIVE + student.embedding) * each
@@ -189,7 +192,7 @@ def _student(student: Size, work: Workload, launch: Launch, gpus: int) -> dict[s
     return {"student": weights, "optimizer": 0.0 if launch.offloaded else state}
 
 
-def _teacher(teacher: Size | None, work: Workload, placement: str, gpus: int) -> float:
+def _teacher_bytes(teacher: ModelSize | None, work: Workload, placement: str, gpus: int) -> float:
     if teacher is None:
         return 0.0
     if placement == "replica":
@@ -199,15 +202,15 @@ def _teacher(teacher: Size | None, work: Workload, placement: str, gpus: int) ->
     return (gathered + shard) * work.teacher_bytes
 
 
-def _bytes(student: Size, work: Workload, launch: Launch) -> tuple[int, int]:
+def _bytes_per_weight(student: ModelSize, work: Workload, launch: Sharding) -> tuple[int, int]:
     """Of a weight, and of a trained one: DeepSpeed casts all, peft keeps adapters in float32."""
     each = work.compute_bytes if launch.stage else work.weight_bytes
     return each, each if launch.stage or not student.adapters else 4
 
 
-def _gradients(student: Size, work: Workload, launch: Launch, gpus: int) -> tuple[float, float]:
+def _gradient_bytes(student: ModelSize, work: Workload, launch: Sharding, gpus: int) -> tuple[float, float]:
     """Bytes of gradients and of what they are exchanged in."""
-    _, each = _bytes(student, work, launch)
+    _, each = _bytes_per_weight(student, work, launch)
     whole = student.trainable * each
     if launch.stage == 0:
         # DDP's buckets are a second copy. Where each term's gradients are logged, the step's own aren't there yet.
@@ -224,20 +227,24 @@ def _gradients(student: Size, work: Workload, launch: Launch, gpus: int) -> tupl
     return 0.0 if launch.offloaded else whole / gpus, bucket + copy
 
 
-def _backward(student: Size, teacher: Size | None, work: Workload, launch: Launch, gpus: int) -> dict[str, float]:
-    each, own = _bytes(student, work, launch)
-    gradients, buckets = _gradients(student, work, launch, gpus)
+def _backward_bytes(
+    student: ModelSize, teacher: ModelSize | None, work: Workload, launch: Sharding, gpus: int
+) -> dict[str, float]:
+    each, own = _bytes_per_weight(student, work, launch)
+    gradients, buckets = _gradient_bytes(student, work, launch, gpus)
     rows = work.batch * work.tokens
     residual = each if student.adapters == 0 or launch.stage else max(each, work.compute_bytes)
-    layer = rows * _layer_bytes(student, work, residual)
+    layer = rows * _activation_bytes(student, work, residual)
     layers = (
         rows * student.layers * student.hidden * residual + layer if work.checkpointing else layer * student.layers
     )
-    asked = rows * _layer_bytes(teacher, work, work.teacher_bytes) if teacher else 0.0  # before the student's pass
+    asked = (
+        rows * _activation_bytes(teacher, work, work.teacher_bytes) if teacher else 0.0
+    )  # before the student's pass
     head = work.chunk_gib * GIB
     if not student.adapters and (student.tied or work.accumulated > 1 or own < 4):
         head += 4 * student.embedding  # the output layer's gradient before it is added to what there is
-    copies = _autocast_copies(student, work, launch)
+    copies = _autocast_copy_bytes(student, work, launch)
     return {
         "gradients": gradients,
         "buckets": buckets,
@@ -246,7 +253,7 @@ def _backward(student: Size, teacher: Size | None, work: Workload, launch: Launc
     }
 
 
-def _layer_bytes(model: Size, work: Workload, residual_bytes: int) -> float:
+def _activation_bytes(model: ModelSize, work: Workload, residual_bytes: int) -> float:
     """That a decoder layer keeps of a token."""
     kept: float = model.residual * residual_bytes + model.saved * work.compute_bytes
     if residual_bytes > work.compute_bytes:
@@ -256,7 +263,7 @@ def _layer_bytes(model: Size, work: Workload, residual_bytes: int) -> float:
     return kept
 
 
-def _autocast_copies(student: Size, work: Workload, launch: Launch) -> float:
+def _autocast_copy_bytes(student: ModelSize, work: Workload, launch: Sharding) -> float:
     """Weights that are wider than their products. Autocast keeps copies of trained ones only, of others a layer's."""
     if launch.stage or work.weight_bytes <= work.compute_bytes:
         return 0.0
@@ -265,14 +272,14 @@ def _autocast_copies(student: Size, work: Workload, launch: Launch) -> float:
     return work.compute_bytes * (frozen if student.adapters else student.parameters - looked_up)
 
 
-def _optimizer_step(student: Size, work: Workload, launch: Launch, gpus: int) -> dict[str, float]:
+def _optimizer_step_bytes(student: ModelSize, work: Workload, launch: Sharding, gpus: int) -> dict[str, float]:
     """ZeRO-1 and 2 make float32 gradients of their partition beside those there are."""
-    gradients, _ = _gradients(student, work, launch, gpus)
+    gradients, _ = _gradient_bytes(student, work, launch, gpus)
     wide = student.trainable / gpus * (4 + work.compute_bytes) if launch.stage in (1, 2) else 0.0
     return {"gradients": gradients + wide}
 
 
-def _rollout(student: Size, teacher: Size | None, work: Workload, launch: Launch) -> float:
+def _rollout_bytes(student: ModelSize, teacher: ModelSize | None, work: Workload, launch: Sharding) -> float:
     """The student's own: a key-value cache, whose layers are copied as they grow, the logits that are sampled from,
     whole weights where they are sharded, autocast's copies."""
     if work.engine is not None or not work.rollout:
@@ -283,11 +290,11 @@ def _rollout(student: Size, teacher: Size | None, work: Workload, launch: Launch
     cache = sum((model.layers + 1) * model.cached * each for model, each in models) * work.tokens
     logits = _SAMPLED * student.vocab * len(models)
     whole = student.parameters * work.compute_bytes if launch.stage == 3 else 0
-    return work.rollout * (cache + logits) + whole + _autocast_copies(student, work, launch)
+    return work.rollout * (cache + logits) + whole + _autocast_copy_bytes(student, work, launch)
 
 
 @dataclass
-class Room:
+class EngineMemory:
     """What a colocated engine's share holds on each GPU, bytes.
 
     Attributes:
@@ -303,12 +310,12 @@ class Room:
     least: float
 
 
-def engine_room(student: Size, engine: Engine, tokens: int) -> Room:
+def split_engine_memory(student: ModelSize, engine: VllmMemoryConfig, tokens: int) -> EngineMemory:
     """Where an engine's share goes; `tokens`: of a sequence."""
     weights = 2 * student.parameters / engine.processes
     working = _GRAPHS + engine.slots * student.vocab * _SAMPLED
     a_token = 2 * student.layers * student.cached / engine.processes
-    return Room(
+    return EngineMemory(
         weights=weights,
         working=working,
         cache=engine.share - weights - working,

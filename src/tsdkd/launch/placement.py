@@ -13,14 +13,24 @@ from rich.table import Table
 from transformers import PretrainedConfig
 
 from ..config.base import TokenSelectiveConfig
-from ..config.launch import config_names, read_config
+from ..config.launch import launch_config_names, read_launch_config
 from ..errors import ConfigError
 from ..methods import METHODS
 from ..models.loading import load_config
-from ..run.arguments import read_run
-from .memory import GIB, PARTS, Engine, Launch, Size, Workload, engine_room, estimate, size_of
-from .processes import visible_gpus
-from .step_time import step_seconds
+from ..run.arguments import resolve_run_values
+from .memory import (
+    GIB,
+    PARTS,
+    ModelSize,
+    Sharding,
+    VllmMemoryConfig,
+    Workload,
+    compute_model_size,
+    estimate_memory,
+    split_engine_memory,
+)
+from .processes import num_visible_gpus
+from .step_time import estimate_step_seconds
 
 Placement = tuple[str, str]
 PLACEMENTS: list[Placement] = [
@@ -44,45 +54,48 @@ _PROMPT = 256  # tokens, where only completions have a limit that counts
 _LARGE_GIB = 70  # from here on vLLM samples 1024 sequences at once, below 256 (an A100 of 80 GiB: 256 too)
 
 
-def show_plan(config: str | None, flags: Sequence[str], gpus: int | None, gpu_gib: float | None) -> None:
+def print_plan(config: str | None, flags: Sequence[str], gpus: int | None, gpu_gib: float | None) -> None:
     """Print the table and what follows from it; None: what the configuration says, or what there is.
 
     Raises:
         ConfigError, ModelError: there is nothing to estimate.
     """
-    method, values, _, _ = read_run(config, flags)
+    method, values, _, _ = resolve_run_values(config, flags)
     cls = METHODS[method].config_class
     if "teacher_model_name_or_path" in cls.refused:
         raise ConfigError([f"method: {method} isn't a distillation; plan estimates those only"])
-    gpus, gpu_gib = _machine(gpus, gpu_gib, values["num_processes"])
-    own = own_placement(values, gpus)
-    gpus = 1 if launch_of(own[0]).alone else gpus
-    models = [_load(values, "model_name_or_path"), _load(values, "teacher_model_name_or_path")]
-    student = size_of(models[0], values["lora_r"] if values["use_peft"] else 0)
-    teacher = None if "teacher_placement" in cls.refused else size_of(models[1])  # seq-kd loads none
-    work = workload(cls, values, models, gpus, gpu_gib)
+    gpus, gpu_gib = _detect_gpus(gpus, gpu_gib, values["num_processes"])
+    own = configured_placement(values, gpus)
+    gpus = 1 if read_sharding(own[0]).alone else gpus
+    models = [
+        _load_model_config(values, "model_name_or_path"),
+        _load_model_config(values, "teacher_model_name_or_path"),
+    ]
+    student = compute_model_size(models[0], values["lora_r"] if values["use_peft"] else 0)
+    teacher = None if "teacher_placement" in cls.refused else compute_model_size(models[1])  # seq-kd loads none
+    work = build_workload(cls, values, models, gpus, gpu_gib)
 
     whole = teacher is None or work.with_teacher
     others = [p for p in (PLACEMENTS if gpus > 1 else ALONE) if p != own and (p[1] == "replica" or not whole)]
-    found = {p: estimate(student, teacher, work, launch_of(p[0]), p[1], gpus) for p in (own, *others)}
+    found = {p: estimate_memory(student, teacher, work, read_sharding(p[0]), p[1], gpus) for p in (own, *others)}
     limit = gpu_gib * _USABLE - _RESERVED_GIB
     console = Console(highlight=False)
-    console.print(_table(found, limit))
-    starts = work.engine is None or _show_engine(console, student, work, work.engine, gpu_gib)
-    console.print(_verdict(own, found[own], limit, starts))
+    console.print(_placement_table(found, limit))
+    starts = work.engine is None or _print_engine_memory(console, student, work, work.engine, gpu_gib)
+    console.print(_describe_fit(own, found[own], limit, starts))
     if work.engine and work.engine.share and not work.engine.sleeps and sum(found[own].values()) > _ROOM * limit:
         asleep = replace(work, engine=replace(work.engine, sleeps=True))
-        total = sum(estimate(student, teacher, asleep, launch_of(own[0]), own[1], gpus).values())
+        total = sum(estimate_memory(student, teacher, asleep, read_sharding(own[0]), own[1], gpus).values())
         console.print(f"with --vllm_enable_sleep_mode true it takes {total:.1f} GiB")
-    console.print(_fastest(found, limit, gpus))
-    _show_seconds(console, student, teacher, work)
+    console.print(_describe_fastest(found, limit, gpus))
+    _print_step_seconds(console, student, teacher, work)
 
 
-def _machine(gpus: int | None, gpu_gib: float | None, processes: int | None) -> tuple[int, float]:
+def _detect_gpus(gpus: int | None, gpu_gib: float | None, processes: int | None) -> tuple[int, float]:
     """GPUs and memory of each, GiB; says what nobody gave."""
     if gpus and gpu_gib:
         return gpus, gpu_gib
-    here = visible_gpus()
+    here = num_visible_gpus()
     count = gpus or processes or here or 8
     sizes = [torch.cuda.get_device_properties(i).total_memory / 2**30 for i in range(here)]
     memory = gpu_gib or min(sizes, default=80.0)
@@ -90,31 +103,31 @@ def _machine(gpus: int | None, gpu_gib: float | None, processes: int | None) -> 
     return count, memory
 
 
-def own_placement(values: dict[str, Any], gpus: int) -> Placement:
+def configured_placement(values: dict[str, Any], gpus: int) -> Placement:
     """Where a configuration's values put student and teacher."""
     launch = values["accelerate_config"] or ("ddp" if gpus > 1 else "single")
-    if gpus == 1 and launch in config_names() and not launch_of(launch).offloaded:
+    if gpus == 1 and launch in launch_config_names() and not read_sharding(launch).offloaded:
         launch = "single"  # as `tsdkd train` does it
-    sharded = launch_of(launch).stage == 3
+    sharded = read_sharding(launch).stage == 3
     return launch, values["teacher_placement"] or ("zero3" if sharded else "replica")
 
 
-def launch_of(config: str) -> Launch:
+def read_sharding(config: str) -> Sharding:
     """What a launch configuration, shipped or a file, does to the student. Raises `ConfigError`."""
-    values = read_config(config)
+    values = read_launch_config(config)
     try:
         if str(values.get("distributed_type")).upper() == "NO":
-            return Launch(stage=0, alone=True)
+            return Sharding(stage=0, alone=True)
         given = values.get("deepspeed_config") or {}
         if "deepspeed_config_file" not in given:
-            return Launch(int(given.get("zero_stage", 0)), given.get("offload_param_device", "none") != "none")
+            return Sharding(int(given.get("zero_stage", 0)), given.get("offload_param_device", "none") != "none")
         zero = json.loads(Path(given["deepspeed_config_file"]).read_text(encoding="utf-8"))["zero_optimization"]
-        return Launch(int(zero["stage"]), zero.get("offload_param", {}).get("device", "none") != "none")
+        return Sharding(int(zero["stage"]), zero.get("offload_param", {}).get("device", "none") != "none")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError([f"accelerate_config: {config} can't be read: {' '.join(repr(error).split())}"]) from error
 
 
-def workload(
+def build_workload(
     cls: type[TokenSelectiveConfig],
     values: dict[str, Any],
     models: Sequence[PretrainedConfig],
@@ -128,7 +141,7 @@ def workload(
     generates = values["lmbda"] > 0 or cls.starts_from_data
     half = values["fp16"] or values["bf16"] is not False  # TRL's default is bf16
     weight_bytes = _itemsize(values["dtype"], values["model_init_kwargs"], models[0])
-    longest = _longest(values, models)
+    longest = _max_sequence_length(values, models)
     tokens = min(longest, values["max_new_tokens"] + _PROMPT)
     logits = values["per_device_train_batch_size"] * tokens * models[0].get_text_config().vocab_size
     chunk_gib = values["head_chunk_gib"] or 1.0
@@ -145,15 +158,15 @@ def workload(
         eager=values["attn_implementation"] == "eager",
         chunk_gib=chunk_gib if values["fused_head"] else logits * _WHOLE_LOGIT / GIB,
         with_teacher="use_vllm" in cls.refused,
-        engine=_engine(values, longest, gpu_gib) if values["use_vllm"] else None,
+        engine=_build_engine_config(values, longest, gpu_gib) if values["use_vllm"] else None,
     )
 
 
-def _engine(values: dict[str, Any], longest: int, gpu_gib: float) -> Engine:
+def _build_engine_config(values: dict[str, Any], longest: int, gpu_gib: float) -> VllmMemoryConfig:
     slots = 1024 if gpu_gib >= _LARGE_GIB else 256
     if values["vllm_mode"] == "server":
-        return Engine(share=0.0, slots=slots)
-    return Engine(
+        return VllmMemoryConfig(share=0.0, slots=slots)
+    return VllmMemoryConfig(
         share=values["vllm_gpu_memory_utilization"] * gpu_gib * GIB,
         sleeps=values["vllm_enable_sleep_mode"],
         processes=values["vllm_tensor_parallel_size"],
@@ -162,7 +175,7 @@ def _engine(values: dict[str, Any], longest: int, gpu_gib: float) -> Engine:
     )
 
 
-def _longest(values: dict[str, Any], models: Sequence[PretrainedConfig]) -> int:
+def _max_sequence_length(values: dict[str, Any], models: Sequence[PretrainedConfig]) -> int:
     """Prompt plus completion, tokens, as `data.longest_sequence` has it."""
     contexts = [getattr(m.get_text_config(), "max_position_embeddings", None) for m in models]
     limits = [values["max_length"], values["vllm_max_model_length"] if values["use_vllm"] else None, *contexts]
@@ -176,14 +189,14 @@ def _itemsize(dtype: str, init_kwargs: dict[str, Any] | None, config: Pretrained
     return torch.empty(0, dtype=getattr(torch, given) if isinstance(given, str) else given).element_size()
 
 
-def _load(values: dict[str, Any], field: str) -> PretrainedConfig:
+def _load_model_config(values: dict[str, Any], field: str) -> PretrainedConfig:
     kwargs = {"trust_remote_code": values["trust_remote_code"]}
     if field == "model_name_or_path" and values["model_revision"]:
         kwargs["revision"] = values["model_revision"]
     return load_config(str(values[field]), field, **kwargs)
 
 
-def _table(found: dict[Placement, dict[str, float]], limit: float) -> Table:
+def _placement_table(found: dict[Placement, dict[str, float]], limit: float) -> Table:
     table = Table(title=f"GiB a GPU, of {limit:.1f} that can be used", box=None, show_header=False)
     table.add_column(no_wrap=True)
     for _ in found:
@@ -201,39 +214,41 @@ def _table(found: dict[Placement, dict[str, float]], limit: float) -> Table:
     return table
 
 
-def _verdict(own: Placement, parts: dict[str, float], limit: float, starts: bool) -> str:
+def _describe_fit(own: Placement, parts: dict[str, float], limit: float, starts: bool) -> str:
     name, total = f"this configuration ({' + '.join(own)})", sum(parts.values())
     if total > limit:
         return f"{name} doesn't fit: {total - limit:.1f} GiB too much; most is {max(parts, key=lambda p: parts[p])}"
     if not starts:
         return f"{name} doesn't fit: vLLM's share is too small"
-    return f"{name} fits{_tightly(total, limit)}: {total:.1f} of {limit:.1f} GiB"
+    return f"{name} fits{_tight_suffix(total, limit)}: {total:.1f} of {limit:.1f} GiB"
 
 
-def _fastest(found: dict[Placement, dict[str, float]], limit: float, gpus: int) -> str:
+def _describe_fastest(found: dict[Placement, dict[str, float]], limit: float, gpus: int) -> str:
     """The first that leaves some room, or else the first that fits."""
-    totals = {p: sum(found[p].values()) for p in sorted(found, key=_rank)}
+    totals = {p: sum(found[p].values()) for p in sorted(found, key=_speed_order)}
     best = next((p for share in (_ROOM, 1.0) for p, total in totals.items() if total <= share * limit), None)
     if best is None:
         return "nothing fits: more GPUs, or a smaller per_device_train_batch_size, max_length or student"
     flags = f"--accelerate_config {best[0]} --num_processes {gpus} --teacher_placement {best[1]}"
-    return f"the fastest that fits{_tightly(totals[best], limit)}: {flags}"
+    return f"the fastest that fits{_tight_suffix(totals[best], limit)}: {flags}"
 
 
-def _rank(placement: Placement) -> int:
+def _speed_order(placement: Placement) -> int:
     order = [*ALONE[:-1], *PLACEMENTS]
     return order.index(placement) if placement in order else len(order)
 
 
-def _tightly(total: float, limit: float) -> str:
+def _tight_suffix(total: float, limit: float) -> str:
     return " tightly" if total > _ROOM * limit else ""
 
 
-def _show_engine(console: Console, student: Size, work: Workload, engine: Engine, gpu_gib: float) -> bool:
+def _print_engine_memory(
+    console: Console, student: ModelSize, work: Workload, engine: VllmMemoryConfig, gpu_gib: float
+) -> bool:
     """What a colocated engine's share holds. Returns whether it can start."""
     if not engine.share:
         return True
-    room = engine_room(student, engine, work.tokens)
+    room = split_engine_memory(student, engine, work.tokens)
     share, needed = engine.share / GIB, room.least / GIB
     if share < needed:
         least = math.ceil(100 * needed / gpu_gib) / 100
@@ -247,8 +262,8 @@ def _show_engine(console: Console, student: Size, work: Workload, engine: Engine
     return True
 
 
-def _show_seconds(console: Console, student: Size, teacher: Size | None, work: Workload) -> None:
-    seconds = step_seconds(student, teacher, work)
+def _print_step_seconds(console: Console, student: ModelSize, teacher: ModelSize | None, work: Workload) -> None:
+    seconds = estimate_step_seconds(student, teacher, work)
     shares = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())
     console.print(
         f"a step: about {sum(seconds.values()):.0f} s ({shares}), on A100s, if every sequence had {work.tokens} "

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..config.coercion import coerce
-from ..config.launch import LAUNCHED, config_names, count_of, find_config, read_config
+from ..config.launch import LAUNCHED, find_launch_config, launch_config_names, launch_num_processes, read_launch_config
 from ..errors import ConfigError
-from .accelerate import default_config
+from .accelerate import default_launch_config
 
 _OFFLOADS = "offload"  # in the name of a shipped configuration that does something for one process too
 # by whom a process may have been started without accelerate's knowing its device
@@ -17,7 +17,7 @@ _COUNTS = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SI
 
 
 @dataclass(frozen=True)
-class Start:
+class LaunchSpec:
     """Processes to be started.
 
     Attributes:
@@ -31,15 +31,15 @@ class Start:
     @property
     def count(self) -> int:
         """How many, over all machines."""
-        return count_of(self.config, self.options)
+        return launch_num_processes(self.config, self.options)
 
     @property
     def uses_deepspeed(self) -> bool:
         """Whether it shards with DeepSpeed."""
-        return read_config(self.config).get("distributed_type") == "DEEPSPEED"
+        return read_launch_config(self.config).get("distributed_type") == "DEEPSPEED"
 
 
-def visible_gpus() -> int:
+def num_visible_gpus() -> int:
     """How many GPUs a process here would see; asks NVML, so that CUDA isn't initialised."""
     if not os.environ.get("ACCELERATE_TORCH_DEVICE", "cuda").startswith("cuda"):
         return 0
@@ -48,7 +48,7 @@ def visible_gpus() -> int:
     return torch.cuda.device_count()
 
 
-def planned(found: Mapping[str, Any], flags: Mapping[str, Any], trains: bool = True) -> Start | None:
+def resolve_launch(found: Mapping[str, Any], flags: Mapping[str, Any], trains: bool = True) -> LaunchSpec | None:
     """The processes that a run needs beside this one, None where this one does it alone or is one of them.
 
     Args:
@@ -67,26 +67,26 @@ def planned(found: Mapping[str, Any], flags: Mapping[str, Any], trains: bool = T
         raise ConfigError([f"{', '.join(flags)}: a launcher has started this process already; leave one of them"])
     if launched:
         if trains and "LOCAL_RANK" not in launched:
-            _keep_one(visible_gpus())
+            _use_single_gpu(num_visible_gpus())
         return None
     try:
         config = coerce(found.get("accelerate_config"), str | None)
         number = coerce(found.get("num_processes"), int | None)
         on_cpu = coerce(found.get("use_cpu", False), bool)
-        path = None if config is None else find_config(config)
+        path = None if config is None else find_launch_config(config)
     except (ConfigError, ValueError):
         return None
-    file = read_config(None if path is None else str(path))
-    gpus = 0 if on_cpu else visible_gpus()
-    if not flags and _is_one_of_several(gpus):
+    file = read_launch_config(None if path is None else str(path))
+    gpus = 0 if on_cpu else num_visible_gpus()
+    if not flags and _is_externally_launched(gpus):
         return None
     if config is None and (flags or gpus > 1 or (number or 1) > 1):
-        config = default_config()
-        file = read_config(config)
-    is_own = config is not None and config not in config_names()
+        config = default_launch_config()
+        file = read_launch_config(config)
+    is_own = config is not None and config not in launch_config_names()
     machines = flags.get("num_machines") or file.get("num_machines", 1)
     number = number or (file.get("num_processes") if is_own else None)
-    _check(number, gpus * machines, config, file)
+    _validate_num_processes(number, gpus * machines, config, file)
     if machines > 1 and not (flags.get("main_process_ip") or file.get("main_process_ip")):
         raise ConfigError([f"main_process_ip: missing, {machines} machines must know the first one's address"])
     here = gpus or (1 if flags else 0)
@@ -94,7 +94,7 @@ def planned(found: Mapping[str, Any], flags: Mapping[str, Any], trains: bool = T
     asked = is_own or machines > 1 or "accelerate_config" in flags or _OFFLOADS in (config or "")
     if config is None or (number == 1 and not asked) or (number is None and not flags):
         if trains:
-            _keep_one(gpus)
+            _use_single_gpu(gpus)
             if config not in (None, "single", "ddp"):
                 unused = f"accelerate_config: {config} isn't used: one process here, nothing to share"
                 print(f"tsdkd: {unused}", file=sys.stderr)
@@ -104,13 +104,13 @@ def planned(found: Mapping[str, Any], flags: Mapping[str, Any], trains: bool = T
         options["num_processes"] = number
     if machines == 1 and "main_process_port" not in file:
         options.setdefault("main_process_port", 0)  # a free one: another run may be on this machine's other GPUs
-    return Start(config, options)
+    return LaunchSpec(config, options)
 
 
-def _is_one_of_several(gpus: int) -> bool:
+def _is_externally_launched(gpus: int) -> bool:
     """Whether something else started this process. On CPUs accelerate makes a group of those that MPI or RANK and
     WORLD_SIZE tell of; otherwise each would train alone. Raises `ConfigError`."""
-    names = [name for name in _COUNTS if _number(os.environ.get(name)) > 1]
+    names = [name for name in _COUNTS if _parse_int(os.environ.get(name)) > 1]
     if names and (gpus or names == ["SLURM_STEP_NUM_TASKS"]):
         raise ConfigError(
             [
@@ -122,17 +122,17 @@ def _is_one_of_several(gpus: int) -> bool:
     return bool(names)
 
 
-def intended(config: str | None, on_cpu: bool) -> int | None:
+def configured_num_processes(config: str | None, on_cpu: bool) -> int | None:
     """How many processes a run is for by its launch configuration, where there is no GPU whose number would say so;
     None without a configuration, and on CPUs."""
-    return None if config is None or on_cpu or visible_gpus() else count_of(config, {})
+    return None if config is None or on_cpu or num_visible_gpus() else launch_num_processes(config, {})
 
 
-def _number(text: str | None) -> int:
+def _parse_int(text: str | None) -> int:
     return int(text) if text and text.isdigit() else 0
 
 
-def _check(number: int | None, gpus: int, config: str | None, file: Mapping[str, Any]) -> None:
+def _validate_num_processes(number: int | None, gpus: int, config: str | None, file: Mapping[str, Any]) -> None:
     if number and gpus and number > gpus:
         chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
         among = f" (CUDA_VISIBLE_DEVICES is {chosen})" if chosen else ""
@@ -141,7 +141,7 @@ def _check(number: int | None, gpus: int, config: str | None, file: Mapping[str,
         raise ConfigError([f"num_processes: accelerate_config {config} starts one process, found {number}"])
 
 
-def _keep_one(gpus: int) -> None:
+def _use_single_gpu(gpus: int) -> None:
     """This process does it alone, on one GPU: `Trainer` would spread it over all that it sees."""
     if gpus > 1:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or "0"

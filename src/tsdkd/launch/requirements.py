@@ -5,15 +5,15 @@ from importlib.util import find_spec
 from typing import Any
 
 from ..errors import ConfigError
-from ..rollout.vllm import check_vllm
-from ..run.arguments import read_run
-from .processes import Start
+from ..rollout.vllm import require_vllm
+from ..run.arguments import resolve_run_values
+from .processes import LaunchSpec
 
 _ASKS = ("use_vllm", "teacher_placement", "use_peft")
 
 
 def missing_extras(
-    config: str | None, flags: Sequence[str], found: Mapping[str, Any], start: Start | None
+    config: str | None, flags: Sequence[str], found: Mapping[str, Any], start: LaunchSpec | None
 ) -> list[str]:
     """A line for each package that isn't there, with its extra.
 
@@ -25,16 +25,18 @@ def missing_extras(
     Raises:
         ConfigError: what is wrong with the run itself, where there would be such a line.
     """
-    if not _missing({**dict.fromkeys(_ASKS), **found}, start):
+    if not _missing_packages({**dict.fromkeys(_ASKS), **found}, start):
         return []
-    return _missing(read_run(config, flags)[1], start)  # flags may make a key of the file meaningless
+    return _missing_packages(
+        resolve_run_values(config, flags)[1], start
+    )  # flags may make a key of the file meaningless
 
 
-def _missing(values: Mapping[str, Any], start: Start | None) -> list[str]:
+def _missing_packages(values: Mapping[str, Any], start: LaunchSpec | None) -> list[str]:
     problems = []
     if _is_true(values["use_vllm"]):
         try:
-            check_vllm()
+            require_vllm()
         except ConfigError as error:
             problems += error.problems
     placement = values["teacher_placement"]

@@ -10,15 +10,15 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from ..checkpointing.preemption import MARKER
-from ..config.launch import find_config
+from ..config.launch import find_launch_config
 from ..errors import ConfigError
-from ..run.arguments import read_run
+from ..run.arguments import resolve_run_values
 from ..run.config_file import read_flags
 
 _TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 
 
-def sbatch_script(
+def build_sbatch_script(
     config: str | None, flags: Sequence[str], accelerate_config: str | None, written_by: Sequence[str], **settings: Any
 ) -> str:
     """The script.
@@ -35,8 +35,10 @@ def sbatch_script(
         ConfigError: a configuration or settings that can't be run.
     """
     if accelerate_config is not None:
-        find_config(accelerate_config)
-    _, values, _, _ = read_run(config, flags)  # what is wrong with them is told here, not after hours in a queue
+        find_launch_config(accelerate_config)
+    _, values, _, _ = resolve_run_values(
+        config, flags
+    )  # what is wrong with them is told here, not after hours in a queue
     if "num_processes" in read_flags(flags, []):
         raise ConfigError(["--num_processes: the script starts a process on each GPU; set --gpus_per_node"])
     folder = Path(str(values["output_dir"]))
@@ -46,10 +48,12 @@ def sbatch_script(
         "accelerate_config": shlex.quote(accelerate_config or values["accelerate_config"] or "zero2"),
         "written_by": shlex.join(written_by),
     }
-    return render("launch/slurm.sh.j2", folder, settings, written_by, **own)
+    return render_job_script("launch/slurm.sh.j2", folder, settings, written_by, **own)
 
 
-def render(template: str, folder: Path, settings: Mapping[str, Any], words: Sequence[str], **own: Any) -> str:
+def render_job_script(
+    template: str, folder: Path, settings: Mapping[str, Any], words: Sequence[str], **own: Any
+) -> str:
     """A script of this package, for jobs that are called after the folder that they write into.
 
     Args:
@@ -62,7 +66,7 @@ def render(template: str, folder: Path, settings: Mapping[str, Any], words: Sequ
     Raises:
         ConfigError: settings or words that can't be run.
     """
-    problems = _problems(settings, words)
+    problems = _validate_settings(settings, words)
     if problems:
         raise ConfigError(problems)
     source = resources.files("tsdkd").joinpath(template).read_text(encoding="utf-8")
@@ -71,13 +75,13 @@ def render(template: str, folder: Path, settings: Mapping[str, Any], words: Sequ
     return environment.from_string(source).render(name=name, **own, **settings)
 
 
-def _problems(settings: Mapping[str, Any], words: Sequence[str]) -> list[str]:
+def _validate_settings(settings: Mapping[str, Any], words: Sequence[str]) -> list[str]:
     """What SLURM or the shell would make something else of."""
     problems = [f"{word!r}: has a line break, which a script can't hold" for word in words if "\n" in word]
     for name in ("partition", "account"):
         if not re.fullmatch(r"[\w.,@-]*", settings[name]):
             problems.append(f"{name}: must be letters, digits, and . , @ - _, found {settings[name]!r}")
-    seconds = _seconds(settings["time"])
+    seconds = _parse_time_limit(settings["time"])
     if seconds is None:
         problems.append(f"time: must be HH:MM:SS, or another of SLURM's forms, found {settings['time']!r}")
     elif seconds <= settings["signal_seconds"] + 60:
@@ -88,7 +92,7 @@ def _problems(settings: Mapping[str, Any], words: Sequence[str]) -> list[str]:
     return problems
 
 
-def _seconds(time: str) -> int | None:
+def _parse_time_limit(time: str) -> int | None:
     """Of MM, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS."""
     found = _TIME.fullmatch(time)
     if found is None:

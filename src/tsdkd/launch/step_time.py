@@ -2,7 +2,7 @@
 
 import math
 
-from .memory import Size, Workload, engine_room
+from .memory import ModelSize, Workload, split_engine_memory
 
 # What an A100 computes and reads in practice: about 40 % and 60 % of its 312 TFLOP/s and 2 TB/s.
 _FLOPS, _BYTES = 125e12, 1.2e12
@@ -16,20 +16,20 @@ _ENGINE_TOKEN = 2.5e-3
 _HEAD_BYTES = 400
 
 
-def step_seconds(student: Size, teacher: Size | None, work: Workload) -> dict[str, float]:
+def estimate_step_seconds(student: ModelSize, teacher: ModelSize | None, work: Workload) -> dict[str, float]:
     """Seconds of a step, by what takes them, for completions of full length, without communication between GPUs."""
     rows = work.batch * work.accumulated * work.tokens
     passes = 8 if work.checkpointing else 6
     products = passes * student.parameters * rows / _FLOPS
     return {
-        "rollout": _rollout_seconds(student, teacher, work) / max(1, work.served),
+        "rollout": _estimate_rollout_seconds(student, teacher, work) / max(1, work.served),
         "teacher": 2 * teacher.parameters * rows / _FLOPS if teacher else 0.0,
         "student": products,
         "head": rows * student.vocab * _HEAD_BYTES / _BYTES,
     }
 
 
-def _rollout_seconds(student: Size, teacher: Size | None, work: Workload) -> float:
+def _estimate_rollout_seconds(student: ModelSize, teacher: ModelSize | None, work: Workload) -> float:
     """Of a whole rollout, which is as long as its longest completion."""
     if not work.rollout:
         return 0.0
@@ -38,7 +38,7 @@ def _rollout_seconds(student: Size, teacher: Size | None, work: Workload) -> flo
     if engine is not None:
         fits = work.rollout
         if engine.share:
-            room = engine_room(student, engine, work.tokens)
+            room = split_engine_memory(student, engine, work.tokens)
             fits = int(room.cache // room.sequence)
         at_once = max(1, min(work.rollout, fits, engine.slots))
     token = 0.0

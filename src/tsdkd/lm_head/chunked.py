@@ -7,14 +7,14 @@ from torch import Tensor
 
 from .gradients import HeadGradients
 from .projection import Projection
-from .softmax import SoftmaxRows, Tiles, Upstream, accumulation_dtype, divergences, logits_gradient_
-from .statistics import OwnTokenLoss, Request, TokenStatistics
+from .softmax import GradOutputs, SoftmaxRows, Tiles, accumulation_dtype, compute_divergence, logits_grad_
+from .statistics import PerTokenLoss, StatisticsRequest, TokenStatistics
 
 DIFFERENTIABLE = ("entropy", "divergence", "top_logits", "logps")
 _STUDENT, _TEACHER, _KL, _RATIO = slice(0, 3), slice(3, 6), 6, 7  # rows of `Scan.table`
 
 
-class Scan:
+class ChunkedStatistics:
     """The forward pass, and what it leaves for the backward pass.
 
     Args:
@@ -32,8 +32,8 @@ class Scan:
         teacher: tuple[Projection, Tensor] | None,
         temperature: float,
         chunk: int,
-        request: Request,
-        own: OwnTokenLoss | None,
+        request: StatisticsRequest,
+        own: PerTokenLoss | None,
     ) -> None:
         self.student, self.teacher = student, teacher
         self.temperature, self.chunk = temperature, chunk
@@ -51,9 +51,9 @@ class Scan:
         self.gradients = None if self.own is None else HeadGradients(*self.inputs, needs)
         count = len(hidden)
         self.table = hidden.new_zeros(8, count, dtype=accumulation_dtype(self.student.weight.dtype))
-        size = _even_size(count, self.chunk)
+        size = _chunk_size(count, self.chunk)
         starts = range(0, max(count, 1), size)  # one empty chunk where there is no token
-        answer = _joined([self._forward_chunk(slice(i, min(i + size, count))) for i in starts])
+        answer = _concat_statistics([self._forward_chunk(slice(i, min(i + size, count))) for i in starts])
         self.top_ids: Any = answer.top_ids
         # the answer's own tensor becomes an output, whose graph holds this scan
         self.top_logits: Any = None if answer.top_logits is None else answer.top_logits.detach()
@@ -75,7 +75,7 @@ class Scan:
         if request.teacher_entropy and teacher is not None:
             answer.teacher_entropy = teacher.entropy
         if request.divergence is not None and teacher is not None:
-            found = divergences(student, teacher, request.divergence, tiles)
+            found = compute_divergence(student, teacher, request.divergence, tiles)
             answer.divergence, self.table[_KL, rows], self.table[_RATIO, rows] = found
         if request.top_k:
             top_logits, answer.top_ids = logits.topk(min(request.top_k, logits.shape[-1]), dim=-1)
@@ -110,7 +110,7 @@ class Scan:
         upstream = dict(zip(leaves, found, strict=True))
         self._add_sparse(self.gradients, rows, answer.top_ids, answer.top_logits, upstream.pop("top_logits", None))
         if any(g is not None for g in upstream.values()):
-            self._add_dense(self.gradients, rows, Upstream(**upstream), student, teacher, hidden, tiles)
+            self._add_dense(self.gradients, rows, GradOutputs(**upstream), student, teacher, hidden, tiles)
 
     def _project(self, rows: slice | Tensor) -> tuple[Tensor, Tensor, Tiles]:
         hidden = self.inputs[0][rows].to(self.student.weight.dtype)
@@ -129,11 +129,13 @@ class Scan:
         gradients = HeadGradients(*self.inputs, self.needs) if own is None else self._own_gradients(own)
         top_logits = upstream.pop("top_logits")
         # most of the entropies have no gradient: the others' logits are not projected again
-        of_top, of_others = _places(_touched([top_logits]), _touched(list(upstream.values())))
+        of_top, of_others = _nonzero_indices(
+            _nonzero_grad_mask([top_logits]), _nonzero_grad_mask(list(upstream.values()))
+        )
         if top_logits is not None and of_top is not None:
             self._backward_top(gradients, of_top, top_logits)
         if of_others is not None:
-            for rows in of_others.split(_even_size(len(of_others), self.chunk)):
+            for rows in of_others.split(_chunk_size(len(of_others), self.chunk)):
                 self._backward_chunk(gradients, rows, upstream)
         return gradients.results(*self.inputs)
 
@@ -152,7 +154,7 @@ class Scan:
         teacher = None
         if upstream["divergence"] is not None:
             teacher = SoftmaxRows(self._project_teacher(rows), self.table[_TEACHER, rows])
-        here = Upstream(**{name: None if g is None else g[rows] for name, g in upstream.items()})
+        here = GradOutputs(**{name: None if g is None else g[rows] for name, g in upstream.items()})
         student = SoftmaxRows(logits, self.table[_STUDENT, rows])
         self._add_dense(gradients, rows, here, student, teacher, hidden, tiles)
 
@@ -191,7 +193,7 @@ class Scan:
         self,
         gradients: HeadGradients,
         rows: slice | Tensor,
-        upstream: Upstream,
+        upstream: GradOutputs,
         student: SoftmaxRows,
         teacher: SoftmaxRows | None,
         hidden: Tensor,
@@ -206,17 +208,17 @@ class Scan:
         slope = None if self.student.softcap is None else self._slope
         ids = None if self.request.ids is None else self.request.ids[rows]
         known = (self.request.divergence, self.table[_KL, rows], self.table[_RATIO, rows])
-        gradient = logits_gradient_(student, teacher, *known, ids, upstream, slope, tiles)
+        gradient = logits_grad_(student, teacher, *known, ids, upstream, slope, tiles)
         gradients.add(rows, gradient, hidden, self.student, largest)
 
 
-def _even_size(count: int, limit: int) -> int:
+def _chunk_size(count: int, limit: int) -> int:
     """Chunks of about the same size, at most `limit`: a small remainder costs a matrix product almost as much."""
     chunks = max(1, -(-count // limit))
     return max(1, -(-count // chunks))
 
 
-def _touched(upstream: list[Tensor | None]) -> Tensor | None:
+def _nonzero_grad_mask(upstream: list[Tensor | None]) -> Tensor | None:
     """`[N]` bool, the tokens with a derivative that isn't zero; None where there are no derivatives."""
     given = [g for g in upstream if g is not None]
     return (
@@ -224,14 +226,14 @@ def _touched(upstream: list[Tensor | None]) -> Tensor | None:
     )
 
 
-def _places(*masks: Tensor | None) -> list[Tensor | None]:
+def _nonzero_indices(*masks: Tensor | None) -> list[Tensor | None]:
     """Where each mask `[N]` is true. The host waits for the device once for all of them."""
     given = [mask for mask in masks if mask is not None]
     counts = iter(torch.stack([mask.sum() for mask in given]).tolist() if given else ())
     return [None if mask is None else torch.nonzero_static(mask, size=next(counts)).squeeze(-1) for mask in masks]
 
 
-def _joined(parts: list[TokenStatistics]) -> TokenStatistics:
+def _concat_statistics(parts: list[TokenStatistics]) -> TokenStatistics:
     """The statistics of consecutive chunks as one."""
     whole = TokenStatistics()
     for name, first in vars(parts[0]).items():

@@ -6,11 +6,11 @@ from typing import Any
 from torch import Tensor
 
 from ..losses import token_entropy, upcast
-from .statistics import OwnTokenLoss, Request, TokenStatistics, check_request
+from .statistics import PerTokenLoss, StatisticsRequest, TokenStatistics, validate_request
 
 
 @dataclass(frozen=True)
-class LogitsHead:
+class DenseHead:
     """Answers from whole logits, by autograd.
 
     Attributes:
@@ -21,9 +21,9 @@ class LogitsHead:
     student_logits: Tensor
     teacher_logits: Tensor | None = None
 
-    def __call__(self, request: Request, own: OwnTokenLoss | None = None) -> TokenStatistics:
+    def __call__(self, request: StatisticsRequest, own: PerTokenLoss | None = None) -> TokenStatistics:
         """Raises `ValueError` for a request that can't be answered, as where it needs a teacher and there is none."""
-        check_request(request, len(self.student_logits), self.teacher_logits is not None)
+        validate_request(request, len(self.student_logits), self.teacher_logits is not None)
         student = upcast(self.student_logits)
         teacher: Any = None if self.teacher_logits is None else self.teacher_logits.detach()
         answer = TokenStatistics()

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .chunked import DIFFERENTIABLE, Scan
+from .chunked import DIFFERENTIABLE, ChunkedStatistics
 from .projection import Projection
-from .statistics import OwnTokenLoss, Request, TokenStatistics, check_request
+from .statistics import PerTokenLoss, StatisticsRequest, TokenStatistics, validate_request
 
 
 class FusedHead:
@@ -63,15 +63,15 @@ class FusedHead:
         chunk_gib = chunk_gib or (0.25 if hidden.device.type == "cpu" else 1.0)
         self.chunk = self._tokens_in(chunk_gib * 2**30)
 
-    def __call__(self, request: Request, own: OwnTokenLoss | None = None) -> TokenStatistics:
+    def __call__(self, request: StatisticsRequest, own: PerTokenLoss | None = None) -> TokenStatistics:
         """The statistics of all N tokens. Raises `ValueError` for a request that can't be answered."""
-        check_request(request, len(self.hidden), self.teacher is not None)
+        validate_request(request, len(self.hidden), self.teacher is not None)
         inputs = (self.hidden, self.projection.weight, self.projection.bias)
         has_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
         in_forward = own if has_gradient and self.own_in_forward else None
-        scan = Scan(self.student, self.teacher, self.temperature, self.chunk, request, in_forward)
+        scan = ChunkedStatistics(self.student, self.teacher, self.temperature, self.chunk, request, in_forward)
         answer = TokenStatistics()
-        own_loss, *statistics = _ScanFunction.apply(scan, answer, *inputs)
+        own_loss, *statistics = _ChunkedStatisticsFunction.apply(scan, answer, *inputs)
         for name, value in zip(DIFFERENTIABLE, statistics, strict=True):
             setattr(answer, name, value)
         if in_forward is not None:
@@ -109,12 +109,12 @@ def compute_dtype(hidden: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
 
-class _ScanFunction(torch.autograd.Function):
+class _ChunkedStatisticsFunction(torch.autograd.Function):
     """Ties a scan to autograd. The scan holds what the backward pass needs, but never an output: that were a cycle."""
 
     @staticmethod
     def forward(
-        ctx: Any, scan: Scan, answer: TokenStatistics, hidden: Tensor, weight: Tensor, bias: Tensor | None
+        ctx: Any, scan: ChunkedStatistics, answer: TokenStatistics, hidden: Tensor, weight: Tensor, bias: Tensor | None
     ) -> tuple[Any, ...]:
         ctx.scan = scan
         ctx.set_materialize_grads(False)
@@ -125,6 +125,6 @@ class _ScanFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, own: Tensor | None, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        scan: Scan = ctx.scan
+        scan: ChunkedStatistics = ctx.scan
         with torch.autocast(scan.inputs[0].device.type, enabled=False):
             return None, None, *scan.backward(own, **dict(zip(DIFFERENTIABLE, upstream, strict=True)))

@@ -24,11 +24,11 @@ class HeadGradients:
         """Add a chunk: the gradient of its logits `[C, V]`, times `scale`, for the hidden states `[C, H]`."""
         vocab_size = logits_gradient.shape[1]
         if self.hidden is not None:
-            self.hidden[rows] += _scaled(logits_gradient @ head.weight, scale)
+            self.hidden[rows] += _scale(logits_gradient @ head.weight, scale)
         if self.weight is not None:
             _add_outer(self.weight[:vocab_size], logits_gradient, hidden, scale)
         if self.bias is not None:
-            self.bias[:vocab_size] += _scaled(logits_gradient.sum(0, dtype=self.bias.dtype), scale)
+            self.bias[:vocab_size] += _scale(logits_gradient.sum(0, dtype=self.bias.dtype), scale)
 
     def add_sparse(self, rows: slice | Tensor, ids: Tensor, values: Tensor, hidden: Tensor, head: Projection) -> None:
         """Add gradients `values` `[C, k]` of only the logits `ids` `[C, k]`."""
@@ -52,12 +52,12 @@ class HeadGradients:
         gradients = (self.hidden, self.weight, self.bias)
         self.hidden = self.weight = self.bias = None
         return tuple(
-            None if g is None or x is None else _narrow(g, x.dtype)
+            None if g is None or x is None else _cast_in_place(g, x.dtype)
             for g, x in zip(gradients, (hidden, weight, bias), strict=True)
         )
 
 
-def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
+def _scale(x: Tensor, scale: Tensor | None) -> Tensor:
     return x if scale is None else x.to(scale.dtype) * scale
 
 
@@ -70,10 +70,10 @@ def _add_outer(total: Tensor, logits_gradient: Tensor, hidden: Tensor, scale: Te
     size = max(1, (2**21 if total.device.type == "cpu" else 2**25) // total.shape[1])
     for start in range(0, total.shape[0], size):
         ids = slice(start, start + size)
-        total[ids] += _scaled(logits_gradient[:, ids].t() @ hidden, scale)
+        total[ids] += _scale(logits_gradient[:, ids].t() @ hidden, scale)
 
 
-def _narrow(x: Tensor, dtype: torch.dtype) -> Tensor:
+def _cast_in_place(x: Tensor, dtype: torch.dtype) -> Tensor:
     """`x` in `dtype`; a narrower one is written over `x`, because at this moment memory is at its peak."""
     if x.dtype == dtype:
         return x

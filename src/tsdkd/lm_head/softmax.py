@@ -113,7 +113,7 @@ def _ratio_weight(kind: Divergence) -> float:
     return weight if abs(weight) > 1e-12 else 0.0
 
 
-def divergences(
+def compute_divergence(
     student: SoftmaxRows, teacher: SoftmaxRows, kind: Divergence, tiles: Tiles
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A divergence, and what its gradient needs.
@@ -139,16 +139,16 @@ def divergences(
 
 
 @dataclass
-class Upstream:
+class GradOutputs:
     """Derivatives of a loss with respect to the statistics of C tokens, None where zero: `[C]`, `logps` `[C, K]`."""
 
     entropy: Tensor | None = None
     divergence: Tensor | None = None
     logps: Tensor | None = None
 
-    def times(self, factor: float | Tensor) -> "Upstream":
+    def times(self, factor: float | Tensor) -> "GradOutputs":
         """All of them, multiplied."""
-        return Upstream(**{name: None if x is None else x * factor for name, x in vars(self).items()})
+        return GradOutputs(**{name: None if x is None else x * factor for name, x in vars(self).items()})
 
     def largest(self) -> Tensor:
         """The largest magnitude among them, or 1 where all are zero."""
@@ -157,14 +157,14 @@ class Upstream:
         return torch.where(largest > 0, largest, torch.ones_like(largest))
 
 
-def logits_gradient_(
+def logits_grad_(
     student: SoftmaxRows,
     teacher: SoftmaxRows | None,
     kind: Divergence | None,
     student_kl: Tensor,
     ratio: Tensor,
     ids: Tensor | None,
-    upstream: Upstream,
+    upstream: GradOutputs,
     slope: Callable[[Tensor], Tensor] | None,
     tiles: Tiles,
 ) -> Tensor:
@@ -176,13 +176,13 @@ def logits_gradient_(
 
     Args:
         student, teacher: rows; the teacher's only where `upstream.divergence` is set.
-        kind, student_kl, ratio: of `divergences`.
+        kind, student_kl, ratio: of `compute_divergence`.
         ids: `[C, K]`, where `upstream.logps` belong.
         upstream: derivatives with respect to the statistics.
         slope: logits -> derivative of a cap on them, or None.
         tiles: columns and scratch.
     """
-    at_ids = _gradient_at_ids(student, ids, upstream.logps, slope)
+    at_ids = _grad_at_ids(student, ids, upstream.logps, slope)
     entropy, up = upstream.entropy, upstream.divergence
     forward = kind is not None and kind.mixture == 0.0
     ratio_weight = 0.0 if kind is None else _ratio_weight(kind)
@@ -226,7 +226,7 @@ def logits_gradient_(
     return student.logits
 
 
-def _gradient_at_ids(
+def _grad_at_ids(
     student: SoftmaxRows, ids: Tensor | None, upstream: Tensor | None, slope: Callable[[Tensor], Tensor] | None
 ) -> Tensor | None:
     """What reaches the logits at the ids directly, `[C, K]`."""

@@ -1,6 +1,6 @@
 """What an objective can ask a head about each token of a micro-batch.
 
-An objective states a `Request`; a head answers it with `TokenStatistics`. `tsdkd.lm_head.dense` is the readable
+An objective states a `StatisticsRequest`; a head answers it with `TokenStatistics`. `tsdkd.lm_head.dense` is the readable
 specification; `tsdkd.lm_head.fused` gives the same numbers and gradients from hidden states.
 """
 
@@ -15,7 +15,7 @@ from ..losses import Divergence
 
 
 @dataclass(frozen=True)
-class Request:
+class StatisticsRequest:
     """The statistics that are wanted of N tokens; what isn't asked for costs nothing.
 
     Attributes:
@@ -68,7 +68,7 @@ class TokenStatistics:
 
 
 @dataclass(frozen=True)
-class OwnTokenLoss:
+class PerTokenLoss:
     """Losses of a token that depend on its own statistics only, so that a head may evaluate them chunk by chunk.
 
     Attributes:
@@ -88,10 +88,10 @@ class OwnTokenLoss:
 class Head(Protocol):
     """Answers an objective's request about the N completion tokens of a micro-batch."""
 
-    def __call__(self, request: Request, own: OwnTokenLoss | None = None) -> TokenStatistics: ...
+    def __call__(self, request: StatisticsRequest, own: PerTokenLoss | None = None) -> TokenStatistics: ...
 
 
-def check_request(request: Request, count: int, has_teacher: bool) -> None:
+def validate_request(request: StatisticsRequest, count: int, has_teacher: bool) -> None:
     """Raises `ValueError` for a request that can't be answered of `count` tokens."""
     if request.needs_teacher and not has_teacher:
         raise ValueError("the request needs the teacher's distribution (teacher_entropy or divergence), there is none")

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ..config.options import AT_LEAST_ONE, INSIDE, NOT_NEGATIVE, SHARE, option, plain
+from ..config.options import AT_LEAST_ONE, INSIDE, NOT_NEGATIVE, SHARE, enum_value, option
 from ..losses import Divergence, skew_forward_kl, skew_reverse_kl
 from ..rollout.base import Completion
 from ..rollout.seeding import prompt_generator
@@ -18,7 +18,7 @@ from ..trainer.trainer import Batch, TokenSelectiveTrainer
 from .defaults import OWN_ROLLOUTS, TSDKDDefaults
 from .divergence import DivergenceObjective
 
-_NEVER_EVALUATED = (lambda v: plain(v["eval_strategy"]) == "no", "eval_strategy is no")
+_NEVER_EVALUATED = (lambda v: enum_value(v["eval_strategy"]) == "no", "eval_strategy is no")
 _COIN, _REPLAY = 2, 3  # streams of `prompt_generator`
 
 

@@ -2,9 +2,9 @@
 
 from typing import ClassVar
 
-from ..lm_head.statistics import Head, OwnTokenLoss, Request
+from ..lm_head.statistics import Head, PerTokenLoss, StatisticsRequest
 from ..losses import Divergence
-from ..objective import Objective, ObjectiveOutput, Responses, common_metrics
+from ..objective import CompletionBatch, Objective, ObjectiveOutput, common_metrics
 
 
 class DivergenceObjective(Objective):
@@ -17,13 +17,13 @@ class DivergenceObjective(Objective):
         """Between student and teacher."""
         raise NotImplementedError
 
-    def __call__(self, head: Head, responses: Responses) -> ObjectiveOutput:
+    def __call__(self, head: Head, responses: CompletionBatch) -> ObjectiveOutput:
         """See `Objective`."""
         shares = responses.shares
         weights = shares if self.unit == "responses" else shares.new_ones(shares.shape)
-        own = OwnTokenLoss(
+        own = PerTokenLoss(
             {self.term: 1.0}, lambda t, rows: {self.term: weights[rows].to(t.divergence) * t.divergence}
         )
-        request = Request(entropy=True, teacher_entropy=True, divergence=self.kind, ids=responses.logged_ids)
+        request = StatisticsRequest(entropy=True, teacher_entropy=True, divergence=self.kind, ids=responses.logged_ids)
         tokens = head(request, own)
         return ObjectiveOutput(tokens.own_loss, tokens.own_terms, own.weights, common_metrics(tokens, responses))

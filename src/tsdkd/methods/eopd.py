@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..config.options import NOT_NEGATIVE, option
-from ..objective import Answers
-from ..trainer.rollout_scores import PolicyTrainer
+from ..objective import RolloutScores
+from ..trainer.rollout_scores import ScoredRolloutTrainer
 from .eopd_full import EOPDFullObjective, EOPDFullOptions
 from .opd import OPDConfig
 
@@ -35,12 +35,12 @@ class EOPDObjective(EOPDOptions, EOPDFullObjective):
         """What the log calls uncertain."""
         return self.entropy_threshold
 
-    def placement(self, answers: Answers) -> Tensor:
+    def placement(self, answers: RolloutScores) -> Tensor:
         """Strictly above the threshold."""
         return answers.teacher_entropy > self.entropy_threshold
 
 
-class EOPDTrainer(PolicyTrainer):
+class EOPDTrainer(ScoredRolloutTrainer):
     """Entropy-aware on-policy distillation (arXiv 2603.07079). Arguments: see `TokenSelectiveTrainer`.
 
     Example:

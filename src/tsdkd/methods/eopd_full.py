@@ -8,8 +8,8 @@ from torch import Tensor
 from ..config.options import AT_LEAST_ONE, option
 from ..lm_head.statistics import TokenStatistics
 from ..losses import forward_kl_on
-from ..objective import Answers
-from ..trainer.rollout_scores import PolicyTrainer
+from ..objective import RolloutScores
+from ..trainer.rollout_scores import ScoredRolloutTrainer
 from .opd import OPDConfig, OPDObjective, OPDOptions
 
 
@@ -42,17 +42,17 @@ class EOPDFullObjective(EOPDFullOptions, OPDObjective):
         """See `OPDObjective`."""
         return {**super().weights, "forward_kl": 1.0}
 
-    def terms(self, tokens: TokenStatistics, answers: Answers) -> dict[str, Tensor]:
+    def terms(self, tokens: TokenStatistics, answers: RolloutScores) -> dict[str, Tensor]:
         """See `OPDObjective`."""
         forward_kl = forward_kl_on(tokens.logps[:, 1:], answers.topk_logps)
         return {**super().terms(tokens, answers), "forward_kl": forward_kl * self.placement(answers)}
 
-    def placement(self, answers: Answers) -> Tensor:
+    def placement(self, answers: RolloutScores) -> Tensor:
         """`[N]` bool, where forward KL acts."""
         return torch.ones_like(answers.teacher_entropy, dtype=torch.bool)
 
 
-class EOPDFullTrainer(PolicyTrainer):
+class EOPDFullTrainer(ScoredRolloutTrainer):
     """Arguments: see `TokenSelectiveTrainer`."""
 
     config_class = EOPDFullConfig

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..config.options import POSITIVE_SHARE, option
-from ..objective import Answers
-from ..trainer.rollout_scores import PolicyTrainer
+from ..objective import RolloutScores
+from ..trainer.rollout_scores import ScoredRolloutTrainer
 from .eopd_full import EOPDFullObjective, EOPDFullOptions
 from .opd import OPDConfig
 
@@ -30,13 +30,13 @@ class EOPDRandomConfig(EOPDRandomOptions, OPDConfig):
 class EOPDRandomObjective(EOPDRandomOptions, EOPDFullObjective):
     """Eq. 9 with a coin as its trigger."""
 
-    def placement(self, answers: Answers) -> Tensor:
+    def placement(self, answers: RolloutScores) -> Tensor:
         """The same for a token in every step that its rollout serves."""
         assert answers.random_uniform is not None
         return answers.random_uniform < self.forward_kl_random_ratio
 
 
-class EOPDRandomTrainer(PolicyTrainer):
+class EOPDRandomTrainer(ScoredRolloutTrainer):
     """Arguments: see `TokenSelectiveTrainer`."""
 
     config_class = EOPDRandomConfig

@@ -7,12 +7,12 @@ import trl
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from ..checkpointing.preemption import Preemption
-from ..checkpointing.trainer_mixin import Resumable
+from ..checkpointing.preemption import PreemptionCallback
+from ..checkpointing.trainer_mixin import CheckpointMixin
 from ..config.base import TokenSelectiveConfig
 from ..config.options import AT_LEAST_ONE, INSIDE, option
 from ..config.validation import UNSUPPORTED
-from ..data import prepare_rows, shape_of, split_row, suffixed
+from ..data import append_prompt_suffix, prepare_dataset, resolve_columns, split_prompt_completion
 from ..errors import ConfigError, DataError
 from ..models.loading import load_student, resolve_pair
 from .defaults import NO_BETA
@@ -54,15 +54,15 @@ class GRPOConfig(TokenSelectiveConfig):
     rollout_batch_size: int = option(128, "Prompts in one rollout, over all processes.", AT_LEAST_ONE)
 
 
-def right_answer(completions: list[Any], answer: list[str], **columns: Any) -> list[float]:
+def accuracy_reward(completions: list[Any], answer: list[str], **columns: Any) -> list[float]:
     """1 where math-verify finds the completion's answer equal to `answer`, else 0."""
-    from ..grading import same_mathematics  # math-verify is an extra
+    from ..grading import is_math_equivalent  # math-verify is an extra
 
     texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
-    return [float(same_mathematics(text, str(expected))) for text, expected in zip(texts, answer, strict=True)]
+    return [float(is_math_equivalent(text, str(expected))) for text, expected in zip(texts, answer, strict=True)]
 
 
-class GRPOTrainer(Resumable, trl.GRPOTrainer):
+class GRPOTrainer(CheckpointMixin, trl.GRPOTrainer):
     """Group relative policy optimization (arXiv 2402.03300).
 
     Args:
@@ -93,15 +93,16 @@ class GRPOTrainer(Resumable, trl.GRPOTrainer):
         peft_config: Any | None = None,
     ) -> None:
         assert args is not None
-        _check_installed()
+        _require_math_verify()
         pair = resolve_pair(model, model, args, processing_class, processing_class)
         rows = [
-            None if d is None else _rows(d, pair.template, args, pair.context) for d in (train_dataset, eval_dataset)
+            None if d is None else _prepare_prompts(d, pair.template, args, pair.context)
+            for d in (train_dataset, eval_dataset)
         ]
         super().__init__(
             load_student(model, args) if isinstance(model, str) else model,
-            reward_funcs=right_answer,
-            args=_trl_config(args),
+            reward_funcs=accuracy_reward,
+            args=_to_trl_config(args),
             train_dataset=rows[0],
             eval_dataset=rows[1],
             processing_class=pair.tokenizer,
@@ -109,7 +110,7 @@ class GRPOTrainer(Resumable, trl.GRPOTrainer):
             optimizers=optimizers,
             peft_config=peft_config,
         )
-        self.preemption = Preemption(self.accelerator)
+        self.preemption = PreemptionCallback(self.accelerator)
         self.add_callback(self.preemption)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -127,14 +128,14 @@ class GRPOTrainer(Resumable, trl.GRPOTrainer):
         self._buffered_inputs = None if buffered is None else [self._prepare_input(batch) for batch in buffered]
 
 
-def _check_installed() -> None:
+def _require_math_verify() -> None:
     try:
         import math_verify  # noqa: F401
     except ImportError as error:
         raise ConfigError(["method: grpo's reward needs math-verify; pip install 'tsdkd[eval]'"]) from error
 
 
-def _trl_config(args: GRPOConfig) -> trl.GRPOConfig:
+def _to_trl_config(args: GRPOConfig) -> trl.GRPOConfig:
     """TRL's configuration, with what both have in common and what only the names differ in."""
     names = {f.name for f in fields(trl.GRPOConfig) if f.init and hasattr(args, f.name)}
     common = {name: getattr(args, name) for name in names - UNSUPPORTED.keys() - {"beta"}}  # these are GKD's or SFT's
@@ -151,7 +152,7 @@ def _trl_config(args: GRPOConfig) -> trl.GRPOConfig:
         raise ConfigError([f"rollout_batch_size, num_generations: {' '.join(str(error).split())}"]) from error
 
 
-def _rows(rows: Dataset, template: PreTrainedTokenizerBase, args: GRPOConfig, context: int) -> Dataset:
+def _prepare_prompts(rows: Dataset, template: PreTrainedTokenizerBase, args: GRPOConfig, context: int) -> Dataset:
     """Prompts that leave room for a completion, as TRL takes them, and answers."""
     source = next((name for name in ("answer", "solution") if name in rows.column_names), None)
     if source is None:
@@ -159,19 +160,19 @@ def _rows(rows: Dataset, template: PreTrainedTokenizerBase, args: GRPOConfig, co
             "grpo rewards right answers: the data set has no column 'answer' or 'solution', it has "
             f"{', '.join(rows.column_names)}"
         )
-    from ..grading import answer_of  # math-verify is an extra
+    from ..grading import extract_answer  # math-verify is an extra
 
-    shape = shape_of(rows, args)
-    kept = prepare_rows(rows, template, args, context, needs_completion=False)["index"]
+    shape = resolve_columns(rows, args)
+    kept = prepare_dataset(rows, template, args, context, needs_completion=False)["index"]
 
     def prompt_and_answer(row: dict[str, Any], index: int) -> dict[str, Any]:
-        prompt = suffixed(split_row(row, index, shape)[0], index, args.prompt_suffix)
+        prompt = append_prompt_suffix(split_prompt_completion(row, index, shape)[0], index, args.prompt_suffix)
         if isinstance(prompt, str) and args.chat_template_source != "none" and template.chat_template is not None:
             prompt = [{"role": "user", "content": prompt}]
         given = row[source]
         if given is None:
             raise DataError(f"row {index}: no answer: its {source} is empty")
-        answer = given if source == "answer" else answer_of(str(given))
+        answer = given if source == "answer" else extract_answer(str(given))
         if answer is None:
             raise DataError(
                 f"row {index}: no answer: its solution has no \\boxed{{}}, and isn't a bare answer: {given[-60:]!r}"

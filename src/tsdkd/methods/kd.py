@@ -6,10 +6,10 @@ import torch
 
 from ..config.base import TokenSelectiveConfig
 from ..config.options import AT_LEAST_ONE, NOT_NEGATIVE, option
-from ..lm_head.statistics import Head, OwnTokenLoss, Request, TokenStatistics
+from ..lm_head.statistics import Head, PerTokenLoss, StatisticsRequest, TokenStatistics
 from ..losses import forward_kl_on
-from ..objective import Objective, ObjectiveOutput, Responses, common_metrics
-from ..trainer.rollout_scores import PolicyTrainer
+from ..objective import CompletionBatch, Objective, ObjectiveOutput, common_metrics
+from ..trainer.rollout_scores import ScoredRolloutTrainer
 from .defaults import OFF_POLICY
 
 
@@ -49,7 +49,7 @@ class KDObjective(KDOptions, Objective):
         """How many of the teacher's tokens are kept."""
         return self.forward_kl_top_k
 
-    def __call__(self, head: Head, responses: Responses) -> ObjectiveOutput:
+    def __call__(self, head: Head, responses: CompletionBatch) -> ObjectiveOutput:
         """See `Objective`."""
         answers, sampled = responses.answers, responses.ids
         assert answers is not None and sampled is not None
@@ -59,13 +59,13 @@ class KDObjective(KDOptions, Objective):
             return {"cross_entropy": -tokens.logps[:, 0], "forward_kl": forward_kl}
 
         weights = {"cross_entropy": self.cross_entropy_weight, "forward_kl": self.forward_kl_weight}
-        own = OwnTokenLoss(weights, losses)
+        own = PerTokenLoss(weights, losses)
         ids = torch.cat([sampled.unsqueeze(-1), answers.topk_ids], dim=-1)
-        tokens = head(Request(entropy=True, ids=ids), own)
+        tokens = head(StatisticsRequest(entropy=True, ids=ids), own)
         return ObjectiveOutput(tokens.own_loss, tokens.own_terms, weights, common_metrics(tokens, responses))
 
 
-class KDTrainer(PolicyTrainer):
+class KDTrainer(ScoredRolloutTrainer):
     """Arguments: see `TokenSelectiveTrainer`."""
 
     config_class = KDConfig

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from ..config.options import AT_LEAST_ONE, INSIDE, POSITIVE, SHARE, option
 from ..data import completion_mask
-from ..lm_head.statistics import Head, OwnTokenLoss, Request, TokenStatistics
+from ..lm_head.statistics import Head, PerTokenLoss, StatisticsRequest, TokenStatistics
 from ..losses import REVERSE_KL, clipped_policy_loss
-from ..objective import Objective, ObjectiveOutput, Responses, approx_kl, common_metrics, mean_of
-from ..rollout.base import Sampler, Sampling
-from ..rollout.categorical import draw
-from ..rollout.mixed import Choice, TogetherSampler
-from ..trainer.rollout_scores import PolicyTrainer
+from ..objective import CompletionBatch, Objective, ObjectiveOutput, approx_kl, common_metrics, mean_metric
+from ..rollout.base import Sampler, SamplingConfig
+from ..rollout.categorical import sample_tokens
+from ..rollout.mixed import MixedSampler, TokenChoice
+from ..trainer.rollout_scores import ScoredRolloutTrainer
 from ..trainer.trainer import Batch
 from .defaults import NO_VLLM, OWN_ROLLOUTS, RolloutConfig
 
@@ -63,7 +63,7 @@ class MiniLLMObjective(MiniLLMOptions, Objective):
     asks_once = True
     is_policy = True
 
-    def __call__(self, head: Head, responses: Responses) -> ObjectiveOutput:
+    def __call__(self, head: Head, responses: CompletionBatch) -> ObjectiveOutput:
         """See `Objective`. The answers' `old_logps` are of the mixture, `advantages` of `returns`, whitened."""
         answers, sampled = responses.answers, responses.ids
         assert answers is not None and sampled is not None
@@ -74,13 +74,15 @@ class MiniLLMObjective(MiniLLMOptions, Objective):
             policy = clipped_policy_loss(tokens.logps[:, 0], some.old_logps, some.advantages, self.clip_epsilon)
             return {"policy": policy, "reverse_kl": tokens.divergence}
 
-        own = OwnTokenLoss({"policy": 1.0, "reverse_kl": 1.0}, losses)
-        request = Request(entropy=True, teacher_entropy=True, divergence=REVERSE_KL, ids=sampled.unsqueeze(-1))
+        own = PerTokenLoss({"policy": 1.0, "reverse_kl": 1.0}, losses)
+        request = StatisticsRequest(
+            entropy=True, teacher_entropy=True, divergence=REVERSE_KL, ids=sampled.unsqueeze(-1)
+        )
         tokens = head(request, own)
         assert answers.old_logps is not None
         log_ratio = tokens.logps[:, 0].detach() - answers.old_logps
         metrics = common_metrics(tokens, responses)
-        metrics |= {"policy/ratio": mean_of(log_ratio.exp()), "policy/approx_kl": approx_kl(log_ratio)}
+        metrics |= {"policy/ratio": mean_metric(log_ratio.exp()), "policy/approx_kl": approx_kl(log_ratio)}
         return ObjectiveOutput(tokens.own_loss, tokens.own_terms, own.weights, metrics)
 
     def mixture_logps(self, student_logps: Tensor, teacher_logps: Tensor) -> Tensor:
@@ -108,7 +110,7 @@ class MiniLLMObjective(MiniLLMOptions, Objective):
         return (torch.stack(sums[::-1], dim=-1) / left)[mask]
 
 
-class MiniLLMTrainer(PolicyTrainer):
+class MiniLLMTrainer(ScoredRolloutTrainer):
     """MiniLLM (arXiv 2306.08543). Arguments: see `TokenSelectiveTrainer`."""
 
     config_class = MiniLLMConfig
@@ -116,9 +118,9 @@ class MiniLLMTrainer(PolicyTrainer):
     objective: MiniLLMObjective
 
     def _make_sampler(self) -> Sampler:
-        sampling = Sampling(frozenset(self.stop_ids), self.pair.shared_vocab_size)
+        sampling = SamplingConfig(frozenset(self.stop_ids), self.pair.shared_vocab_size)
         choose = mixed(self.args.teacher_mixture, self.args.temperature)
-        return TogetherSampler(self.accelerator, self.args, sampling, self.teacher_model, choose)
+        return MixedSampler(self.accelerator, self.args, sampling, self.teacher_model, choose)
 
     def _annotate(self, model: nn.Module, batch: Batch, step: int, mode: str) -> None:
         """Also the mixture's log-probabilities, in place of the student's, and the returns."""
@@ -145,12 +147,12 @@ class MiniLLMTrainer(PolicyTrainer):
             batch["answers"]["advantages"] = ((value - mean) * scale).float()
 
 
-def mixed(teacher_share: float, temperature: float) -> Choice:
+def mixed(teacher_share: float, temperature: float) -> TokenChoice:
     """MiniLLM, Eq. 5: from `teacher_share P + (1 - teacher_share) Q`."""
 
     def choose(logits: list[Tensor], uniform: Tensor | None) -> Tensor:
         assert uniform is not None
         student, teacher = ((x / temperature).softmax(-1) for x in logits)
-        return draw((teacher_share * teacher + (1 - teacher_share) * student).log(), uniform[:, 0])[0]
+        return sample_tokens((teacher_share * teacher + (1 - teacher_share) * student).log(), uniform[:, 0])[0]
 
     return choose

@@ -7,10 +7,18 @@ import torch
 from torch import Tensor
 
 from ..config.options import AT_LEAST_ONE, INSIDE, option
-from ..lm_head.statistics import Head, OwnTokenLoss, Request, TokenStatistics
+from ..lm_head.statistics import Head, PerTokenLoss, StatisticsRequest, TokenStatistics
 from ..losses import clipped_policy_loss, forward_kl_on
-from ..objective import Answers, Objective, ObjectiveOutput, Responses, approx_kl, common_metrics, mean_of
-from ..trainer.rollout_scores import PolicyTrainer
+from ..objective import (
+    CompletionBatch,
+    Objective,
+    ObjectiveOutput,
+    RolloutScores,
+    approx_kl,
+    common_metrics,
+    mean_metric,
+)
+from ..trainer.rollout_scores import ScoredRolloutTrainer
 from .defaults import RolloutConfig
 
 
@@ -44,13 +52,13 @@ class OPDObjective(OPDOptions, Objective):
     is_policy = True
     uncertain_above: ClassVar[float] = 0.8  # nats; for the log (EOPD Fig. 5)
 
-    def __call__(self, head: Head, responses: Responses) -> ObjectiveOutput:
+    def __call__(self, head: Head, responses: CompletionBatch) -> ObjectiveOutput:
         """See `Objective`."""
         answers, sampled = responses.answers, responses.ids
         assert answers is not None and sampled is not None
-        own = OwnTokenLoss(self.weights, lambda tokens, rows: self.terms(tokens, answers.of(rows)))
+        own = PerTokenLoss(self.weights, lambda tokens, rows: self.terms(tokens, answers.of(rows)))
         ids = torch.cat([sampled.unsqueeze(-1), answers.topk_ids], dim=-1)
-        tokens = head(Request(entropy=True, ids=ids), own)
+        tokens = head(StatisticsRequest(entropy=True, ids=ids), own)
         metrics = common_metrics(tokens, responses) | self._metrics(tokens, answers)
         return ObjectiveOutput(tokens.own_loss, tokens.own_terms, own.weights, metrics)
 
@@ -59,20 +67,20 @@ class OPDObjective(OPDOptions, Objective):
         """Each term's factor in the loss."""
         return {"reverse_kl": 1.0}
 
-    def terms(self, tokens: TokenStatistics, answers: Answers) -> dict[str, Tensor]:
+    def terms(self, tokens: TokenStatistics, answers: RolloutScores) -> dict[str, Tensor]:
         """Each term of each token: all of them depend on a token's own statistics only."""
         assert answers.old_logps is not None
         advantages = self.advantages(tokens, answers)
         loss = clipped_policy_loss(tokens.logps[:, 0], answers.old_logps, advantages, self.clip_epsilon)
         return {"reverse_kl": loss if answers.importance is None else loss * answers.importance}
 
-    def advantages(self, tokens: TokenStatistics, answers: Answers) -> Tensor:
+    def advantages(self, tokens: TokenStatistics, answers: RolloutScores) -> Tensor:
         """`[N]`, Eq. 6 with the policy that sampled; no gradient."""
         assert answers.old_logps is not None
         return answers.teacher_logps - answers.old_logps
 
     @torch.no_grad()
-    def _metrics(self, tokens: TokenStatistics, answers: Answers) -> dict[str, tuple[Tensor, Tensor]]:
+    def _metrics(self, tokens: TokenStatistics, answers: RolloutScores) -> dict[str, tuple[Tensor, Tensor]]:
         advantages = self.advantages(tokens, answers)
         assert answers.old_logps is not None
         log_ratio = tokens.logps[:, 0] - answers.old_logps
@@ -82,16 +90,16 @@ class OPDObjective(OPDOptions, Objective):
         uncertain = answers.teacher_entropy > self.uncertain_above
         forward_kl = forward_kl_on(tokens.logps[:, 1:], answers.topk_logps)
         return {
-            "policy/clip_fraction": mean_of(too_high | too_low),
-            "policy/ratio": mean_of(ratio),
+            "policy/clip_fraction": mean_metric(too_high | too_low),
+            "policy/ratio": mean_metric(ratio),
             "policy/approx_kl": approx_kl(log_ratio),
-            "uncertain/share": mean_of(uncertain),
-            "uncertain/forward_kl": mean_of(forward_kl[uncertain]),
-            "entropy/teacher": mean_of(answers.teacher_entropy),
+            "uncertain/share": mean_metric(uncertain),
+            "uncertain/forward_kl": mean_metric(forward_kl[uncertain]),
+            "entropy/teacher": mean_metric(answers.teacher_entropy),
         }
 
 
-class OPDTrainer(PolicyTrainer):
+class OPDTrainer(ScoredRolloutTrainer):
     """Arguments: see `TokenSelectiveTrainer`."""
 
     config_class = OPDConfig

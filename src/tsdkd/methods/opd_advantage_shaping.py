@@ -7,8 +7,8 @@ from torch import Tensor
 
 from ..config.options import POSITIVE, option
 from ..lm_head.statistics import TokenStatistics
-from ..objective import Answers
-from ..trainer.rollout_scores import PolicyTrainer
+from ..objective import RolloutScores
+from ..trainer.rollout_scores import ScoredRolloutTrainer
 from .opd import OPDConfig, OPDObjective, OPDOptions
 
 _KAPPA = 2.0
@@ -33,13 +33,13 @@ class OPDAdvantageShapingConfig(OPDAdvantageShapingOptions, OPDConfig):
 class OPDAdvantageShapingObjective(OPDAdvantageShapingOptions, OPDObjective):
     """Uncertain tokens are favoured, without turning an advantage's sign."""
 
-    def advantages(self, tokens: TokenStatistics, answers: Answers) -> Tensor:
+    def advantages(self, tokens: TokenStatistics, answers: RolloutScores) -> Tensor:
         """Eq. 11."""
         advantages = super().advantages(tokens, answers)
         return advantages + torch.minimum(self.advantage_shaping * tokens.entropy.detach(), advantages.abs() / _KAPPA)
 
 
-class OPDAdvantageShapingTrainer(PolicyTrainer):
+class OPDAdvantageShapingTrainer(ScoredRolloutTrainer):
     """Arguments: see `TokenSelectiveTrainer`."""
 
     config_class = OPDAdvantageShapingConfig

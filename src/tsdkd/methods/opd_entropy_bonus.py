@@ -6,8 +6,8 @@ from torch import Tensor
 
 from ..config.options import POSITIVE, option
 from ..lm_head.statistics import TokenStatistics
-from ..objective import Answers
-from ..trainer.rollout_scores import PolicyTrainer
+from ..objective import RolloutScores
+from ..trainer.rollout_scores import ScoredRolloutTrainer
 from .opd import OPDConfig, OPDObjective, OPDOptions
 
 
@@ -35,12 +35,12 @@ class OPDEntropyBonusObjective(OPDEntropyBonusOptions, OPDObjective):
         """See `OPDObjective`."""
         return {**super().weights, "entropy": -self.entropy_bonus}
 
-    def terms(self, tokens: TokenStatistics, answers: Answers) -> dict[str, Tensor]:
+    def terms(self, tokens: TokenStatistics, answers: RolloutScores) -> dict[str, Tensor]:
         """See `OPDObjective`."""
         return {**super().terms(tokens, answers), "entropy": tokens.entropy}
 
 
-class OPDEntropyBonusTrainer(PolicyTrainer):
+class OPDEntropyBonusTrainer(ScoredRolloutTrainer):
     """Arguments: see `TokenSelectiveTrainer`."""
 
     config_class = OPDEntropyBonusConfig

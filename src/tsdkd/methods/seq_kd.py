@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from ..config.options import option
-from ..lm_head.statistics import Head, OwnTokenLoss, Request
-from ..objective import Objective, ObjectiveOutput, Responses, common_metrics
+from ..lm_head.statistics import Head, PerTokenLoss, StatisticsRequest
+from ..objective import CompletionBatch, Objective, ObjectiveOutput, common_metrics
 from ..trainer.trainer import TokenSelectiveTrainer
 from .defaults import OFF_POLICY, TSDKDDefaults
 
@@ -27,11 +27,11 @@ class SeqKDObjective(Objective):
 
     asks_teacher = False
 
-    def __call__(self, head: Head, responses: Responses) -> ObjectiveOutput:
+    def __call__(self, head: Head, responses: CompletionBatch) -> ObjectiveOutput:
         """See `Objective`."""
         assert responses.ids is not None
-        own = OwnTokenLoss({"cross_entropy": 1.0}, lambda tokens, rows: {"cross_entropy": -tokens.logps[:, 0]})
-        tokens = head(Request(entropy=True, ids=responses.ids.unsqueeze(-1)), own)
+        own = PerTokenLoss({"cross_entropy": 1.0}, lambda tokens, rows: {"cross_entropy": -tokens.logps[:, 0]})
+        tokens = head(StatisticsRequest(entropy=True, ids=responses.ids.unsqueeze(-1)), own)
         return ObjectiveOutput(tokens.own_loss, tokens.own_terms, own.weights, common_metrics(tokens, responses))
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..config.options import AT_LEAST_ONE, POSITIVE, POSITIVE_SHARE, option
-from ..rollout.base import Sampler, Sampling
-from ..rollout.categorical import draw
-from ..rollout.mixed import Choice, TogetherSampler
+from ..rollout.base import Sampler, SamplingConfig
+from ..rollout.categorical import sample_tokens
+from ..rollout.mixed import MixedSampler, TokenChoice
 from ..trainer.trainer import TokenSelectiveTrainer
 from .defaults import NO_VLLM, OWN_ROLLOUTS, TSDKDDefaults
 from .supervised_kd import SupervisedKDObjective
@@ -19,7 +19,7 @@ from .supervised_kd import SupervisedKDObjective
 
 @dataclass
 class SpeculativeKDOptions:
-    """Options of the interleaved sampling, as in the paper's public code."""
+    """Options of the speculative_choice sampling, as in the paper's public code."""
 
     accept_top_k: int = option(25, "The student's token stays if it is among so many of the teacher's.", AT_LEAST_ONE)
     draft_temperature: float = option(0.5, "Divides the student's logits when it samples.", POSITIVE)
@@ -54,19 +54,19 @@ class SpeculativeKDTrainer(TokenSelectiveTrainer):
     objective_class = SpeculativeKDObjective
 
     def _make_sampler(self) -> Sampler:
-        sampling = Sampling(frozenset(self.stop_ids), self.pair.shared_vocab_size)
-        return TogetherSampler(self.accelerator, self.args, sampling, self.teacher_model, interleaved(self.args))
+        sampling = SamplingConfig(frozenset(self.stop_ids), self.pair.shared_vocab_size)
+        return MixedSampler(self.accelerator, self.args, sampling, self.teacher_model, speculative_choice(self.args))
 
 
-def interleaved(options: SpeculativeKDOptions) -> Choice:
+def speculative_choice(options: SpeculativeKDOptions) -> TokenChoice:
     """Speculative KD, Algorithm 1: the student's token if the teacher has it among its top ones, else a sample of the
     teacher's."""
 
     def choose(logits: list[Tensor], uniform: Tensor | None) -> Tensor:
         student, teacher = logits
         assert uniform is not None
-        drafted, _ = draw(student / options.draft_temperature, uniform[:, 0], options.draft_top_p)
-        corrected, _ = draw(teacher / options.correction_temperature, uniform[:, 1], options.correction_top_p)
+        drafted, _ = sample_tokens(student / options.draft_temperature, uniform[:, 0], options.draft_top_p)
+        corrected, _ = sample_tokens(teacher / options.correction_temperature, uniform[:, 1], options.correction_top_p)
         better = (teacher > teacher.gather(-1, drafted.unsqueeze(-1))).sum(-1)
         return torch.where(better < options.accept_top_k, drafted, corrected)
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ..config.options import NOT_NEGATIVE, POSITIVE, POSITIVE_SHARE, SHARE, option
-from ..lm_head.statistics import Head, OwnTokenLoss, Request, TokenStatistics
+from ..lm_head.statistics import Head, PerTokenLoss, StatisticsRequest, TokenStatistics
 from ..losses import jsd, plackett_luce_nll
-from ..objective import Objective, ObjectiveOutput, Responses, common_metrics, mean_of
+from ..objective import CompletionBatch, Objective, ObjectiveOutput, common_metrics, mean_metric
 from ..selection import adaptive_opener_ratio, entropy_gap_gate, opener_mask, top_entropy_mask
 from ..trainer.trainer import TokenSelectiveTrainer
 from .defaults import NO_TOP_P, TSDKDDefaults
@@ -86,17 +86,17 @@ class TSDKDObjective(TSDKDOptions, Objective):
 
     unit = "responses"
 
-    def __call__(self, head: Head, responses: Responses) -> ObjectiveOutput:
+    def __call__(self, head: Head, responses: CompletionBatch) -> ObjectiveOutput:
         """See `Objective`."""
         mask, share = responses.mask, responses.shares
-        direct = OwnTokenLoss(
+        direct = PerTokenLoss(
             {"direct": 1.0},
             lambda t, rows: {
                 "direct": share[rows].to(t.divergence) * t.divergence * (self._gate(t) if self.gate else 1.0)
             },
         )
         tokens = head(
-            Request(
+            StatisticsRequest(
                 entropy=True,
                 teacher_entropy=True,
                 divergence=jsd(self.beta),
@@ -124,7 +124,7 @@ class TSDKDObjective(TSDKDOptions, Objective):
     def _gate(self, tokens: TokenStatistics) -> Tensor:
         return entropy_gap_gate(tokens.entropy, tokens.teacher_entropy, self.gate_temperature)
 
-    def _indirect(self, tokens: TokenStatistics, responses: Responses, opener: Tensor, inside: Tensor) -> Tensor:
+    def _indirect(self, tokens: TokenStatistics, responses: CompletionBatch, opener: Tensor, inside: Tensor) -> Tensor:
         """Eq. 5 summed over responses; a response's positions are averaged, summed, or divided by its length.
         `inside`: which of the N tokens are in an opener."""
         nll = plackett_luce_nll(tokens.top_logits[inside], tokens.teacher_top_logits[inside], self.indirect_top_k)
@@ -159,12 +159,12 @@ class TSDKDObjective(TSDKDOptions, Objective):
         metrics = {
             "opener/length": (lengths.sum(), responses),
             "opener/share": ((lengths / mask.sum(-1).clamp(min=1)).sum(), responses),
-            "gate": mean_of(self._gate(tokens)),
+            "gate": mean_metric(self._gate(tokens)),
         }
         if self.alpha != 0:
             # candidates are sorted: the student's favourite is the first
             favourite = tokens.teacher_top_logits[inside].argmax(-1)
-            metrics["opener/top1_agreement"] = mean_of(favourite == 0)
+            metrics["opener/top1_agreement"] = mean_metric(favourite == 0)
         return metrics
 
     def state_dict(self) -> dict[str, Any]:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from ..config.options import NOT_NEGATIVE, POSITIVE_SHARE, SHARE, option
 from ..data import completion_mask
-from ..lm_head.statistics import Head, Request, TokenStatistics
+from ..lm_head.statistics import Head, StatisticsRequest, TokenStatistics
 from ..losses import jsd
-from ..objective import Objective, ObjectiveOutput, Responses, common_metrics
+from ..objective import CompletionBatch, Objective, ObjectiveOutput, common_metrics
 from ..selection import entropy_gap_gate
 from ..trainer.trainer import Batch, TokenSelectiveTrainer
 from .defaults import NO_TOP_P, TSDKDDefaults
@@ -48,20 +48,20 @@ class TSDKDReleasedObjective(TSDKDReleasedOptions, Objective):
 
     unit = "micro-batches"
 
-    def __call__(self, head: Head, responses: Responses) -> ObjectiveOutput:
+    def __call__(self, head: Head, responses: CompletionBatch) -> ObjectiveOutput:
         """See `Objective`."""
         mask = responses.mask
         trained = mask if responses.trained is None else responses.trained
         inside = responses.at(trained)
         valid_at = inside.nonzero().squeeze(-1)
         kind = jsd(self.beta)
-        tokens = head(Request(entropy=True, teacher_entropy=True, divergence=kind, top_k=_CANDIDATES))
+        tokens = head(StatisticsRequest(entropy=True, teacher_entropy=True, divergence=kind, top_k=_CANDIDATES))
         gate = entropy_gap_gate(tokens.entropy, tokens.teacher_entropy)
         count = inside.sum().clamp(min=1)
         terms = {"direct": (gate * tokens.divergence)[valid_at].sum() / count}
         valid = tokens.entropy.detach()[valid_at].float()
         opener = (responses.at(self._opener(valid, mask)) & inside).nonzero().squeeze(-1)
-        terms["indirect"] = _reversed_nll(tokens, opener).sum() / max(len(opener), 1)
+        terms["indirect"] = _reversed_plackett_luce_nll(tokens, opener).sum() / max(len(opener), 1)
         high = tokens.entropy.detach() >= (torch.quantile(valid, self.threshold) if len(valid) else torch.inf)
         terms["entropy"] = tokens.entropy.where(high, 0.0).sum() / high.sum().clamp(min=1)
         weights = {"direct": 1.0, "indirect": self.alpha, "entropy": 1.0}
@@ -77,7 +77,7 @@ class TSDKDReleasedObjective(TSDKDReleasedOptions, Objective):
         return (column >= 0) & (column < cut)
 
 
-def _reversed_nll(tokens: TokenStatistics, rows: Tensor) -> Tensor:
+def _reversed_plackett_luce_nll(tokens: TokenStatistics, rows: Tensor) -> Tensor:
     """A prefix where Eq. 4 has a suffix: the likelihood of the opposite order."""
     ranking = tokens.teacher_top_logits[rows].argsort(dim=-1, descending=True, stable=True)
     ranked = tokens.top_logits[rows].gather(-1, ranking)
@@ -103,7 +103,7 @@ class TSDKDReleasedTrainer(TokenSelectiveTrainer):
         longest = batch["completion_lengths"].max()
         return completion_mask({**batch, "completion_lengths": longest.expand_as(batch["completion_lengths"])})
 
-    def _responses(self, batch: Batch, mask: Tensor, mode: str) -> Responses:
+    def _responses(self, batch: Batch, mask: Tensor, mode: str) -> CompletionBatch:
         responses = super()._responses(batch, mask, mode)
         responses.trained = completion_mask(batch) & (batch["input_ids"][:, 1:] != self._end)
         return responses

@@ -9,7 +9,7 @@ from huggingface_hub.utils import get_session
 
 
 @cache
-def unreachable() -> str | None:
+def offline_reason() -> str | None:
     """Why nothing can be had from the hub, None where it answers. Copies in the cache are used then without asking, as
     with HF_HUB_OFFLINE=1."""
     if constants.HF_HUB_OFFLINE:

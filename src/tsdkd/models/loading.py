@@ -29,14 +29,14 @@ from trl.trainer.utils import create_model_from_path
 
 from ..config.base import TokenSelectiveConfig
 from ..errors import ModelError, TokenizerMismatchError
-from .hub import unreachable
+from .hub import offline_reason
 
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
 _INIT_KWARGS = {"model_name_or_path": "model_init_kwargs", "teacher_model_name_or_path": "teacher_model_init_kwargs"}
 
 
 @dataclass
-class Pair:
+class ModelPair:
     """Student and teacher as far as they are known without their weights.
 
     Attributes:
@@ -76,7 +76,7 @@ def resolve_pair(
     args: TokenSelectiveConfig,
     tokenizer: PreTrainedTokenizerBase | None = None,
     teacher_tokenizer: PreTrainedTokenizerBase | None = None,
-) -> Pair:
+) -> ModelPair:
     """Configurations and tokenizers of a pair, checked, without loading weights.
 
     Raises:
@@ -90,21 +90,21 @@ def resolve_pair(
         for model, (field, kwargs) in ((student, ours), (teacher, theirs))
     )
     if tokenizer is None:
-        tokenizer = load_tokenizer(name_of(student), ours[0], **ours[1])
+        tokenizer = load_tokenizer(get_model_id(student), ours[0], **ours[1])
     if teacher_tokenizer is None:
         # a teacher built in memory has no tokenizer of its own to compare with
-        name = name_of(teacher)
+        name = get_model_id(teacher)
         teacher_tokenizer = load_tokenizer(name, theirs[0], **theirs[1]) if name else tokenizer
     check_same_tokenizer(tokenizer, teacher_tokenizer)
-    _check_tokens_fit(tokenizer, student_config, ours[0])
-    _check_tokens_fit(teacher_tokenizer, teacher_config, theirs[0])
+    _check_vocab_fits(tokenizer, student_config, ours[0])
+    _check_vocab_fits(teacher_tokenizer, teacher_config, theirs[0])
     template = teacher_tokenizer if args.chat_template_source == "teacher" else tokenizer
-    return Pair(student_config, teacher_config, tokenizer, teacher_tokenizer, template)
+    return ModelPair(student_config, teacher_config, tokenizer, teacher_tokenizer, template)
 
 
 def load_config(name: str, field: str, **kwargs: Any) -> PretrainedConfig:
     """A model's configuration; `kwargs` are `from_pretrained`'s. Raises `ModelError`."""
-    return _load(AutoConfig.from_pretrained, name, field, "model", **kwargs)
+    return _from_pretrained(AutoConfig.from_pretrained, name, field, "model", **kwargs)
 
 
 def load_student(student: str, args: TokenSelectiveConfig) -> PreTrainedModel:
@@ -114,12 +114,14 @@ def load_student(student: str, args: TokenSelectiveConfig) -> PreTrainedModel:
         ModelError: it can't be loaded.
     """
     kwargs = {"trust_remote_code": args.trust_remote_code, "device_map": None, **(args.model_init_kwargs or {})}
-    model = _load(create_model_from_path, student, "model_name_or_path", "model", args.model_init_kwargs, **kwargs)
+    model = _from_pretrained(
+        create_model_from_path, student, "model_name_or_path", "model", args.model_init_kwargs, **kwargs
+    )
     args.model_init_kwargs = None  # used up: TRL warns where a loaded model comes with them
     return model
 
 
-def load_frozen(
+def load_frozen_model(
     name: str,
     args: TokenSelectiveConfig,
     field: str = "teacher_model_name_or_path",
@@ -139,23 +141,23 @@ def load_frozen(
     """
     given = getattr(args, _INIT_KWARGS[field])
     kwargs = {"dtype": "auto", "trust_remote_code": args.trust_remote_code, "device_map": device, **(given or {})}
-    return _load(AutoModelForCausalLM.from_pretrained, name, field, "model", given, **kwargs)
+    return _from_pretrained(AutoModelForCausalLM.from_pretrained, name, field, "model", given, **kwargs)
 
 
-def revision_of(name: str, config: PretrainedConfig) -> str:
+def get_revision(name: str, config: PretrainedConfig) -> str:
     """The commit of a model from the hub; of a local one a digest of its weight files' names, sizes and times."""
     folder = Path(name)
-    return digest_of(folder) if folder.is_dir() else str(getattr(config, "_commit_hash", None))
+    return hash_weight_files(folder) if folder.is_dir() else str(getattr(config, "_commit_hash", None))
 
 
-def digest_of(folder: Path) -> str:
+def hash_weight_files(folder: Path) -> str:
     """Of a local model's weight files: their names, sizes and times."""
     files = sorted(path for pattern in ("*.safetensors", "*.bin") for path in folder.glob(pattern))
     facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return "local-" + hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
 
 
-def generation_config_of(name: str, config: PretrainedConfig, revision: str | None) -> GenerationConfig:
+def load_generation_config(name: str, config: PretrainedConfig, revision: str | None) -> GenerationConfig:
     """What a model would generate with, as `from_pretrained` finds it."""
     try:
         return GenerationConfig.from_pretrained(name, **({"revision": revision} if revision else {}))
@@ -180,7 +182,7 @@ def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTo
     )
 
 
-def stop_token_ids(*sources: GenerationConfig | PreTrainedTokenizerBase | None) -> set[int]:
+def collect_stop_token_ids(*sources: GenerationConfig | PreTrainedTokenizerBase | None) -> set[int]:
     """The union of the end-of-sequence ids of generation configs and tokenizers."""
     ids: set[int] = set()
     for source in sources:
@@ -189,7 +191,7 @@ def stop_token_ids(*sources: GenerationConfig | PreTrainedTokenizerBase | None) 
     return ids
 
 
-def name_of(model: str | PreTrainedModel) -> str:
+def get_model_id(model: str | PreTrainedModel) -> str:
     """The path or hub id that a model was loaded from; empty for one built in memory."""
     return model if isinstance(model, str) else getattr(model.config, "_name_or_path", "") or ""
 
@@ -199,22 +201,24 @@ def _hub_kwargs(args: TokenSelectiveConfig, init_kwargs: dict[str, Any] | None) 
     return {"trust_remote_code": args.trust_remote_code, **({"revision": revision} if revision else {})}
 
 
-def _load(load: Callable[..., Any], name: str, field: str, what: str, shown: Any = None, **kwargs: Any) -> Any:
+def _from_pretrained(
+    load: Callable[..., Any], name: str, field: str, what: str, shown: Any = None, **kwargs: Any
+) -> Any:
     """`load(name)`, its many exceptions turned into one line that names the setting."""
-    offline = None if os.path.exists(name) else unreachable()
+    offline = None if os.path.exists(name) else offline_reason()
     try:
         return load(name, **kwargs)
     except Exception as error:  # OSError, ValueError, KeyError, safetensors' and tokenizers' own, ...
         if os.path.isfile(name):
             reason = "it is a file, expected a folder or a hub name"
-        elif not os.path.isdir(name) and _is_of_the_hub(error):
+        elif not os.path.isdir(name) and _is_hub_error(error):
             reason = "no such folder here, and " + (f"no copy; {offline}" if offline else "the hub doesn't have it")
         else:
             reason = " ".join(str(error).split())[:300] + (f" (with {_INIT_KWARGS[field]} {shown})" if shown else "")
         raise ModelError(f"{field}: no {what} in {name!r}: {reason}") from error
 
 
-def _is_of_the_hub(error: BaseException | None) -> bool:
+def _is_hub_error(error: BaseException | None) -> bool:
     """Whether files couldn't be had; a gated model's and a missing revision's own messages say more than ours."""
     while error is not None:
         if isinstance(error, GatedRepoError | RevisionNotFoundError):
@@ -231,10 +235,10 @@ def load_tokenizer(name: str, field: str, **kwargs: Any) -> PreTrainedTokenizerB
     if folder.is_dir() and not any(next(folder.glob(pattern), None) for pattern in _TOKENIZER_FILES):
         # transformers would make one up from the model type
         raise ModelError(f"{field}: no tokenizer in {name!r}: the folder has no tokenizer files")
-    return _load(AutoTokenizer.from_pretrained, name, field, "tokenizer", **kwargs)
+    return _from_pretrained(AutoTokenizer.from_pretrained, name, field, "tokenizer", **kwargs)
 
 
-def _check_tokens_fit(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, field: str) -> None:
+def _check_vocab_fits(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, field: str) -> None:
     """An id beyond the embedding would be an index error in the middle of training."""
     largest, rows = max(tokenizer.get_vocab().values()), config.get_text_config().vocab_size
     if largest >= rows:

@@ -19,7 +19,7 @@ from transformers.integrations.deepspeed import (
 
 from ..config.base import TokenSelectiveConfig
 from ..errors import ConfigError
-from .loading import load_frozen
+from .loading import load_frozen_model
 
 
 def load_teacher(name: str, config: PretrainedConfig, args: TokenSelectiveConfig) -> PreTrainedModel:
@@ -33,12 +33,12 @@ def load_teacher(name: str, config: PretrainedConfig, args: TokenSelectiveConfig
     dtype = getattr(torch, dtype, None) or config.dtype or torch.float32
     sharded = _is_sharded(args)
     if sharded:
-        _init_group(args)
-    with _loading_as(_zero3(config, dtype, args) if sharded else None, args):
-        return load_frozen(name, args, device=None if sharded else args.device)
+        _init_process_group(args)
+    with _override_hf_deepspeed_config(_zero3_config(config, dtype, args) if sharded else None, args):
+        return load_frozen_model(name, args, device=None if sharded else args.device)
 
 
-def place_teacher(teacher: PreTrainedModel, accelerator: Accelerator, args: TokenSelectiveConfig) -> nn.Module:
+def prepare_teacher(teacher: PreTrainedModel, accelerator: Accelerator, args: TokenSelectiveConfig) -> nn.Module:
     """Put a teacher, from `load_teacher` or elsewhere, into its place, for inference. Raises `ConfigError`."""
     teacher.requires_grad_(False).eval()
     if not _is_sharded(args):
@@ -47,8 +47,8 @@ def place_teacher(teacher: PreTrainedModel, accelerator: Accelerator, args: Toke
         return accelerator.prepare_model(teacher, evaluation_mode=True)
     import deepspeed
 
-    _init_group(args)
-    engine, *_ = deepspeed.initialize(model=teacher, config=_zero3(teacher.config, teacher.dtype, args))
+    _init_process_group(args)
+    engine, *_ = deepspeed.initialize(model=teacher, config=_zero3_config(teacher.config, teacher.dtype, args))
     engine.eval()
     return engine
 
@@ -64,7 +64,7 @@ def _student_is_sharded(args: TokenSelectiveConfig) -> bool:
     return args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
 
 
-def _zero3(config: PretrainedConfig, dtype: torch.dtype, args: TokenSelectiveConfig) -> dict[str, Any]:
+def _zero3_config(config: PretrainedConfig, dtype: torch.dtype, args: TokenSelectiveConfig) -> dict[str, Any]:
     """DeepSpeed's configuration of a model that is only asked; bucket sizes as transformers computes them."""
     hidden = config.get_text_config().hidden_size
     zero: dict[str, Any] = {
@@ -84,7 +84,7 @@ def _zero3(config: PretrainedConfig, dtype: torch.dtype, args: TokenSelectiveCon
 
 
 @contextmanager
-def _loading_as(config: dict[str, Any] | None, args: TokenSelectiveConfig) -> Iterator[None]:
+def _override_hf_deepspeed_config(config: dict[str, Any] | None, args: TokenSelectiveConfig) -> Iterator[None]:
     """`from_pretrained` shards what it loads by a global configuration, which is the student's: lend it another."""
     unset_hf_deepspeed_config()
     lent = HfDeepSpeedConfig(config) if config else None  # alive until the model is loaded
@@ -100,7 +100,7 @@ def _loading_as(config: dict[str, Any] | None, args: TokenSelectiveConfig) -> It
             args.deepspeed_plugin.set_deepspeed_weakref()
 
 
-def _init_group(args: TokenSelectiveConfig) -> None:
+def _init_process_group(args: TokenSelectiveConfig) -> None:
     """DeepSpeed needs a process group, of one process too."""
     if not torch.distributed.is_initialized():
         os.environ.setdefault("LOCAL_RANK", "0")

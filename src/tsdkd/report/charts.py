@@ -12,8 +12,8 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from ..analysis import pass_at_k
-from ..analysis.figures import ANALYSES, COLORS, figure_of
-from .load import Run
+from ..analysis.figures import ANALYSES, COLORS, plot_figure
+from .load import RunReport
 
 _GROUPS = (  # title, how its metrics begin
     ("Loss", ("loss", "eval_loss")),
@@ -28,29 +28,29 @@ _GROUPS = (  # title, how its metrics begin
 _MOST_POINTS = 400
 
 
-def curves(runs: Sequence[Run]) -> list[tuple[str, Markup]]:
+def plot_metrics(runs: Sequence[RunReport]) -> list[tuple[str, Markup]]:
     """Every logged metric: its name and its chart, with a line a run."""
     names = dict.fromkeys(name for run in runs for name in run.curves)
     ordered = [name for _, starts in _GROUPS for name in names if name.startswith(starts)]
     charts = []
     for name in dict.fromkeys(ordered):
         if any(len(run.curves.get(name, [])) > 1 for run in runs):
-            charts.append((name, _curve(name, runs)))
+            charts.append((name, _plot_metric(name, runs)))
     return charts
 
 
-def analyses(runs: Sequence[Run]) -> list[tuple[str, str, Markup]]:
+def plot_figures(runs: Sequence[RunReport]) -> list[tuple[str, str, Markup]]:
     """The papers' figures of the runs that recorded or were evaluated: title, source, chart."""
     recorded = {run.name: run.records for run in runs if run.records}
-    found = [(a.title, a.source, svg(figure_of(a, a.numbers(recorded)), a.title)) for a in ANALYSES if recorded]
+    found = [(a.title, a.source, to_svg(plot_figure(a, a.numbers(recorded)), a.title)) for a in ANALYSES if recorded]
     files = {f"{run.name}/{name}": path for run in runs for name, path in run.results.items()}
-    if curves := pass_at_k.read_curves(files):
+    if curves := pass_at_k.read_pass_at_k(files):
         title = pass_at_k.TITLE
-        found.append((title, pass_at_k.SOURCE, svg(pass_at_k.figure_of(curves), title)))
+        found.append((title, pass_at_k.SOURCE, to_svg(pass_at_k.plot_pass_at_k(curves), title)))
     return found
 
 
-def _curve(name: str, runs: Sequence[Run]) -> Markup:
+def _plot_metric(name: str, runs: Sequence[RunReport]) -> Markup:
     figure, axis = plt.subplots(figsize=(4.6, 2.4), layout="constrained")
     for run, color in zip(runs, COLORS * 4, strict=False):
         points = run.curves.get(name, [])
@@ -60,10 +60,10 @@ def _curve(name: str, runs: Sequence[Run]) -> Markup:
     axis.spines[["top", "right"]].set_visible(False)
     if len(runs) > 1:
         axis.legend(frameon=False, fontsize="small")
-    return svg(figure, name)
+    return to_svg(figure, name)
 
 
-def svg(figure: Figure, label: str) -> Markup:
+def to_svg(figure: Figure, label: str) -> Markup:
     """Without a background, its text as text, in the page's own colours."""
     buffer = io.StringIO()
     with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": label, "font.family": "sans-serif"}):

@@ -4,16 +4,16 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ..evaluation.results import difference_of
-from ..evaluation.suites import title_of
+from ..evaluation.results import format_difference
+from ..evaluation.suites import benchmark_title
 from ..trainer.token_records import FOLDER
-from .load import Run
+from .load import RunReport
 
 Curve = list[tuple[int, float]]
 
 
 @dataclass(frozen=True)
-class Sentence:
+class Finding:
     """Something to know of a run.
 
     Attributes:
@@ -25,34 +25,34 @@ class Sentence:
     text: str
 
 
-def verdict(run: Run) -> list[Sentence]:
+def find_notable(run: RunReport) -> list[Finding]:
     """What stands out, the most important first."""
-    parts = (_end, _accuracy, _benchmarks, _loss, _entropy, _completions, _nonfinite, _missing)
+    parts = (_progress, _accuracy, _benchmarks, _loss, _entropy, _completions, _nonfinite, _missing_data)
     found = [sentence for part in parts for sentence in part(run)]
     return sorted(found, key=lambda sentence: ["warning", "good", "note"].index(sentence.kind))
 
 
-def _end(run: Run) -> Iterator[Sentence]:
+def _progress(run: RunReport) -> Iterator[Finding]:
     if not run.state:
-        yield Sentence("note", "No checkpoint yet: curves come with the first one, or at the end.")
+        yield Finding("note", "No checkpoint yet: curves come with the first one, or at the end.")
     elif run.is_finished:
-        yield Sentence("good", f"Finished: {run.state['global_step']} steps.")
+        yield Finding("good", f"Finished: {run.state['global_step']} steps.")
     else:
         done, wanted = run.state["global_step"], run.state["max_steps"]
-        yield Sentence("warning", f"Not finished: {done} of {wanted} steps, as of its last checkpoint.")
+        yield Finding("warning", f"Not finished: {done} of {wanted} steps, as of its last checkpoint.")
 
 
-def _accuracy(run: Run) -> Iterator[Sentence]:
+def _accuracy(run: RunReport) -> Iterator[Finding]:
     curve = run.curves.get("eval_accuracy", [])
     if len(curve) > 1:
         first, last = 100 * curve[0][1], 100 * curve[-1][1]
         kind = "good" if last > first else "warning"
-        yield Sentence(
+        yield Finding(
             kind, f"Accuracy on held-out prompts went from {first:.1f} % to {last:.1f} % ({last - first:+.1f})."
         )
 
 
-def _benchmarks(run: Run) -> Iterator[Sentence]:
+def _benchmarks(run: RunReport) -> Iterator[Finding]:
     """Better or worse than an evaluation's baseline, where chance is no explanation."""
     for entry in run.differences:
         if not entry["metric"].startswith(("accuracy", "avg@")):
@@ -61,60 +61,60 @@ def _benchmarks(run: Run) -> Iterator[Sentence]:
         kind, word = ("warning", "worse") if worse else ("good", "better")
         kind, word = (kind, word) if sure else ("note", "no clear difference")
         percent = f"{entry['mean']:.1f} % ({entry['metric']})"
-        yield Sentence(
+        yield Finding(
             kind,
-            f"{title_of(entry['benchmark'])}: {percent}, against {entry['baseline']} {difference_of(entry)}: {word}.",
+            f"{benchmark_title(entry['benchmark'])}: {percent}, against {entry['baseline']} {format_difference(entry)}: {word}.",
         )
 
 
-def _loss(run: Run) -> Iterator[Sentence]:
+def _loss(run: RunReport) -> Iterator[Finding]:
     curve = run.curves.get("loss", [])
     if len(curve) >= 8:
         lost = next((step for step, value in curve if not math.isfinite(value)), None)
         if lost is not None:
-            yield Sentence("warning", f"The loss is not a number from step {lost} on.")
+            yield Finding("warning", f"The loss is not a number from step {lost} on.")
             return
-        first, last = _quarters(curve)
+        first, last = _quarter_means(curve)
         word = "fell" if last < first else "rose"
         # of a policy gradient the loss says nothing
         kind = "note" if last < first or run.config.get("method") == "grpo" else "warning"
-        yield Sentence(kind, f"The loss {word} from {first:.4g} in the first quarter to {last:.4g} in the last.")
+        yield Finding(kind, f"The loss {word} from {first:.4g} in the first quarter to {last:.4g} in the last.")
 
 
-def _entropy(run: Run) -> Iterator[Sentence]:
+def _entropy(run: RunReport) -> Iterator[Finding]:
     curve = run.curves.get("entropy/student", [])
     if len(curve) >= 8:
-        first, last = _quarters(curve)
+        first, last = _quarter_means(curve)
         if last < 0.25 * first:
-            yield Sentence("warning", f"The student's entropy collapsed, from {first:.3f} to {last:.3f} nats.")
+            yield Finding("warning", f"The student's entropy collapsed, from {first:.3f} to {last:.3f} nats.")
         else:
-            yield Sentence("note", f"The student's entropy went from {first:.3f} to {last:.3f} nats.")
+            yield Finding("note", f"The student's entropy went from {first:.3f} to {last:.3f} nats.")
 
 
-def _completions(run: Run) -> Iterator[Sentence]:
+def _completions(run: RunReport) -> Iterator[Finding]:
     curve = run.curves.get("completions/eos_share", [])
     if curve and curve[-1][1] < 0.5:
         cut = 100 * (1 - curve[-1][1])
-        yield Sentence("warning", f"{cut:.0f} % of the last completions were cut off at max_new_tokens.")
+        yield Finding("warning", f"{cut:.0f} % of the last completions were cut off at max_new_tokens.")
 
 
-def _nonfinite(run: Run) -> Iterator[Sentence]:
+def _nonfinite(run: RunReport) -> Iterator[Finding]:
     if run.nonfinite:
-        yield Sentence("warning", f"Loss or gradient was not finite in {run.nonfinite} steps: nonfinite_step_*.jsonl.")
+        yield Finding("warning", f"Loss or gradient was not finite in {run.nonfinite} steps: nonfinite_step_*.jsonl.")
 
 
-def _missing(run: Run) -> Iterator[Sentence]:
+def _missing_data(run: RunReport) -> Iterator[Finding]:
     """What isn't in the report, and why."""
     for reason in run.left_out:
-        yield Sentence("warning", f"Left out: {reason}.")
+        yield Finding("warning", f"Left out: {reason}.")
     if run.state and len(run.curves.get("loss", [])) < 2:
         every, steps = run.state.get("logging_steps"), run.state["global_step"]
-        yield Sentence("note", f"No curves: the loss was logged every {every} steps (logging_steps), of {steps}.")
+        yield Finding("note", f"No curves: the loss was logged every {every} steps (logging_steps), of {steps}.")
     if not run.records and not (run.folder / FOLDER).is_dir():
-        yield Sentence("note", "No tokens and analyses: the run didn't record any (record_steps).")
+        yield Finding("note", "No tokens and analyses: the run didn't record any (record_steps).")
 
 
-def _quarters(curve: Curve) -> tuple[float, float]:
+def _quarter_means(curve: Curve) -> tuple[float, float]:
     size = len(curve) // 4
     first, last = curve[:size], curve[-size:]
     return sum(value for _, value in first) / size, sum(value for _, value in last) / size

@@ -7,19 +7,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..analysis.load import Record, read
+from ..analysis.load import StepRecord, read_records
 from ..config.base import TokenSelectiveConfig
 from ..errors import DataError
-from ..evaluation.results import read as read_results
-from ..evaluation.results import results_in
-from ..run.output_dir import RUN_FILE, read_config
+from ..evaluation.results import find_results
+from ..evaluation.results import read_results as read_results
+from ..run.output_dir import RUN_FILE, read_run_config
 from ..trainer.token_records import FOLDER
 
 _STATE = "trainer_state.json"
 
 
 @dataclass
-class Run:
+class RunReport:
     """A run.
 
     Attributes:
@@ -39,7 +39,7 @@ class Run:
     folder: Path
     config: dict[str, Any]
     state: dict[str, Any]
-    records: list[Record] = field(default_factory=list)
+    records: list[StepRecord] = field(default_factory=list)
     results: dict[str, Path] = field(default_factory=dict)
     evaluations: dict[str, str] = field(default_factory=dict)
     differences: list[dict[str, Any]] = field(default_factory=list)
@@ -75,7 +75,7 @@ class Run:
         return bool(self.state) and self.state["global_step"] >= self.state["max_steps"] > 0
 
 
-def gather(name: str, folder: Path) -> Run:
+def load_run(name: str, folder: Path) -> RunReport:
     """Read a run's directory. Of records and evaluations, those that can't be read are left out.
 
     Raises:
@@ -83,16 +83,16 @@ def gather(name: str, folder: Path) -> Run:
     """
     if not (folder / RUN_FILE).is_file():
         raise DataError(f"{folder} isn't the directory of a run: it has no {RUN_FILE}")
-    run = Run(name, folder, read_config(folder), _newest_state(folder))
+    run = RunReport(name, folder, read_run_config(folder), _read_trainer_state(folder))
     run.nonfinite = len(list(folder.glob("nonfinite_step_*.jsonl")))
     if (folder / FOLDER).is_dir():
         try:
-            run.records = read(folder, run.left_out)
+            run.records = read_records(folder, run.left_out)
         except DataError as error:
             run.left_out.append(str(error))
-    for key, path in results_in(folder).items():
+    for key, path in find_results(folder).items():
         try:
-            run.differences += _differences(path, folder.resolve())
+            run.differences += _read_differences(path, folder.resolve())
             run.results[key] = path
             run.evaluations[key] = path.with_suffix(".md").read_text(encoding="utf-8", errors="replace")
         except DataError as error:
@@ -102,14 +102,14 @@ def gather(name: str, folder: Path) -> Run:
     return run
 
 
-def _differences(path: Path, folder: Path) -> list[dict[str, Any]]:
+def _read_differences(path: Path, folder: Path) -> list[dict[str, Any]]:
     """Of the run's student, and of its checkpoints."""
     models, entries = read_results(path)
     own = {name for name, model in models.items() if folder in (Path(model), Path(model).parent)}
     return [entry for entry in entries if entry["model"] in own and "difference" in entry]
 
 
-def _newest_state(folder: Path) -> dict[str, Any]:
+def _read_trainer_state(folder: Path) -> dict[str, Any]:
     """Of the end, or else of the last checkpoint."""
     checkpoints = [path for path in folder.glob(f"checkpoint-*/{_STATE}") if path.parent.name[11:].isdigit()]
     newest = max(checkpoints, key=lambda path: int(path.parent.name[11:]), default=None)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..analysis.load import Record
+from ..analysis.load import StepRecord
 
 _MOST_COMPLETIONS = 50
 
@@ -26,20 +26,20 @@ QUANTITIES = (
 )
 
 
-def pack(records: Sequence[Record]) -> dict[str, Any]:
+def pack_records(records: Sequence[StepRecord]) -> dict[str, Any]:
     """Of one run, for the page's script: as many whole records as have at most 50 completions together."""
-    chosen = thin(records)
+    chosen = subsample_records(records)
     texts = sorted({i for record in chosen for i in record.texts})
     place = {token: i for i, token in enumerate(texts)}
     text_of = {i: text for record in chosen for i, text in record.texts.items()}
     return {
         "texts": [text_of[i] for i in texts],
         "quantities": [{"name": name, "title": title} for name, title in QUANTITIES],
-        "records": [_record(record, place) for record in chosen],
+        "records": [_pack_record(record, place) for record in chosen],
     }
 
 
-def thin(records: Sequence[Record]) -> list[Record]:
+def subsample_records(records: Sequence[StepRecord]) -> list[StepRecord]:
     """First, last and evenly between."""
     if not records:
         return []
@@ -49,7 +49,7 @@ def thin(records: Sequence[Record]) -> list[Record]:
     return [records[round(i * (len(records) - 1) / max(most - 1, 1))] for i in range(most)]
 
 
-def _record(record: Record, place: dict[int, int]) -> dict[str, Any]:
+def _pack_record(record: StepRecord, place: dict[int, int]) -> dict[str, Any]:
     columns = record.columns
     look = np.vectorize(place.__getitem__, otypes=[np.uint32])
     theirs = columns["candidate_teacher_logps"]
@@ -72,11 +72,11 @@ def _record(record: Record, place: dict[int, int]) -> dict[str, Any]:
         "prompts": [[place[i] for i in sample["prompt"]] for sample in record.samples],
         "candidates": columns["candidates"].shape[1],
         "ranges": ranges,
-        "columns": {name: _bytes(values) for name, values in parts.items()},
+        "columns": {name: _pack_column(values) for name, values in parts.items()},
     }
 
 
-def _bytes(values: np.ndarray) -> dict[str, Any]:
+def _pack_column(values: np.ndarray) -> dict[str, Any]:
     """All lowest bytes, then all second ones, …, which compresses better; the browser's own decompression reads it."""
     little = values.astype(values.dtype.newbyteorder("<")).ravel()
     raw = little.view(np.uint8).reshape(-1, values.dtype.itemsize).T.tobytes()

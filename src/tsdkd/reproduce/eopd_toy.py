@@ -20,7 +20,7 @@ _WINDOW = 25  # steps that Figure 1's curves are averaged over
 
 
 @dataclass
-class Toy:
+class ToyResult:
     """One seed of one scenario.
 
     Attributes:
@@ -35,31 +35,31 @@ class Toy:
     top10_rates: np.ndarray
 
 
-def simulate(temperature: float, seed: int, learning_rate: float = 0.2, steps: int = 1000) -> Toy:
+def simulate_toy(temperature: float, seed: int, learning_rate: float = 0.2, steps: int = 1000) -> ToyResult:
     """The policy gradient of Sec. 3.2: sample from the student's top 10, move the sampled logit by the reward."""
     rng = np.random.default_rng(seed)
     logits = rng.standard_normal(VOCABULARY)
     logits[rng.choice(VOCABULARY, len(MODES), replace=False)] = MODES
     teacher = _softmax(logits / temperature)
     student = rng.standard_normal(VOCABULARY)
-    top, best = _top(student), int(student.argmax())
+    top, best = _top_k_indices(student), int(student.argmax())
     changes, rates = 0, np.zeros(steps)
     for step in range(steps):
         probs = _softmax(student[top])
         place = rng.choice(TOP, p=probs)
         student[top[place]] += learning_rate * (np.log(teacher[top[place]]) - np.log(probs[place]))
-        now = _top(student)
+        now = _top_k_indices(student)
         shared = len(np.intersect1d(top, now))
         rates[step] = 1 - shared / (2 * TOP - shared)
         changes += int(student.argmax()) != best
         top, best = now, int(student.argmax())
-    return Toy(teacher, _softmax(student), changes, rates)
+    return ToyResult(teacher, _softmax(student), changes, rates)
 
 
 def reproduce(folder: Path, seeds: int, learning_rate: float, steps: int) -> None:
     """Print Table 1 with the paper's numbers beside, and write the plots of Figures 1 and 6 into `folder`."""
     runs = {
-        name: [simulate(temperature, seed, learning_rate, steps) for seed in range(seeds)]
+        name: [simulate_toy(temperature, seed, learning_rate, steps) for seed in range(seeds)]
         for name, temperature in SCENARIOS.items()
     }
     table = Table(title=f"Top-1 changes in {steps} steps, learning rate {learning_rate}")
@@ -80,11 +80,11 @@ def _softmax(x: np.ndarray) -> np.ndarray:
     return exponentials / exponentials.sum()
 
 
-def _top(x: np.ndarray) -> np.ndarray:
+def _top_k_indices(x: np.ndarray) -> np.ndarray:
     return np.argsort(-x, kind="stable")[:TOP]
 
 
-def _plot_rates(runs: dict[str, list[Toy]], folder: Path) -> Path:
+def _plot_rates(runs: dict[str, list[ToyResult]], folder: Path) -> Path:
     """Figure 1."""
     import matplotlib
 
@@ -108,7 +108,7 @@ def _plot_rates(runs: dict[str, list[Toy]], folder: Path) -> Path:
     return path
 
 
-def _plot_distributions(runs: dict[str, list[Toy]], folder: Path) -> Path:
+def _plot_distributions(runs: dict[str, list[ToyResult]], folder: Path) -> Path:
     """Figure 6: the first seed's teacher and student at the end, by the teacher's probability."""
     from matplotlib import pyplot as plt
 

@@ -17,7 +17,7 @@ _SIZE = 50
 
 
 @dataclass
-class Case:
+class GradientCheck:
     """Feedback to the logit of the right token, for a weaker student q and a stronger one q'; formula and autograd.
 
     Attributes:
@@ -29,7 +29,7 @@ class Case:
     values: dict[str, tuple[float, float]]
 
 
-def feedback(student: Tensor, teacher: Tensor, token: int, gated: bool) -> float:
+def logit_feedback(student: Tensor, teacher: Tensor, token: int, gated: bool) -> float:
     """Minus the derivative of (gated) forward KL by the token's logit, by autograd."""
     logits = student.clone().requires_grad_()
     loss = FORWARD_KL(logits, teacher)
@@ -39,17 +39,17 @@ def feedback(student: Tensor, teacher: Tensor, token: int, gated: bool) -> float
     return -float(gradient[token])
 
 
-def compare(title: str, weaker: Tensor, stronger: Tensor, teacher: Tensor) -> Case:
+def compare_gradients(title: str, weaker: Tensor, stronger: Tensor, teacher: Tensor) -> GradientCheck:
     """Both sides of each equation; logits `[V]`, float64. The right token is the teacher's favourite."""
     token = int(teacher.argmax())
     p, q, q2 = (float(x.softmax(-1)[token]) for x in (teacher, weaker, stronger))
     entropies = [float(token_entropy(x)) for x in (teacher, weaker, stronger)]
     h, hq, hq2 = (torch.tensor(x, dtype=torch.float64) for x in entropies)
     gate, gate2 = (float(torch.sigmoid(x - h)) for x in (hq, hq2))
-    plain = [feedback(x, teacher, token, gated=False) for x in (weaker, stronger)]
-    gated = [feedback(x, teacher, token, gated=True) for x in (weaker, stronger)]
+    plain = [logit_feedback(x, teacher, token, gated=False) for x in (weaker, stronger)]
+    gated = [logit_feedback(x, teacher, token, gated=True) for x in (weaker, stronger)]
     c = float(((-h).exp() + (-hq2).exp()) / ((-h).exp() + (-hq).exp()))
-    return Case(
+    return GradientCheck(
         title,
         {
             "Eq. 20, p - q": (p - q, plain[0]),
@@ -61,22 +61,24 @@ def compare(title: str, weaker: Tensor, stronger: Tensor, teacher: Tensor) -> Ca
     )
 
 
-def cases() -> list[Case]:
+def build_cases() -> list[GradientCheck]:
     """An early student against a later one, and the other way round."""
     make = torch.Generator().manual_seed(0)
     teacher, noise = (torch.randn(_SIZE, generator=make, dtype=torch.float64) for _ in range(2))
     teacher[7] += 6.0
     early, late = 0.2 * teacher + 0.5 * noise, 0.7 * teacher + 0.1 * noise
     return [
-        compare("q is the early student, q' the later one: C > 1, a stronger gradient", early, late, teacher),
-        compare("the other way round: C < 1, a weaker gradient", late, early, teacher),
+        compare_gradients(
+            "q is the early student, q' the later one: C > 1, a stronger gradient", early, late, teacher
+        ),
+        compare_gradients("the other way round: C < 1, a weaker gradient", late, early, teacher),
     ]
 
 
 def reproduce() -> None:
     """Print both sides of each equation."""
     console = Console()
-    for case in cases():
+    for case in build_cases():
         table = Table(title=case.title)
         table.add_column("")
         for column in ("paper's formula", "autograd"):

@@ -26,7 +26,7 @@ class Completion:
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingConfig:
     """How all completions of a run are drawn.
 
     Attributes:

@@ -6,7 +6,7 @@ from torch import Tensor
 _BLOCK = 256
 
 
-def draw(logits: Tensor, uniform: Tensor, top_p: float = 1.0) -> tuple[Tensor, Tensor]:
+def sample_tokens(logits: Tensor, uniform: Tensor, top_p: float = 1.0) -> tuple[Tensor, Tensor]:
     """The tokens at which the cumulative distributions pass `uniform`.
 
     Args:
@@ -26,15 +26,15 @@ def draw(logits: Tensor, uniform: Tensor, top_p: float = 1.0) -> tuple[Tensor, T
     whole = probs.shape[-1] // _BLOCK * _BLOCK
     parts = (probs[:, :whole].reshape(len(probs), -1, _BLOCK), probs[:, None, whole:])
     sums = torch.cat([part.sum(-1, dtype=torch.float64) for part in parts], dim=-1)
-    block, share = _pass(sums, uniform)
+    block, share = _inverse_cdf(sums, uniform)
     places = block * _BLOCK + torch.arange(_BLOCK, device=probs.device)
     inside = probs.gather(-1, places.clamp(max=probs.shape[-1] - 1)).double() * (places < probs.shape[-1])
-    place, _ = _pass(inside, share)
+    place, _ = _inverse_cdf(inside, share)
     ids = (block * _BLOCK + place).clamp(max=probs.shape[-1] - 1)  # beyond it for logits that aren't finite
     return ids.squeeze(-1), (probs.gather(-1, ids).double() / sums.sum(-1, True)).log().squeeze(-1)
 
 
-def _pass(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+def _inverse_cdf(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """Where `uniform` of the total is passed, `[B, 1]`, and what share of that place's weight it is, `[B]`."""
     cumulative = weights.cumsum(-1)
     target = uniform.clamp(max=1 - 2**-52).unsqueeze(-1) * cumulative[:, -1:]  # always below the total

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl.models.utils import unwrap_model_for_generation
 
-from .base import Completion, Key, Sampling
-from .categorical import draw
+from .base import Completion, Key, SamplingConfig
+from .categorical import sample_tokens
 from .seeding import prompt_generator
 
 _TOKENS_PER_LOOK = 16  # on a GPU, where each look waits until all tokens are computed
@@ -31,7 +31,10 @@ class HuggingFaceSampler:
     """
 
     def __init__(
-        self, accelerator: Accelerator, sampling: Sampling, gradient_checkpointing_kwargs: dict[str, Any] | None = None
+        self,
+        accelerator: Accelerator,
+        sampling: SamplingConfig,
+        gradient_checkpointing_kwargs: dict[str, Any] | None = None,
     ) -> None:
         self.accelerator, self.sampling = accelerator, sampling
         self.gradient_checkpointing_kwargs = gradient_checkpointing_kwargs
@@ -54,7 +57,7 @@ class HuggingFaceSampler:
         model.eval()
         with self._ready(model) as unwrapped:
             generators = [prompt_generator(*key) for key in keys]
-            completions = sample(unwrapped, prompts, limits, generators, **vars(self.sampling))
+            completions = sample_completions(unwrapped, prompts, limits, generators, **vars(self.sampling))
         model.train(was_training)
         return completions
 
@@ -71,7 +74,7 @@ class HuggingFaceSampler:
 
 
 @torch.no_grad()
-def sample(
+def sample_completions(
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
     limits: Sequence[int],
@@ -97,14 +100,14 @@ def sample(
 
     def choose(logits: list[Tensor], uniform: Tensor | None) -> Tensor:
         scaled = logits[0] if temperature == 1.0 else logits[0] / temperature
-        return scaled.argmax(-1) if uniform is None else draw(scaled, uniform[:, 0], top_p)[0]
+        return scaled.argmax(-1) if uniform is None else sample_tokens(scaled, uniform[:, 0], top_p)[0]
 
     streams = None if generators is None else [(g,) for g in generators]
-    return sample_together([model], prompts, limits, streams, choose, stop_ids=stop_ids, vocab_size=vocab_size)
+    return sample_from_models([model], prompts, limits, streams, choose, stop_ids=stop_ids, vocab_size=vocab_size)
 
 
 @torch.no_grad()
-def sample_together(
+def sample_from_models(
     models: Sequence[PreTrainedModel],
     prompts: Sequence[Sequence[int]],
     limits: Sequence[int],
@@ -118,7 +121,7 @@ def sample_together(
 
     Args:
         models: in eval mode, unwrapped.
-        prompts, limits, stop_ids, vocab_size: see `sample`.
+        prompts, limits, stop_ids, vocab_size: see `sample_completions`.
         generators: for each prompt as many as a token takes uniform numbers; None for none.
         choose: the models' logits, float32 `[B, V]` each, and uniform numbers in [0, 1), float64 `[B, numbers]` (None
             without generators) -> the tokens `[B]`.
@@ -157,7 +160,7 @@ def sample_together(
             )
             for model, cache in zip(models, caches, strict=True)
         ]
-        caches = [_never_reads_its_mask(output.past_key_values) for output in outputs]
+        caches = [_mark_compileable(output.past_key_values) for output in outputs]
         logits = [output.logits[:, -1, :vocab_size].float() for output in outputs]
         next_ids = choose(logits, None if uniform is None else uniform[:, t])
         unread.append(next_ids)
@@ -165,7 +168,7 @@ def sample_together(
         if t + 1 < look:
             continue
         # the only place where the host waits for the device
-        growing = _read(torch.stack(unread, dim=-1).tolist(), rows, completions, limits, stop)
+        growing = _append_tokens(torch.stack(unread, dim=-1).tolist(), rows, completions, limits, stop)
         unread.clear()
         if not growing:
             break
@@ -181,7 +184,7 @@ def sample_together(
     return completions
 
 
-def _read(
+def _append_tokens(
     tokens: list[list[int]],
     rows: list[int],
     completions: list[Completion],
@@ -203,7 +206,7 @@ def _read(
     return growing
 
 
-def _never_reads_its_mask(cache: Any) -> Any:
+def _mark_compileable(cache: Any) -> Any:
     """The cache, marked as those are for which transformers makes a token's mask without a look at what it masks."""
     for layer in getattr(cache, "layers", ()):
         layer.is_compileable = True

@@ -11,16 +11,16 @@ from torch import Tensor, nn
 
 from ..config.base import TokenSelectiveConfig
 from ..errors import ConfigError
-from .base import Completion, Key, Sampling
-from .hf import HuggingFaceSampler, sample_together
+from .base import Completion, Key, SamplingConfig
+from .hf import HuggingFaceSampler, sample_from_models
 from .seeding import prompt_generator
 
-Choice = Callable[[list[Tensor], Tensor | None], Tensor]
+TokenChoice = Callable[[list[Tensor], Tensor | None], Tensor]
 """As in `sample_together`, of the student's logits and the teacher's."""
 _CORRECTION = 4  # stream of `prompt_generator`
 
 
-class TogetherSampler(HuggingFaceSampler):
+class MixedSampler(HuggingFaceSampler):
     """Student and teacher as transformers models in this process.
 
     Args:
@@ -38,9 +38,9 @@ class TogetherSampler(HuggingFaceSampler):
         self,
         accelerator: Accelerator,
         args: TokenSelectiveConfig,
-        sampling: Sampling,
+        sampling: SamplingConfig,
         teacher: nn.Module,
-        choose: Choice,
+        choose: TokenChoice,
     ) -> None:
         super().__init__(accelerator, sampling, args.gradient_checkpointing_kwargs)
         self.teacher, self.choose = accelerator.unwrap_model(teacher), choose
@@ -56,7 +56,7 @@ class TogetherSampler(HuggingFaceSampler):
         was_training = model.training
         model.eval()
         with self._ready(model) as student:
-            completions = sample_together(
+            completions = sample_from_models(
                 [student, self.teacher],
                 prompts,
                 limits,

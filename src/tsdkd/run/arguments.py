@@ -12,12 +12,12 @@ from transformers.utils import is_torch_bf16_gpu_available
 from trl import ModelConfig
 
 from ..config.base import DataArguments, TokenSelectiveConfig
-from ..config.coercion import coerce, nearest
+from ..config.coercion import coerce, did_you_mean
 from ..config.launch import LaunchArguments
-from ..config.validation import check_values, default_of, rules_of
+from ..config.validation import get_default, get_rules, validate_options
 from ..errors import ConfigError
 from ..methods import METHODS
-from .config_file import locate, read_flags, read_yaml
+from .config_file import read_flags, read_yaml, resolve_path
 
 _UNSUPPORTED_MODEL = {"load_in_8bit", "load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_quant_storage"}
 _UNSUPPORTED_MODEL |= {"use_bnb_nested_quant", "lora_task_type"}
@@ -49,7 +49,7 @@ class RunArguments:
     notes: list[str]
 
 
-def parse_run(config: str | None, flags: Sequence[str], trains: bool = True) -> RunArguments:
+def parse_args_and_config(config: str | None, flags: Sequence[str], trains: bool = True) -> RunArguments:
     """Read `config` (a path or a preset's name) and the flags that override it.
 
     Args:
@@ -59,22 +59,24 @@ def parse_run(config: str | None, flags: Sequence[str], trains: bool = True) -> 
     Raises:
         ConfigError: with every problem found, one line each.
     """
-    method, values, given, notes = read_run(config, flags)
+    method, values, given, notes = resolve_run_values(config, flags)
     bf16 = [name for name in ("bf16", "bf16_full_eval") if values[name]]
     if not bf16 or values["use_cpu"] or is_torch_bf16_gpu_available():
-        return _build(method, values, given, flags, notes)
+        return _build_run_arguments(method, values, given, flags, notes)
     if trains:
         here = "this GPU has none" if torch.accelerator.is_available() else "no GPU is visible"
         on_cpu = "--use_cpu true --bf16 false"
         raise ConfigError([f"{', '.join(bf16)}: needs a GPU with bfloat16, and {here}; on a CPU: {on_cpu}"])
     without = {**values, **dict.fromkeys(bf16, False)}  # transformers would refuse it
-    arguments = _build(method, without, given, flags, notes)
+    arguments = _build_run_arguments(method, without, given, flags, notes)
     for name in bf16:
         setattr(arguments.training, name, True)
     return arguments
 
 
-def read_run(config: str | None, flags: Sequence[str]) -> tuple[str, dict[str, Any], dict[str, Any], list[str]]:
+def resolve_run_values(
+    config: str | None, flags: Sequence[str]
+) -> tuple[str, dict[str, Any], dict[str, Any], list[str]]:
     """The same before anything looks at this machine: method, all values, those that were given, and notes."""
     problems: list[str] = []
     from_file = read_yaml(config) if config is not None else {}
@@ -83,35 +85,35 @@ def read_run(config: str | None, flags: Sequence[str]) -> tuple[str, dict[str, A
     method = given.pop("method", "tsd-kd")
     if not isinstance(method, str) or method not in METHODS:
         problems.append(
-            f"method: must be one of {', '.join(METHODS)}, found {method!r}{nearest(str(method), METHODS)}"
+            f"method: must be one of {', '.join(METHODS)}, found {method!r}{did_you_mean(str(method), METHODS)}"
         )
         raise ConfigError(problems)
-    notes = _drop_other_methods(given, method, from_file, from_flags)
+    notes = _drop_options_of_other_methods(given, method, from_file, from_flags)
 
     classes = (METHODS[method].config_class, ModelConfig, DataArguments, LaunchArguments)
     hints: dict[str, Any] = {}
     for cls in reversed(classes):
         hints |= {n: h for n, h in typing.get_type_hints(cls).items() if not n.startswith("_")}
-    values = {f.name: default_of(cls, f.name) for cls in classes for f in fields(cls) if f.name in hints}
+    values = {f.name: get_default(cls, f.name) for cls in classes for f in fields(cls) if f.name in hints}
     for key, raw in list(given.items()):
         if key not in hints or key in _UNSUPPORTED_MODEL:
-            problems.append(_unknown_key(key, method, [h for h in hints if h not in _UNSUPPORTED_MODEL]))
+            problems.append(_explain_unknown_key(key, method, [h for h in hints if h not in _UNSUPPORTED_MODEL]))
             continue
         try:
-            given[key] = values[key] = coerce(locate(raw) if key in _PATHS else raw, hints[key])
+            given[key] = values[key] = coerce(resolve_path(raw) if key in _PATHS else raw, hints[key])
         except ValueError as error:
             problems.append(f"{key}: {error}")
-    notes += _drop_engine(given, values, METHODS[method].config_class, from_flags)
-    notes += _other_completions(values, METHODS[method].config_class, from_file, from_flags)
-    problems += _missing(given, METHODS[method].config_class.refused)
+    notes += _drop_unused_vllm_options(given, values, METHODS[method].config_class, from_flags)
+    notes += _note_dataset_completions(values, METHODS[method].config_class, from_file, from_flags)
+    problems += _missing_keys(given, METHODS[method].config_class.refused)
     for cls in classes:
-        problems += check_values(cls, values)
+        problems += validate_options(cls, values)
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
     return method, values, given, notes
 
 
-def _build(
+def _build_run_arguments(
     method: str, values: dict[str, Any], given: dict[str, Any], flags: Sequence[str], notes: list[str]
 ) -> RunArguments:
     def build(cls: type, left_out: str = "") -> Any:
@@ -124,7 +126,7 @@ def _build(
         raise
     except Exception as error:  # what transformers, TRL and accelerate check themselves
         text = " ".join(str(error).split())
-        culprits = [key for key in given if all(_works(partial(build, cls, key)) for cls in classes)]
+        culprits = [key for key in given if all(_can_build(partial(build, cls, key)) for cls in classes)]
         mentioned = [f.name for f in fields(METHODS[method].config_class) if f.name in re.findall(r"\w+", text)]
         raise ConfigError([f"{', '.join(culprits or mentioned)}: {text}".removeprefix(": ")]) from error
     if training.top_p < 1.0:
@@ -132,7 +134,7 @@ def _build(
     return RunArguments(method, training, model, data, launch, given, set(read_flags(flags, [])), notes)
 
 
-def _works(build: Callable[[], Any]) -> bool:
+def _can_build(build: Callable[[], Any]) -> bool:
     try:
         build()
     except Exception:
@@ -140,7 +142,7 @@ def _works(build: Callable[[], Any]) -> bool:
     return True
 
 
-def _drop_other_methods(
+def _drop_options_of_other_methods(
     given: dict[str, Any], method: str, from_file: dict[str, Any], from_flags: dict[str, Any]
 ) -> list[str]:
     """With `--method` on the command line, the file's options of the method it was written for are left out."""
@@ -159,7 +161,7 @@ def _drop_other_methods(
     )
 
 
-def _drop_engine(
+def _drop_unused_vllm_options(
     given: dict[str, Any], values: dict[str, Any], cls: type[TokenSelectiveConfig], from_flags: Mapping[str, Any]
 ) -> list[str]:
     """Where a flag takes vLLM away, or its engine, the file's options of it are left out: they don't change what is
@@ -167,16 +169,16 @@ def _drop_engine(
     if not from_flags.keys() & {"use_vllm", "vllm_mode", "lmbda", "method"}:
         return []
     of_file = [key for key in given if key.removeprefix("use_").startswith("vllm") and key not in from_flags]
-    pointless, dropped = rules_of(cls)[1], []
+    pointless, dropped = get_rules(cls)[1], []
     for key in sorted(of_file):  # use_vllm comes first, on which the others depend
         if not values["use_vllm"] or (key in pointless and pointless[key][0](values)):
             del given[key]
-            values[key] = default_of(cls, key)
+            values[key] = get_default(cls, key)
             dropped.append(key)
     return [f"note: {', '.join(dropped)} of the file mean nothing with these flags: left out"] if dropped else []
 
 
-def _other_completions(
+def _note_dataset_completions(
     values: Mapping[str, Any],
     cls: type[TokenSelectiveConfig],
     from_file: Mapping[str, Any],
@@ -191,14 +193,14 @@ def _other_completions(
     return [f"note: the completions of {name}{column} are trained on as they are; for the teacher's: tsdkd generate"]
 
 
-def _unknown_key(key: str, method: str, known: Sequence[str]) -> str:
+def _explain_unknown_key(key: str, method: str, known: Sequence[str]) -> str:
     owners = [name for name, t in METHODS.items() if any(f.name == key for f in fields(t.config_class))]
     if owners:
         return f"{key}: belongs to method {', '.join(owners)}, this run's method is {method}"
-    return f"{key}: unknown key{nearest(key, known)}"
+    return f"{key}: unknown key{did_you_mean(key, known)}"
 
 
-def _missing(given: dict[str, Any], refused: Mapping[str, str]) -> list[str]:
+def _missing_keys(given: dict[str, Any], refused: Mapping[str, str]) -> list[str]:
     needed = {
         "model_name_or_path": "the student",
         "teacher_model_name_or_path": "the teacher",

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from ..config.coercion import nearest
+from ..config.coercion import did_you_mean
 from ..errors import ConfigError
 from .presets import find_preset, preset_names
 
@@ -23,7 +23,7 @@ def read_yaml(config: str) -> dict[str, Any]:
         if path is None:
             raise ConfigError(
                 [
-                    f"--config: no file and no shipped preset is called {config!r}{nearest(config, preset_names())}; "
+                    f"--config: no file and no shipped preset is called {config!r}{did_you_mean(config, preset_names())}; "
                     "see `tsdkd configs`"
                 ]
             )
@@ -46,7 +46,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     """A key given twice is an error: YAML's silent last-one-wins has cost people runs."""
 
 
-def _unique_mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+def _construct_unique_mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen = set()
     for key_node, _ in node.value:
         if key_node.value in seen:
@@ -55,7 +55,7 @@ def _unique_mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict[An
     return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
 
 
-_UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
+_UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _construct_unique_mapping)
 
 
 def read_flags(flags: Sequence[str], problems: list[str]) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def read_flags(flags: Sequence[str], problems: list[str]) -> dict[str, Any]:
     return {k: True if not v else v[0] if len(v) == 1 else v for k, v in given.items()}
 
 
-def locate(value: Any) -> Any:
+def resolve_path(value: Any) -> Any:
     """`tsdkd://demo/student` is a file that ships with the package."""
     if isinstance(value, str) and value.startswith("tsdkd://"):
         return str(resources.files("tsdkd").joinpath(value.removeprefix("tsdkd://")))

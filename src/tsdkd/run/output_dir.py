@@ -14,8 +14,8 @@ from trl import ModelConfig
 
 from ..checkpointing import checkpoint
 from ..config.base import DataArguments
-from ..config.options import plain
-from ..config.validation import default_of, own_fields
+from ..config.options import enum_value
+from ..config.validation import declared_fields, get_default
 from ..errors import DataError, OutputDirError, ResumeError, TSDKDError
 from ..methods import METHODS
 from .arguments import RunArguments
@@ -52,21 +52,21 @@ _FREE = {
 _LENGTH = {"max_steps", "num_train_epochs"}  # a run may be made longer
 
 
-def make_folder(folder: Path, field: str = "output_dir") -> None:
+def ensure_dir(folder: Path, field: str = "output_dir") -> None:
     """Raises `OutputDirError`."""
-    with writing(folder, field, "made"):
+    with wrap_os_errors(folder, field, "made"):
         folder.mkdir(parents=True, exist_ok=True)
 
 
-def check_empty(folder: Path) -> None:
+def require_empty_dir(folder: Path) -> None:
     """Raises `OutputDirError` where there is something already."""
-    _check_folder(folder)
+    _validate_dir(folder)
     if folder.is_dir() and (present := sorted(path.name for path in folder.iterdir())):
         raise OutputDirError(f"output_dir: {folder} holds files already ({present[0]}, …); choose another")
 
 
 @contextmanager
-def writing(path: Path, field: str = "output_dir", done: str = "written or read") -> Iterator[None]:
+def wrap_os_errors(path: Path, field: str = "output_dir", done: str = "written or read") -> Iterator[None]:
     """What the system says of a file, or of a disk that is full, in one line. Raises `OutputDirError`."""
     try:
         yield
@@ -76,13 +76,13 @@ def writing(path: Path, field: str = "output_dir", done: str = "written or read"
         raise OutputDirError(f"{field}: {path} can't be {done}: {error.strerror or error}") from error
 
 
-def _check_folder(folder: Path) -> None:
+def _validate_dir(folder: Path) -> None:
     for place in (folder, *folder.parents):
         if place.exists() and not place.is_dir():
             raise OutputDirError(f"output_dir: {place} is a file, expected a folder")
 
 
-def claim(arguments: RunArguments) -> str | None:
+def resolve_resume(arguments: RunArguments) -> str | None:
     """The checkpoint that the run is resumed from, or None to start. All processes must call it.
 
     Raises:
@@ -91,44 +91,44 @@ def claim(arguments: RunArguments) -> str | None:
         ResumeError: there is nothing to resume from, or a run of another configuration.
     """
     training = arguments.training
-    folder, asked = Path(str(training.output_dir)), _asked(arguments)
-    _check_folder(folder)
+    folder, asked = Path(str(training.output_dir)), _resume_setting(arguments)
+    _validate_dir(folder)
     present = {path.name for path in folder.iterdir()} - {_NEW_RUN_FILE} if folder.is_dir() else set()
     if present and RUN_FILE not in present:
         raise OutputDirError(
             f"output_dir: {folder} holds files that aren't tsdkd's ({min(present)}, …); choose another"
         )
-    resumes = _resumes(arguments)
+    resumes = _is_resuming(arguments)
     if present and not resumes:
         raise OutputDirError(
             f"output_dir: {folder} holds an earlier run; continue it with --resume true, or choose another"
         )
-    if changes := _changes(arguments, folder) if present else "":
+    if changes := _describe_changes(arguments, folder) if present else "":
         raise OutputDirError(f"output_dir: {folder} holds another run: {changes}; choose another directory")
     if not resumes:
         return None
     if asked.lower() not in ("true", "false"):
-        return _chosen(arguments, Path(asked), folder)
-    if training.resume and not checkpoint.in_run(folder):
-        if has_ended(folder):
+        return _resolve_checkpoint(arguments, Path(asked), folder)
+    if training.resume and not checkpoint.list_checkpoints(folder):
+        if has_final_model(folder):
             raise OutputDirError(
                 f"output_dir: {folder} holds a run that has ended, without a checkpoint to go on from; choose another"
             )
         return None
-    return str(checkpoint.newest(folder))
+    return str(checkpoint.get_last_valid_checkpoint(folder))
 
 
-def has_ended(folder: Path) -> bool:
+def has_final_model(folder: Path) -> bool:
     """Whether a run has saved its student; the log is the last that it writes."""
     return (folder / TRAINER_STATE_NAME).is_file()
 
 
-def _chosen(arguments: RunArguments, path: Path, folder: Path) -> str:
+def _resolve_checkpoint(arguments: RunArguments, path: Path, folder: Path) -> str:
     """A checkpoint that `resume_from_checkpoint` names, of this run or of one like it elsewhere."""
-    checkpoint.verify(path)
+    checkpoint.verify_checkpoint(path)
     run = path.resolve().parent
     elsewhere = run != folder.resolve() and (run / RUN_FILE).is_file()
-    if elsewhere and (changes := _changes(arguments, run)):
+    if elsewhere and (changes := _describe_changes(arguments, run)):
         raise ResumeError(
             f"resume_from_checkpoint: {path} is of another run: {changes}; to start from its weights alone, "
             "make it model_name_or_path"
@@ -136,32 +136,32 @@ def _chosen(arguments: RunArguments, path: Path, folder: Path) -> str:
     return str(path)
 
 
-def _asked(arguments: RunArguments) -> str:
+def _resume_setting(arguments: RunArguments) -> str:
     """`resume_from_checkpoint` as text: a path, "true" or "false"."""
     return str(arguments.training.resume_from_checkpoint or "false")
 
 
-def _resumes(arguments: RunArguments) -> bool:
-    return arguments.training.resume or _asked(arguments).lower() != "false"
+def _is_resuming(arguments: RunArguments) -> bool:
+    return arguments.training.resume or _resume_setting(arguments).lower() != "false"
 
 
-def mark(arguments: RunArguments) -> None:
+def write_run_config(arguments: RunArguments) -> None:
     """Write the resolved configuration into the output directory, in one go.
 
     Raises:
-        OutputDirError: another run has done so since `claim`.
+        OutputDirError: another run has done so since `resolve_resume`.
     """
     if arguments.training.process_index == 0:
         folder = Path(str(arguments.training.output_dir))
-        make_folder(folder)
-        if (folder / RUN_FILE).exists() and not _resumes(arguments):
+        ensure_dir(folder)
+        if (folder / RUN_FILE).exists() and not _is_resuming(arguments):
             raise OutputDirError(f"output_dir: another run has begun in {folder}; choose another")
-        text = yaml.safe_dump(resolved(arguments), sort_keys=True, allow_unicode=True)
+        text = yaml.safe_dump(build_run_config(arguments), sort_keys=True, allow_unicode=True)
         (folder / _NEW_RUN_FILE).write_text(text, encoding="utf-8")
         os.replace(folder / _NEW_RUN_FILE, folder / RUN_FILE)
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_run_config(folder: Path) -> dict[str, Any]:
     """The resolved configuration of the run in a folder. Raises `DataError`."""
     path = folder / RUN_FILE
     try:
@@ -170,24 +170,26 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise DataError(f"{path} can't be read: {' '.join(str(error).split())[:200]}") from error
 
 
-def resolved(arguments: RunArguments) -> dict[str, Any]:
+def build_run_config(arguments: RunArguments) -> dict[str, Any]:
     """Every of our keys, and every key of transformers and TRL that was set; no token of the hub."""
-    values = {name: getattr(arguments.training, name) for name in own_fields(METHODS[arguments.method].config_class)}
+    values = {
+        name: getattr(arguments.training, name) for name in declared_fields(METHODS[arguments.method].config_class)
+    }
     values |= {k: v for k, v in arguments.given.items() if not k.endswith("token")}
-    return {"method": arguments.method, **{k: plain(v) for k, v in values.items()}}
+    return {"method": arguments.method, **{k: enum_value(v) for k, v in values.items()}}
 
 
-def _changes(arguments: RunArguments, folder: Path) -> str:
+def _describe_changes(arguments: RunArguments, folder: Path) -> str:
     """In what a run differs from this one so that it isn't the same; what else differs is said."""
     try:
-        before, now = read_config(folder), resolved(arguments)
+        before, now = read_run_config(folder), build_run_config(arguments)
     except DataError as error:
         raise OutputDirError(f"output_dir: {error}") from error
     defaults = {"method": None}
     for cls in (METHODS[arguments.method].config_class, ModelConfig, DataArguments):
-        defaults |= {f.name: default_of(cls, f.name) for f in fields(cls)}
+        defaults |= {f.name: get_default(cls, f.name) for f in fields(cls)}
     changed = [
-        (name, *(run.get(name, plain(defaults.get(name))) for run in (before, now)))
+        (name, *(run.get(name, enum_value(defaults.get(name))) for run in (before, now)))
         for name in sorted(before.keys() | now.keys())
         if name not in _FREE and (not name.startswith(_FREE_PREFIXES) or "importance" in name)
     ]

@@ -17,28 +17,28 @@ from rich.table import Table
 from transformers import get_scheduler
 from trl import get_peft_config
 
-from ..checkpointing.preemption import watching
+from ..checkpointing.preemption import catch_signals
 from ..config.base import DataArguments, TokenSelectiveConfig
 from ..config.launch import LAUNCHED, LaunchArguments
-from ..config.options import plain
-from ..config.validation import default_of
-from ..data import load_rows, prepare_rows
+from ..config.options import enum_value
+from ..config.validation import get_default
+from ..data import load_split, prepare_dataset
 from ..errors import CheckpointError, ConfigError, DataError, ModelError, PreemptedError, TSDKDError
 from ..methods import METHODS
-from ..models.loading import Pair, resolve_pair
+from ..models.loading import ModelPair, resolve_pair
 from ..trainer.trainer import TokenSelectiveTrainer
-from .arguments import RunArguments, parse_run
-from .output_dir import claim, mark, resolved
+from .arguments import RunArguments, parse_args_and_config
+from .output_dir import build_run_config, resolve_resume, write_run_config
 
 
-def parse(config: str | None, flags: Sequence[str], trains: bool = True) -> RunArguments:
+def parse_arguments(config: str | None, flags: Sequence[str], trains: bool = True) -> RunArguments:
     """The run that a YAML file and flags ask for; one that isn't trained may want a GPU that isn't here. Raises
     `ConfigError`."""
     if config is None and not flags:
         raise ConfigError(["--config: missing; name a YAML file or a shipped preset (`tsdkd configs` lists them)"])
-    arguments = parse_run(config, flags, trains)
+    arguments = parse_args_and_config(config, flags, trains)
     for note in arguments.notes:
-        _say(note)
+        _print_rank_0(note)
     return arguments
 
 
@@ -58,23 +58,23 @@ def train(arguments: RunArguments) -> TokenSelectiveTrainer:
                 "would train alone; without a GPU set use_cpu: true"
             ]
         )
-    checkpoint = claim(arguments)
+    checkpoint = resolve_resume(arguments)
     trainer = build_trainer(arguments)
-    with watching():  # until here a signal ends a process at once, as there is nothing to save
+    with catch_signals():  # until here a signal ends a process at once, as there is nothing to save
         trainer.accelerator.wait_for_everyone()  # the run's first file says that all of them are watching
-        mark(arguments)
+        write_run_config(arguments)
         trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.preemption.stopped:
         raise PreemptedError(
             f"stopped by a signal after step {trainer.state.global_step}, the checkpoint is saved; continue with "
             "--resume true"
         )
-    _save(trainer)
-    _say(f"saved the student to {arguments.training.output_dir}")
+    _save_student(trainer)
+    _print_rank_0(f"saved the student to {arguments.training.output_dir}")
     return trainer
 
 
-def _save(trainer: TokenSelectiveTrainer) -> None:
+def _save_student(trainer: TokenSelectiveTrainer) -> None:
     """The student, and then the log, for `tsdkd report`; it also says that the run has ended."""
     try:
         trainer.save_model()
@@ -90,37 +90,37 @@ def _save(trainer: TokenSelectiveTrainer) -> None:
 def build_trainer(arguments: RunArguments) -> TokenSelectiveTrainer:
     """Check tokenizers and data, load both models. Raises `TSDKDError`, with nothing written."""
     training, model = arguments.training, arguments.model
-    train_rows, eval_rows = load_data(arguments.data, training)
-    set_model_kwargs(arguments)
+    train_rows, eval_rows = load_datasets(arguments.data, training)
+    set_model_init_kwargs(arguments)
     folder = Path(str(training.output_dir))
     existed = folder.exists()
     try:
         trainer = METHODS[training.method](
             model=str(model.model_name_or_path),
-            teacher_model=_teacher(arguments),
+            teacher_model=_teacher_name_or_path(arguments),
             args=training,
             train_dataset=train_rows,
             eval_dataset=eval_rows,
             peft_config=_peft_config(arguments),
         )
-        _rehearse(trainer)
+        validate_optimizer(trainer)
     except Exception as error:
         if not existed and folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()  # transformers makes it before it checks everything
         if isinstance(error, TSDKDError):
             raise
-        raise ConfigError([_blame(error, arguments.given)]) from error
+        raise ConfigError([explain_error(error, arguments.given)]) from error
     trainer.dataset_name = arguments.data.dataset_name
     return trainer
 
 
-def _total_steps(batches: int, training: TokenSelectiveConfig) -> int:
+def _num_training_steps(batches: int, training: TokenSelectiveConfig) -> int:
     """Optimizer steps of a run whose data loader yields so many batches an epoch."""
     per_epoch = max(1, math.ceil(batches / training.gradient_accumulation_steps))
     return training.max_steps if training.max_steps > 0 else math.ceil(per_epoch * training.num_train_epochs)
 
 
-def _rehearse(trainer: TokenSelectiveTrainer) -> None:
+def validate_optimizer(trainer: TokenSelectiveTrainer) -> None:
     """Build what training will build, so that what fails there fails before anything is written."""
     args = trainer.args
     if len(trainer.get_train_dataloader()) == 0:
@@ -138,7 +138,7 @@ def _rehearse(trainer: TokenSelectiveTrainer) -> None:
         raise ConfigError([f"lr_scheduler_type, lr_scheduler_kwargs: {error}"]) from error
 
 
-def _blame(error: Exception, given: dict[str, Any]) -> str:
+def explain_error(error: Exception, given: dict[str, Any]) -> str:
     """One line for an exception of a library, with the keys whose name or value it mentions."""
     text = " ".join(str(error).split()) or type(error).__name__
     plain = text.replace("-", "_")
@@ -159,7 +159,7 @@ def _blame(error: Exception, given: dict[str, Any]) -> str:
     return (f"{', '.join(named)}: " if named else "the trainer can't be built: ") + text[:500]
 
 
-def plan(arguments: RunArguments, processes: int | None = None) -> None:
+def dry_run(arguments: RunArguments, processes: int | None = None) -> None:
     """Print the resolved configuration and what the run would do, without loading weights or writing anything.
 
     Args:
@@ -169,58 +169,60 @@ def plan(arguments: RunArguments, processes: int | None = None) -> None:
     training = arguments.training
     processes = processes or training.world_size
     training.steps_per_rollout(processes)
-    checkpoint = claim(arguments)
+    checkpoint = resolve_resume(arguments)
     console = Console()
     console.print(
-        yaml.safe_dump(resolved(arguments), sort_keys=True, allow_unicode=True), markup=False, highlight=False
+        yaml.safe_dump(build_run_config(arguments), sort_keys=True, allow_unicode=True), markup=False, highlight=False
     )
-    known = _known(arguments, processes, checkpoint)
+    known = _summarize_config(arguments, processes, checkpoint)
     try:
-        pair, prepared = _look_up(arguments)
+        pair, prepared = _prepare_datasets(arguments)
     except (DataError, ModelError):
-        console.print(_plan_table(known))  # what can be said without the hub
+        console.print(_summary_table(known))  # what can be said without the hub
         raise
-    console.print(_plan_table({**known, **_found(arguments, processes, pair, prepared)}))
+    console.print(_summary_table({**known, **_summarize_datasets(arguments, processes, pair, prepared)}))
     example = pair.template.decode(prepared["train"][0]["prompt_ids"])
     console.print("first prompt, as the student sees it:", example, sep="\n", markup=False, highlight=False)
 
 
-def _look_up(arguments: RunArguments) -> tuple[Pair, dict[str, Dataset]]:
+def _prepare_datasets(arguments: RunArguments) -> tuple[ModelPair, dict[str, Dataset]]:
     training = arguments.training
-    train_rows, eval_rows = load_data(arguments.data, training)
-    set_model_kwargs(arguments)
-    pair = resolve_pair(str(arguments.model.model_name_or_path), _teacher(arguments), training)
+    train_rows, eval_rows = load_datasets(arguments.data, training)
+    set_model_init_kwargs(arguments)
+    pair = resolve_pair(str(arguments.model.model_name_or_path), _teacher_name_or_path(arguments), training)
     prepared = {
-        name: prepare_rows(rows, pair.template, training, pair.context, training.needs_completions)
+        name: prepare_dataset(rows, pair.template, training, pair.context, training.needs_completions)
         for name, rows in (("train", train_rows), ("eval", eval_rows))
         if rows is not None
     }
     return pair, prepared
 
 
-def _batch(training: TokenSelectiveConfig, processes: int) -> int:
+def _global_batch_size(training: TokenSelectiveConfig, processes: int) -> int:
     return training.per_device_train_batch_size * training.gradient_accumulation_steps * processes
 
 
-def _known(arguments: RunArguments, processes: int, checkpoint: str | None) -> dict[str, str]:
+def _summarize_config(arguments: RunArguments, processes: int, checkpoint: str | None) -> dict[str, str]:
     """What follows from the configuration alone."""
     training = arguments.training
     return {
         "method": arguments.method,
         "global batch": f"{training.per_device_train_batch_size} x {training.gradient_accumulation_steps} accumulated "
-        f"x {processes} processes = {_batch(training, processes)}",
+        f"x {processes} processes = {_global_batch_size(training, processes)}",
         "completions": training.completions,
-        **_rollouts(training, processes),
+        **_summarize_rollouts(training, processes),
         "output": f"{training.output_dir}{f', resuming from {checkpoint}' if checkpoint else ''}",
     }
 
 
-def _found(arguments: RunArguments, processes: int, pair: Pair, prepared: dict[str, Dataset]) -> dict[str, str]:
+def _summarize_datasets(
+    arguments: RunArguments, processes: int, pair: ModelPair, prepared: dict[str, Dataset]
+) -> dict[str, str]:
     """What follows from the models and the data set."""
     training = arguments.training
     prompts = len(prepared["train"])
     batches = math.ceil(prompts / (training.per_device_train_batch_size * processes))
-    tokens_per_step = sum(prepared["train"]["limit"]) / prompts * min(_batch(training, processes), prompts)
+    tokens_per_step = sum(prepared["train"]["limit"]) / prompts * min(_global_batch_size(training, processes), prompts)
     student, teacher = pair.student_config, pair.teacher_config
     return {
         "student": f"{arguments.model.model_name_or_path} ({student.model_type}, {pair.vocab_sizes[0]} logits)",
@@ -230,19 +232,19 @@ def _found(arguments: RunArguments, processes: int, pair: Pair, prepared: dict[s
         else "none",
         "shared vocabulary": str(pair.shared_vocab_size),
         **{f"{name} prompts": str(len(rows)) for name, rows in prepared.items()},
-        "optimizer steps": str(_total_steps(batches, training)),
+        "optimizer steps": str(_num_training_steps(batches, training)),
         "completion tokens": f"at most {round(tokens_per_step):,} a step",
     }
 
 
-def _plan_table(rows: dict[str, str]) -> Table:
+def _summary_table(rows: dict[str, str]) -> Table:
     table = Table(title="Plan", show_header=False)
     for name, value in rows.items():
         table.add_row(name, value)
     return table
 
 
-def _rollouts(training: TokenSelectiveConfig, processes: int) -> dict[str, str]:
+def _summarize_rollouts(training: TokenSelectiveConfig, processes: int) -> dict[str, str]:
     """How completions are sampled, where they are."""
     if training.lmbda == 0 and not training.starts_from_data:
         return {}
@@ -251,12 +253,12 @@ def _rollouts(training: TokenSelectiveConfig, processes: int) -> dict[str, str]:
     return {"rollouts": f"by {engine}, temperature {training.temperature}, top_p {training.top_p}{serves}"}
 
 
-def _teacher(arguments: RunArguments) -> str:
+def _teacher_name_or_path(arguments: RunArguments) -> str:
     """Its name; for a method without one the student's."""
     return str(arguments.training.teacher_model_name_or_path or arguments.model.model_name_or_path)
 
 
-def set_model_kwargs(arguments: RunArguments) -> None:
+def set_model_init_kwargs(arguments: RunArguments) -> None:
     """TRL's model arguments, as the trainer takes them."""
     model = arguments.model
     chosen = {"revision": model.model_revision, "dtype": model.dtype, "attn_implementation": model.attn_implementation}
@@ -264,21 +266,21 @@ def set_model_kwargs(arguments: RunArguments) -> None:
     arguments.training.model_init_kwargs = {**{k: v for k, v in chosen.items() if v is not None}, **given}
 
 
-def load_data(data: DataArguments, training: TokenSelectiveConfig) -> tuple[Dataset, Dataset | None]:
+def load_datasets(data: DataArguments, training: TokenSelectiveConfig) -> tuple[Dataset, Dataset | None]:
     """The rows to train on and those to evaluate on. Raises `DataError`."""
     name, is_file = str(data.dataset_name), Path(str(data.dataset_name)).is_file()
     if is_file and data.dataset_config:
         raise DataError(f"dataset_config: {data.dataset_config!r} has no effect, dataset_name is a single file")
     field = "dataset_train_split" if is_file and data.dataset_train_split != "train" else "dataset_name"
-    rows = load_rows(name, data.dataset_config, data.dataset_train_split, field)
-    if plain(training.eval_strategy) == "no" and not training.eval_on_start:
+    rows = load_split(name, data.dataset_config, data.dataset_train_split, field)
+    if enum_value(training.eval_strategy) == "no" and not training.eval_on_start:
         return rows, None
     if data.eval_dataset_name:
         split = "train" if Path(data.eval_dataset_name).is_file() else data.dataset_test_split
-        return rows, load_rows(data.eval_dataset_name, None, split, "eval_dataset_name")
+        return rows, load_split(data.eval_dataset_name, None, split, "eval_dataset_name")
     if is_file:
         raise DataError(f"eval_dataset_name: missing, and {name} is a single file without a split to evaluate on")
-    return rows, load_rows(name, data.dataset_config, data.dataset_test_split)
+    return rows, load_split(name, data.dataset_config, data.dataset_test_split)
 
 
 def _peft_config(arguments: RunArguments) -> Any:
@@ -295,7 +297,7 @@ def print_methods() -> None:
     for name, trainer in METHODS.items():
         cls = trainer.config_class
         console.print(f"[bold]{name}[/bold]  {(cls.__doc__ or '').splitlines()[0]}  [dim]{escape(cls.paper)}[/dim]")
-        own = {option: default_of(cls, option) for option in cls.own_options() if option not in common}
+        own = {option: get_default(cls, option) for option in cls.own_options() if option not in common}
         if own:
             console.print(Padding(", ".join(f"{k} {str(v).lower()}" for k, v in own.items()), (0, 0, 0, 4)))
         console.print(Padding(f"completions: {cls.completions}", (0, 0, 0, 4)))
@@ -319,6 +321,6 @@ def print_keys() -> None:
     Console().print(table)
 
 
-def _say(text: str) -> None:
+def _print_rank_0(text: str) -> None:
     if os.environ.get("RANK", "0") == "0":
         print(text, flush=True)

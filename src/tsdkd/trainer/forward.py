@@ -13,16 +13,16 @@ from trl.models.utils import _ForwardRedirection
 
 from ..config.base import TokenSelectiveConfig
 from ..errors import ModelError
-from ..lm_head.dense import LogitsHead
+from ..lm_head.dense import DenseHead
 from ..lm_head.fused import FusedHead, compute_dtype
 from ..lm_head.projection import Projection
-from ..lm_head.statistics import Head, Request, TokenStatistics
+from ..lm_head.statistics import Head, StatisticsRequest, TokenStatistics
 
 Answer = TypeVar("Answer")
 _WHOLE = "set fused_head: false, which computes whole logits"
 
 
-class Heads:
+class HeadForward:
     """Runs the pair's models, as they are wrapped for training, up to their heads.
 
     Args:
@@ -37,12 +37,12 @@ class Heads:
         self._proven: WeakSet[nn.Module] = WeakSet()
 
     @torch.no_grad()
-    def teacher(self, model: nn.Module, batch: dict[str, Tensor], index: Tensor) -> "Teacher":
+    def teacher(self, model: nn.Module, batch: dict[str, Tensor], index: Tensor) -> "TeacherOutput":
         """The teacher's part of a head for `ask`: hidden states or logits at the N positions `index`."""
         if not self.args.fused_head:
-            return Teacher(model, self._logits(model, batch, index))
+            return TeacherOutput(model, self._logits(model, batch, index))
         unwrapped = self.accelerator.unwrap_model(model)
-        return Teacher(unwrapped, self._redirect(model, unwrapped, self._hidden, unwrapped, batch, index))
+        return TeacherOutput(unwrapped, self._redirect(model, unwrapped, self._hidden, unwrapped, batch, index))
 
     def ask(
         self,
@@ -50,7 +50,7 @@ class Heads:
         batch: dict[str, Tensor],
         index: Tensor,
         question: Callable[[Head], Answer],
-        teacher: "Teacher | None" = None,
+        teacher: "TeacherOutput | None" = None,
         own_in_forward: bool = True,
     ) -> Answer:
         """`question` of the head over the model's predictions at N positions.
@@ -68,11 +68,11 @@ class Heads:
         """
         if not self.args.fused_head:
             states = None if teacher is None else teacher.states
-            return question(LogitsHead(self._logits(model, batch, index), states))
+            return question(DenseHead(self._logits(model, batch, index), states))
         unwrapped = self.accelerator.unwrap_model(model)
         kind: list[type[Answer]] = []
 
-        def at_the_head(hidden: Tensor) -> dict[str, Any]:
+        def run_head(hidden: Tensor) -> dict[str, Any]:
             with ExitStack() as stack:
                 answer = question(self._fused(stack, unwrapped, hidden, teacher, own_in_forward))
             kind.append(type(answer))
@@ -81,7 +81,7 @@ class Heads:
         def inside(input_ids: Tensor) -> dict[str, Any]:
             hidden = self._hidden(unwrapped, {**batch, "input_ids": input_ids}, index)
             with self.accelerator.autocast():
-                return self._as_output_layer(unwrapped, at_the_head, hidden)
+                return self._as_output_layer(unwrapped, run_head, hidden)
 
         # as the wrapper's forward: DDP arms its gradient reduction there. On CUDA it moves what it is given to its
         # device first, and fails where it is given nothing.
@@ -89,7 +89,9 @@ class Heads:
         return kind[0](**fields)
 
     @torch.no_grad()
-    def query(self, model: nn.Module, batch: dict[str, Tensor], index: Tensor, request: Request) -> TokenStatistics:
+    def query(
+        self, model: nn.Module, batch: dict[str, Tensor], index: Tensor, request: StatisticsRequest
+    ) -> TokenStatistics:
         """`request` of a model in eval mode, without gradients; `ask` says what the arguments are."""
         was_training = model.training
         model.eval()
@@ -98,15 +100,20 @@ class Heads:
         return answer
 
     def _fused(
-        self, stack: ExitStack, model: PreTrainedModel, hidden: Tensor, teacher: "Teacher | None", own_in_forward: bool
+        self,
+        stack: ExitStack,
+        model: PreTrainedModel,
+        hidden: Tensor,
+        teacher: "TeacherOutput | None",
+        own_in_forward: bool,
     ) -> FusedHead:
         second: tuple[Any, ...] = ()
         if teacher is not None:
-            _gather(stack, _output_layer(teacher.model))
-            second = (teacher.states, projection_of(teacher.model))
+            _gather_parameters(stack, _output_layer(teacher.model))
+            second = (teacher.states, get_projection(teacher.model))
         return FusedHead(
             hidden,
-            projection_of(model),
+            get_projection(model),
             *second,
             vocab_size=self.vocab_size,
             temperature=self.args.temperature,
@@ -123,7 +130,7 @@ class Heads:
     def _logits(self, model: nn.Module, batch: dict[str, Tensor], index: Tensor) -> Tensor:
         """`[N, V]`, over the shared ids, temperature applied."""
         output = model(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"), use_cache=False)
-        logits = _at(index, output.logits)[:, : self.vocab_size]
+        logits = _select_positions(index, output.logits)[:, : self.vocab_size]
         return logits if self.args.temperature == 1.0 else logits / self.args.temperature
 
     def _hidden(self, model: PreTrainedModel, batch: dict[str, Tensor], index: Tensor) -> Tensor:
@@ -133,7 +140,7 @@ class Heads:
                 self._prove(model, batch["input_ids"][:1, :8])
                 torch.clear_autocast_cache()  # older torches keep casts of weights that were made without a gradient
                 self._proven.add(model)
-            return _at(index, _backbone(model, batch["input_ids"], batch.get("attention_mask")))
+            return _select_positions(index, _forward_backbone(model, batch["input_ids"], batch.get("attention_mask")))
 
     @torch.no_grad()
     def _prove(self, model: PreTrainedModel, ids: Tensor) -> None:
@@ -142,12 +149,12 @@ class Heads:
         model.eval()
         expected = model(input_ids=ids, use_cache=False).logits
         try:
-            hidden = _backbone(model, ids)
+            hidden = _forward_backbone(model, ids)
         except (AttributeError, TypeError) as error:
-            raise ModelError(f"{_name(model)}: its backbone gives no last hidden states; {_WHOLE}") from error
+            raise ModelError(f"{_class_name(model)}: its backbone gives no last hidden states; {_WHOLE}") from error
 
         def logits(hidden: Tensor) -> Tensor:
-            projection = projection_of(model)
+            projection = get_projection(model)
             return projection.cut(len(projection.weight), dtype).logits(hidden.to(dtype))
 
         dtype = compute_dtype(hidden)
@@ -158,19 +165,19 @@ class Heads:
         difference = float((found - expected).abs().max()) if same_shape else float("inf")
         if not difference <= tolerance:
             raise ModelError(
-                f"{_name(model)}: its logits are not its output layer's (they differ by {difference:.3g}, more than "
+                f"{_class_name(model)}: its logits are not its output layer's (they differ by {difference:.3g}, more than "
                 f"{tolerance:.3g}): it does something else with them than a scale or a soft cap; {_WHOLE}"
             )
 
 
-class Teacher(NamedTuple):
+class TeacherOutput(NamedTuple):
     """The teacher's unwrapped model with its hidden states `[N, H]`, or its logits `[N, V]` without the fused head."""
 
     model: Any
     states: Tensor
 
 
-def projection_of(model: PreTrainedModel) -> Projection:
+def get_projection(model: PreTrainedModel) -> Projection:
     """A model's output layer, with the scale and soft cap that its configuration names."""
     layer, config = _output_layer(model), model.config.get_text_config()
     divisor = getattr(config, "logits_scaling", None)  # Granite; HyperCLOVA X multiplies by it
@@ -188,7 +195,7 @@ def _output_layer(model: PreTrainedModel) -> Any:
     return layer if copies is None else copies[layer.active_adapter]
 
 
-def _gather(stack: ExitStack, layer: Any) -> None:
+def _gather_parameters(stack: ExitStack, layer: Any) -> None:
     """A layer's parameters, sharded by ZeRO-3 or not, whole within the stack."""
     sharded = [p for p in (layer.weight, layer.bias) if p is not None and hasattr(p, "ds_status")]
     if sharded:
@@ -199,19 +206,21 @@ def _gather(stack: ExitStack, layer: Any) -> None:
         stack.enter_context(GatheredParameters(missing))
 
 
-def _at(index: Tensor, states: Tensor) -> Tensor:
+def _select_positions(index: Tensor, states: Tensor) -> Tensor:
     """`[N, ...]`: those of `[B, S, ...]` at the places `index` of the flattened `[B, S - 1]`."""
     return states.flatten(0, 1).index_select(0, index + index // (states.shape[1] - 1))
 
 
-def _backbone(model: Any, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    return _base(model).base_model(input_ids=ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+def _forward_backbone(model: Any, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    return (
+        _unwrap_peft(model).base_model(input_ids=ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+    )
 
 
-def _base(model: Any) -> Any:
+def _unwrap_peft(model: Any) -> Any:
     """Without peft's wrapper."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _name(model: Any) -> str:
-    return type(_base(model)).__name__
+def _class_name(model: Any) -> str:
+    return type(_unwrap_peft(model)).__name__

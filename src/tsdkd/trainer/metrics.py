@@ -12,12 +12,12 @@ from accelerate import Accelerator
 
 
 @dataclass
-class _Span:
+class _TimedBlock:
     """A timed block: tokens, its two ends (seconds, or events of a CUDA stream), and blocks in it that don't count."""
 
     tokens: float
     ends: tuple[Any, Any]
-    without: "list[_Span]"
+    without: "list[_TimedBlock]"
 
     @property
     def seconds(self) -> float:
@@ -30,14 +30,14 @@ class _Span:
         return whole - sum(span.seconds for span in self.without)
 
 
-class RunningMeans:
+class MetricAccumulator:
     """Named sums and counts of one mode (training or evaluation); of a name that ends in "/max" the largest value."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
         self._sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
         self._peaks: dict[str, float] = {}
-        self._spans: dict[str, list[_Span]] = defaultdict(list)
+        self._spans: dict[str, list[_TimedBlock]] = defaultdict(list)
 
     def add(self, name: str, total: float, count: float) -> None:
         """Add to a metric's sum and count."""
@@ -56,7 +56,7 @@ class RunningMeans:
         others = self._spans[excluding] if excluding else []
         start, before = self._now(), len(others)
         yield
-        self._spans[name].append(_Span(tokens, (start, self._now()), others[before:]))
+        self._spans[name].append(_TimedBlock(tokens, (start, self._now()), others[before:]))
 
     def _now(self) -> Any:
         if self._accelerator.device.type != "cuda":

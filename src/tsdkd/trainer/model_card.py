@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 
-def write(
+def write_model_card(
     path: Path,
     *,
     method: str,

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import NonFiniteError
 
 
-class FiniteGuard:
+class NonFiniteGuard:
     """Watches the micro-batches of a step.
 
     Args:

@@ -1,13 +1,13 @@
-"""`PolicyTrainer`: one rollout, one query of the teacher, several optimizer steps (EOPD's Algorithm 1)."""
+"""`ScoredRolloutTrainer`: one rollout, one query of the teacher, several optimizer steps (EOPD's Algorithm 1)."""
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..data import completion_mask, predicted_ids
-from ..lm_head.statistics import Request
-from ..objective import Answers
+from ..data import completion_mask, target_ids
+from ..lm_head.statistics import StatisticsRequest
+from ..objective import RolloutScores
 from ..rollout.seeding import prompt_generator
 from ..selection import token_index
 from .trainer import Batch, TokenSelectiveTrainer
@@ -15,19 +15,19 @@ from .trainer import Batch, TokenSelectiveTrainer
 _PLACEMENT = 1  # stream of `prompt_generator`
 
 
-class PolicyTrainer(TokenSelectiveTrainer):
+class ScoredRolloutTrainer(TokenSelectiveTrainer):
     """For methods that ask the teacher once a rollout. Arguments: see `TokenSelectiveTrainer`."""
 
     def _annotate(self, model: nn.Module, batch: Batch, step: int, mode: str) -> None:
         """Query the policy that sampled and the teacher, once; keep the teacher's top-k only."""
         index = token_index(completion_mask(batch), sum(batch["lengths"]))
-        sampled = predicted_ids(batch, index).unsqueeze(-1)
+        sampled = target_ids(batch, index).unsqueeze(-1)
         policy: dict[str, Any] = self._policy(model, batch, index, sampled) if self.objective.is_policy else {}
         with self._teacher_time(batch, mode):
-            wanted = Request(entropy=True, top_k=self.objective.teacher_top_k, ids=sampled)
+            wanted = StatisticsRequest(entropy=True, top_k=self.objective.teacher_top_k, ids=sampled)
             teacher = self.heads.query(self.teacher_model, batch, index, wanted)
         batch["answers"] = vars(
-            Answers(
+            RolloutScores(
                 teacher_entropy=teacher.entropy,
                 teacher_logps=teacher.logps.squeeze(-1),
                 topk_ids=teacher.top_ids,
@@ -46,7 +46,7 @@ class PolicyTrainer(TokenSelectiveTrainer):
         corrected = getattr(self.args, "vllm_importance_sampling_correction", False)
         if sampler_logps is not None and not corrected and self.args.top_p == 1.0:
             return {"old_logps": sampler_logps}
-        logps = self.heads.query(model, batch, index, Request(ids=sampled)).logps.squeeze(-1)
+        logps = self.heads.query(model, batch, index, StatisticsRequest(ids=sampled)).logps.squeeze(-1)
         if sampler_logps is None or not corrected:
             return {"old_logps": logps}
         weights = (logps - sampler_logps).exp().clamp(max=self.args.vllm_importance_sampling_clip_max)

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from ..config.base import TokenSelectiveConfig
-from ..data import completion_mask, pad_sequences, predicted_ids
-from ..lm_head.statistics import Request
+from ..data import completion_mask, pad_sequences, target_ids
+from ..lm_head.statistics import StatisticsRequest
 from ..losses import Divergence, forward_kl_on, jsd
 from ..selection import token_index
-from .forward import Heads
+from .forward import HeadForward
 
 FOLDER = "records"
 CANDIDATES = 10  # of the student, with the teacher's log-probabilities of them
@@ -29,7 +29,7 @@ FORWARD_KL_TOP_K = 16
 
 
 @dataclass
-class Sample:
+class RecordedCompletion:
     """A completion to record.
 
     Attributes:
@@ -43,8 +43,8 @@ class Sample:
 
 
 @torch.no_grad()
-def describe(
-    heads: Heads, student: nn.Module, teacher: nn.Module, batch: dict[str, Tensor], kind: Divergence
+def compute_token_records(
+    heads: HeadForward, student: nn.Module, teacher: nn.Module, batch: dict[str, Tensor], kind: Divergence
 ) -> dict[str, Tensor]:
     """What both models say at the N completion tokens of a batch, on the CPU.
 
@@ -58,15 +58,15 @@ def describe(
         Columns `[N]` or `[N, K]`; entropies, log-probabilities and divergences in nats.
     """
     index = token_index(completion_mask(batch))
-    sampled = predicted_ids(batch, index).unsqueeze(-1)
+    sampled = target_ids(batch, index).unsqueeze(-1)
     was_training = student.training
     student.eval()
-    both = Request(entropy=True, teacher_entropy=True, divergence=kind, top_k=CANDIDATES, ids=sampled)
+    both = StatisticsRequest(entropy=True, teacher_entropy=True, divergence=kind, top_k=CANDIDATES, ids=sampled)
     ours = heads.ask(student, batch, index, lambda head: head(both), heads.teacher(teacher, batch, index))
     ids = torch.cat([sampled, ours.top_ids], dim=-1)
-    theirs = heads.query(teacher, batch, index, Request(top_k=MASSES[-1], ids=ids))
+    theirs = heads.query(teacher, batch, index, StatisticsRequest(top_k=MASSES[-1], ids=ids))
     top = theirs.top_ids[:, :FORWARD_KL_TOP_K]
-    at_theirs = heads.query(student, batch, index, Request(ids=top)).logps
+    at_theirs = heads.query(student, batch, index, StatisticsRequest(ids=top)).logps
     student.train(was_training)
     masses = theirs.top_logps.exp().cumsum(-1)
     columns = {
@@ -85,14 +85,16 @@ def describe(
     return {name: values.detach().cpu() for name, values in columns.items()}
 
 
-def write(folder: Path, step: int, samples: Sequence[Sample], columns: dict[str, Tensor], decode: Any) -> Path:
+def write_token_records(
+    folder: Path, step: int, samples: Sequence[RecordedCompletion], columns: dict[str, Tensor], decode: Any
+) -> Path:
     """Write a step's file, in one go.
 
     Args:
         folder: of the run.
         step: optimizer steps done.
         samples: in the order of the columns' tokens.
-        columns: of `describe`.
+        columns: of `compute_token_records`.
         decode: token ids -> text.
     """
     lengths = [len(sample.completion) for sample in samples]
@@ -101,13 +103,13 @@ def write(folder: Path, step: int, samples: Sequence[Sample], columns: dict[str,
         "position": [t for n in lengths for t in range(n)],
     }
     arrays = {name: pa.array(values, pa.int32()) for name, values in order.items()}
-    arrays |= {name: _array(values) for name, values in columns.items()}
+    arrays |= {name: _to_arrow(values) for name, values in columns.items()}
     ids = {i for sample in samples for i in (*sample.prompt, *sample.completion)}
     ids |= set(columns["candidates"].flatten().tolist())
     about = {
         "step": step,
         "samples": [{"index": s.index, "prompt": s.prompt} for s in samples],
-        "texts": {i: _within(i, decode) for i in sorted(ids)},  # so that nobody needs the tokenizer
+        "texts": {i: _decode_in_context(i, decode) for i in sorted(ids)},  # so that nobody needs the tokenizer
     }
     table = pa.table(arrays).replace_schema_metadata({"tsdkd": json.dumps(about)})
     path = folder / FOLDER / f"step-{step:08d}.parquet"
@@ -118,12 +120,12 @@ def write(folder: Path, step: int, samples: Sequence[Sample], columns: dict[str,
     return path
 
 
-def _within(token: int, decode: Callable[[list[int]], str]) -> str:
+def _decode_in_context(token: int, decode: Callable[[list[int]], str]) -> str:
     """A token's text inside a sentence: many tokenizers drop the space before what they decode first."""
     return decode([token, token])[len(decode([token])) :]
 
 
-class Recorder:
+class TokenRecorder:
     """Writes records in training. All processes describe, as sharded models need all of them; the first one writes.
 
     Args:
@@ -132,7 +134,7 @@ class Recorder:
         decode: token ids -> text.
     """
 
-    def __init__(self, heads: Heads, args: TokenSelectiveConfig, decode: Callable[[list[int]], str]) -> None:
+    def __init__(self, heads: HeadForward, args: TokenSelectiveConfig, decode: Callable[[list[int]], str]) -> None:
         self.heads, self.args, self.decode = heads, args, decode
         self._next = 0
 
@@ -140,19 +142,19 @@ class Recorder:
         """Whether the rollout of this step is recorded: the first one in every `record_steps` steps."""
         return mode == "train" and self.args.record_steps > 0 and step >= self._next
 
-    def record(self, student: nn.Module, teacher: nn.Module, samples: Sequence[Sample], step: int) -> None:
+    def record(self, student: nn.Module, teacher: nn.Module, samples: Sequence[RecordedCompletion], step: int) -> None:
         """Describe some of this process's completions, and write them."""
         self._next = (step // self.args.record_steps + 1) * self.args.record_steps
         chosen = samples[: self.args.record_completions]
         padded = pad_sequences([s.prompt for s in chosen], [s.completion for s in chosen])
         device = self.heads.accelerator.device
         batch = {name: values.to(device) for name, values in padded.items()}
-        columns = describe(self.heads, student, teacher, batch, jsd(getattr(self.args, "beta", 0.9)))
+        columns = compute_token_records(self.heads, student, teacher, batch, jsd(getattr(self.args, "beta", 0.9)))
         if self.heads.accelerator.is_main_process:
-            write(Path(str(self.args.output_dir)), step, chosen, columns, self.decode)
+            write_token_records(Path(str(self.args.output_dir)), step, chosen, columns, self.decode)
 
 
-def _array(values: Tensor) -> pa.Array:
+def _to_arrow(values: Tensor) -> pa.Array:
     """Ids as int32, everything else as float32; lists of a fixed size as float16 where nobody needs more."""
     kind = pa.float32() if values.is_floating_point() else pa.int32()
     numbers = values.float() if values.is_floating_point() else values.int()

@@ -23,35 +23,35 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from trl.experimental.gkd import GKDTrainer
 from trl.trainer.utils import disable_dropout_in_model
 
-from ..checkpointing.preemption import Preemption
-from ..checkpointing.trainer_mixin import Resumable
+from ..checkpointing.preemption import PreemptionCallback
+from ..checkpointing.trainer_mixin import CheckpointMixin
 from ..config.base import TokenSelectiveConfig
-from ..config.options import plain
-from ..data import collate, completion_mask, longest_sequence, pad_sequences, predicted_ids, prepare_rows
+from ..config.options import enum_value
+from ..data import collate, completion_mask, max_sequence_length, pad_sequences, prepare_dataset, target_ids
 from ..errors import ConfigError, ResumeError
-from ..grading import is_correct
-from ..models.loading import generation_config_of, load_student, name_of, resolve_pair, stop_token_ids
-from ..models.teacher import load_teacher, place_teacher
-from ..objective import Answers, Objective, ObjectiveOutput, Responses
-from ..rollout.base import Completion, Sampler, Sampling
+from ..grading import is_exact_match
+from ..models.loading import collect_stop_token_ids, get_model_id, load_generation_config, load_student, resolve_pair
+from ..models.teacher import load_teacher, prepare_teacher
+from ..objective import CompletionBatch, Objective, ObjectiveOutput, RolloutScores
+from ..rollout.base import Completion, Sampler, SamplingConfig
 from ..rollout.hf import HuggingFaceSampler
 from ..rollout.seeding import prompt_generator
-from ..rollout.vllm import check_vllm
+from ..rollout.vllm import require_vllm
 from ..selection import token_index
 from . import model_card
 from .completions import CompletionSample, print_completions
-from .forward import Heads
-from .metrics import RunningMeans
-from .nonfinite import FiniteGuard
-from .token_records import Recorder, Sample
-from .weight_check import check_engine
+from .forward import HeadForward
+from .metrics import MetricAccumulator
+from .nonfinite import NonFiniteGuard
+from .token_records import RecordedCompletion, TokenRecorder
+from .weight_check import check_engine_weights
 
 Batch = dict[str, Any]
 _EVAL_STEP = 2**62  # evaluation rollouts: the same random numbers at every evaluation
 _COIN = 2  # stream of `prompt_generator`
 
 
-class TokenSelectiveTrainer(Resumable, GKDTrainer):
+class TokenSelectiveTrainer(CheckpointMixin, GKDTrainer):
     """Distils by the method that `args` configures; subclasses ask a rollout, or roll out, in their own way.
 
     Args:
@@ -87,7 +87,7 @@ class TokenSelectiveTrainer(Resumable, GKDTrainer):
         optimizers: tuple[Any, Any] = (None, None),
         peft_config: Any | None = None,
     ) -> None:
-        args = args or self.config_class(f"{Path(name_of(model)).name}-{self.config_class.method}")
+        args = args or self.config_class(f"{Path(get_model_id(model)).name}-{self.config_class.method}")
         if args.method != self.config_class.method:
             raise ConfigError(
                 [f"args: {type(self).__name__} takes a {self.config_class.__name__}, found a {type(args).__name__}"]
@@ -96,7 +96,7 @@ class TokenSelectiveTrainer(Resumable, GKDTrainer):
         kind: Any = self.objective_class
         self.objective = kind(**{f.name: getattr(args, f.name) for f in fields(kind) if f.init})
         if args.use_vllm:
-            check_vllm()
+            require_vllm()
         self.steps_per_rollout = args.steps_per_rollout()
         self.pair = resolve_pair(model, teacher_model, args, processing_class, teacher_processing_class)
         train_dataset = self._tokenized(train_dataset, args)
@@ -126,19 +126,19 @@ class TokenSelectiveTrainer(Resumable, GKDTrainer):
         if args.disable_dropout:
             disable_dropout_in_model(self.model)
         self.stop_ids = self._stop_ids(teacher_model)
-        self.teacher_name = name_of(teacher_model)
+        self.teacher_name = get_model_id(teacher_model)
         if asked:
-            self.teacher_model = place_teacher(teacher_model, self.accelerator, args)
+            self.teacher_model = prepare_teacher(teacher_model, self.accelerator, args)
 
-        self.heads = Heads(self.accelerator, args, self.pair.shared_vocab_size)
-        self.recorder = Recorder(self.heads, args, self.pair.tokenizer.decode)
+        self.heads = HeadForward(self.accelerator, args, self.pair.shared_vocab_size)
+        self.recorder = TokenRecorder(self.heads, args, self.pair.tokenizer.decode)
         self.sampler = self._make_sampler()
-        self.guard = FiniteGuard(
+        self.guard = NonFiniteGuard(
             self.accelerator, Path(args.output_dir), args.max_nonfinite_steps, self.pair.tokenizer.decode
         )
-        self.preemption = Preemption(self.accelerator)
+        self.preemption = PreemptionCallback(self.accelerator)
         self.add_callback(self.preemption)
-        self.means = {mode: RunningMeans(self.accelerator) for mode in ("train", "eval")}
+        self.means = {mode: MetricAccumulator(self.accelerator) for mode in ("train", "eval")}
         self._windows: deque[list[Batch]] = deque()  # rolled out, not yet trained on
         self._already_rolled_out = 0  # batches that the data loader will yield again after a resume
         self._first_of_step = False
@@ -154,15 +154,15 @@ class TokenSelectiveTrainer(Resumable, GKDTrainer):
         """`[B, S - 1]` bool, the positions that the objective is asked about."""
         return completion_mask(batch)
 
-    def _responses(self, batch: Batch, mask: Tensor, mode: str) -> Responses:
+    def _responses(self, batch: Batch, mask: Tensor, mode: str) -> CompletionBatch:
         """A micro-batch as the objective sees it."""
         answers, index = batch.get("answers"), token_index(mask)
-        return Responses(
+        return CompletionBatch(
             mask,
-            ids=predicted_ids(batch, index),
+            ids=target_ids(batch, index),
             training=mode == "train",
             sampler_logps=batch.get("sampler_logps"),
-            answers=None if answers is None else Answers(**answers),
+            answers=None if answers is None else RolloutScores(**answers),
             index=index,
         )
 
@@ -185,30 +185,30 @@ class TokenSelectiveTrainer(Resumable, GKDTrainer):
             return {name: self._tokenized(part, args) for name, part in rows.items()}
         if "prompt_ids" in rows.column_names:
             return rows
-        return prepare_rows(rows, self.pair.template, args, self.pair.context, args.needs_completions)
+        return prepare_dataset(rows, self.pair.template, args, self.pair.context, args.needs_completions)
 
     def _stop_ids(self, teacher: str | PreTrainedModel) -> set[int]:
         """Where a completion ends. The saved student gets them, and the template it was trained with, too."""
         sources = [self.model.generation_config, self.pair.tokenizer]
         if self.args.chat_template_source == "teacher":
             if isinstance(teacher, str):  # not loaded, as its method doesn't ask it
-                own = generation_config_of(teacher, self.pair.teacher_config, None)
+                own = load_generation_config(teacher, self.pair.teacher_config, None)
             else:
                 own = teacher.generation_config
             sources += [own, self.pair.teacher_tokenizer]
             self.pair.tokenizer.chat_template = self.pair.teacher_tokenizer.chat_template
-        ids = {i for i in stop_token_ids(*sources) if i < self.pair.shared_vocab_size}
+        ids = {i for i in collect_stop_token_ids(*sources) if i < self.pair.shared_vocab_size}
         self.model.generation_config.eos_token_id = sorted(ids) or None
         return ids
 
     def _make_sampler(self) -> Sampler:
         args = self.args
-        sampling = Sampling(frozenset(self.stop_ids), self.pair.shared_vocab_size, args.temperature, args.top_p)
+        sampling = SamplingConfig(frozenset(self.stop_ids), self.pair.shared_vocab_size, args.temperature, args.top_p)
         if not args.use_vllm:
             return HuggingFaceSampler(self.accelerator, sampling, args.gradient_checkpointing_kwargs)
         from ..rollout.vllm.sampler import VLLMSampler  # vLLM is an extra
 
-        longest = longest_sequence(args, self.pair.context)
+        longest = max_sequence_length(args, self.pair.context)
         if args.vllm_mode == "colocate":
             self.accelerator.print("starting vLLM's engine, which takes a minute or two", flush=True)
         return VLLMSampler(self.model, self.accelerator, args, sampling, self.pair.tokenizer, longest)
@@ -252,7 +252,7 @@ class TokenSelectiveTrainer(Resumable, GKDTrainer):
         self.means[mode].add("completions/mean_length", sum(len(c.ids) for c in completions), len(completions))
         if self.recorder.is_due(step, mode):
             indices = [i for batch in rows for i in batch["index"]]
-            samples = [Sample(i, p, c.ids) for i, p, c in zip(indices, prompts, completions, strict=True)]
+            samples = [RecordedCompletion(i, p, c.ids) for i, p, c in zip(indices, prompts, completions, strict=True)]
             self.recorder.record(model, self.teacher_model, samples, step)
 
         batches, position = [], 0
@@ -283,7 +283,7 @@ class TokenSelectiveTrainer(Resumable, GKDTrainer):
         completions = self.sampler.generate(model, prompts, limits, [(self.args.seed, step, i) for i in indices])
         means.add("speed/rollout_tokens_per_second", sum(len(c.ids) for c in completions), time.perf_counter() - start)
         if self.sampler.unproven:
-            check_engine(self.heads, self.accelerator, model, prompts, completions, self.args.top_p)
+            check_engine_weights(self.heads, self.accelerator, model, prompts, completions, self.args.top_p)
             self.sampler.unproven = False
         means.add("completions/eos_share", sum(c.stopped for c in completions), len(completions))
         self._read_completions(prompts, completions, [a for b in rows for a in b.get("answer", [])], mode)
@@ -297,7 +297,7 @@ class TokenSelectiveTrainer(Resumable, GKDTrainer):
         decode = self.pair.tokenizer.decode
         texts = [decode(c.ids, skip_special_tokens=True) for c in wanted]
         if mode == "eval" and answers:
-            right = sum(is_correct(text, str(answer)) for text, answer in zip(texts, answers, strict=True))
+            right = sum(is_exact_match(text, str(answer)) for text, answer in zip(texts, answers, strict=True))
             self.means[mode].add("accuracy", right, len(answers))
         if self.args.log_completions:
             shown = list(zip(prompts, wanted, texts, strict=False))[:5]
@@ -338,7 +338,7 @@ class TokenSelectiveTrainer(Resumable, GKDTrainer):
         return output.loss * (self.accelerator.num_processes / num_items_in_batch.clamp(min=1))
 
     def _objective_output(
-        self, model: nn.Module, batch: Batch, responses: Responses, mode: str, own_in_forward: bool
+        self, model: nn.Module, batch: Batch, responses: CompletionBatch, mode: str, own_in_forward: bool
     ) -> ObjectiveOutput:
         teacher, index = None, responses.index
         assert index is not None
@@ -465,13 +465,13 @@ class TokenSelectiveTrainer(Resumable, GKDTrainer):
         names = [n for n in self.args.own_options() if n not in ("max_length", "warmup_steps")]
         names += ["learning_rate", "lr_scheduler_type", "num_train_epochs", "temperature", "top_p", "lmbda"]
         names = list(dict.fromkeys([*names, "max_new_tokens"]))
-        model_card.write(
+        model_card.write_model_card(
             Path(self.args.output_dir) / "README.md",
             method=self.args.method,
             model_name=model_name or Path(self.args.output_dir).name,
-            student=name_of(self.model),
+            student=get_model_id(self.model),
             teacher=self.teacher_name,
             dataset=dataset_name or getattr(self, "dataset_name", None) or self.train_dataset.info.dataset_name or "",
             tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
-            settings={name: plain(getattr(self.args, name)) for name in names},
+            settings={name: enum_value(getattr(self.args, name)) for name in names},
         )

@@ -8,18 +8,18 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from ..data import completion_mask, pad_sequences, predicted_ids
+from ..data import completion_mask, pad_sequences, target_ids
 from ..errors import EngineError
-from ..lm_head.statistics import Request
+from ..lm_head.statistics import StatisticsRequest
 from ..rollout.base import Completion
 from ..selection import token_index
-from .forward import Heads
+from .forward import HeadForward
 
 _COMPLETIONS = 4
 
 
-def check_engine(
-    heads: Heads,
+def check_engine_weights(
+    heads: HeadForward,
     accelerator: Accelerator,
     model: nn.Module,
     prompts: Sequence[Sequence[int]],
@@ -39,8 +39,8 @@ def check_engine(
     batch = pad_sequences([prompt for prompt, _ in chosen], [completion.ids for _, completion in chosen])
     batch = {name: value.to(accelerator.device) for name, value in batch.items()}
     index = token_index(completion_mask(batch))
-    sampled = predicted_ids(batch, index).unsqueeze(-1)
-    ours = heads.query(model, batch, index, Request(ids=sampled, top_k=1))
+    sampled = target_ids(batch, index).unsqueeze(-1)
+    ours = heads.query(model, batch, index, StatisticsRequest(ids=sampled, top_k=1))
     theirs = torch.tensor([logp for _, c in chosen for logp in c.logps or []], device=index.device)
     difference = (ours.logps.squeeze(-1) - theirs).abs().mean()
     tolerance = 2 * 2**-7 * ours.top_logits.abs().mean() - math.log(top_p)

@@ -25,7 +25,7 @@ class SandboxError(TSDKDError, RuntimeError):
 
 
 @dataclass(frozen=True)
-class Limits:
+class ResourceLimits:
     """What a program may use.
 
     Attributes:
@@ -44,7 +44,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class ProgramResult:
     """How a program ended.
 
     Attributes:
@@ -56,7 +56,7 @@ class Verdict:
     reason: str = ""
 
 
-def run_program(program: str, limits: Limits = Limits()) -> Verdict:
+def run_program(program: str, limits: ResourceLimits = ResourceLimits()) -> ProgramResult:
     """Run a Python program to its end.
 
     Raises:
@@ -68,7 +68,7 @@ def run_program(program: str, limits: Limits = Limits()) -> Verdict:
         command = [sys.executable, "-I", "-S", str(_JAIL)]
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=said, stderr=errors, env={}, cwd="/")
         try:
-            process.communicate(json.dumps(_spec(program, root, limits)).encode(), timeout=limits.seconds)
+            process.communicate(json.dumps(_build_jail_spec(program, root, limits)).encode(), timeout=limits.seconds)
             stopped = ""
         except subprocess.TimeoutExpired:
             process.kill()  # and with it all that it has started
@@ -82,10 +82,10 @@ def run_program(program: str, limits: Limits = Limits()) -> Verdict:
     if locked_in != "locked in" and not stopped:
         raise SandboxError(f"programs can't be locked in on this machine: {last_line}")
     passed = end == word and process.returncode == 0 and not stopped
-    return Verdict(passed, "" if passed else stopped or last_line[:200])
+    return ProgramResult(passed, "" if passed else stopped or last_line[:200])
 
 
-def _spec(program: str, root: str, limits: Limits) -> dict[str, Any]:
+def _build_jail_spec(program: str, root: str, limits: ResourceLimits) -> dict[str, Any]:
     return {
         "program": program,
         "root": root,

@@ -51,11 +51,11 @@ def main() -> int:
     """Read what to run from stdin, run it locked in, and return its exit code."""
     spec = json.load(sys.stdin)
     _die_with_parent()
-    _leave()
+    _enter_namespaces()
     child = os.fork()
     if child == 0:
         try:
-            _become(spec)
+            _exec_program(spec)
         except OSError as error:
             print(f"jail: {error}", file=sys.stderr)
         os._exit(125)
@@ -63,31 +63,31 @@ def main() -> int:
     return os.waitstatus_to_exitcode(status) % 256
 
 
-def _call(name: str, *arguments: Any) -> None:
+def _call_libc(name: str, *arguments: Any) -> None:
     if getattr(_libc, name)(*arguments) != 0:
         number = ctypes.get_errno()
         raise OSError(number, f"{name}: {os.strerror(number)}")
 
 
 def _die_with_parent() -> None:
-    _call("prctl", _PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    _call_libc("prctl", _PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
-def _leave() -> None:
+def _enter_namespaces() -> None:
     """Root makes the namespaces as root; anyone else in a user namespace, in which nobody is he himself."""
     spaces = sum(_NEW.values())
     uid, gid = os.geteuid(), os.getegid()
     if uid == 0 and _libc.unshare(spaces) == 0:
         return
-    _call("unshare", spaces | _NEW_USER)  # also root of a container, who may not do the other
+    _call_libc("unshare", spaces | _NEW_USER)  # also root of a container, who may not do the other
     for name, text in (("setgroups", "deny"), ("uid_map", f"{NOBODY} {uid} 1"), ("gid_map", f"{NOBODY} {gid} 1")):
         with open(f"/proc/self/{name}", "w") as file:
             file.write(text)
 
 
-def _become(spec: dict[str, Any]) -> None:
+def _exec_program(spec: dict[str, Any]) -> None:
     _die_with_parent()
-    _new_root(spec["root"], spec["interpreter"], spec["disk"])
+    _pivot_root(spec["root"], spec["interpreter"], spec["disk"])
     with open("/work/program.py", "w", encoding="utf-8", errors="surrogatepass") as file:
         file.write(spec["program"])
     os.chdir("/work")
@@ -100,7 +100,7 @@ def _become(spec: dict[str, Any]) -> None:
     _die_with_parent()  # a change of user has undone it
     for name, value in spec["limits"].items():
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
-    _call("prctl", _NO_NEW_PRIVS, 1, 0, 0, 0)
+    _call_libc("prctl", _NO_NEW_PRIVS, 1, 0, 0, 0)
     _forbid_system_calls()
     os.dup2(1, 3)
     os.dup2(os.open("/dev/null", os.O_RDWR), 1)
@@ -110,22 +110,22 @@ def _become(spec: dict[str, Any]) -> None:
     os.execve(spec["python"], [spec["python"], "-I", "-B", "/work/program.py"], environment)
 
 
-def _new_root(root: str, interpreter: str, disk: int) -> None:
+def _pivot_root(root: str, interpreter: str, disk: int) -> None:
     _mount(None, "/", None, _REC | _PRIVATE)
     _mount("tmpfs", root, "tmpfs", _NOSUID | _NODEV, f"size={disk},nr_inodes=4096,mode=755")
     os.umask(0o022)
     for path in dict.fromkeys((*_SYSTEM, interpreter)):
         if os.path.exists(path) and not os.path.exists(root + path):
-            _show(path, root + path)
+            _bind_mount(path, root + path)
     os.mkdir(root + "/work")
     os.chmod(root + "/work", 0o777)
     os.chdir(root)
-    _call("pivot_root", b".", b".")
-    _call("umount2", b".", _DETACH)
+    _call_libc("pivot_root", b".", b".")
+    _call_libc("umount2", b".", _DETACH)
     os.chdir("/")
 
 
-def _show(path: str, inside: str) -> None:
+def _bind_mount(path: str, inside: str) -> None:
     """The same path, read-only."""
     os.makedirs(os.path.dirname(inside), exist_ok=True)
     if os.path.islink(path):
@@ -143,7 +143,7 @@ def _show(path: str, inside: str) -> None:
 
 def _mount(source: str | None, target: str, kind: str | None, flags: int, data: str | None = None) -> None:
     encoded = [None if text is None else text.encode() for text in (source, target, kind, data)]
-    _call("mount", encoded[0], encoded[1], encoded[2], ctypes.c_ulong(flags), encoded[3])
+    _call_libc("mount", encoded[0], encoded[1], encoded[2], ctypes.c_ulong(flags), encoded[3])
 
 
 def _forbid_system_calls() -> None:
@@ -158,7 +158,7 @@ def _forbid_system_calls() -> None:
     rules += [(_RETURN, 0, 0, _ERRNO | errno.EPERM), (_RETURN, 0, 0, _ALLOW)]
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *rule) for rule in rules))
     program = struct.pack("HxxxxxxP", len(rules), ctypes.addressof(code))
-    _call("prctl", _SECCOMP, 2, program, 0, 0)
+    _call_libc("prctl", _SECCOMP, 2, program, 0, 0)
 
 
 if __name__ == "__main__":

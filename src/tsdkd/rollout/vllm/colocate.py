@@ -8,7 +8,7 @@ from typing import Any
 
 from ...config.base import TokenSelectiveConfig
 from ...errors import EngineError
-from ..base import Completion, Sampling
+from ..base import Completion, SamplingConfig
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine shares this process
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
@@ -17,20 +17,20 @@ from vllm import LLM, SamplingParams
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 
-from .cpu_draw import CPUDraw, drawn, take
+from .cpu_draw import SeededLogitsProcessor, pop_logps, seeded_sampling_params
 
 _MOST_BIASES = 1024  # vLLM's limit for a request
 _tickets = itertools.count()
 
 
-def extra_options() -> dict[str, Any]:
+def extra_engine_args() -> dict[str, Any]:
     """What an engine needs beside the usual options."""
-    return {"logits_processors": [CPUDraw]} if current_platform.is_cpu() else {}
+    return {"logits_processors": [SeededLogitsProcessor]} if current_platform.is_cpu() else {}
 
 
-def new_engine(name: str, revision: str | None, args: TokenSelectiveConfig, longest: int) -> LLM:
+def start_engine(name: str, revision: str | None, args: TokenSelectiveConfig, longest: int) -> LLM:
     """An engine that holds a model of its own. Raises `EngineError`."""
-    with as_engine_error("vLLM can't start", args):
+    with wrap_engine_errors("vLLM can't start", args):
         return LLM(
             model=name,
             revision=revision,
@@ -40,46 +40,48 @@ def new_engine(name: str, revision: str | None, args: TokenSelectiveConfig, long
             model_impl=args.vllm_model_impl,
             trust_remote_code=args.trust_remote_code,
             logprobs_mode="processed_logprobs",
-            **extra_options(),
+            **extra_engine_args(),
         )
 
 
-def complete(llm: LLM, requests: Sequence[dict[str, Any]], sampling: Sampling) -> Iterator[tuple[int, Completion]]:
+def iter_completions(
+    llm: LLM, requests: Sequence[dict[str, Any]], sampling: SamplingConfig
+) -> Iterator[tuple[int, Completion]]:
     """Position and completion of each request, as they are done.
 
     All are given at once: the longest often end last, and the others keep the engine busy.
 
     Args:
-        llm: made with `extra_options()`.
+        llm: made with `extra_engine_args()`.
         requests: `prompt` (token ids), `max_tokens` and `seed`.
         sampling: how completions are drawn.
     """
     engine, tickets = llm.llm_engine, [f"{next(_tickets)}" for _ in requests]
-    with as_engine_error("vLLM failed in a rollout"):
+    with wrap_engine_errors("vLLM failed in a rollout"):
         for position, (request, ticket) in enumerate(zip(requests, tickets, strict=True)):
             prompt = {"prompt_token_ids": request["prompt"]}
-            engine.add_request(str(position), prompt, _params(request, ticket, llm, sampling))
+            engine.add_request(str(position), prompt, _sampling_params(request, ticket, llm, sampling))
         while engine.has_unfinished_requests():
             for finished in engine.step():
                 position, (output,) = int(finished.request_id), finished.outputs
                 ids = list(output.token_ids)
                 if output.logprobs is None:
-                    logps = take(tickets[position], len(ids))
+                    logps = pop_logps(tickets[position], len(ids))
                 else:
                     logps = [at[i].logprob for i, at in zip(ids, output.logprobs, strict=True)]
                 yield position, Completion(ids, output.finish_reason == "stop", logps)
 
 
-def _params(request: dict[str, Any], ticket: str, llm: LLM, sampling: Sampling) -> SamplingParams:
+def _sampling_params(request: dict[str, Any], ticket: str, llm: LLM, sampling: SamplingConfig) -> SamplingParams:
     common: dict[str, Any] = {"detokenize": False, "output_kind": RequestOutputKind.FINAL_ONLY}
     if current_platform.is_cpu():
-        return drawn(ticket, request["seed"], request["max_tokens"], sampling, **common)
-    parameters = parameters_of(sampling, llm.model_config.get_vocab_size())
+        return seeded_sampling_params(ticket, request["seed"], request["max_tokens"], sampling, **common)
+    parameters = shared_sampling_params(sampling, llm.model_config.get_vocab_size())
     own = {"max_tokens": request["max_tokens"], "seed": request["seed"]}
     return SamplingParams(logprobs=0, **own, **parameters, **common)
 
 
-def parameters_of(sampling: Sampling, vocab_size: int) -> dict[str, Any]:
+def shared_sampling_params(sampling: SamplingConfig, vocab_size: int) -> dict[str, Any]:
     """vLLM's sampling parameters that are the same for all requests; `vocab_size`: how many logits the model has."""
     parameters = {
         "temperature": sampling.temperature,
@@ -102,7 +104,7 @@ def parameters_of(sampling: Sampling, vocab_size: int) -> dict[str, Any]:
 
 
 @contextmanager
-def as_engine_error(what: str, args: TokenSelectiveConfig | None = None) -> Iterator[None]:
+def wrap_engine_errors(what: str, args: TokenSelectiveConfig | None = None) -> Iterator[None]:
     """A library's failure as one line."""
     try:
         yield

@@ -13,38 +13,40 @@ from torch import Tensor
 from vllm import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, process_dict_updates
 
-from ..base import Sampling
-from ..categorical import draw
+from ..base import SamplingConfig
+from ..categorical import sample_tokens
 
 _KEY = "tsdkd_draw"
 _logps: dict[str, dict[int, float]] = {}  # ticket -> position -> log-probability, of the requests under way
 
 
-def drawn(ticket: str, seed: int, limit: int, sampling: Sampling, **others: Any) -> SamplingParams:
-    """Parameters of a request whose tokens are drawn here; `take(ticket)` gives their log-probabilities."""
+def seeded_sampling_params(
+    ticket: str, seed: int, limit: int, sampling: SamplingConfig, **others: Any
+) -> SamplingParams:
+    """Parameters of a request whose tokens are drawn here; `pop_logps(ticket)` gives their log-probabilities."""
     settings = {"ticket": ticket, "seed": seed, "sampling": sampling}
     ends = {"max_tokens": limit, "ignore_eos": True, "stop_token_ids": sorted(sampling.stop_ids)}
     return SamplingParams(temperature=0.0, extra_args={_KEY: settings}, **ends, **others)
 
 
-def take(ticket: str, count: int) -> list[float] | None:
+def pop_logps(ticket: str, count: int) -> list[float] | None:
     """The log-probabilities of a finished request's tokens; None where the engine runs in another process."""
     found = _logps.pop(ticket, None)
     return None if found is None else [found[position] for position in range(count)]
 
 
 @dataclass
-class _Request:
+class _RequestState:
     ticket: str
     uniform: list[float]
     output_ids: list[int]  # vLLM's own list, which grows
 
 
-class CPUDraw(LogitsProcessor):
-    """Draws for requests of `drawn`, and leaves others alone."""
+class SeededLogitsProcessor(LogitsProcessor):
+    """Draws for requests of `seeded_sampling_params`, and leaves others alone."""
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
-        self.requests: dict[int, _Request] = {}
+        self.requests: dict[int, _RequestState] = {}
 
     def is_argmax_invariant(self) -> bool:
         return False
@@ -52,7 +54,9 @@ class CPUDraw(LogitsProcessor):
     def update_state(self, batch_update: BatchUpdate | None) -> None:
         process_dict_updates(self.requests, batch_update, self._new)
 
-    def _new(self, params: SamplingParams, prompt_ids: list[int] | None, output_ids: list[int]) -> _Request | None:
+    def _new(
+        self, params: SamplingParams, prompt_ids: list[int] | None, output_ids: list[int]
+    ) -> _RequestState | None:
         settings = (params.extra_args or {}).get(_KEY)
         if settings is None:
             return None
@@ -60,7 +64,7 @@ class CPUDraw(LogitsProcessor):
         generator = torch.Generator().manual_seed(settings["seed"])
         uniform = torch.rand(params.max_tokens, dtype=torch.float64, generator=generator).tolist()
         _logps.setdefault(settings["ticket"], {})
-        return _Request(settings["ticket"], uniform, output_ids)
+        return _RequestState(settings["ticket"], uniform, output_ids)
 
     def apply(self, logits: Tensor) -> Tensor:
         if not self.requests:
@@ -73,7 +77,7 @@ class CPUDraw(LogitsProcessor):
         some = some[:, : self.sampling.vocab_size]
         if self.sampling.temperature != 1.0:
             some = some / self.sampling.temperature
-        ids, logps = draw(some, torch.tensor(uniform, dtype=torch.float64), self.sampling.top_p)
+        ids, logps = sample_tokens(some, torch.tensor(uniform, dtype=torch.float64), self.sampling.top_p)
         for request, position, logp in zip(requests, positions, logps.tolist(), strict=True):
             _logps[request.ticket][position] = logp
         logits[places, ids] = torch.inf

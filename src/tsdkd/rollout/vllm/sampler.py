@@ -24,11 +24,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...config.base import TokenSelectiveConfig
 from ...errors import EngineError
-from ..base import Completion, Key, Sampling
+from ..base import Completion, Key, SamplingConfig
 from ..seeding import prompt_seed
-from .colocate import as_engine_error, complete, extra_options, first_line, parameters_of
-from .server import connect
-from .weights import merged_parameters
+from .colocate import extra_engine_args, first_line, iter_completions, shared_sampling_params, wrap_engine_errors
+from .server import connect_to_server
+from .weights import iter_merged_parameters
 
 # isort: split
 from trl.generation import vllm_generation
@@ -54,7 +54,7 @@ class VLLMSampler(vllm_generation.VLLMGeneration):
         model: PreTrainedModel,
         accelerator: Accelerator,
         args: TokenSelectiveConfig,
-        sampling: Sampling,
+        sampling: SamplingConfig,
         tokenizer: PreTrainedTokenizerBase,
         longest: int,
     ) -> None:
@@ -82,18 +82,18 @@ class VLLMSampler(vllm_generation.VLLMGeneration):
             self._on_main(self._connect)
             return
         # TRL passes no logits processors
-        llm = partial(vllm_generation.LLM, **extra_options())
+        llm = partial(vllm_generation.LLM, **extra_engine_args())
         with (
-            _ambient_state_kept(self.accelerator.device),
+            _preserve_global_state(self.accelerator.device),
             patch.object(vllm_generation, "LLM", llm),
-            as_engine_error("vLLM can't start", self.args),
+            wrap_engine_errors("vLLM can't start", self.args),
         ):
             super()._init_vllm()
 
     def _connect(self) -> None:
-        self.vllm_client = connect(self.args, self.max_model_length)
+        self.vllm_client = connect_to_server(self.args, self.max_model_length)
         if self.accelerator.device.type == "cuda":
-            with as_engine_error("the vLLM server takes no weights"):
+            with wrap_engine_errors("the vLLM server takes no weights"):
                 self.vllm_client.init_communicator(device=self.accelerator.device)
 
     def _on_main(self, work: Callable[[], Any]) -> Any:
@@ -137,7 +137,7 @@ class VLLMSampler(vllm_generation.VLLMGeneration):
 
     def sync_weights(self) -> None:
         """Copy the student's weights into the engine. All processes must call it: sharded weights are gathered."""
-        with as_engine_error("the weights don't reach vLLM"):
+        with wrap_engine_errors("the weights don't reach vLLM"):
             on_cpu = self.accelerator.device.type == "cpu"
             if not on_cpu:
                 torch.cuda.synchronize()  # vLLM reads them on streams of its own
@@ -173,7 +173,7 @@ class VLLMSampler(vllm_generation.VLLMGeneration):
         weights = ((name, weight.clone()) for name, weight in self._iter_named_params())
         if packed:
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
-            self.llm.apply_model(_pack_tied_head)
+            self.llm.apply_model(_pack_tied_lm_head)
         else:
             self.llm.apply_model(lambda model: model.load_weights(weights))
         self.llm.reset_prefix_cache()
@@ -181,7 +181,7 @@ class VLLMSampler(vllm_generation.VLLMGeneration):
     def _iter_named_params(self) -> Iterator[tuple[str, Tensor]]:
         if is_peft_model(self.model):
             with self._dist.gather_params(list(self.model.parameters())):
-                yield from merged_parameters(self.model)
+                yield from iter_merged_parameters(self.model)
         else:
             yield from super()._iter_named_params()
 
@@ -199,9 +199,9 @@ class VLLMSampler(vllm_generation.VLLMGeneration):
 
     def _ask_server(self, requests: list[dict[str, Any]]) -> list[Completion]:
         counts = gather_object([len(requests)])
-        parameters = parameters_of(self.sampling, self.model.config.get_text_config().vocab_size)
+        parameters = shared_sampling_params(self.sampling, self.model.config.get_text_config().vocab_size)
         everyones = gather_object([request | parameters for request in requests])
-        completions: list[Completion] = self._on_main(lambda: _in_order(self.vllm_client.complete(everyones)))
+        completions: list[Completion] = self._on_main(lambda: _sort_by_position(self.vllm_client.complete(everyones)))
         before = sum(counts[: self.accelerator.process_index])
         return completions[before : before + len(requests)]
 
@@ -218,26 +218,26 @@ class VLLMSampler(vllm_generation.VLLMGeneration):
                 torch.distributed.barrier(device_ids=[self.accelerator.local_process_index])
         if self.enable_sleep_mode:
             self.llm.wake_up(tags=["kv_cache"])
-        completions = _in_order(complete(self.llm, requests, self.sampling))[mine]
+        completions = _sort_by_position(iter_completions(self.llm, requests, self.sampling))[mine]
         if self.enable_sleep_mode:
             self.llm.sleep(level=2)
             self._llm_weights_sleeping = True
         return completions
 
 
-def _pack_tied_head(model: Any) -> None:
+def _pack_tied_lm_head(model: Any) -> None:
     """A tied output layer loads no tensor of its own, so that its packed copy would stay the old one."""
     head = getattr(model, "lm_head", None)
     if head is not None and model.config.get_text_config().tie_word_embeddings:
         head.quant_method.process_weights_after_loading(head)
 
 
-def _in_order(completions: Iterable[tuple[int, Completion]]) -> list[Completion]:
+def _sort_by_position(completions: Iterable[tuple[int, Completion]]) -> list[Completion]:
     return [completion for _, completion in sorted(completions, key=itemgetter(0))]
 
 
 @contextmanager
-def _ambient_state_kept(device: torch.device) -> Iterator[None]:
+def _preserve_global_state(device: torch.device) -> Iterator[None]:
     """vLLM seeds every generator when it starts and, on a CPU, forbids to set the number of threads."""
     set_num_threads, python, numpy = torch.set_num_threads, random.getstate(), np.random.get_state()
     with torch.random.fork_rng([device.index or 0] if device.type == "cuda" else []):  # by default of all GPUs

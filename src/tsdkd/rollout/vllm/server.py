@@ -17,7 +17,7 @@ from ..base import Completion
 _CONNECTIONS = 256  # requests in flight: vLLM's usual batch
 
 
-def connect(args: TokenSelectiveConfig, longest: int, name: str | None = None) -> "Client":
+def connect_to_server(args: TokenSelectiveConfig, longest: int, name: str | None = None) -> "RolloutClient":
     """The client of the server that the `vllm_server_…` settings name, which must take `longest` tokens.
 
     Args:
@@ -27,7 +27,7 @@ def connect(args: TokenSelectiveConfig, longest: int, name: str | None = None) -
         EngineError: it doesn't answer, its context is too short, or it serves another model.
     """
     base_url = (args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}").rstrip("/")
-    client = Client(base_url, args.vllm_group_port, args.vllm_server_timeout, args.vllm_request_timeout)
+    client = RolloutClient(base_url, args.vllm_group_port, args.vllm_server_timeout, args.vllm_request_timeout)
     served = client._get(f"{base_url}/v1/models")["data"][0]
     context, root = served.get("max_model_len"), str(served.get("root") or served["id"])
     if context is not None and context < longest:
@@ -40,7 +40,7 @@ def connect(args: TokenSelectiveConfig, longest: int, name: str | None = None) -
     return client
 
 
-class _Deadline(HTTPAdapter):
+class _TimeoutAdapter(HTTPAdapter):
     """Gives up on a request that isn't answered in so many seconds; TRL's would wait, and repeat it five times."""
 
     def __init__(self, seconds: float) -> None:
@@ -51,7 +51,7 @@ class _Deadline(HTTPAdapter):
         return super().send(request, stream, timeout or self.seconds, *args, **kwargs)
 
 
-class Client(VLLMClient):
+class RolloutClient(VLLMClient):
     """Talks to `vllm serve` or `trl vllm-serve`.
 
     Args:
@@ -71,7 +71,7 @@ class Client(VLLMClient):
     def check_server(self, total_timeout: float = 0.0, retry_interval: float = 1.0) -> None:
         """Wait until the server is up. TRL's constructor calls this between making its session and using it."""
         for scheme in ("http://", "https://"):
-            self.session.mount(scheme, _Deadline(self.deadline))
+            self.session.mount(scheme, _TimeoutAdapter(self.deadline))
         end = time.monotonic() + total_timeout
         while True:
             try:
@@ -126,7 +126,7 @@ class Client(VLLMClient):
         """
         always = {"model": self.model, "n": 1, "logprobs": 0, "return_token_ids": True}
 
-        def one(position: int) -> tuple[int, Completion]:
+        def request_one(position: int) -> tuple[int, Completion]:
             body = {**always, **requests_[position]}
             (choice,) = self._post(f"{self.base_url}/v1/completions", json=body)["choices"]
             logps = choice["logprobs"]["token_logprobs"]
@@ -134,7 +134,7 @@ class Client(VLLMClient):
 
         pool = ThreadPoolExecutor(max_workers=_CONNECTIONS)
         try:
-            for future in as_completed([pool.submit(one, position) for position in range(len(requests_))]):
+            for future in as_completed([pool.submit(request_one, position) for position in range(len(requests_))]):
                 yield future.result()
         finally:  # the first error is told at once, not when the last request has been given up
             pool.shutdown(wait=False, cancel_futures=True)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 @torch.no_grad()
-def merged_parameters(model: Any) -> Iterator[tuple[str, Tensor]]:
+def iter_merged_parameters(model: Any) -> Iterator[tuple[str, Tensor]]:
     """Name and value of each parameter of a `PeftModel`'s base model, its adapters merged in.
 
     Merging and unmerging leaves rounding errors in the base weights: each layer's are kept aside and put back,
@@ -18,14 +18,14 @@ def merged_parameters(model: Any) -> Iterator[tuple[str, Tensor]]:
 
     tuned = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
     for name, module in tuned.items():
-        yield from ((_base_name(f"{name}.{part}"), value) for part, value in _merged(module).items())
+        yield from ((_base_model_name(f"{name}.{part}"), value) for part, value in _merge_layer(module).items())
     for name, parameter in model.named_parameters():
         in_tuned = any(name.startswith(f"{prefix}.") for prefix in tuned)
         if not in_tuned and model.prefix not in name and "original_module" not in name:
-            yield _base_name(name), parameter.detach()
+            yield _base_model_name(name), parameter.detach()
 
 
-def _merged(module: Any) -> dict[str, Tensor]:
+def _merge_layer(module: Any) -> dict[str, Tensor]:
     """Copies of one layer's merged parameters."""
     parameters = dict(module.get_base_layer().named_parameters())
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
@@ -39,6 +39,6 @@ def _merged(module: Any) -> dict[str, Tensor]:
     return merged
 
 
-def _base_name(name: str) -> str:
+def _base_model_name(name: str) -> str:
     """As the base model calls it."""
     return name.removeprefix("base_model.model.").replace(".base_layer", "").replace("modules_to_save.default.", "")
