@@ -18,7 +18,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from tsdkd.run.train import train as run
+from tsdkd.run.arguments import parse_arguments
+from tsdkd.run.build import build_trainer
 
 
 class Watch(TrainerCallback):
@@ -60,7 +61,7 @@ def main() -> int:
         flags += ["--logging_steps", "50", "--disable_tqdm", "true", "--use_vllm", str(arguments.vllm).lower()]
         flags += ["--learning_rate", "1e-4"]  # the demo's is for a tenth of the steps
         watch = Watch(arguments.settle, arguments.steps // 10)
-        trainer = run.build_trainer(run.parse("demo.yaml", flags))
+        trainer = build_trainer(parse_arguments("demo.yaml", flags))
         trainer.add_callback(watch)
         print("| step | resident, GiB | open files | threads | median step, s |\n|---|---|---|---|---|", flush=True)
         trainer.train()

@@ -22,12 +22,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from conftest import build_tokenizer, make_rows, on_cpus, write_jsonl
 from reference import token_entropy
 from tsdkd.cli import main
+from tsdkd.compare import task as tasks
 from tsdkd.compare.config import comparison_names, read_comparison
 from tsdkd.errors import ConfigError
 from tsdkd.evaluation import ProblemSet, evaluate
 from tsdkd.generate import engine_memory_utilization
 from tsdkd.run.arguments import parse_args_and_config
-from tsdkd.run.train import train as run
 
 pytest.importorskip("scipy")
 pytest.importorskip("matplotlib")
@@ -113,7 +113,7 @@ def test_no_model_is_left_beside_another(comparison: Any, tmp_path: Path, monkey
     partial.write_text("".join(made[:9]) + made[9][:40])  # killed in the middle of a line
 
     loaded: list[Any] = []
-    load, train = PreTrainedModel.from_pretrained.__func__, run.train
+    load, train = PreTrainedModel.from_pretrained.__func__, tasks.train
 
     def loading(cls: Any, *args: Any, **kwargs: Any) -> Any:
         loaded.append(cls)
@@ -124,7 +124,7 @@ def test_no_model_is_left_beside_another(comparison: Any, tmp_path: Path, monkey
         return train(arguments)
 
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(loading))
-    monkeypatch.setattr(run, "train", training)
+    monkeypatch.setattr(tasks, "train", training)
     gc.collect()
     before = living_models()
     gc.disable()
@@ -163,8 +163,8 @@ def test_a_teacher_s_engine_has_the_gpu_alone(comparison: Any) -> None:
     settings = {"use_vllm": True, "vllm_gpu_memory_utilization": 0.2}
     made = read_comparison(comparison(settings=settings, runs={"a": {}}, teacher_completions=True))
     for device, share in (("cuda", 0.9), ("cpu", 0.2)):
-        arguments = parse_args_and_config(made.config, made.teacher_flags(device == "cuda"))
-        assert arguments.training.use_vllm and engine_memory_utilization(arguments, torch.device(device)) == share
+        arguments = parse_args_and_config(made.config, made.generate_flags(device == "cuda"))
+        assert arguments.training_args.use_vllm and engine_memory_utilization(arguments, torch.device(device)) == share
 
 
 def test_finished_runs_of_other_settings_are_not_mixed_in(comparison: Any, capsys: Any) -> None:
@@ -268,11 +268,11 @@ def test_what_a_model_solves(saved_model: Any) -> None:
         with torch.no_grad():
             logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
         assert logits.argmax(-1).tolist() == completion
-    assert found.greedy == [len(ids) == 7 for ids in greedy]
-    assert found.right == [sum(len(part[i]) == 7 for part in samples) for i in range(6)]
+    assert found.is_greedy_correct == [len(ids) == 7 for ids in greedy]
+    assert found.num_correct == [sum(len(part[i]) == 7 for part in samples) for i in range(6)]
     metrics = found.metrics
-    assert metrics["avg@2"] == pytest.approx(100 * sum(found.right) / 12)
-    assert metrics["pass@2"] == pytest.approx(100 * sum(n > 0 for n in found.right) / 6)
+    assert metrics["avg@2"] == pytest.approx(100 * sum(found.num_correct) / 12)
+    assert metrics["pass@2"] == pytest.approx(100 * sum(n > 0 for n in found.num_correct) / 6)
     assert metrics["length"] == pytest.approx(sum(map(len, said[6:])) / 12)
     entropies = []
     for prompt, completion in zip(prompts, samples[0], strict=True):
@@ -315,7 +315,7 @@ def test_intervals_are_student_s() -> None:
     summary = summarize("a", rows, ["greedy"])
     spread = (sum((v - 3.2) ** 2 for v in values) / 4) ** 0.5
     assert summary.means["greedy"] == pytest.approx(3.2)
-    assert summary.halves["greedy"] == pytest.approx(2.7764451 * spread / 5**0.5)
+    assert summary.half_widths["greedy"] == pytest.approx(2.7764451 * spread / 5**0.5)
 
 
 @pytest.mark.parametrize("name", comparison_names())
@@ -385,7 +385,7 @@ def test_names_stay_in_the_folder(comparison: Any, tmp_path: Path) -> None:
 
 def test_what_all_runs_share_may_be_off_policy(comparison: Any) -> None:
     runs = {"slow": {"learning_rate": 0.001}, "fast": {}}
-    shared = read_comparison(comparison(settings={"method": "supervised-kd"}, runs=runs)).shared_arguments()
+    shared = read_comparison(comparison(settings={"method": "supervised-kd"}, runs=runs)).parse_shared_arguments()
     assert shared.method == "supervised-kd"
 
 
@@ -403,11 +403,11 @@ def test_a_slurm_array(comparison: Any, capsys: Any) -> None:
 
 def test_the_toy_gives_the_papers_table(tmp_path: Path, capsys: Any) -> None:
     """Means over 30 seeds are as far from the paper's as three seeds may be; the two scenarios differ as there."""
-    from tsdkd.reproduce.eopd_toy import SCENARIOS, simulate_toy
+    from tsdkd.reproduce.eopd_toy import SCENARIO_TEMPERATURES, simulate_toy
 
     changes = {
         name: [simulate_toy(temperature, seed).top1_changes for seed in range(30)]
-        for name, temperature in SCENARIOS.items()
+        for name, temperature in SCENARIO_TEMPERATURES.items()
     }
     low, high = (sum(values) / len(values) for values in changes.values())
     assert abs(low - 7.3) < 1.6 * 1.5 and abs(high - 84.0) < 16.7

@@ -25,7 +25,7 @@ from lm_eval.tasks import TaskManager
 from tsdkd.evaluation import harness
 from tsdkd.evaluation.scores import bootstrap_interval, pass_at_k
 from tsdkd.evaluation.suites import SUITES
-from tsdkd.evaluation.tasks import OWN, build_tasks, leaf_tasks
+from tsdkd.evaluation.tasks import CUSTOM_TASKS, build_tasks, leaf_tasks
 from tsdkd.grading import is_math_equivalent
 
 BENCHMARKS = {benchmark.name: benchmark for suite in SUITES.values() for benchmark in suite.benchmarks}
@@ -40,7 +40,7 @@ def manager() -> TaskManager:
 def test_every_task_is_in_the_installed_harness(name: str, manager: TaskManager) -> None:
     """With the paper's shots; groups down to their tasks."""
     benchmark = BENCHMARKS[name]
-    if benchmark.task in OWN:
+    if benchmark.task in CUSTOM_TASKS:
         return
     counts = {"mmlu_stem": 19, "bbh": 27, "musr": 3, "math": 7, "mmlu_pro": 14}
     assert len(leaf_tasks(manager, benchmark.task)) == counts.get(name, 1)
@@ -211,7 +211,7 @@ RIGHT: dict[str, Any] = {
 
 def asked(name: str, data: Path | None, lm: LM, samples: int = 2) -> list[Any]:
     benchmark = BENCHMARKS[name]
-    count = samples if benchmark.samples > 1 else 1
+    count = samples if benchmark.num_samples > 1 else 1
     tasks = build_tasks(benchmark, count, 8192, data)
     docs = {t.task_name: list(range(min(4, len(t.eval_docs)))) for t in tasks}
     return [item for t in tasks for item in harness.evaluate_docs(lm, t, docs[t.task_name], benchmark, False, 0)[0]]
@@ -229,7 +229,7 @@ def test_right_and_wrong_answers(name: str, data: Path) -> None:
     bad = asked(name, place, Oracle(lambda doc: wrong, lambda doc, option: not right(doc, option)))
     assert good and all(score == 1.0 for item in good for score in item.scores)
     assert bad and all(score == 0.0 for item in bad for score in item.scores)
-    assert {len(item.scores) for item in good} == {2 if BENCHMARKS[name].samples > 1 else 1}
+    assert {len(item.scores) for item in good} == {2 if BENCHMARKS[name].num_samples > 1 else 1}
 
 
 def test_multiple_choice_is_shuffled_and_graded_by_letter(data: Path) -> None:
@@ -255,7 +255,7 @@ def test_prompts_are_the_papers(data: Path) -> None:
     for name, word in [("gsm8k", "Question:"), ("math", "Problem:"), ("mmlu_stem", "Answer:"), ("bbh", "Q:")]:
         oracle.prompts.clear()
         asked(name, data, oracle)
-        assert {prompt.count(word) for prompt in oracle.prompts} == {BENCHMARKS[name].shots + 1}, name
+        assert {prompt.count(word) for prompt in oracle.prompts} == {BENCHMARKS[name].num_fewshot + 1}, name
 
 
 def test_mathematics_is_compared_by_meaning() -> None:

@@ -26,9 +26,9 @@ from tsdkd.methods.eopd import EOPDObjective
 from tsdkd.methods.tsd_kd import TSDKDObjective
 from tsdkd.methods.tsd_kd_released import TSDKDReleasedObjective
 from tsdkd.objective import CompletionBatch, RolloutScores
-from tsdkd.run.arguments import parse_args_and_config, resolve_run_values
+from tsdkd.run.arguments import parse_args_and_config, parse_arguments, resolve_run_values
 from tsdkd.run.presets import preset_names
-from tsdkd.run.train import train as run
+from tsdkd.run.train import train
 
 VOCABULARY = 30
 
@@ -146,7 +146,7 @@ def test_end_of_sequence_is_trained_on(tmp_path: Any) -> None:
     ):
         trainer = made(config, kind, tmp_path / name)
         (batch,) = trainer._roll_out(trainer.model, [next(iter(trainer.get_train_dataloader()))], 0, "train")
-        responses = trainer._responses(batch, trainer._mask(batch), "train")
+        responses = trainer._completion_batch(batch, trainer._position_mask(batch), "train")
         inside = responses.mask if responses.trained is None else responses.trained
         ends = batch["input_ids"][:, 1:][inside] == 1
         shares[name] = int(ends.sum())
@@ -171,7 +171,7 @@ def trained(folder: Any, saved_model: Any, rows_file: str, **options: Any) -> An
     values = {**QUIET, "max_steps": 2, "max_new_tokens": 8, "per_device_train_batch_size": 4, **options}
     pair = {"model_name_or_path": saved_model("qwen3", 0), "teacher_model_name_or_path": saved_model("qwen3", 1)}
     schedule = {"learning_rate": 5e-6, "lr_scheduler_type": "constant"}
-    return run.train(run.parse(None, flags(**pair, dataset_name=rows_file, output_dir=folder, **schedule, **values)))
+    return train(parse_arguments(None, flags(**pair, dataset_name=rows_file, output_dir=folder, **schedule, **values)))
 
 
 @pytest.mark.parametrize("bf16", [False, True])
@@ -258,7 +258,7 @@ EOPD_TABLE_8 |= {
 )
 def test_hyperparameters_are_the_papers(preset: str, table: dict[str, Any]) -> None:
     """TSD-KD's Table 10, EOPD's Table 8, on the 8 GPUs that the presets are written for."""
-    parsed = parse_args_and_config(preset, ["--use_cpu", "true", "--bf16", "false"]).training
+    parsed = parse_args_and_config(preset, ["--use_cpu", "true", "--bf16", "false"]).training_args
     found = {name: getattr(parsed, name) for name in table if name not in ("batch", "optim")}
     found |= {"batch": 8 * parsed.per_device_train_batch_size * parsed.gradient_accumulation_steps}
     found |= {"optim": enum_value(parsed.optim).split("_")[0]}
@@ -270,7 +270,7 @@ def test_rows_of_table_3(name: str) -> None:
     """Gate, L_Indirect, L_EM, as OpenReview's version of the paper marks them: only the first row has no gate."""
     comparison = read_comparison(name)
     tasks = [task for task in comparison.tasks if task.seed == comparison.seeds[0]]
-    values = [resolve_run_values(comparison.config, comparison.flags(task))[1] for task in tasks]
+    values = [resolve_run_values(comparison.config, comparison.train_flags(task))[1] for task in tasks]
     rows = [(v["gate"], v["alpha"] > 0, v["entropy_weight"] > 0) for v in values]
     assert rows == [(False,) * 3, (True, False, False), (True, True, False), (True, False, True), (True,) * 3]
 
@@ -287,7 +287,7 @@ def test_data_of_off_policy_runs_are_the_teachers(name: str) -> None:
     else:
         comparison = read_comparison(name)
         tasks = [task for task in comparison.tasks if task.seed == comparison.seeds[0]]
-        runs = [resolve_run_values(comparison.config, comparison.flags(task)) for task in tasks]
+        runs = [resolve_run_values(comparison.config, comparison.train_flags(task)) for task in tasks]
     for method, values, _, _ in runs:
         if METHODS[method].config_class.starts_from_data or values["lmbda"] < 1:
             assert Path(values["dataset_name"]).name in ("teacher_completions.jsonl", RELEASED)

@@ -19,7 +19,7 @@ from tsdkd.config.launch import LAUNCHED
 from tsdkd.errors import ConfigError
 from tsdkd.launch.processes import resolve_launch
 from tsdkd.run.arguments import parse_args_and_config
-from tsdkd.run.output_dir import RUN_FILE
+from tsdkd.run.output_dir import RUN_CONFIG_NAME
 
 EPOCH = {"max_steps": -1, "num_train_epochs": 1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
 
@@ -62,8 +62,8 @@ def test_a_comparison_launches_as_its_configuration_does(config, tmp_path):
     for own, expected in (({}, ("ddp", 2)), ({"accelerate_config": "zero2", "num_processes": 3}, ("zero2", 3))):
         (tmp_path / "c.yaml").write_text(yaml.safe_dump({**shared, **own}))
         comparison = read_comparison(str(tmp_path / "c.yaml"))
-        start = comparison.start(comparison.tasks[-1])
-        assert start and (start.config, start.count) == expected
+        start = comparison.launch_spec(comparison.tasks[-1])
+        assert start and (start.config, start.num_processes) == expected
 
 
 def test_what_cannot_be_launched_is_told_with_all_else(config, capsys):
@@ -76,7 +76,7 @@ def test_a_run_goes_on_however_it_is_launched(config, tmp_path):
     assert main(["train", "--config", config(save_strategy="steps", save_steps=1)]) == 0
     changed = config(save_strategy="steps", save_steps=1, max_steps=3, num_processes=1, accelerate_config="single")
     assert main(["train", "--config", changed, "--resume", "true"]) == 0
-    assert yaml.safe_load((tmp_path / "out" / RUN_FILE).read_text())["num_processes"] == 1
+    assert yaml.safe_load((tmp_path / "out" / RUN_CONFIG_NAME).read_text())["num_processes"] == 1
 
 
 # what is started --------------------------------------------------------------------------------------------------
@@ -170,7 +170,7 @@ def test_what_is_started(gpus, found, flags, environment, expected, monkeypatch,
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("tsdkd.launch.processes.num_visible_gpus", lambda: gpus)
     start = resolve_launch({**found, **flags}, flags)
-    assert (start and (start.config, start.count)) == expected
+    assert (start and (start.config, start.num_processes)) == expected
     if start is None and gpus == 8 and "use_cpu" not in found and "LOCAL_RANK" not in environment:
         assert os.environ["CUDA_VISIBLE_DEVICES"] == "3"  # `Trainer` would spread one process over all
 
@@ -253,9 +253,11 @@ VLLM |= {"vllm_check_every": 10}
 )
 def test_a_flag_that_takes_the_engine_away(flags, left_out, config):
     arguments = parse_args_and_config(config(**VLLM), flags)
-    assert all(any(key in note for note in arguments.notes) and key not in arguments.given for key in left_out)
+    assert all(
+        any(key in note for note in arguments.notes) and key not in arguments.explicit_values for key in left_out
+    )
     server = flags[0] == "--vllm_mode"
-    assert arguments.training.use_vllm == server
+    assert arguments.training_args.use_vllm == server
     with pytest.raises(ConfigError):  # where it isn't the file's
         own = ["--vllm_model_impl", "vllm"] if server else ["--vllm_check_every", "20"]
         parse_args_and_config(config(**VLLM), [*flags, *own])

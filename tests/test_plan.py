@@ -59,12 +59,12 @@ def fits(out):
 @pytest.mark.parametrize("family", ["gemma2", "llama", "qwen2", "qwen3"])
 def test_sizes_without_weights(family):
     model = build_model(family)
-    assert compute_model_size(model.config).parameters == sum(p.numel() for p in model.parameters())
+    assert compute_model_size(model.config).num_parameters == sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_presets_models_are_the_published_ones(name):
-    assert compute_model_size(CONFIGS[name]).parameters / 1e9 == pytest.approx(BILLIONS[name], abs=0.006)
+    assert compute_model_size(CONFIGS[name]).num_parameters / 1e9 == pytest.approx(BILLIONS[name], abs=0.006)
 
 
 @pytest.mark.parametrize("preset", [name for name in preset_names() if not name.startswith("demo")])
@@ -171,19 +171,19 @@ def test_a_plan_of_other_methods(plan, capsys, tmp_path):
 
 
 WORK = Workload(
-    batch=1,
-    accumulated=1,
-    rollout=1,
-    served=1,
-    tokens=256,
+    micro_batch_size=1,
+    gradient_accumulation_steps=1,
+    rollout_size=1,
+    steps_per_rollout=1,
+    sequence_length=256,
     weight_bytes=4,
     compute_bytes=2,
     teacher_bytes=2,
-    checkpointing=True,
-    eager=False,
-    chunk_gib=1.0,
-    with_teacher=False,
-    engine=VllmMemoryConfig(share=0.0),
+    uses_gradient_checkpointing=True,
+    uses_eager_attention=False,
+    head_gib=1.0,
+    needs_teacher_in_rollout=False,
+    engine=VllmMemoryConfig(memory_bytes=0.0),
 )
 
 
@@ -201,7 +201,7 @@ def test_what_shards_less():
 def test_buffers_by_their_definitions():
     """GiB of a student of P = 1.54e9 parameters."""
     student = compute_model_size(CONFIGS[STUDENT])
-    size, gib = student.parameters, 2**30
+    size, gib = student.num_parameters, 2**30
     ddp, zero1, zero2, zero3 = (totals(student, WORK, launch) for launch in ("ddp", "zero1", "zero2", "zero3"))
     assert ddp["gradients"] == ddp["buckets"] == pytest.approx(4 * size / gib)
     # DeepSpeed's bucket of 5e8 numbers, and its contents once more
@@ -219,18 +219,19 @@ def test_buffers_by_their_definitions():
 def test_an_adapters_states_are_small():
     whole, lora = compute_model_size(CONFIGS[STUDENT]), compute_model_size(CONFIGS[STUDENT], lora_r=16)
     found = totals(lora, replace(WORK, weight_bytes=2), "single", gpus=1)
-    assert lora.adapters < 0.02 * whole.parameters
-    assert found["student"] == pytest.approx((2 * whole.parameters + 4 * lora.adapters) / 2**30)
-    assert found["optimizer"] == pytest.approx(8 * lora.adapters / 2**30)
+    assert lora.adapter_parameters < 0.02 * whole.num_parameters
+    assert found["student"] == pytest.approx((2 * whole.num_parameters + 4 * lora.adapter_parameters) / 2**30)
+    assert found["optimizer"] == pytest.approx(8 * lora.adapter_parameters / 2**30)
 
 
 def test_an_engine_that_is_shared_holds_a_part_of_the_weights():
     student = compute_model_size(CONFIGS[STUDENT])
     one, two = (
-        split_engine_memory(student, VllmMemoryConfig(20 * 2**30, processes=n, longest=1024), 1024) for n in (1, 2)
+        split_engine_memory(student, VllmMemoryConfig(20 * 2**30, tensor_parallel_size=n, max_model_len=1024), 1024)
+        for n in (1, 2)
     )
-    assert one.weights == 2 * student.parameters == 2 * two.weights
-    assert one.sequence == two.sequence == 1024 * 28 * 2 * 2 * 128 * 2
+    assert one.weights == 2 * student.num_parameters == 2 * two.weights
+    assert one.kv_cache_per_sequence == two.kv_cache_per_sequence == 1024 * 28 * 2 * 2 * 128 * 2
 
 
 @pytest.mark.parametrize("flag", ["--gpus=0", "--gpus=two", "--gpu_gib=nan", "--gpu_gib=-5", "--gpu_gib=inf"])

@@ -74,15 +74,15 @@ def test_what_the_method_makes_of_them(run: dict[str, Any]) -> None:
         own = record.columns["sample"] == i
         ours, theirs = (record.columns[f"{who}_entropy"][own].tolist() for who in ("student", "teacher"))
         count = ref.opener_length(ours, 0.3)
-        assert record.opener[own].tolist() == [t < count for t in range(len(ours))]
-        assert np.flatnonzero(record.uncertain[own]).tolist() == sorted(ref.top_entropy_positions(ours, 0.1))
+        assert record.is_opener[own].tolist() == [t < count for t in range(len(ours))]
+        assert np.flatnonzero(record.is_high_entropy[own]).tolist() == sorted(ref.top_entropy_positions(ours, 0.1))
         assert record.gate[own] == pytest.approx(
             [ref.sigmoid(a - b) for a, b in zip(ours, theirs, strict=True)], rel=1e-5
         )
-        assert record.triggered[own].tolist() == [b > 0.8 for b in theirs]
+        assert record.is_triggered[own].tolist() == [b > 0.8 for b in theirs]
         for t, logps in enumerate(record.columns["candidate_teacher_logps"][own]):
             pairs = [np.sign(logps[a] - logps[b]) for a in range(10) for b in range(a + 1, 10)]
-            assert record.agreement[own][t] == pytest.approx(np.mean(pairs))
+            assert record.kendall_tau[own][t] == pytest.approx(np.mean(pairs))
 
 
 def test_recording_changes_nothing_and_goes_on(run: dict[str, Any]) -> None:
@@ -140,7 +140,7 @@ def test_numbers_of_the_figures(run: dict[str, Any], tmp_path: Path) -> None:
     masses = [mean([mean(r.columns["teacher_mass"][:, j].tolist()) for r in records]) for j in range(7)]
     assert numbers["top_k_mass"]["mass"]["run"] == pytest.approx(masses, rel=1e-4)
     assert numbers["top_k_mass"]["bytes"] == [12 * 2**j for j in range(7)]
-    flags_of = [last.opener[last.columns["sample"] == i].tolist() for i in range(3)]
+    flags_of = [last.is_opener[last.columns["sample"] == i].tolist() for i in range(3)]
     assert numbers["opener_length"] == {"length": [sum(f) for f in flags_of], "of": [len(f) for f in flags_of]}
     share = mean([float(0.475 <= g < 0.5) for g in last.gate.tolist()])
     assert numbers["gate"][19] == pytest.approx(share)

@@ -266,7 +266,7 @@ def test_a_signal_to_a_launcher_before_there_is_anything_to_save(number, command
 
 def test_a_signal_while_the_processes_wait_for_each_other(command, tmp_path, monkeypatch):
     """The first of them writes as soon as all have come; by then each of them can be signalled."""
-    from tsdkd.run.train import train as runs
+    from tsdkd.run import train as runs
 
     build = runs.build_trainer
 
@@ -289,7 +289,7 @@ def test_a_signal_while_the_processes_wait_for_each_other(command, tmp_path, mon
 
 def test_two_runs_do_not_share_a_directory(command, tmp_path, monkeypatch, capsys):
     """The second looked before the first had begun."""
-    from tsdkd.run.train import train as runs
+    from tsdkd.run import train as runs
 
     folder = tmp_path / "out"
     build = runs.build_trainer

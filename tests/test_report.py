@@ -18,7 +18,7 @@ from tsdkd.cli import main
 from tsdkd.evaluation.results import BenchmarkResult
 from tsdkd.evaluation.results import write_results as write_table
 from tsdkd.evaluation.suites import select_benchmarks
-from tsdkd.trainer.token_records import MASSES, RecordedCompletion, write_token_records
+from tsdkd.trainer.token_records import MASS_TOP_K, RecordedCompletion, write_token_records
 
 needs_chromium = pytest.mark.skipif(not shutil.which("chromedriver"), reason="needs Debian's chromium-driver")
 HOSTILE = "<script>document.title = 'taken'</script><img src=x onerror=\"document.title = 'taken'\">"
@@ -113,7 +113,7 @@ def test_numbers_are_the_records(run: Path, browser: Any) -> None:
 
     opened(browser, run / "report.html")
     record = read_records(run)[0]
-    for name, title in [("student_entropy", "Student's entropy"), ("gate", "Gate"), ("agreement", "Agreement")]:
+    for name, title in [("student_entropy", "Student's entropy"), ("gate", "Gate"), ("kendall_tau", "Agreement")]:
         values = getattr(record, name) if hasattr(record, name) else record.columns[name]
         line = next(text for text in shown(browser, "details").splitlines() if text.startswith(title))
         assert float(line.rpartition(":")[2]) == pytest.approx(values[0], abs=2e-3)
@@ -126,9 +126,9 @@ def test_numbers_are_the_records(run: Path, browser: Any) -> None:
         found = row.text.split(" %")[0].split()
         assert float(found[-1]) == pytest.approx(share, abs=0.1) and ("<" in found) == (share < 0.05)
 
-    Select(browser.find_element(By.ID, "quantity")).select_by_value("opener")
+    Select(browser.find_element(By.ID, "quantity")).select_by_value("is_opener")
     own = record.columns["sample"] == 0
-    inside = record.opener[own].tolist()
+    inside = record.is_opener[own].tolist()
     colours = [token.value_of_css_property("background-color") for token in tokens(browser)]
     assert len(set(colours)) == len(set(inside))
     assert [colour == colours[0] for colour in colours] == [flag == inside[0] for flag in inside]
@@ -227,7 +227,7 @@ def made_up(count: int, seed: int = 0, vocabulary: int = 50) -> dict[str, torch.
     columns["candidates"] = torch.randint(vocabulary, (count, 10), generator=make)
     columns["candidate_logps"] = torch.log_softmax(torch.randn(count, 10, generator=make) * 3, -1).sort(-1, True)[0]
     columns["candidate_teacher_logps"] = torch.log_softmax(torch.randn(count, 10, generator=make) * 3, -1)
-    columns["teacher_mass"] = torch.rand(count, len(MASSES), generator=make)
+    columns["teacher_mass"] = torch.rand(count, len(MASS_TOP_K), generator=make)
     return columns
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from tsdkd.evaluation.sandbox import ResourceLimits, run_program
 
-LIMITS = ResourceLimits(seconds=3)
+LIMITS = ResourceLimits(timeout_seconds=3)
 MARK = f"tsdkd-hostile-{os.getpid()}"
 
 # Each says "ESCAPED" by running through to its end; a program that is stopped, or that gets an exception, hasn't.
@@ -144,7 +144,7 @@ def test_hostile_program(name: str, outside: dict) -> None:
     verdict = run_program(program, LIMITS)
     assert not verdict.passed, f"{name}: it ran through"
     assert len(verdict.reason) <= 200
-    assert time.monotonic() - start < LIMITS.seconds + 10
+    assert time.monotonic() - start < LIMITS.timeout_seconds + 10
     assert _descendants() <= before
 
 
@@ -159,7 +159,7 @@ def test_good_programs() -> None:
 
 def test_wrong_program_says_why() -> None:
     assert run_program("assert 1 == 2, 'not equal'").reason == "AssertionError: not equal"
-    assert "stopped after 1 s" in run_program("while True: pass", ResourceLimits(seconds=1)).reason
+    assert "stopped after 1 s" in run_program("while True: pass", ResourceLimits(timeout_seconds=1)).reason
 
 
 def test_programs_do_not_see_each_other() -> None:

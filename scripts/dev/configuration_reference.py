@@ -13,7 +13,7 @@ from trl import ModelConfig
 from tsdkd.compare.config import Comparison
 from tsdkd.config.base import DataArguments, TokenSelectiveConfig
 from tsdkd.config.launch import LaunchArguments
-from tsdkd.config.validation import UNSUPPORTED, get_default, get_rules
+from tsdkd.config.validation import UNSUPPORTED_OPTIONS, get_default, get_rules
 from tsdkd.methods import METHODS
 
 HEAD = """# Configuration
@@ -37,7 +37,7 @@ def main() -> None:
         "## All methods\n",
         "`method` names one of those below (none: `tsd-kd`), `teacher_model_name_or_path` the teacher.\n",
     ]
-    parts.append(table(TokenSelectiveConfig, TokenSelectiveConfig.own_options()))
+    parts.append(table(TokenSelectiveConfig, TokenSelectiveConfig.method_options()))
     parts += ["## Each method\n", "Its own options, and where its defaults differ from those above.\n"]
     for name, trainer in METHODS.items():
         cls = trainer.config_class
@@ -49,7 +49,7 @@ def main() -> None:
     parts += ["## Comparisons\n", "The file of `tsdkd compare` ([guide](guide.md#comparisons)).\n"]
     parts.append(table(Comparison, [f.name for f in dataclasses.fields(Comparison)]))
     parts += ["## Refused\n", "Options of TRL and transformers that would have no effect, or a wrong one.\n"]
-    parts.append(rows(("key", "why"), [(f"`{key}`", why) for key, why in sorted(UNSUPPORTED.items())]))
+    parts.append(rows(("key", "why"), [(f"`{key}`", why) for key, why in sorted(UNSUPPORTED_OPTIONS.items())]))
     print("\n".join(parts), end="")
 
 

@@ -32,7 +32,11 @@ def main(run: Path, folder: Path) -> None:
 def tsd_kd(record: StepRecord, own: np.ndarray, path: Path) -> None:
     """The student's entropy with opener and most uncertain tokens; gate and JSD."""
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(9, 4.6), sharex=True, layout="constrained")
-    entropy, opener, chosen = record.columns["student_entropy"][own], record.opener[own], record.uncertain[own]
+    entropy, opener, chosen = (
+        record.columns["student_entropy"][own],
+        record.is_opener[own],
+        record.is_high_entropy[own],
+    )
     places = np.arange(len(entropy))
     top.axvspan(-0.5, opener.sum() - 0.5, color=BLUE, alpha=0.15, lw=0, label="opener: the ranking is learnt here")
     top.bar(places, entropy, color=np.where(chosen, RED, "#bbbbbb"), width=0.7)
@@ -51,7 +55,7 @@ def tsd_kd(record: StepRecord, own: np.ndarray, path: Path) -> None:
 def eopd(record: StepRecord, own: np.ndarray, path: Path) -> None:
     """The teacher's entropy with the trigger; the two terms."""
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(9, 4.6), sharex=True, layout="constrained")
-    entropy, fires = record.columns["teacher_entropy"][own], record.triggered[own]
+    entropy, fires = record.columns["teacher_entropy"][own], record.is_triggered[own]
     places = np.arange(len(entropy))
     top.bar(places, entropy, color=np.where(fires, RED, "#bbbbbb"), width=0.7)
     top.bar(0, 0, color=RED, label="the teacher is uncertain: forward KL joins in")

@@ -29,12 +29,12 @@ from .models.loading import (
 from .rollout.base import Completion, Key, SamplingConfig
 from .rollout.seeding import prompt_generator, prompt_seed
 from .rollout.vllm import require_vllm
-from .run import train as run
 from .run.arguments import RunArguments
+from .run.build import load_datasets, set_model_init_kwargs
 from .run.output_dir import wrap_os_errors
 
 ROLES = {"teacher": "teacher_model_name_or_path", "student": "model_name_or_path"}
-_SAY_EVERY = 10.0  # seconds
+_PROGRESS_INTERVAL = 10.0  # seconds
 
 
 @dataclass
@@ -49,23 +49,23 @@ class GenerationSetup:
     """
 
     role: str
-    name: str
+    model_name_or_path: str
     config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
     vocab_size: int
     revision: str | None
     args: TokenSelectiveConfig
     pair: ModelPair
-    rows: Dataset
-    shape: tuple[str, str | None]
-    prepared: Dataset
+    dataset: Dataset
+    source_columns: tuple[str, str | None]
+    tokenized_dataset: Dataset
 
     @property
-    def source(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """What all rows of a file share."""
         return {
-            "model": self.name,
-            "revision": get_revision(self.name, self.config),
+            "model": self.model_name_or_path,
+            "revision": get_revision(self.model_name_or_path, self.config),
             "engine": "vllm" if self.args.use_vllm else "transformers",
             **{
                 name: getattr(self.args, name)
@@ -74,21 +74,21 @@ class GenerationSetup:
         }
 
     @property
-    def sampling(self) -> SamplingConfig:
+    def sampling_params(self) -> SamplingConfig:
         """Only ids that both models have, until the generating model stops."""
-        own = load_generation_config(self.name, self.config, self.revision)
+        own = load_generation_config(self.model_name_or_path, self.config, self.revision)
         shared = self.pair.shared_vocab_size
         stop_ids = frozenset(i for i in collect_stop_token_ids(own, self.tokenizer) if i < shared)
         return SamplingConfig(stop_ids, shared, self.args.temperature, self.args.top_p)
 
     @property
-    def columns(self) -> tuple[str, str]:
+    def output_columns(self) -> tuple[str, str]:
         """Of prompt and completion, as the run will look for them."""
         return self.args.prompt_column or "prompt", self.args.completion_column or "completion"
 
-    def prompt_of(self, row: dict[str, Any], index: int) -> Any:
+    def get_prompt(self, row: dict[str, Any], index: int) -> Any:
         """The prompt of a row of the data set, as it stands there."""
-        return split_prompt_completion(row, index, self.shape)[0]
+        return split_prompt_completion(row, index, self.source_columns)[0]
 
 
 @dataclass
@@ -99,7 +99,7 @@ class PendingCompletion:
     sample: int
     prompt_ids: list[int]
     limit: int
-    key: Key
+    seed_key: Key
 
 
 def generate_completions(
@@ -118,7 +118,7 @@ def generate_completions(
         TSDKDError: with all finished rows kept.
     """
     if top_p is not None:
-        arguments.training.top_p = top_p
+        arguments.training_args.top_p = top_p
     job = _prepare_setup(arguments, role)
     is_new = not output.exists()
     try:
@@ -130,9 +130,9 @@ def generate_completions(
 
 def engine_memory_utilization(arguments: RunArguments, device: torch.device) -> float:
     """Share of a device's memory for an engine that has it to itself: the file's is for one beside a training."""
-    if device.type == "cuda" and "vllm_gpu_memory_utilization" not in arguments.flags:
+    if device.type == "cuda" and "vllm_gpu_memory_utilization" not in arguments.flag_names:
         return 0.9
-    return arguments.training.vllm_gpu_memory_utilization
+    return arguments.training_args.vllm_gpu_memory_utilization
 
 
 def _append_completions(job: GenerationSetup, output: Path, per_prompt: int) -> None:
@@ -141,7 +141,7 @@ def _append_completions(job: GenerationSetup, output: Path, per_prompt: int) -> 
     tickets = [
         PendingCompletion(row["index"], sample, row["prompt_ids"], row["limit"], (job.args.seed, sample, row["index"]))
         for sample in range(per_prompt)
-        for row in job.prepared
+        for row in job.tokenized_dataset
         if (row["index"], sample) not in done
     ]
     _print_progress(f"{output}: {len(done)} completions are there, {len(tickets)} to go")
@@ -149,16 +149,18 @@ def _append_completions(job: GenerationSetup, output: Path, per_prompt: int) -> 
         return
     if job.args.use_vllm and job.args.vllm_mode == "colocate":
         _print_progress("starting vLLM's engine, which takes a minute or two")
-    source = job.source
+    metadata = job.metadata
     completions = _generate_with_vllm(job, tickets) if job.args.use_vllm else _generate_with_transformers(job, tickets)
     with _open_for_append(output) as file:
         for position, completion in _with_progress(completions, len(tickets)):
-            file.write(json.dumps(_build_row(job, tickets[position], completion) | source, ensure_ascii=False) + "\n")
+            file.write(
+                json.dumps(_build_row(job, tickets[position], completion) | metadata, ensure_ascii=False) + "\n"
+            )
             file.flush()
 
 
 def _prepare_setup(arguments: RunArguments, role: str) -> GenerationSetup:
-    args = arguments.training
+    args = arguments.training_args
     if args.world_size > 1:
         raise ConfigError(
             [f"it runs in one process, found {args.world_size}; vLLM takes vllm_tensor_parallel_size GPUs"]
@@ -166,24 +168,26 @@ def _prepare_setup(arguments: RunArguments, role: str) -> GenerationSetup:
     if args.use_vllm:
         require_vllm()
         args.vllm_gpu_memory_utilization = engine_memory_utilization(arguments, args.device)
-    rows, _ = run.load_datasets(arguments.data, args)
-    run.set_model_init_kwargs(arguments)
-    student, teacher = str(arguments.model.model_name_or_path), str(args.teacher_model_name_or_path)
+    dataset, _ = load_datasets(arguments.data_args, args)
+    set_model_init_kwargs(arguments)
+    student, teacher = str(arguments.model_args.model_name_or_path), str(args.teacher_model_name_or_path)
     pair = resolve_pair(student, teacher, args)
-    prepared = prepare_dataset(rows, pair.template, args, pair.context, needs_completion=False)
+    tokenized_dataset = prepare_dataset(dataset, pair.template, args, pair.context, needs_completion=False)
     if role == "student":
         who = (student, pair.student_config, pair.tokenizer, pair.vocab_sizes[0])
         revision = (args.model_init_kwargs or {}).get("revision")
     else:
         who = (teacher, pair.teacher_config, pair.teacher_tokenizer, pair.vocab_sizes[1])
         revision = (args.teacher_model_init_kwargs or {}).get("revision")
-    return GenerationSetup(role, *who, revision, args, pair, rows, resolve_columns(rows, args), prepared)
+    return GenerationSetup(
+        role, *who, revision, args, pair, dataset, resolve_columns(dataset, args), tokenized_dataset
+    )
 
 
 def _build_row(job: GenerationSetup, ticket: PendingCompletion, completion: Completion) -> dict[str, Any]:
-    original, (prompt, completion_) = job.rows[ticket.index], job.columns
+    original, (prompt, completion_) = job.dataset[ticket.index], job.output_columns
     return {
-        prompt: job.prompt_of(original, ticket.index),
+        prompt: job.get_prompt(original, ticket.index),
         completion_: job.pair.tokenizer.decode(completion.ids, skip_special_tokens=True),
         **({"answer": original["answer"]} if "answer" in original else {}),
         "index": ticket.index,
@@ -195,20 +199,29 @@ def _build_row(job: GenerationSetup, ticket: PendingCompletion, completion: Comp
 
 def _read_finished(output: Path, job: GenerationSetup) -> set[tuple[int, int]]:
     """(index, sample) of the rows that are there; a last line that was cut off is removed."""
-    done, whole, source = set(), 0, job.source
-    start = f'{{"{job.columns[0]}": '.encode()
+    done, whole, metadata = set(), 0, job.metadata
+    start = f'{{"{job.output_columns[0]}": '.encode()
     with output.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.endswith(b"\n") and line.startswith(start[: len(line)]):
                 break
             try:
                 row = json.loads(line)
-                place, prompt = (row["index"], row["sample"]), row[job.columns[0]]
-                found = {name: row[name] for name in source} | {"prompt": prompt}
-                expected = source | {"prompt": job.prompt_of(job.rows[row["index"]], row["index"])}
+                place, prompt = (row["index"], row["sample"]), row[job.output_columns[0]]
+                found = {model_name_or_path: row[model_name_or_path] for model_name_or_path in metadata} | {
+                    "prompt": prompt
+                }
+                expected = metadata | {"prompt": job.get_prompt(job.dataset[row["index"]], row["index"])}
             except (ValueError, KeyError, TypeError, IndexError) as error:
                 raise OutputDirError(f"output_file: line {number} of {output} isn't from tsdkd generate") from error
-            other = next((name for name in expected if found[name] != expected[name]), None)
+            other = next(
+                (
+                    model_name_or_path
+                    for model_name_or_path in expected
+                    if found[model_name_or_path] != expected[model_name_or_path]
+                ),
+                None,
+            )
             if other is not None:
                 raise OutputDirError(
                     f"output_file: {output} has other rows: {other} was {repr(found[other])[:80]}, now "
@@ -234,14 +247,18 @@ def _generate_with_vllm(job: GenerationSetup, tickets: list[PendingCompletion]) 
     """Position and completion of each ticket, as they are done."""
     from .rollout.vllm.colocate import iter_completions, shared_sampling_params, start_engine  # vLLM is an extra
 
-    requests = [{"prompt": t.prompt_ids, "max_tokens": t.limit, "seed": prompt_seed(*t.key)} for t in tickets]
+    requests = [{"prompt": t.prompt_ids, "max_tokens": t.limit, "seed": prompt_seed(*t.seed_key)} for t in tickets]
     longest = max(len(t.prompt_ids) + t.limit for t in tickets)
     if job.args.vllm_mode == "server":
         from .rollout.vllm.server import connect_to_server
 
-        parameters = shared_sampling_params(job.sampling, job.vocab_size)
-        return connect_to_server(job.args, longest, job.name).complete([request | parameters for request in requests])
-    return iter_completions(start_engine(job.name, job.revision, job.args, longest), requests, job.sampling)
+        parameters = shared_sampling_params(job.sampling_params, job.vocab_size)
+        return connect_to_server(job.args, longest, job.model_name_or_path).complete(
+            [request | parameters for request in requests]
+        )
+    return iter_completions(
+        start_engine(job.model_name_or_path, job.revision, job.args, longest), requests, job.sampling_params
+    )
 
 
 def _generate_with_transformers(
@@ -249,16 +266,16 @@ def _generate_with_transformers(
 ) -> Iterator[tuple[int, Completion]]:
     from .rollout.hf import sample_completions
 
-    model = load_frozen_model(job.name, job.args, ROLES[job.role], job.args.device).eval()
-    sampling, size = job.sampling, job.args.per_device_eval_batch_size
+    model = load_frozen_model(job.model_name_or_path, job.args, ROLES[job.role], job.args.device).eval()
+    sampling_params, size = job.sampling_params, job.args.per_device_eval_batch_size
     # alike lengths, so that little is padded; the longest first, so that memory runs out at once or not at all
     order = sorted(range(len(tickets)), key=lambda i: -len(tickets[i].prompt_ids) - tickets[i].limit)
     for positions in (order[i : i + size] for i in range(0, len(order), size)):
         some = [tickets[i] for i in positions]
-        generators = [prompt_generator(*t.key) for t in some]
+        generators = [prompt_generator(*t.seed_key) for t in some]
         prompts, limits = [t.prompt_ids for t in some], [t.limit for t in some]
         yield from zip(
-            positions, sample_completions(model, prompts, limits, generators, **vars(sampling)), strict=True
+            positions, sample_completions(model, prompts, limits, generators, **vars(sampling_params)), strict=True
         )
 
 
@@ -269,7 +286,7 @@ def _with_progress(completions: Iterator[tuple[int, Completion]], total: int) ->
     for count, (position, completion) in enumerate(completions, 1):
         yield position, completion
         tokens, now = tokens + len(completion.ids), time.perf_counter()
-        if count == total or now - said >= _SAY_EVERY:
+        if count == total or now - said >= _PROGRESS_INTERVAL:
             said = now
             _print_progress(f"{count} of {total} completions, {tokens} tokens, {tokens / (now - start):.0f} tokens/s")
 

@@ -13,16 +13,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ..trainer.token_records import MASSES
+from ..trainer.token_records import MASS_TOP_K
 from .load import StepRecord
 
-SURE, UNSURE = 0.8, 1.0  # nats: EOPD's trigger, and what its Sec. 3.1 calls high
-BINS = np.linspace(0.0, 4.0, 41)
+ENTROPY_THRESHOLD, HIGH_ENTROPY = 0.8, 1.0  # nats: EOPD's trigger, and what its Sec. 3.1 calls high
+ENTROPY_BINS = np.linspace(0.0, 4.0, 41)
 # Okabe and Ito's, the light ones darker, so that a thin line is seen on white
 COLORS = ("#0072b2", "#d55e00", "#009170", "#b9628f", "#b27a00", "#3a8fc4")
 
-Runs = dict[str, list[StepRecord]]
-Numbers = dict[str, Any]
+RecordsByRun = dict[str, list[StepRecord]]
+FigureData = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -39,15 +39,15 @@ class FigureSpec:
 
     name: str
     title: str
-    source: str
-    numbers: Callable[[Runs], Numbers]
-    draw: Callable[[Axes, Numbers], None]
+    paper: str
+    compute: Callable[[RecordsByRun], FigureData]
+    plot: Callable[[Axes, FigureData], None]
 
 
-def plot_figure(analysis: FigureSpec, numbers: Numbers) -> Figure:
+def plot_figure(analysis: FigureSpec, compute: FigureData) -> Figure:
     """Drawn, for the caller to save and close."""
     figure, axis = plt.subplots(figsize=(6.4, 3.4), layout="constrained")
-    analysis.draw(axis, numbers)
+    analysis.plot(axis, compute)
     axis.spines[["top", "right"]].set_visible(False)
     if axis.get_legend_handles_labels()[0]:
         axis.legend(frameon=False, fontsize="small")
@@ -57,7 +57,7 @@ def plot_figure(analysis: FigureSpec, numbers: Numbers) -> Figure:
 # What is counted -----------------------------------------------------------------------------------------------------
 
 
-def _entropy_by_position(runs: Runs) -> Numbers:
+def _entropy_by_position(runs: RecordsByRun) -> FigureData:
     """Mean entropies at each twentieth of a response."""
 
     def means(record: StepRecord, name: str) -> list[float | None]:
@@ -72,10 +72,10 @@ def _entropy_by_position(runs: Runs) -> Numbers:
     }
 
 
-def _entropy_histogram(runs: Runs) -> Numbers:
-    def shares(values: np.ndarray) -> Numbers:
-        counts, _ = np.histogram(np.minimum(values, BINS[-1] - 1e-6), BINS)
-        return {"share": (counts / max(len(values), 1)).tolist(), "above": float((values >= UNSURE).mean())}
+def _entropy_histogram(runs: RecordsByRun) -> FigureData:
+    def shares(values: np.ndarray) -> FigureData:
+        counts, _ = np.histogram(np.minimum(values, ENTROPY_BINS[-1] - 1e-6), ENTROPY_BINS)
+        return {"share": (counts / max(len(values), 1)).tolist(), "above": float((values >= HIGH_ENTROPY).mean())}
 
     return {
         run: {who: shares(records[-1].columns[f"{who}_entropy"]) for who in ("student", "teacher")}
@@ -83,38 +83,38 @@ def _entropy_histogram(runs: Runs) -> Numbers:
     }
 
 
-def _over_steps(value: Callable[[StepRecord], float | None]) -> Callable[[Runs], Numbers]:
-    def numbers(runs: Runs) -> Numbers:
+def _over_steps(value: Callable[[StepRecord], float | None]) -> Callable[[RecordsByRun], FigureData]:
+    def compute(runs: RecordsByRun) -> FigureData:
         return {
             run: {"step": [r.step for r in records], "value": [value(r) for r in records]}
             for run, records in runs.items()
         }
 
-    return numbers
+    return compute
 
 
 def _uncertain_forward_kl(record: StepRecord) -> float | None:
-    chosen = record.columns["forward_kl"][record.columns["teacher_entropy"] > SURE]
+    chosen = record.columns["forward_kl"][record.columns["teacher_entropy"] > ENTROPY_THRESHOLD]
     return float(chosen.mean()) if len(chosen) else None
 
 
-def _top_k_mass(runs: Runs) -> Numbers:
+def _top_k_mass(runs: RecordsByRun) -> FigureData:
     means = {
         run: np.mean([r.columns["teacher_mass"].mean(axis=0) for r in records], axis=0).tolist()
         for run, records in runs.items()
     }
     # an id of 8 bytes and a log-probability of 4 for each of k tokens, as torch gives them
-    return {"k": list(MASSES), "bytes": [12 * k for k in MASSES], "mass": means}
+    return {"k": list(MASS_TOP_K), "bytes": [12 * k for k in MASS_TOP_K], "mass": means}
 
 
-def _opener_lengths(runs: Runs) -> Numbers:
+def _opener_lengths(runs: RecordsByRun) -> FigureData:
     def lengths(record: StepRecord) -> list[int]:
-        return np.bincount(record.columns["sample"][record.opener], minlength=len(record.samples)).tolist()
+        return np.bincount(record.columns["sample"][record.is_opener], minlength=len(record.samples)).tolist()
 
     return {run: {"length": lengths(records[-1]), "of": records[-1].lengths.tolist()} for run, records in runs.items()}
 
 
-def _gate_histogram(runs: Runs) -> Numbers:
+def _gate_histogram(runs: RecordsByRun) -> FigureData:
     bins = np.linspace(0.0, 1.0, 41)
     return {run: (np.histogram(r[-1].gate, bins)[0] / len(r[-1].gate)).tolist() for run, r in runs.items()}
 
@@ -122,38 +122,38 @@ def _gate_histogram(runs: Runs) -> Numbers:
 # How it is drawn -----------------------------------------------------------------------------------------------------
 
 
-def _plot_entropy_by_position(axis: Axes, numbers: Numbers) -> None:
+def _plot_entropy_by_position(axis: Axes, compute: FigureData) -> None:
     places = np.arange(20) * 5 + 2.5
-    for (run, found), color in zip(numbers.items(), _color_cycle(), strict=False):
+    for (run, found), color in zip(compute.items(), _color_cycle(), strict=False):
         for who, style in (("student", "-"), ("teacher", ":")):
             values = np.array(found[who], dtype=float)  # None, where no response has a token there, as NaN
             axis.plot(places, values, color=color, ls=style, label=f"{run}: {who}")
     axis.set(xlabel="position in the response, %", ylabel="mean entropy, nats")
 
 
-def _plot_entropy_histogram(axis: Axes, numbers: Numbers) -> None:
-    for (run, found), color in zip(numbers.items(), _color_cycle(), strict=False):
+def _plot_entropy_histogram(axis: Axes, compute: FigureData) -> None:
+    for (run, found), color in zip(compute.items(), _color_cycle(), strict=False):
         for who, style in (("student", "-"), ("teacher", ":")):
-            label = f"{run}: {who}, {100 * found[who]['above']:.1f} % at {UNSURE} nat or more"
-            axis.stairs(found[who]["share"], BINS, color=color, ls=style, label=label)
+            label = f"{run}: {who}, {100 * found[who]['above']:.1f} % at {HIGH_ENTROPY} nat or more"
+            axis.stairs(found[who]["share"], ENTROPY_BINS, color=color, ls=style, label=label)
     axis.set(xlabel="entropy of a token, nats", ylabel="share of tokens", yscale="log")
 
 
-def _plot_over_steps(label: str) -> Callable[[Axes, Numbers], None]:
-    def draw(axis: Axes, numbers: Numbers) -> None:
-        for (run, found), color in zip(numbers.items(), _color_cycle(), strict=False):
+def _plot_over_steps(label: str) -> Callable[[Axes, FigureData], None]:
+    def plot(axis: Axes, compute: FigureData) -> None:
+        for (run, found), color in zip(compute.items(), _color_cycle(), strict=False):
             axis.plot(found["step"], np.array(found["value"], dtype=float), ".-", color=color, label=run)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set(xlabel="optimizer step", ylabel=label)
 
-    return draw
+    return plot
 
 
-def _plot_top_k_mass(axis: Axes, numbers: Numbers) -> None:
-    for (run, mass), color in zip(numbers["mass"].items(), _color_cycle(), strict=False):
-        axis.plot(numbers["bytes"], mass, "o-", color=color, label=run)
-    for k, size in zip(numbers["k"], numbers["bytes"], strict=True):
-        lowest = min(m[numbers["k"].index(k)] for m in numbers["mass"].values())
+def _plot_top_k_mass(axis: Axes, compute: FigureData) -> None:
+    for (run, mass), color in zip(compute["mass"].items(), _color_cycle(), strict=False):
+        axis.plot(compute["bytes"], mass, "o-", color=color, label=run)
+    for k, size in zip(compute["k"], compute["bytes"], strict=True):
+        lowest = min(m[compute["k"].index(k)] for m in compute["mass"].values())
         axis.annotate(
             f"k = {k}", (size, lowest), (0, -7), textcoords="offset points", fontsize=7, ha="center", va="top"
         )
@@ -161,8 +161,8 @@ def _plot_top_k_mass(axis: Axes, numbers: Numbers) -> None:
     axis.set(xlabel="bytes a token", ylabel="the teacher's probability in its top k", xscale="log")
 
 
-def _plot_opener_lengths(axis: Axes, numbers: Numbers) -> None:
-    for (run, found), color in zip(numbers.items(), _color_cycle(), strict=False):
+def _plot_opener_lengths(axis: Axes, compute: FigureData) -> None:
+    for (run, found), color in zip(compute.items(), _color_cycle(), strict=False):
         shares = 100 * np.array(found["length"]) / np.maximum(found["of"], 1)
         axis.hist(
             shares, bins=20, range=(0, 100), histtype="step", color=color, label=f"{run}: {np.mean(shares):.1f} %"
@@ -170,8 +170,8 @@ def _plot_opener_lengths(axis: Axes, numbers: Numbers) -> None:
     axis.set(xlabel="the opener's share of a response's tokens, %", ylabel="responses")
 
 
-def _plot_gate_histogram(axis: Axes, numbers: Numbers) -> None:
-    for (run, shares), color in zip(numbers.items(), _color_cycle(), strict=False):
+def _plot_gate_histogram(axis: Axes, compute: FigureData) -> None:
+    for (run, shares), color in zip(compute.items(), _color_cycle(), strict=False):
         axis.stairs(shares, np.linspace(0.0, 1.0, 41), color=color, label=run)
     axis.set(xlabel="gate of a token", ylabel="share of tokens")
 
@@ -180,7 +180,7 @@ def _color_cycle() -> Sequence[str]:
     return COLORS * 4
 
 
-ANALYSES = (
+FIGURES = (
     FigureSpec(
         "entropy_by_position",
         "Token entropy by position",
@@ -204,7 +204,7 @@ ANALYSES = (
     ),
     FigureSpec(
         "uncertain_forward_kl",
-        f"Forward KL where the teacher's entropy is above {SURE} nats",
+        f"Forward KL where the teacher's entropy is above {ENTROPY_THRESHOLD} nats",
         "EOPD, Figures 5 and 11",
         _over_steps(_uncertain_forward_kl),
         _plot_over_steps("mean forward KL, nats"),
@@ -213,7 +213,7 @@ ANALYSES = (
         "uncertain_share",
         "Share of tokens at which the trigger fires",
         "EOPD, Figure 9",
-        _over_steps(lambda r: float(r.triggered.mean())),
+        _over_steps(lambda r: float(r.is_triggered.mean())),
         _plot_over_steps("share of tokens"),
     ),
     FigureSpec(

@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 import torch
 
 from ..errors import DataError
-from ..run.output_dir import RUN_FILE, read_run_config
+from ..run.output_dir import RUN_CONFIG_NAME, read_run_config
 from ..selection import entropy_gap_gate, opener_mask, top_entropy_mask
-from ..trainer.token_records import FOLDER
+from ..trainer.token_records import RECORDS_DIR
 
 
 @dataclass(frozen=True)
@@ -57,30 +57,30 @@ class StepRecord:
         return entropy_gap_gate(ours, theirs, self.options.gate_temperature).numpy()
 
     @cached_property
-    def opener(self) -> np.ndarray:
+    def is_opener(self) -> np.ndarray:
         """`[N]` bool, TSD-KD's Sec. 3.1."""
-        entropy, mask = self._by_sample()
+        entropy, mask = self._pad_entropy()
         return opener_mask(entropy, mask, self.options.opener_ratio)[mask].numpy()
 
     @cached_property
-    def uncertain(self) -> np.ndarray:
+    def is_high_entropy(self) -> np.ndarray:
         """`[N]` bool, whose entropy L_EM minimises (TSD-KD Eq. 12)."""
-        entropy, mask = self._by_sample()
+        entropy, mask = self._pad_entropy()
         return top_entropy_mask(entropy, mask, self.options.entropy_ratio)[mask].numpy()
 
     @cached_property
-    def triggered(self) -> np.ndarray:
+    def is_triggered(self) -> np.ndarray:
         """`[N]` bool, where EOPD adds forward KL (Eq. 9)."""
         return self.columns["teacher_entropy"] > self.options.entropy_threshold
 
     @cached_property
-    def agreement(self) -> np.ndarray:
+    def kendall_tau(self) -> np.ndarray:
         """`[N]` in [-1, 1], Kendall's tau between the student's order of its candidates and the teacher's."""
         theirs = self.columns["candidate_teacher_logps"]
         first, second = np.triu_indices(theirs.shape[1], 1)  # the student's order is theirs to begin with
         return np.sign(theirs[:, first] - theirs[:, second]).mean(axis=1)
 
-    def _by_sample(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def _pad_entropy(self) -> tuple[torch.Tensor, torch.Tensor]:
         lengths = torch.from_numpy(self.lengths)
         mask = torch.arange(int(lengths.max())) < lengths.unsqueeze(-1)
         entropy = torch.zeros(mask.shape).masked_scatter(mask, torch.from_numpy(self.columns["student_entropy"]))
@@ -97,7 +97,7 @@ def read_records(run: Path, left_out: list[str] | None = None) -> list[StepRecor
     Raises:
         DataError: there are none, or one can't be read.
     """
-    paths = sorted((run / FOLDER).glob("step-*.parquet"))
+    paths = sorted((run / RECORDS_DIR).glob("step-*.parquet"))
     if not paths:
         raise DataError(
             f"{run} has no records; training writes them with --record_steps N, and tsdkd analyze --config makes some"
@@ -136,7 +136,7 @@ def _to_numpy(column: Any) -> np.ndarray:
 
 
 def _read_options(run: Path) -> SelectionOptions:
-    path = run / RUN_FILE
+    path = run / RUN_CONFIG_NAME
     found = read_run_config(run) if path.is_file() else {}
     given = {name: found[name] for name in SelectionOptions.__dataclass_fields__ if found.get(name) is not None}
     try:

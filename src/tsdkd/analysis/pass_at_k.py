@@ -10,7 +10,7 @@ from ..evaluation.results import read_results
 from ..evaluation.suites import benchmark_title
 from .figures import COLORS
 
-TITLE, SOURCE = "pass@k", "EOPD, Figures 2, 7 and 8"
+TITLE, PAPER = "pass@k", "EOPD, Figures 2, 7 and 8"
 _COLUMNS = 3
 _Curves = dict[str, dict[str, dict[str, list[float]]]]
 

@@ -12,13 +12,13 @@ from ..losses import jsd
 from ..models.loading import collect_stop_token_ids, load_frozen_model, resolve_pair
 from ..rollout.hf import sample_completions
 from ..rollout.seeding import prompt_generator
-from ..run import train as run
 from ..run.arguments import RunArguments
+from ..run.build import load_datasets, set_model_init_kwargs
 from ..run.output_dir import require_empty_dir, wrap_os_errors
 from ..trainer.forward import HeadForward
 from ..trainer.token_records import RecordedCompletion, compute_token_records, write_token_records
 
-_AT_A_TIME = 8
+_BATCH_SIZE = 8
 
 
 def record_pair(arguments: RunArguments, count: int) -> Path:
@@ -28,12 +28,12 @@ def record_pair(arguments: RunArguments, count: int) -> Path:
         DataError, ModelError, TokenizerMismatchError: as for training.
         OutputDirError: the folder isn't empty: its records may be a run's.
     """
-    training = arguments.training
+    training = arguments.training_args
     folder = Path(str(training.output_dir))
     require_empty_dir(folder)
-    rows, _ = run.load_datasets(arguments.data, training)
-    run.set_model_init_kwargs(arguments)
-    names = str(arguments.model.model_name_or_path), str(training.teacher_model_name_or_path)
+    rows, _ = load_datasets(arguments.data_args, training)
+    set_model_init_kwargs(arguments)
+    names = str(arguments.model_args.model_name_or_path), str(training.teacher_model_name_or_path)
     pair = resolve_pair(*names, training)
     prepared = prepare_dataset(rows, pair.template, training, pair.context, needs_completion=False)
     prepared = prepared.select(range(min(count, len(prepared))))
@@ -46,8 +46,8 @@ def record_pair(arguments: RunArguments, count: int) -> Path:
     stop_ids = {i for i in collect_stop_token_ids(pair.tokenizer, student.generation_config) if i < shared}
     heads = HeadForward(Accelerator(cpu=training.use_cpu), training, shared)
     samples, parts = [], []
-    for start in range(0, len(prepared), _AT_A_TIME):
-        some = prepared.select(range(start, min(start + _AT_A_TIME, len(prepared))))
+    for start in range(0, len(prepared), _BATCH_SIZE):
+        some = prepared.select(range(start, min(start + _BATCH_SIZE, len(prepared))))
         generators = [prompt_generator(training.seed, 0, i) for i in some["index"]]
         prompts, limits = list(some["prompt_ids"]), list(some["limit"])
         options: dict[str, Any] = {"stop_ids": stop_ids, "vocab_size": shared, "temperature": training.temperature}

@@ -13,9 +13,9 @@ from rich.table import Table
 from ..errors import DataError
 from ..evaluation.results import find_results
 from ..run.output_dir import ensure_dir
-from ..trainer.token_records import FOLDER
+from ..trainer.token_records import RECORDS_DIR
 from . import pass_at_k
-from .figures import ANALYSES, plot_figure
+from .figures import FIGURES, plot_figure
 from .load import StepRecord, read_records
 
 
@@ -39,11 +39,11 @@ def write_figures(folders: Sequence[Path], output: Path) -> None:
         plt.close(figure)
         table.add_row(f"{name}.png", title, source)
 
-    for analysis in ANALYSES if runs else ():
-        numbers = analysis.numbers(runs)
-        save(analysis.name, numbers, plot_figure(analysis, numbers), analysis.title, analysis.source)
+    for analysis in FIGURES if runs else ():
+        numbers = analysis.compute(runs)
+        save(analysis.name, numbers, plot_figure(analysis, numbers), analysis.title, analysis.paper)
     if curves:
-        save("pass_at_k", curves, pass_at_k.plot_pass_at_k(curves), pass_at_k.TITLE, pass_at_k.SOURCE)
+        save("pass_at_k", curves, pass_at_k.plot_pass_at_k(curves), pass_at_k.TITLE, pass_at_k.PAPER)
     (output / "analysis.json").write_text(json.dumps(found, indent=1, allow_nan=False), encoding="utf-8")
     console = Console(highlight=False)
     console.print(table)
@@ -59,7 +59,7 @@ def _load_runs(folders: Sequence[Path]) -> tuple[dict[str, list[StepRecord]], di
     for name, folder in name_folders(folders).items():
         own = {f"{name}/{key}": path for key, path in find_results(folder).items()}
         evaluations |= own
-        if not own or (folder / FOLDER).is_dir():
+        if not own or (folder / RECORDS_DIR).is_dir():
             runs[name] = read_records(folder)
     return runs, evaluations
 

@@ -23,8 +23,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..errors import CheckpointError, ResumeError
 
 MANIFEST = "manifest.json"
-_WRITING, _DELETING = ".writing-", ".deleting-"
-_NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
+_PARTIAL_PREFIX, _DELETED_PREFIX = ".writing-", ".deleting-"
+_CHECKPOINT_PATTERN = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 _PACKAGES = ("tsdkd", "torch", "transformers", "trl", "accelerate")
 
 
@@ -60,7 +60,7 @@ def write_checkpoint(run: Path, step: int, write_files: Callable[[Path], None]) 
         CheckpointError: a file can't be written; the earlier checkpoints are as they were.
     """
     state, final = PartialState(), run / f"{PREFIX_CHECKPOINT_DIR}-{step}"
-    partial = run / f"{_WRITING}{final.name}"
+    partial = run / f"{_PARTIAL_PREFIX}{final.name}"
     try:
         if state.is_main_process:
             partial.mkdir(parents=True)
@@ -110,7 +110,7 @@ def verify_checkpoint(folder: Path) -> None:
 
 def list_checkpoints(run: Path) -> list[Path]:
     """The checkpoints in a run's folder, the oldest first, whatever their state."""
-    found = ((_NAME.fullmatch(path.name), path) for path in run.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
+    found = ((_CHECKPOINT_PATTERN.fullmatch(path.name), path) for path in run.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
     return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
 
 
@@ -168,7 +168,7 @@ def rotate_checkpoints(newest: Path, keep: int | None, best: str | None) -> None
 
 def remove_partial_checkpoints(run: Path) -> None:
     """What a killed save or rotation has left."""
-    for pattern in (f"{_WRITING}*", f"{_DELETING}*"):
+    for pattern in (f"{_PARTIAL_PREFIX}*", f"{_DELETED_PREFIX}*"):
         for folder in run.glob(pattern):
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -176,7 +176,7 @@ def remove_partial_checkpoints(run: Path) -> None:
 def _delete_checkpoint(folder: Path) -> None:
     """Not a checkpoint any more at once, then deleted."""
     if folder.exists():
-        doomed = folder.with_name(f"{_DELETING}{folder.name}")
+        doomed = folder.with_name(f"{_DELETED_PREFIX}{folder.name}")
         folder.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
 

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from transformers import TrainerCallback, TrainerControl
 
-MARKER = ".preempted"
+PREEMPTED_FILE = ".preempted"
 """In the output directory after such a stop: launchers lose the exit codes of their processes."""
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -52,7 +52,7 @@ class PreemptionCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         self.stopped = False
         if state.is_world_process_zero:
-            Path(args.output_dir, MARKER).unlink(missing_ok=True)
+            Path(args.output_dir, PREEMPTED_FILE).unlink(missing_ok=True)
 
     def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         flag = torch.tensor(len(_received), device=self.accelerator.device)
@@ -70,4 +70,4 @@ class PreemptionCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         _received.clear()
         if self.stopped and state.is_world_process_zero:
-            Path(args.output_dir, MARKER).touch()
+            Path(args.output_dir, PREEMPTED_FILE).touch()

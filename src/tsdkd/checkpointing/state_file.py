@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-_PLAIN = (bool, int, float, str, type(None))
+_JSON_TYPES = (bool, int, float, str, type(None))
 
 
 def save_state(state: Any, path: str | Path) -> None:
@@ -39,7 +39,7 @@ def _extract_tensors(state: Any, tensors: dict[str, Tensor]) -> Any:
         return {"dict": [[_extract_tensors(part, tensors) for part in item] for item in state.items()]}
     if isinstance(state, (list, tuple)):
         return {"tuple" if isinstance(state, tuple) else "list": [_extract_tensors(part, tensors) for part in state]}
-    if isinstance(state, _PLAIN):
+    if isinstance(state, _JSON_TYPES):
         return state
     raise TypeError(f"a checkpoint holds tensors, numbers and text, found {type(state).__name__}")
 

@@ -17,17 +17,17 @@ from . import checkpoint, preemption
 from .deepspeed_files import safe_deepspeed_load
 from .state_file import load_state, save_state
 
-_STATE, _OPTIMIZER = "trainer_state.json", "optimizer.safetensors"
+_TRAINER_STATE, _OPTIMIZER = "trainer_state.json", "optimizer.safetensors"
 
 
 class CheckpointMixin(Trainer):
     """Comes before a trainer among its bases; the trainer says what of its own belongs to a checkpoint."""
 
-    def _own_state(self) -> Any:
+    def _get_extra_state(self) -> Any:
         """This process's part of the state, as `tsdkd.checkpointing.state_file` takes it."""
         raise NotImplementedError
 
-    def _load_own_state(self, state: Any) -> None:
+    def _set_extra_state(self, state: Any) -> None:
         raise NotImplementedError
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
@@ -72,24 +72,24 @@ class CheckpointMixin(Trainer):
         self.save_model(str(folder), _internal_call=True)
         if self.is_deepspeed_enabled:
             self.model_wrapped.save_checkpoint(str(folder), exclude_frozen_parameters=is_peft_model(self.model))
-        process = {"random": _get_rng_state(), "own": self._own_state()}
-        save_state(process, self._process_file(folder))
+        process = {"random": _get_rng_state(), "own": self._get_extra_state()}
+        save_state(process, self._process_state_path(folder))
         if self.args.should_save:
-            save_state({name: part.state_dict() for name, part in self._stateful()}, folder / _OPTIMIZER)
+            save_state({name: part.state_dict() for name, part in self._stateful_objects()}, folder / _OPTIMIZER)
             self._export_callbacks()
-            self.state.save_to_json(str(folder / _STATE))
+            self.state.save_to_json(str(folder / _TRAINER_STATE))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Trainer's, without the pickled arguments, which hold the hub's token."""
         folder = output_dir or self.args.output_dir
         if state_dict is not None:  # of DeepSpeed: copies, which hide that two names are one tensor
-            state_dict = {name: tensor for name, tensor in state_dict.items() if name not in self._tied_names}
+            state_dict = {name: tensor for name, tensor in state_dict.items() if name not in self._tied_weight_keys}
         self.model.save_pretrained(folder, state_dict=state_dict, is_main_process=self.args.should_save)
         if self.args.should_save:
             self.processing_class.save_pretrained(folder)
 
     @property
-    def _tied_names(self) -> set[str]:
+    def _tied_weight_keys(self) -> set[str]:
         return set(getattr(self.model, "all_tied_weights_keys", {}))
 
     def _export_callbacks(self) -> None:
@@ -102,7 +102,7 @@ class CheckpointMixin(Trainer):
             else:
                 states[name] = callback.state()
 
-    def _stateful(self) -> list[tuple[str, Any]]:
+    def _stateful_objects(self) -> list[tuple[str, Any]]:
         """What the main process saves besides the model. DeepSpeed keeps the optimizer, a scheduler of its own, and
         the scaler with the model."""
         if self.is_deepspeed_enabled:
@@ -117,22 +117,22 @@ class CheckpointMixin(Trainer):
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """A tied weight isn't in the file by its second name."""
-        load_result.missing_keys[:] = [name for name in load_result.missing_keys if name not in self._tied_names]
+        load_result.missing_keys[:] = [name for name in load_result.missing_keys if name not in self._tied_weight_keys]
         super()._issue_warnings_after_load(load_result)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
         state = load_state(Path(checkpoint, _OPTIMIZER))
-        for name, part in self._stateful():
+        for name, part in self._stateful_objects():
             part.load_state_dict(state[name])
-        self._load_own_state(load_state(self._process_file(checkpoint))["own"])
+        self._set_extra_state(load_state(self._process_state_path(checkpoint))["own"])
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            _set_rng_state(load_state(self._process_file(checkpoint))["random"])
+            _set_rng_state(load_state(self._process_state_path(checkpoint))["random"])
 
-    def _process_file(self, folder: str | Path) -> Path:
+    def _process_state_path(self, folder: str | Path) -> Path:
         return Path(folder, f"process_{self.args.process_index}.safetensors")
 
 

@@ -25,7 +25,7 @@ _COMMANDS = {
     "methods": "list the methods, with their options and papers",
     "configs": "list the configurations that ship with tsdkd",
 }
-_FIRST_SPEAKS = 10  # seconds, that the first process may be behind another
+_RANK_0_HEAD_START = 10  # seconds, that the first process may be behind another
 _EXAMPLES = """examples:
   tsdkd demo
   tsdkd train --config qwen25_14b_to_1p5b.yaml --output_dir student
@@ -66,7 +66,7 @@ def _print_error(command: str, error: TSDKDError) -> None:
     if os.environ.get("RANK", "0") != "0" and not isinstance(error, CheckpointError):
         if isinstance(error, PreemptedError):
             return
-        time.sleep(_FIRST_SPEAKS)
+        time.sleep(_RANK_0_HEAD_START)
         if isinstance(error, NonFiniteError):  # which is always all processes'
             return
     print(*(f"tsdkd {command}: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)

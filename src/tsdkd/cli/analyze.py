@@ -32,10 +32,10 @@ def main(argv: Sequence[str]) -> int:
 
     from ..analysis.record_pair import record_pair
     from ..analysis.write_figures import write_figures
-    from ..run import train as run
+    from ..run.arguments import parse_arguments
 
     if args.config:
-        folders = [record_pair(run.parse_arguments(args.config, [*rest, "--lmbda", "1"]), args.num_prompts or 50)]
+        folders = [record_pair(parse_arguments(args.config, [*rest, "--lmbda", "1"]), args.num_prompts or 50)]
     else:
         folders = [Path(text) for text in rest]
     write_figures(folders, args.figures_dir or folders[0] / "figures")

@@ -9,7 +9,7 @@ _EPILOG = """examples:
   tsdkd demo --method eopd
   tsdkd demo --alpha 0 --entropy_weight 0 --gate false     (plain GKD)
 Any key of `tsdkd train` works; the configurations are the shipped demo.yaml and demo_eopd.yaml."""
-_CONFIGS = {"tsd-kd": "demo.yaml", "eopd": "demo_eopd.yaml"}
+_PRESETS = {"tsd-kd": "demo.yaml", "eopd": "demo_eopd.yaml"}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -22,18 +22,18 @@ def main(argv: Sequence[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--method", choices=_CONFIGS, default="tsd-kd", help="default: %(default)s")
+    parser.add_argument("--method", choices=_PRESETS, default="tsd-kd", help="default: %(default)s")
     args, flags = parser.parse_known_args(argv)
 
     from ..demo import run_demo as show
-    from ..run import train as run  # torch from here on
+    from ..run.arguments import parse_arguments  # torch from here on
 
     given = {flag.split("=")[0].replace("-", "_") for flag in flags}
     if "__output_dir" not in given:
         flags += ["--output_dir", str(_next_free_dir(Path("runs/demo")))]
     if "__record_steps" not in given:
         flags += ["--record_steps", "30"]  # the report's tokens
-    show.run_demo(run.parse_arguments(_CONFIGS[args.method], flags))
+    show.run_demo(parse_arguments(_PRESETS[args.method], flags))
     return 0
 
 

@@ -36,13 +36,13 @@ def main(argv: Sequence[str]) -> int:
 
     from ..generate import generate_completions
     from ..methods import METHODS
-    from ..run import train as run  # torch from here on
+    from ..run.arguments import parse_arguments  # torch from here on
 
     flags += ["--output_dir", str(args.output_file.parent)]  # nothing is written there
     found = {**(read_yaml(args.config) if args.config is not None else {}), **read_flags(flags, [])}
     trainer = METHODS.get(str(found.get("method")))
     if trainer is None or "lmbda" not in trainer.config_class.refused:
         flags += ["--lmbda", "1"]  # a configuration for off-policy training would say that nothing is generated
-    arguments = run.parse_arguments(args.config, flags)
+    arguments = parse_arguments(args.config, flags)
     generate_completions(arguments, args.role, args.output_file, args.num_completions, args.top_p)
     return 0

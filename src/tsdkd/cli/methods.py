@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import fields
 
 
 def main(argv: Sequence[str]) -> int:
@@ -10,7 +11,26 @@ def main(argv: Sequence[str]) -> int:
         argv
     )
 
-    from ..run.train import print_methods  # torch from here on
-
-    print_methods()
+    _print_methods()  # torch from here on
     return 0
+
+
+def _print_methods() -> None:
+    """The methods: what each is, its paper, and the options that only some methods have."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.padding import Padding
+
+    from ..config.base import TokenSelectiveConfig
+    from ..config.validation import get_default
+    from ..methods import METHODS
+
+    console = Console(highlight=False)
+    common = {f.name for f in fields(TokenSelectiveConfig)} - {"beta"}
+    for name, trainer in METHODS.items():
+        cls = trainer.config_class
+        console.print(f"[bold]{name}[/bold]  {(cls.__doc__ or '').splitlines()[0]}  [dim]{escape(cls.paper)}[/dim]")
+        own = {option: get_default(cls, option) for option in cls.own_options() if option not in common}
+        if own:
+            console.print(Padding(", ".join(f"{k} {str(v).lower()}" for k, v in own.items()), (0, 0, 0, 4)))
+        console.print(Padding(f"completions: {cls.completions}", (0, 0, 0, 4)))

@@ -15,7 +15,7 @@ from .arguments import build_run_parser, int_at_least
 _EPILOG = """Every field of the method's configuration, of TRL's ModelConfig and of transformers' TrainingArguments is
 a key of FILE and a flag: --learning_rate 1e-6, --gate false, --report_to tensorboard wandb.
 `tsdkd train --help_keys` lists tsdkd's own keys with their defaults."""
-_LAUNCH: dict[str, tuple[str, Callable[[str], Any], str]] = {
+_LAUNCH_FLAGS: dict[str, tuple[str, Callable[[str], Any], str]] = {
     "accelerate_config": (
         "FILE",
         str,
@@ -28,33 +28,36 @@ _LAUNCH: dict[str, tuple[str, Callable[[str], Any], str]] = {
     "main_process_port": ("PORT", int_at_least(0), ""),
     "rdzv_backend": ("NAME", str, ""),
 }
-_KEYS = ("accelerate_config", "num_processes")
+_LAUNCH_CONFIG_KEYS = ("accelerate_config", "num_processes")
 
 
 def main(argv: Sequence[str]) -> int:
     """Start the processes that the run needs, or hand over to `tsdkd.run.train`."""
     args, flags = _parser().parse_known_args(argv)
     if args.help_keys:
-        from ..run.train import print_keys
+        from .keys import print_keys
 
         print_keys()
         return 0
     launch.warn_about_compile_locks()
-    asked = {name: value for name in _LAUNCH if (value := getattr(args, name)) is not None}
-    flags += [word for name in _KEYS if name in asked for word in (f"--{name}", str(asked[name]))]
+    asked = {name: value for name in _LAUNCH_FLAGS if (value := getattr(args, name)) is not None}
+    flags += [word for name in _LAUNCH_CONFIG_KEYS if name in asked for word in (f"--{name}", str(asked[name]))]
     found = {**(read_yaml(args.config) if args.config is not None else {}), **read_flags(flags, [])}
     start = resolve_launch(found, asked, trains=not args.dry_run) if found else None
 
     from ..launch.requirements import missing_extras
-    from ..run import train as run  # torch from here on
+    from ..run.arguments import parse_arguments  # torch from here on
+    from ..run.dry_run import dry_run
+    from ..run.train import train
 
     lacking = missing_extras(args.config, flags, found, start)
     if args.dry_run:
-        arguments = run.parse_arguments(args.config, flags, trains=False)
+        arguments = parse_arguments(args.config, flags, trains=False)
         try:
-            launched = arguments.launch.accelerate_config
-            run.dry_run(
-                arguments, start.count if start else configured_num_processes(launched, arguments.training.use_cpu)
+            launched = arguments.launch_args.accelerate_config
+            dry_run(
+                arguments,
+                start.num_processes if start else configured_num_processes(launched, arguments.training_args.use_cpu),
             )
         except TSDKDError as error:
             if not lacking:
@@ -66,10 +69,10 @@ def main(argv: Sequence[str]) -> int:
         return 0
     if start:
         if not asked:
-            print(f"tsdkd: starting {start.count} processes, by {start.config}", file=sys.stderr, flush=True)
+            print(f"tsdkd: starting {start.num_processes} processes, by {start.config}", file=sys.stderr, flush=True)
         own = ["--config", args.config] if args.config is not None else []
         return launch.launch_processes(start.config, start.options, ["train", *own, *flags])
-    run.train(run.parse_arguments(args.config, flags))
+    train(parse_arguments(args.config, flags))
     return 0
 
 
@@ -80,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dry_run", "--dry-run", action="store_true", help="print configuration and plan, and stop")
     parser.add_argument("--help_keys", action="store_true", help="list tsdkd's own keys, and stop")
     group = parser.add_argument_group("several processes, by accelerate")
-    for name, (metavar, kind, text) in _LAUNCH.items():
+    for name, (metavar, kind, text) in _LAUNCH_FLAGS.items():
         names = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
         group.add_argument(*names, metavar=metavar, type=kind, help=text or "as in `accelerate launch`")
     return parser

@@ -16,15 +16,15 @@ from ..methods import METHODS
 from ..run.arguments import RunArguments, parse_args_and_config, resolve_run_values
 from ..run.config_file import read_yaml, resolve_path
 
-_SHIPPED = Path(str(resources.files("tsdkd").joinpath("configs/compare")))
-_OWN = ("seed", "output_dir", "resume")
-REFERENCES = ("student", "teacher")
+_PRESETS_DIR = Path(str(resources.files("tsdkd").joinpath("configs/compare")))
+_RESERVED_KEYS = ("seed", "output_dir", "resume")
+REFERENCE_MODELS = ("student", "teacher")
 """Measured beside the runs, as they are."""
 
 
 @dataclass(frozen=True)
 class ComparisonTask:
-    """One run with one seed, or one of `REFERENCES`.
+    """One run with one seed, or one of `REFERENCE_MODELS`.
 
     Attributes:
         run: its name in the file.
@@ -71,7 +71,7 @@ class Comparison:
         return Path(self.output_dir)
 
     @property
-    def teacher_file(self) -> Path:
+    def teacher_completions_path(self) -> Path:
         """Where the teacher's completions are."""
         return self.folder / "teacher_completions.jsonl"
 
@@ -79,13 +79,13 @@ class Comparison:
     def tasks(self) -> list[ComparisonTask]:
         """All that is to be done: references first, then every run with the first seed, and so on."""
         assert isinstance(self.runs, dict)
-        references = [ComparisonTask(name, None, self.folder / name) for name in REFERENCES]
+        references = [ComparisonTask(name, None, self.folder / name) for name in REFERENCE_MODELS]
         folders = {name: self.folder / (re.sub(r"[^\w.-]+", "_", name).lstrip(".") or "_") for name in self.runs}
         return references + [
             ComparisonTask(run, s, folders[run] / f"seed-{s}") for s in self.seeds for run in self.runs
         ]
 
-    def flags(self, task: ComparisonTask) -> list[str]:
+    def train_flags(self, task: ComparisonTask) -> list[str]:
         """Of `tsdkd train --config …`."""
         assert isinstance(self.runs, dict)
         own = {"output_dir": str(task.folder), "resume": True}
@@ -93,22 +93,22 @@ class Comparison:
             own["seed"] = task.seed
         words = _to_flags({**self.settings, **self.runs.get(task.run, {}), **own})
         if self.teacher_completions and self._needs_completions(words):
-            words += ["--dataset_name", str(self.teacher_file)]
+            words += ["--dataset_name", str(self.teacher_completions_path)]
         return words
 
     def _needs_completions(self, words: list[str]) -> bool:
         method, values, _, _ = resolve_run_values(self.config, words)
         return METHODS[method].config_class.starts_from_data or values["lmbda"] < 1
 
-    def arguments(self, task: ComparisonTask) -> RunArguments:
+    def parse_arguments(self, task: ComparisonTask) -> RunArguments:
         """The run, parsed and checked. Raises `ConfigError`."""
-        return parse_args_and_config(self.config, self.flags(task))
+        return parse_args_and_config(self.config, self.train_flags(task))
 
-    def start(self, task: ComparisonTask) -> LaunchSpec | None:
+    def launch_spec(self, task: ComparisonTask) -> LaunchSpec | None:
         """The processes that the run needs. Raises `ConfigError`."""
         own = {"accelerate_config": self.accelerate_config, "num_processes": self.num_processes}
         own = {name: value for name, value in own.items() if value is not None}
-        return resolve_launch({**resolve_run_values(self.config, self.flags(task))[1], **own}, own)
+        return resolve_launch({**resolve_run_values(self.config, self.train_flags(task))[1], **own}, own)
 
     @property
     def shared_flags(self) -> list[str]:
@@ -117,17 +117,17 @@ class Comparison:
         method = resolve_run_values(self.config, _to_flags(values))[0]
         return _to_flags(values if "lmbda" in METHODS[method].config_class.refused else {**values, "lmbda": 1})
 
-    def teacher_flags(self, on_gpu: bool) -> list[str]:
+    def generate_flags(self, on_gpu: bool) -> list[str]:
         """Of `tsdkd generate --config …`, for the teacher's completions: on a GPU, which its engine has to itself,
         without the share that the engines of the runs have."""
         left_out = {"vllm_gpu_memory_utilization"} if on_gpu else set()
         return replace(self, settings={k: v for k, v in self.settings.items() if k not in left_out}).shared_flags
 
-    def shared_arguments(self) -> RunArguments:
+    def parse_shared_arguments(self) -> RunArguments:
         """`shared_flags`, parsed and checked. Raises `ConfigError`."""
         return parse_args_and_config(self.config, self.shared_flags)
 
-    def varied(self, run: str) -> float:
+    def sweep_value(self, run: str) -> float:
         """The value of `x` in a run."""
         assert isinstance(self.runs, dict) and self.x is not None
         return float(self.runs[run][self.x])
@@ -135,14 +135,14 @@ class Comparison:
 
 def comparison_names() -> list[str]:
     """The comparisons that ship with tsdkd."""
-    return sorted(path.name for path in _SHIPPED.glob("*.yaml"))
+    return sorted(path.name for path in _PRESETS_DIR.glob("*.yaml"))
 
 
 def print_comparisons() -> None:
     """Names, and the first line of each."""
     width = max(map(len, comparison_names()))
     for name in comparison_names():
-        first = (_SHIPPED / name).read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+        first = (_PRESETS_DIR / name).read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
         print(f"{name:<{width}}  {first}")
 
 
@@ -185,7 +185,7 @@ def read_comparison(name: str) -> Comparison:
 
 
 def _find_comparison(name: str) -> Path:
-    for path in (Path(name), _SHIPPED / name, _SHIPPED / f"{name}.yaml"):
+    for path in (Path(name), _PRESETS_DIR / name, _PRESETS_DIR / f"{name}.yaml"):
         if path.is_file():
             return path
     raise ConfigError(
@@ -216,7 +216,9 @@ def _validate_comparison(comparison: Comparison) -> None:
     if comparison.baseline is not None and comparison.baseline not in runs:
         problems.append(f"baseline: must be one of {', '.join(runs)}, found {comparison.baseline!r}")
     problems += [
-        f"runs: {name}: the model itself is called so; choose another name" for name in REFERENCES if name in runs
+        f"runs: {name}: the model itself is called so; choose another name"
+        for name in REFERENCE_MODELS
+        if name in runs
     ]
     for name, values in runs.items():
         if values is None:
@@ -224,13 +226,15 @@ def _validate_comparison(comparison: Comparison) -> None:
         if not isinstance(values, dict):
             problems.append(f"runs: {name}: must be a mapping of keys to values, found {values!r}")
             continue
-        problems += [f"runs: {name}: {key}: the comparison sets it; remove it" for key in _OWN if key in values]
+        problems += [
+            f"runs: {name}: {key}: the comparison sets it; remove it" for key in _RESERVED_KEYS if key in values
+        ]
         if comparison.x is not None and not _is_number(values.get(comparison.x)):
             found = values.get(comparison.x, "nothing")
             problems.append(f"runs: {name}: {comparison.x}: x says that it varies, must be a number, found {found!r}")
         task = ComparisonTask(name, 0, Path("unused"))
         try:
-            resolve_run_values(comparison.config, comparison.flags(task))
+            resolve_run_values(comparison.config, comparison.train_flags(task))
         except ConfigError as error:
             problems += [f"runs: {name}: {line}" for line in error.problems]
     try:

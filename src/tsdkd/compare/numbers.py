@@ -21,22 +21,22 @@ class RunSummary:
         solved: `[problems]`, the share of right samples of each problem, over all seeds.
     """
 
-    run: str
-    seeds: int
+    run_name: str
+    num_seeds: int
     means: dict[str, float]
-    halves: dict[str, float]
-    points: dict[str, list[float]]
-    solved: np.ndarray
+    half_widths: dict[str, float]
+    seed_values: dict[str, list[float]]
+    solve_rates: np.ndarray
 
 
-def summarize(run: str, results: Sequence[dict[str, Any]], metrics: Sequence[str]) -> RunSummary:
+def summarize(run_name: str, results: Sequence[dict[str, Any]], metrics: Sequence[str]) -> RunSummary:
     """Of the results of one run, a seed each."""
-    points = {metric: [float(result[metric]) for result in results] for metric in metrics}
-    means = {metric: float(np.mean(values)) for metric, values in points.items()}
-    halves = {metric: _half_width(values) for metric, values in points.items()}
+    seed_values = {metric: [float(result[metric]) for result in results] for metric in metrics}
+    means = {metric: float(np.mean(values)) for metric, values in seed_values.items()}
+    half_widths = {metric: _half_width(values) for metric, values in seed_values.items()}
     samples = results[0]["settings"]["eval_samples"]
-    solved = np.mean([result["samples_right"] for result in results], axis=0) / samples
-    return RunSummary(run, len(results), means, halves, points, solved)
+    solve_rates = np.mean([result["samples_right"] for result in results], axis=0) / samples
+    return RunSummary(run_name, len(results), means, half_widths, seed_values, solve_rates)
 
 
 def _half_width(values: Sequence[float]) -> float:

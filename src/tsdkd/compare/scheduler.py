@@ -38,7 +38,7 @@ def run_tasks(comparison: Comparison, name: str, jobs: int) -> None:
     signals = SignalForwarder(running)
 
     def run_in_subprocess(number: int, task: ComparisonTask) -> tuple[ComparisonTask, int, float] | None:
-        if signals.received:
+        if signals.has_received_signal:
             return None
         start, log = time.perf_counter(), _log_path(task)
         ensure_dir(log.parent)
@@ -46,7 +46,7 @@ def run_tasks(comparison: Comparison, name: str, jobs: int) -> None:
         with log.open("ab") as file:
             process = subprocess.Popen(command, stdout=file, stderr=file, env=_subprocess_env(jobs))
         running[number] = process
-        if signals.received:  # meanwhile
+        if signals.has_received_signal:  # meanwhile
             process.send_signal(signal.SIGTERM)
         return task, process.wait(), time.perf_counter() - start
 
@@ -65,7 +65,7 @@ def run_tasks(comparison: Comparison, name: str, jobs: int) -> None:
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    if signals.received:
+    if signals.has_received_signal:
         raise PreemptedError("stopped by a signal; the same command goes on from here")
     if failed:
         logs = "\n".join(f"{task.title}: failed, see {_log_path(task)}" for task in failed)
@@ -80,17 +80,17 @@ class SignalForwarder:
     """
 
     def __init__(self, running: dict[int, "subprocess.Popen[bytes]"]) -> None:
-        self.running, self.received = running, False
+        self.running, self.has_received_signal = running, False
 
     def __enter__(self) -> None:
-        self.before = {n: signal.signal(n, self._pass) for n in (signal.SIGTERM, signal.SIGUSR1)}
+        self.previous_handlers = {n: signal.signal(n, self._forward) for n in (signal.SIGTERM, signal.SIGUSR1)}
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self.before.items():
+        for number, handler in self.previous_handlers.items():
             signal.signal(number, handler)
 
-    def _pass(self, number: int, frame: object) -> None:
-        self.received = True
+    def _forward(self, number: int, frame: object) -> None:
+        self.has_received_signal = True
         for process in list(self.running.values()):
             if process.poll() is None:
                 process.send_signal(number)

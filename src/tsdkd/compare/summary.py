@@ -9,12 +9,12 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-from ..evaluation.scores import RESAMPLES, paired_bootstrap
-from .config import REFERENCES, Comparison
+from ..evaluation.scores import NUM_RESAMPLES, paired_bootstrap
+from .config import REFERENCE_MODELS, Comparison
 from .numbers import RunSummary, summarize
 from .task import read_result
 
-_SMALL_TEST = 100  # problems
+_SMALL_TEST_SIZE = 100  # problems
 _PALE, _DARK = "#9aa5b1", "#1f4e79"
 
 
@@ -27,12 +27,12 @@ def write_summary(comparison: Comparison) -> Path | None:
     lines = "".join(json.dumps(result) + "\n" for result in results)
     (comparison.folder / "results.jsonl").write_text(lines, encoding="utf-8")
     metrics = _metric_names(comparison)
-    runs = [*REFERENCES, *comparison.runs]
+    runs = [*REFERENCE_MODELS, *comparison.runs]
     by_run = {run: [result for result in results if result["run"] == run] for run in runs}
     summaries = [summarize(run, some, metrics) for run, some in by_run.items() if some]
     path = comparison.folder / "results.md"
     path.write_text(format_summary(comparison, summaries), encoding="utf-8")
-    if any(summary.run not in REFERENCES for summary in summaries):
+    if any(summary.run_name not in REFERENCE_MODELS for summary in summaries):
         plot_accuracy(comparison, summaries, comparison.folder / "results.png")
     return path
 
@@ -47,44 +47,47 @@ def format_summary(comparison: Comparison, summaries: Sequence[RunSummary]) -> s
     metrics = _metric_names(comparison)
     heads = {"length": "length, tokens", "entropy": "entropy, nats", "train_seconds": "training, s"}
     baseline = comparison.baseline or next(iter(comparison.runs))
-    base = next((s for s in summaries if s.run == baseline), None)
+    base = next((s for s in summaries if s.run_name == baseline), None)
     columns = [
         "",
         *(heads.get(metric, metric) for metric in metrics),
         f"avg@{comparison.eval_samples} against {baseline}",
     ]
     rows = [columns, ["---", *["---:"] * (len(columns) - 1)]]
-    best = {m: max((s.means[m] for s in summaries if s.run not in REFERENCES), default=None) for m in metrics[:3]}
+    best = {
+        m: max((s.means[m] for s in summaries if s.run_name not in REFERENCE_MODELS), default=None)
+        for m in metrics[:3]
+    }
     for summary in summaries:
         cells = [_format_cell(summary, metric, best.get(metric)) for metric in metrics]
-        rows.append([summary.run.replace("|", "\\|"), *cells, _format_difference(summary, base)])
+        rows.append([summary.run_name.replace("|", "\\|"), *cells, _format_difference(summary, base)])
     text = "".join(f"| {' | '.join(row)} |\n" for row in rows)
-    count = len(summaries[0].solved)
-    counts = sorted({s.seeds for s in summaries if s.run not in REFERENCES})
+    count = len(summaries[0].solve_rates)
+    counts = sorted({s.num_seeds for s in summaries if s.run_name not in REFERENCE_MODELS})
     seeds = " to ".join(map(str, counts)) or "no"
     note = (
         f"{count} problems; mean ± half of the 95 % interval over {seeds} seeds. The last column: the difference in "
-        f"points, and in brackets the share of {RESAMPLES:,} paired bootstrap resamples in which it isn't positive "
-        f"(ties count half): resamples of all {count} problems, a p-value; and of {_SMALL_TEST}.\n"
+        f"points, and in brackets the share of {NUM_RESAMPLES:,} paired bootstrap resamples in which it isn't positive "
+        f"(ties count half): resamples of all {count} problems, a p-value; and of {_SMALL_TEST_SIZE}.\n"
     )
     return f"{text}\n{note}"
 
 
 def _format_cell(summary: RunSummary, metric: str, best: float | None) -> str:
-    mean, half = summary.means[metric], summary.halves[metric]
+    mean, half = summary.means[metric], summary.half_widths[metric]
     digits = {"entropy": 3, "train_seconds": 0}.get(metric, 1)
-    if metric == "train_seconds" and summary.run in REFERENCES:
+    if metric == "train_seconds" and summary.run_name in REFERENCE_MODELS:
         return ""
     text = f"{mean:.{digits}f}"
-    text = f"**{text}**" if mean == best and summary.run not in REFERENCES else text
+    text = f"**{text}**" if mean == best and summary.run_name not in REFERENCE_MODELS else text
     return text if half != half else f"{text} ± {half:.{digits}f}"
 
 
 def _format_difference(summary: RunSummary, base: RunSummary | None) -> str:
-    if base is None or summary.run == base.run or summary.run in REFERENCES:
+    if base is None or summary.run_name == base.run_name or summary.run_name in REFERENCE_MODELS:
         return ""
-    difference = 100 * float((summary.solved - base.solved).mean())
-    shares = [paired_bootstrap(summary.solved, base.solved, size) for size in (None, _SMALL_TEST)]
+    difference = 100 * float((summary.solve_rates - base.solve_rates).mean())
+    shares = [paired_bootstrap(summary.solve_rates, base.solve_rates, size) for size in (None, _SMALL_TEST_SIZE)]
     return f"{difference:+.1f} (p {shares[0]:.3f}; {shares[1]:.3f})"
 
 
@@ -98,16 +101,16 @@ def _axis_limits(percents: Sequence[float]) -> tuple[float, float]:
 def plot_accuracy(comparison: Comparison, summaries: Sequence[RunSummary], path: Path) -> None:
     """Accuracy of every run: each seed a dot, the mean with its interval; of a sweep as a line over `x`."""
     metrics = _metric_names(comparison)[:3]
-    runs = [s for s in summaries if s.run not in REFERENCES]
+    runs = [s for s in summaries if s.run_name not in REFERENCE_MODELS]
     if comparison.x:
-        runs.sort(key=lambda s: comparison.varied(s.run))
-    references = {s.run: s for s in summaries if s.run in REFERENCES}
+        runs.sort(key=lambda s: comparison.sweep_value(s.run_name))
+    references = {s.run_name: s for s in summaries if s.run_name in REFERENCE_MODELS}
     height = 2.8 if comparison.x else 0.9 + 0.38 * len(runs)
     figure, axes = plt.subplots(1, 3, figsize=(11, height), sharey=not comparison.x, layout="constrained")
     for axis, metric in zip(axes, metrics, strict=True):
-        places = [comparison.varied(s.run) if comparison.x else float(-i) for i, s in enumerate(runs)]
-        means, halves = [s.means[metric] for s in runs], [s.halves[metric] for s in runs]
-        dots = [(place, value) for place, s in zip(places, runs, strict=True) for value in s.points[metric]]
+        places = [comparison.sweep_value(s.run_name) if comparison.x else float(-i) for i, s in enumerate(runs)]
+        means, halves = [s.means[metric] for s in runs], [s.half_widths[metric] for s in runs]
+        dots = [(place, value) for place, s in zip(places, runs, strict=True) for value in s.seed_values[metric]]
         if comparison.x:
             axis.plot(*zip(*dots, strict=True), ".", color=_PALE, zorder=1)
             axis.errorbar(places, means, yerr=halves, fmt="o-", color=_DARK, capsize=3)
@@ -117,7 +120,7 @@ def plot_accuracy(comparison: Comparison, summaries: Sequence[RunSummary], path:
         else:
             axis.plot([value for _, value in dots], [place for place, _ in dots], ".", color=_PALE, zorder=1)
             axis.errorbar(means, places, xerr=halves, fmt="o", color=_DARK, capsize=3)
-            axis.set_yticks(places, [s.run.replace("$", r"\$") for s in runs])
+            axis.set_yticks(places, [s.run_name.replace("$", r"\$") for s in runs])
             axis.set_xlabel(f"{metric}, %")
             axis.margins(y=0.12)
             draw = axis.axvline

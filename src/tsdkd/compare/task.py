@@ -23,14 +23,14 @@ from ..evaluation import ProblemSet, evaluate
 from ..launch.accelerate import launch_processes
 from ..launch.processes import LaunchSpec
 from ..models.loading import ModelPair, collect_stop_token_ids, resolve_pair
-from ..run import train as run
 from ..run.arguments import RunArguments
 from ..run.config_file import read_yaml
 from ..run.output_dir import ensure_dir, has_final_model
+from ..run.train import train
 from .config import Comparison, ComparisonTask
 
-RESULT = "result.json"
-_SECONDS = "seconds"  # how long each attempt trained, a line each
+RESULT_NAME = "result.json"
+_SECONDS_SUFFIX = "seconds"  # how long each attempt trained, a line each
 
 
 def read_result(comparison: Comparison, task: ComparisonTask) -> dict[str, Any] | None:
@@ -39,7 +39,7 @@ def read_result(comparison: Comparison, task: ComparisonTask) -> dict[str, Any] 
     Raises:
         OutputDirError: it was done with other settings.
     """
-    path = task.folder / RESULT
+    path = task.folder / RESULT_NAME
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         before = dict(found["settings"])
@@ -73,8 +73,8 @@ def run_task(comparison: Comparison, task: ComparisonTask) -> dict[str, Any]:
 
 
 def _run_task(comparison: Comparison, task: ComparisonTask) -> dict[str, Any]:
-    processes = comparison.start(task) if task.seed is not None else None  # before anything takes a GPU
-    arguments, rows = comparison.arguments(task), load_problems(comparison)
+    processes = comparison.launch_spec(task) if task.seed is not None else None  # before anything takes a GPU
+    arguments, rows = comparison.parse_arguments(task), load_problems(comparison)
     seconds = 0.0
     if task.seed is not None:
         if comparison.teacher_completions:
@@ -82,7 +82,7 @@ def _run_task(comparison: Comparison, task: ComparisonTask) -> dict[str, Any]:
         seconds = _train(comparison, task, arguments, processes)
         clear_device_cache(garbage_collection=True)  # a trainer's cycles hold its models
     start = time.perf_counter()
-    model = {"student": str(arguments.model.model_name_or_path), "teacher": _teacher_name_or_path(arguments)}.get(
+    model = {"student": str(arguments.model_args.model_name_or_path), "teacher": _teacher_name_or_path(arguments)}.get(
         task.run
     )
     found_metrics = _evaluate(comparison, arguments, rows, model if task.seed is None else str(task.folder))
@@ -97,13 +97,13 @@ def _run_task(comparison: Comparison, task: ComparisonTask) -> dict[str, Any]:
         **timing,
         "settings": settings,
     }
-    _write_atomically(task.folder / RESULT, json.dumps(result))
+    _write_atomically(task.folder / RESULT_NAME, json.dumps(result))
     return result
 
 
 def write_teacher_completions(comparison: Comparison) -> None:
     """One for each prompt, once for all runs, whoever comes first."""
-    file = comparison.teacher_file
+    file = comparison.teacher_completions_path
     if file.exists():
         return
     partial = file.with_suffix(".partial.jsonl")
@@ -117,9 +117,9 @@ def write_teacher_completions(comparison: Comparison) -> None:
 def _generate_in_subprocess(comparison: Comparison, output: Path, lock: TextIO) -> None:
     """In a process of its own: only its end gives back all of the GPU's memory. If it outlives this one, it keeps the
     lock."""
-    on_gpu = comparison.shared_arguments().training.device.type == "cuda"
+    on_gpu = comparison.parse_shared_arguments().training_args.device.type == "cuda"
     command = [sys.executable, "-m", "tsdkd", "generate", "--config", comparison.config]
-    command += [*comparison.teacher_flags(on_gpu), "--output_file", str(output)]
+    command += [*comparison.generate_flags(on_gpu), "--output_file", str(output)]
     stops = (signal.SIGTERM, signal.SIGUSR1)
     with subprocess.Popen(command, pass_fds=[lock.fileno()]) as process:
         before = {n: signal.signal(n, lambda number, _: process.send_signal(number)) for n in stops}
@@ -140,7 +140,7 @@ def _train(
     comparison: Comparison, task: ComparisonTask, arguments: RunArguments, processes: LaunchSpec | None
 ) -> float:
     """Train to the end; the seconds that it took in all, earlier attempts included."""
-    clock = task.folder.parent / f"{task.folder.name}.{_SECONDS}"
+    clock = task.folder.parent / f"{task.folder.name}.{_SECONDS_SUFFIX}"
     start = time.perf_counter()
     try:
         if not has_final_model(task.folder):
@@ -148,7 +148,7 @@ def _train(
                 _launch_training(comparison, task, processes)
             else:
                 with _preserve_environ():
-                    run.train(arguments)
+                    train(arguments)
     finally:
         with clock.open("a") as file:
             file.write(f"{time.perf_counter() - start:.1f}\n")
@@ -167,7 +167,7 @@ def _preserve_environ() -> Iterator[None]:
 
 
 def _launch_training(comparison: Comparison, task: ComparisonTask, processes: LaunchSpec) -> None:
-    command = ["train", "--config", comparison.config, *comparison.flags(task)]
+    command = ["train", "--config", comparison.config, *comparison.train_flags(task)]
     code = launch_processes(processes.config, processes.options, command)
     if code:
         raise SystemExit(code)  # its processes have said why
@@ -175,11 +175,11 @@ def _launch_training(comparison: Comparison, task: ComparisonTask, processes: La
 
 def load_problems(comparison: Comparison) -> Dataset:
     """What all models are measured on. Raises `DataError`."""
-    shared = comparison.shared_arguments()
-    name = comparison.eval_dataset_name or shared.data.eval_dataset_name
+    shared = comparison.parse_shared_arguments()
+    name = comparison.eval_dataset_name or shared.data_args.eval_dataset_name
     if name is None:
         raise DataError("eval_dataset_name: missing, it names the problems to measure on")
-    split = "train" if Path(name).is_file() else shared.data.dataset_test_split
+    split = "train" if Path(name).is_file() else shared.data_args.dataset_test_split
     rows = load_split(name, None, split, "eval_dataset_name")
     if "answer" not in rows.column_names:
         raise DataError(f"eval_dataset_name: {name} has no column 'answer'")
@@ -188,9 +188,9 @@ def load_problems(comparison: Comparison) -> Dataset:
 
 def _evaluate(comparison: Comparison, arguments: RunArguments, rows: Dataset, model: str | None) -> dict[str, Any]:
     """With the same limits, whatever those of the run were; in the template that it had."""
-    training, shared = arguments.training, comparison.shared_arguments().training
+    training, shared = arguments.training_args, comparison.parse_shared_arguments().training_args
     training.max_new_tokens, training.max_length = shared.max_new_tokens, shared.max_length
-    student, teacher = str(arguments.model.model_name_or_path), _teacher_name_or_path(arguments)
+    student, teacher = str(arguments.model_args.model_name_or_path), _teacher_name_or_path(arguments)
     pair = resolve_pair(student, teacher, training)
     prepared = prepare_dataset(rows, pair.template, training, pair.context, needs_completion=False)
     dtype = torch.bfloat16 if training.device.type == "cuda" else torch.float32
@@ -198,7 +198,11 @@ def _evaluate(comparison: Comparison, arguments: RunArguments, rows: Dataset, mo
     result = evaluate(
         loaded, _build_problem_set(pair, prepared, loaded), comparison.eval_samples, comparison.eval_batch_size
     )
-    return {**result.metrics, "greedy_right": [int(x) for x in result.greedy], "samples_right": result.right}
+    return {
+        **result.metrics,
+        "greedy_right": [int(x) for x in result.is_greedy_correct],
+        "samples_right": result.num_correct,
+    }
 
 
 def _build_problem_set(pair: ModelPair, prepared: Any, model: Any) -> ProblemSet:
@@ -212,7 +216,7 @@ def _build_problem_set(pair: ModelPair, prepared: Any, model: Any) -> ProblemSet
 
 
 def _teacher_name_or_path(arguments: RunArguments) -> str:
-    return str(arguments.training.teacher_model_name_or_path or arguments.model.model_name_or_path)
+    return str(arguments.training_args.teacher_model_name_or_path or arguments.model_args.model_name_or_path)
 
 
 def _result_settings(comparison: Comparison, task: ComparisonTask) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from trl.experimental.gkd import GKDConfig
 
 from ..errors import ConfigError
 from .coercion import coerce
-from .options import AT_LEAST_ONE, NOT_NEGATIVE, option
+from .options import AT_LEAST_ONE, NON_NEGATIVE, option
 from .validation import declared_fields, get_default, validate_options
 
 
@@ -88,7 +88,7 @@ class TokenSelectiveConfig(GKDConfig):
     record_steps: int = option(
         0,
         "Record what both models say at each token of some completions, every so many steps; 0 is never.",
-        NOT_NEGATIVE,
+        NON_NEGATIVE,
     )
     record_completions: int = option(
         8,
@@ -121,7 +121,7 @@ class TokenSelectiveConfig(GKDConfig):
     _VALID_DICT_FIELDS = [*GKDConfig._VALID_DICT_FIELDS, "chat_template_kwargs"]
 
     def __post_init__(self) -> None:
-        problems = self._coerce_own() or validate_options(type(self), vars(self))
+        problems = self._coerce_fields() or validate_options(type(self), vars(self))
         if problems:
             raise ConfigError(problems)
         super().__post_init__()
@@ -131,7 +131,7 @@ class TokenSelectiveConfig(GKDConfig):
         """Without the hub's tokens: `Trainer` pickles its arguments into what it pushes to the hub."""
         return {name: None if name.endswith("hub_token") else value for name, value in vars(self).items()}
 
-    def _coerce_own(self) -> list[str]:
+    def _coerce_fields(self) -> list[str]:
         hints = get_type_hints(type(self))
         problems = []
         for name in declared_fields(type(self)):
@@ -142,7 +142,7 @@ class TokenSelectiveConfig(GKDConfig):
         return problems
 
     @classmethod
-    def own_options(cls) -> list[str]:
+    def method_options(cls) -> list[str]:
         """The options that a method adds to what all have, or gives another default."""
         common = {name: get_default(TokenSelectiveConfig, name) for name in declared_fields(TokenSelectiveConfig)}
         if cls is TokenSelectiveConfig:

@@ -12,10 +12,10 @@ Pointless = tuple[Callable[[Mapping[str, Any]], bool], str]
 
 POSITIVE: Check = (lambda v: v > 0, "must be greater than 0")
 AT_LEAST_ONE: Check = (lambda v: v >= 1, "must be at least 1")
-NOT_NEGATIVE: Check = (lambda v: v >= 0, "must be at least 0")
-SHARE: Check = (lambda v: 0 <= v <= 1, "must be in [0, 1]")
-POSITIVE_SHARE: Check = (lambda v: 0 < v <= 1, "must be in (0, 1]")
-INSIDE: Check = (lambda v: 0 < v < 1, "must be in (0, 1)")
+NON_NEGATIVE: Check = (lambda v: v >= 0, "must be at least 0")
+FRACTION: Check = (lambda v: 0 <= v <= 1, "must be in [0, 1]")
+POSITIVE_FRACTION: Check = (lambda v: 0 < v <= 1, "must be in (0, 1]")
+OPEN_FRACTION: Check = (lambda v: 0 < v < 1, "must be in (0, 1)")
 
 
 def option(

@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from typing import Any
 
-from .options import AT_LEAST_ONE, NOT_NEGATIVE, POSITIVE, POSITIVE_SHARE, SHARE, Check, Pointless, enum_value
+from .options import AT_LEAST_ONE, FRACTION, NON_NEGATIVE, POSITIVE, POSITIVE_FRACTION, Check, Pointless, enum_value
 
 # Options of TRL and transformers that would have no effect here, or a wrong one: refused, not ignored.
-UNSUPPORTED = {
+UNSUPPORTED_OPTIONS = {
     "seq_kd": "use lmbda: 0 with the teacher's completions as data",
     "packing": "completions are trained one a row",
     "packing_strategy": "completions are trained one a row",
@@ -47,13 +47,27 @@ UNSUPPORTED = {
 }
 
 _BELOW_ONE: Check = (lambda v: 0 <= v < 1, "must be in [0, 1)")
-_SEQUENCE: Check = (lambda v: v >= 2, "must be at least 2 (a prompt and a completion token)")
+_SEQUENCE_LENGTH: Check = (lambda v: v >= 2, "must be at least 2 (a prompt and a completion token)")
 _PORT: Check = (lambda v: 0 < v < 2**16, "must be a port, 1 to 65535")
 
 _LOG_LEVELS = ("debug", "info", "warning", "error", "critical", "passive")
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
-_CHECKPOINTING = {"use_reentrant", "preserve_rng_state", "determinism_check", "debug", "early_stop", "selective"}
-_RESERVED = {"add_generation_prompt", "tokenize", "return_dict", "return_tensors", "padding", "truncation"}
+_CHECKPOINTING_KWARGS = {
+    "use_reentrant",
+    "preserve_rng_state",
+    "determinism_check",
+    "debug",
+    "early_stop",
+    "selective",
+}
+_RESERVED_TEMPLATE_KWARGS = {
+    "add_generation_prompt",
+    "tokenize",
+    "return_dict",
+    "return_tensors",
+    "padding",
+    "truncation",
+}
 
 
 def _only_keys(allowed: set[str]) -> Check:
@@ -61,27 +75,27 @@ def _only_keys(allowed: set[str]) -> Check:
 
 
 _RANGES: dict[str, Check] = {
-    "lmbda": SHARE,
+    "lmbda": FRACTION,
     "temperature": POSITIVE,
-    "top_p": POSITIVE_SHARE,
+    "top_p": POSITIVE_FRACTION,
     "max_new_tokens": AT_LEAST_ONE,
-    "max_length": _SEQUENCE,
-    "log_term_gradients": NOT_NEGATIVE,
-    "max_nonfinite_steps": NOT_NEGATIVE,
+    "max_length": _SEQUENCE_LENGTH,
+    "log_term_gradients": NON_NEGATIVE,
+    "max_nonfinite_steps": NON_NEGATIVE,
     "head_chunk_gib": POSITIVE,
-    "vllm_gpu_memory_utilization": POSITIVE_SHARE,
+    "vllm_gpu_memory_utilization": POSITIVE_FRACTION,
     "vllm_tensor_parallel_size": AT_LEAST_ONE,
-    "vllm_server_timeout": NOT_NEGATIVE,
+    "vllm_server_timeout": NON_NEGATIVE,
     "vllm_request_timeout": POSITIVE,
     "vllm_server_port": _PORT,
     "vllm_group_port": _PORT,
-    "vllm_max_model_length": _SEQUENCE,
+    "vllm_max_model_length": _SEQUENCE_LENGTH,
     "vllm_check_every": AT_LEAST_ONE,
     "vllm_importance_sampling_clip_max": AT_LEAST_ONE,
     "learning_rate": POSITIVE,
-    "weight_decay": NOT_NEGATIVE,
-    "warmup_steps": NOT_NEGATIVE,
-    "max_grad_norm": NOT_NEGATIVE,
+    "weight_decay": NON_NEGATIVE,
+    "warmup_steps": NON_NEGATIVE,
+    "max_grad_norm": NON_NEGATIVE,
     "per_device_train_batch_size": AT_LEAST_ONE,
     "per_device_eval_batch_size": AT_LEAST_ONE,
     "gradient_accumulation_steps": AT_LEAST_ONE,
@@ -92,18 +106,18 @@ _RANGES: dict[str, Check] = {
     "eval_steps": POSITIVE,
     "save_total_limit": AT_LEAST_ONE,
     "seed": (lambda v: 0 <= v < 2**32, "must be at least 0 and below 2**32"),
-    "dataloader_num_workers": NOT_NEGATIVE,
-    "eval_delay": NOT_NEGATIVE,
+    "dataloader_num_workers": NON_NEGATIVE,
+    "eval_delay": NON_NEGATIVE,
     "neftune_noise_alpha": POSITIVE,
     "adam_beta1": _BELOW_ONE,
     "adam_beta2": _BELOW_ONE,
     "adam_epsilon": POSITIVE,
     "log_level": (lambda v: v in _LOG_LEVELS, f"must be one of {', '.join(_LOG_LEVELS)}"),
     "dtype": (lambda v: v in _DTYPES, f"must be one of {', '.join(_DTYPES)}"),
-    "gradient_checkpointing_kwargs": _only_keys(_CHECKPOINTING),
+    "gradient_checkpointing_kwargs": _only_keys(_CHECKPOINTING_KWARGS),
     "chat_template_kwargs": (
-        lambda v: not _RESERVED & set(v),
-        f"must leave out {', '.join(sorted(_RESERVED))}: they are tsdkd's to set",
+        lambda v: not _RESERVED_TEMPLATE_KWARGS & set(v),
+        f"must leave out {', '.join(sorted(_RESERVED_TEMPLATE_KWARGS))}: they are tsdkd's to set",
     ),
     "lora_r": AT_LEAST_ONE,
     "lora_alpha": AT_LEAST_ONE,
@@ -114,7 +128,7 @@ _RANGES: dict[str, Check] = {
 
 
 # option -> (the setting that makes it meaningless, as a predicate on all values, and how to say so)
-_POINTLESS: dict[str, Check] = {
+_NO_EFFECT: dict[str, Check] = {
     "top_p": (lambda v: v["lmbda"] == 0, "lmbda is 0: nothing is generated"),
     "log_completions": (lambda v: v["lmbda"] == 0, "lmbda is 0: nothing is generated"),
     "head_chunk_gib": (lambda v: not v["fused_head"], "fused_head is false"),
@@ -129,9 +143,9 @@ _POINTLESS: dict[str, Check] = {
         "vllm_importance_sampling_correction is false",
     ),
 }
-_COLOCATED = ("gpu_memory_utilization", "tensor_parallel_size", "enable_sleep_mode", "model_impl")
-_SERVED = ("server_base_url", "server_host", "server_port", "server_timeout", "request_timeout", "group_port")
-_VLLM = ("mode", "max_model_length", "check_every", "importance_sampling_correction")
+_COLOCATE_OPTIONS = ("gpu_memory_utilization", "tensor_parallel_size", "enable_sleep_mode", "model_impl")
+_SERVER_OPTIONS = ("server_base_url", "server_host", "server_port", "server_timeout", "request_timeout", "group_port")
+_VLLM_OPTIONS = ("mode", "max_model_length", "check_every", "importance_sampling_correction")
 
 
 def _no_effect_if(condition: str, names: tuple[str, ...]) -> dict[str, Check]:
@@ -143,11 +157,11 @@ def _no_effect_if(condition: str, names: tuple[str, ...]) -> dict[str, Check]:
     return {f"vllm_{name}": (tests[condition], condition) for name in names}
 
 
-_POINTLESS |= _no_effect_if("use_vllm is false", _VLLM)
-_POINTLESS |= _no_effect_if("vllm_mode is not server", _SERVED) | _no_effect_if(
-    "vllm_mode is not colocate", _COLOCATED
+_NO_EFFECT |= _no_effect_if("use_vllm is false", _VLLM_OPTIONS)
+_NO_EFFECT |= _no_effect_if("vllm_mode is not server", _SERVER_OPTIONS) | _no_effect_if(
+    "vllm_mode is not colocate", _COLOCATE_OPTIONS
 )
-_LORA = (
+_LORA_OPTIONS = (
     "lora_r",
     "lora_alpha",
     "lora_dropout",
@@ -181,7 +195,7 @@ def get_rules(cls: Any) -> tuple[dict[str, Check], dict[str, Pointless]]:
     """What the options of a configuration must fulfil, and when they have no effect, by name."""
     metadata = {f.name: f.metadata for f in fields(cls)}
     ranges = {n: valid for n, m in metadata.items() if (valid := m.get("valid") or _RANGES.get(n))}
-    pointless = {n: test for n, m in metadata.items() if (test := m.get("pointless") or _POINTLESS.get(n))}
+    pointless = {n: test for n, m in metadata.items() if (test := m.get("pointless") or _NO_EFFECT.get(n))}
     return ranges, pointless
 
 
@@ -198,8 +212,8 @@ def validate_options(cls: Any, values: Mapping[str, Any]) -> list[str]:
         elif isinstance(value, float) and not math.isfinite(value):
             problems.append(f"{name}: must be finite, found {value!r}")
     for name in changed:
-        if name in UNSUPPORTED:
-            problems.append(f"{name}: not supported here ({UNSUPPORTED[name]})")
+        if name in UNSUPPORTED_OPTIONS:
+            problems.append(f"{name}: not supported here ({UNSUPPORTED_OPTIONS[name]})")
         if name in refused:
             problems.append(f"{name}: no option of {cls.method}: {refused[name]}; remove it")
         elif name in pointless and pointless[name][0](values):
@@ -214,6 +228,6 @@ def _check_conflicts(values: Mapping[str, Any], changed: list[str]) -> list[str]
     if values.get("use_vllm") and values["temperature"] > 2:
         problems.append(f"temperature: vLLM takes at most 2, found {values['temperature']}")
     if "use_peft" in values and not values["use_peft"]:
-        for name in (n for n in _LORA if n in changed):
+        for name in (n for n in _LORA_OPTIONS if n in changed):
             problems.append(f"{name}: {values[name]!r} has no effect because use_peft is false; set use_peft: true")
     return problems

@@ -13,36 +13,36 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from ..data import load_split
 from ..evaluation import EvalResult, ProblemSet, evaluate
 from ..models.loading import collect_stop_token_ids
-from ..run import train as run
 from ..run.arguments import RunArguments
 from ..run.output_dir import resolve_resume
+from ..run.train import train
 from . import task
 
-PROBLEMS = 256
-_SHOWN = ("greedy", "avg@8", "pass@8")
+NUM_PROBLEMS = 256
+_TABLE_METRICS = ("greedy", "avg@8", "pass@8")
 
 
 def run_demo(arguments: RunArguments) -> None:
     """Run the demo and print its table. Raises `TSDKDError`."""
     resolve_resume(arguments)
     torch.set_num_threads(2)  # more cost more than they give on matrices of 64 x 64, and change the bits of the run
-    rows = list(load_split(str(arguments.data.eval_dataset_name), None, "train"))[:PROBLEMS]
-    teacher = evaluate_saved(str(arguments.training.teacher_model_name_or_path), rows)
+    rows = list(load_split(str(arguments.data_args.eval_dataset_name), None, "train"))[:NUM_PROBLEMS]
+    teacher = evaluate_saved(str(arguments.training_args.teacher_model_name_or_path), rows)
     print(f"teacher         {_format_metrics(teacher)}", flush=True)
-    before = evaluate_saved(str(arguments.model.model_name_or_path), rows)
+    before = evaluate_saved(str(arguments.model_args.model_name_or_path), rows)
     print(f"student, before {_format_metrics(before)}", flush=True)
     start = time.perf_counter()
-    run.train(arguments)
+    train(arguments)
     seconds = time.perf_counter() - start
-    after = evaluate_saved(str(arguments.training.output_dir), rows)
+    after = evaluate_saved(str(arguments.training_args.output_dir), rows)
 
     title = f"{arguments.method} on {len(rows)} held-out problems, {seconds:.0f} s of training"
     table = Table(title=title, caption="percent solved; avg@8 and pass@8 at temperature 1")
-    for column in ("", *_SHOWN):
+    for column in ("", *_TABLE_METRICS):
         table.add_column(column, justify="right" if column else "left")
     for name, found in (("teacher", teacher), ("student, before", before), ("student, after", after)):
-        table.add_row(name, *(f"{found.metrics[metric]:.1f}" for metric in _SHOWN))
-    table.add_row("gained", *(f"{after.metrics[metric] - before.metrics[metric]:+.1f}" for metric in _SHOWN))
+        table.add_row(name, *(f"{found.metrics[metric]:.1f}" for metric in _TABLE_METRICS))
+    table.add_row("gained", *(f"{after.metrics[metric] - before.metrics[metric]:+.1f}" for metric in _TABLE_METRICS))
     Console().print(table)
     _write_report(arguments, {"before": before, "after": after, "teacher": teacher})
 
@@ -56,17 +56,17 @@ def _write_report(arguments: RunArguments, found: dict[str, EvalResult]) -> None
     except ImportError as error:
         print(f"no report: it needs {error.name}; pip install 'tsdkd[report]'")
         return
-    folder = Path(str(arguments.training.output_dir))
+    folder = Path(str(arguments.training_args.output_dir))
     models = {
-        "before": str(arguments.model.model_name_or_path),
+        "before": str(arguments.model_args.model_name_or_path),
         "after": str(folder),
-        "teacher": str(arguments.training.teacher_model_name_or_path),
+        "teacher": str(arguments.training_args.teacher_model_name_or_path),
     }
     greedy, sampled = SUITES["demo"].benchmarks
     measured = []
     for name, of in found.items():
-        samples = np.arange(of.samples) < np.array(of.right)[:, None]  # which of them are right doesn't matter
-        measured.append(table.BenchmarkResult(name, greedy, np.array(of.greedy, dtype=float)[:, None]))
+        samples = np.arange(of.samples) < np.array(of.num_correct)[:, None]  # which of them are right doesn't matter
+        measured.append(table.BenchmarkResult(name, greedy, np.array(of.is_greedy_correct, dtype=float)[:, None]))
         measured.append(table.BenchmarkResult(name, sampled, samples.astype(float)))
     table.write_results(measured, models, "before", folder / "eval", "demo")
     print(f"report: {write_report([folder], folder / 'report.html')}")
@@ -90,10 +90,10 @@ def evaluate_demo(
         stop_ids=collect_stop_token_ids(tokenizer, model.generation_config),
         vocab_size=model.config.vocab_size,
         decode=lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
-        is_correct=task.is_demo_correct,
+        grader=task.is_demo_correct,
     )
     return evaluate(model, problems)
 
 
 def _format_metrics(found: EvalResult) -> str:
-    return "   ".join(f"{metric} {found.metrics[metric]:5.1f}" for metric in _SHOWN)
+    return "   ".join(f"{metric} {found.metrics[metric]:5.1f}" for metric in _TABLE_METRICS)

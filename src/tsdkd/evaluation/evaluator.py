@@ -17,13 +17,13 @@ from ..run.arguments import resolve_path
 from ..run.output_dir import ensure_dir, wrap_os_errors
 from . import harness
 from .items import ItemResults
-from .prompt_format import THINKING, PromptFormat, resolve_prompt_format
+from .prompt_format import ENABLE_THINKING, PromptFormat, resolve_prompt_format
 from .results import BenchmarkResult
 from .sandbox import SandboxError, run_program
 from .suites import SUITES, Benchmark, select_benchmarks
 from .tasks import build_tasks, hash_local_data
 
-_AT_A_TIME = 64  # completions between two writes of the file
+_COMPLETIONS_PER_CHUNK = 64  # completions between two writes of the file
 
 
 @dataclass
@@ -55,25 +55,25 @@ class EvalArguments:
     backend: str = "hf"
     model_args: dict[str, Any] = field(default_factory=dict)
     batch_size: str = "8"
-    samples: int | None = None
-    ks: Sequence[int] = ()
+    num_samples: int | None = None
+    pass_at_ks: Sequence[int] = ()
     limit: int | None = None
     max_new_tokens: int = 8192
     data_dir: Path | None = None
-    chat: bool | None = None
+    apply_chat_template: bool | None = None
     allow_code_execution: bool = False
     seed: int = 0
 
     @property
-    def with_chat_template(self) -> bool:
+    def applies_chat_template(self) -> bool:
         """Of all prompts."""
-        return SUITES[self.suite].chat if self.chat is None else self.chat
+        return SUITES[self.suite].apply_chat_template if self.apply_chat_template is None else self.apply_chat_template
 
-    def samples_of(self, benchmark: Benchmark) -> int:
+    def num_samples_of(self, benchmark: Benchmark) -> int:
         """Completions of each item."""
-        return self.samples if self.samples and benchmark.samples > 1 else benchmark.samples
+        return self.num_samples if self.num_samples and benchmark.num_samples > 1 else benchmark.num_samples
 
-    def path(self, model: str) -> str:
+    def model_path(self, model: str) -> str:
         """Its folder or hub id."""
         return str(resolve_path(self.models[model]))
 
@@ -82,7 +82,7 @@ class EvalArguments:
         """What the table is of, for its readers; defaults that the docs tell are left out."""
         found = {
             "backend": self.backend,
-            "chat template": "yes" if self.with_chat_template else "no",
+            "chat template": "yes" if self.applies_chat_template else "no",
             "max_new_tokens": self.max_new_tokens if self.max_new_tokens != EvalArguments.max_new_tokens else None,
             "seed": self.seed,
             "limit": self.limit,
@@ -95,21 +95,21 @@ class EvalArguments:
         """The first prompt, as the model sees it."""
         return self.output_dir / model / f"{benchmark.name}.prompt.txt"
 
-    def source(
+    def item_metadata(
         self, model: str, revision: str, rendering: PromptFormat, benchmark: Benchmark, data: str | None
     ) -> dict[str, Any]:
         """All that an item depends on."""
-        path = Path(self.path(model))
+        model_path = Path(self.model_path(model))
         return {
-            "model": str(path.resolve()) if path.is_dir() else self.models[model],
+            "model": str(model_path.resolve()) if model_path.is_dir() else self.models[model],
             "revision": revision,
             "backend": self.backend,
-            "shots": benchmark.shots,
-            "samples": self.samples_of(benchmark),
-            "chat_template": rendering.template,
-            "chat_template_kwargs": rendering.args,
+            "shots": benchmark.num_fewshot,
+            "samples": self.num_samples_of(benchmark),
+            "chat_template": rendering.template_hash,
+            "chat_template_kwargs": rendering.chat_template_kwargs,
             "data": data,
-            "max_new_tokens": self.max_new_tokens if benchmark.sampled else None,
+            "max_new_tokens": self.max_new_tokens if benchmark.is_sampled else None,
             "model_args": self.model_args,
             "seed": self.seed,
         }
@@ -125,7 +125,7 @@ def run_evaluation(evaluation: EvalArguments) -> list[BenchmarkResult]:
     known = {model: _resolve_model(evaluation, model) for model in evaluation.models}
     ensure_dir(evaluation.output_dir)
     tasks = {
-        b.name: build_tasks(b, evaluation.samples_of(b), evaluation.max_new_tokens, evaluation.data_dir)
+        b.name: build_tasks(b, evaluation.num_samples_of(b), evaluation.max_new_tokens, evaluation.data_dir)
         for b in benchmarks
     }
     wanted = {name: _list_items(some, evaluation.limit) for name, some in tasks.items()}
@@ -134,7 +134,7 @@ def run_evaluation(evaluation: EvalArguments) -> list[BenchmarkResult]:
         model: {
             b.name: ItemResults(
                 evaluation.output_dir / model / f"{b.name}.jsonl",
-                evaluation.source(model, revision, rendering, b, data[b.name]),
+                evaluation.item_metadata(model, revision, rendering, b, data[b.name]),
             )
             for b in benchmarks
         }
@@ -143,7 +143,7 @@ def run_evaluation(evaluation: EvalArguments) -> list[BenchmarkResult]:
     for model, own in files.items():
         _evaluate_missing(evaluation, model, known[model][1], benchmarks, tasks, wanted, own)
     return [
-        BenchmarkResult(model, b, own[b.name].scores(wanted[b.name]), evaluation.ks)
+        BenchmarkResult(model, b, own[b.name].stack_scores(wanted[b.name]), evaluation.pass_at_ks)
         for model, own in files.items()
         for b in benchmarks
     ]
@@ -154,27 +154,29 @@ def read_first_prompts(evaluation: EvalArguments) -> dict[str, tuple[Benchmark, 
     found = {}
     for model in evaluation.models:
         for benchmark in select_benchmarks(evaluation.suite, evaluation.benchmarks, evaluation.allow_code_execution):
-            path = evaluation.prompt_file(model, benchmark)
-            if model not in found and path.is_file():
-                found[model] = benchmark, path.read_text(encoding="utf-8", errors="replace")
+            model_path = evaluation.prompt_file(model, benchmark)
+            if model not in found and model_path.is_file():
+                found[model] = benchmark, model_path.read_text(encoding="utf-8", errors="replace")
     return found
 
 
 def _validate_benchmarks(evaluation: EvalArguments) -> list[Benchmark]:
     """The benchmarks. What can't be done is said before the first model is loaded."""
     benchmarks = select_benchmarks(evaluation.suite, evaluation.benchmarks, evaluation.allow_code_execution)
-    if any(b.runs_code for b in benchmarks) and not run_program("print('here')").passed:
+    if any(b.requires_code_execution for b in benchmarks) and not run_program("print('here')").passed:
         raise SandboxError("the sandbox doesn't run programs here")
     return benchmarks
 
 
 def _resolve_model(evaluation: EvalArguments, model: str) -> tuple[str, PromptFormat]:
     """A model's revision, and how prompts are put to it."""
-    path, given = evaluation.path(model), evaluation.model_args
-    revision, tokenizer = harness.load_revision_and_tokenizer(path, given)
-    defaults = SUITES[evaluation.suite].template_args
-    asked_for = evaluation.chat is not None
-    rendering = resolve_prompt_format(path, tokenizer, evaluation.with_chat_template, asked_for, defaults, given)
+    model_path, given = evaluation.model_path(model), evaluation.model_args
+    revision, tokenizer = harness.load_revision_and_tokenizer(model_path, given)
+    defaults = SUITES[evaluation.suite].chat_template_kwargs
+    asked_for = evaluation.apply_chat_template is not None
+    rendering = resolve_prompt_format(
+        model_path, tokenizer, evaluation.applies_chat_template, asked_for, defaults, given
+    )
     if rendering is None:
         raise ConfigError(
             [
@@ -182,11 +184,11 @@ def _resolve_model(evaluation: EvalArguments, model: str) -> tuple[str, PromptFo
                 "false does without, for all models"
             ]
         )
-    if rendering.args.get(THINKING) and "think_end_token" not in given:
+    if rendering.chat_template_kwargs.get(ENABLE_THINKING) and "think_end_token" not in given:
         raise ConfigError(
             [
-                f"--model_args: {model} thinks ({THINKING}), and the harness must know where that ends: "
-                f"think_end_token=</think>, or {THINKING}=false"
+                f"--model_args: {model} thinks ({ENABLE_THINKING}), and the harness must know where that ends: "
+                f"think_end_token=</think>, or {ENABLE_THINKING}=false"
             ]
         )
     return revision, rendering
@@ -208,26 +210,26 @@ def _evaluate_missing(
     wanted: dict[str, list[tuple[str, int]]],
     files: dict[str, ItemResults],
 ) -> None:
-    missing = {b.name: set(wanted[b.name]) - files[b.name].found.keys() for b in benchmarks}
+    missing = {b.name: set(wanted[b.name]) - files[b.name].results.keys() for b in benchmarks}
     if not any(missing.values()):
         return
-    path = evaluation.path(model)
-    lm = harness.load_lm(path, evaluation.backend, evaluation.batch_size, evaluation.model_args, rendering)
+    model_path = evaluation.model_path(model)
+    lm = harness.load_lm(model_path, evaluation.backend, evaluation.batch_size, evaluation.model_args, rendering)
     _validate_context_length(model, lm, benchmarks, tasks)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=Console(file=sys.stderr)) as progress:
         for benchmark in benchmarks:
             name, total = benchmark.name, len(wanted[benchmark.name])
             bar = progress.add_task(f"{model}: {benchmark.title}", total=total, completed=total - len(missing[name]))
-            size = max(1, _AT_A_TIME // evaluation.samples_of(benchmark))
+            size = max(1, _COMPLETIONS_PER_CHUNK // evaluation.num_samples_of(benchmark))
             for task, docs in _missing_chunks(tasks[name], wanted[name], missing[name], size):
                 seed = _derive_seed(evaluation.seed, task.task_name, docs[0])
-                before = len(files[name].found)
-                items, prompt = harness.evaluate_docs(lm, task, docs, benchmark, rendering.chat, seed)
+                before = len(files[name].results)
+                items, prompt = harness.evaluate_docs(lm, task, docs, benchmark, rendering.applies_chat_template, seed)
                 if (task.task_name, docs[0]) == wanted[name][0]:
                     _write_text(evaluation.prompt_file(model, benchmark), prompt)
                 files[name].add(items)
-                progress.advance(bar, len(files[name].found) - before)
+                progress.advance(bar, len(files[name].results) - before)
     harness.release_memory(lm)
 
 
@@ -246,7 +248,7 @@ def _validate_context_length(
             continue
         count = (task.config.generation_kwargs or {}).get("max_gen_toks", lm.max_gen_toks)
         if count >= lm.max_length:
-            hint = "--max_new_tokens bounds it" if benchmark.sampled else "leave it out with --benchmarks"
+            hint = "--max_new_tokens bounds it" if benchmark.is_sampled else "leave it out with --benchmarks"
             raise ConfigError(
                 [
                     f"{benchmark.title}: up to {count} tokens are generated, and the context of {model} has "

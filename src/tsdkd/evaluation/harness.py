@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from ..errors import ModelError
 from ..models.loading import get_revision, load_config, load_tokenizer
 from .items import ItemResult
-from .prompt_format import THINKING, PromptFormat
+from .prompt_format import ENABLE_THINKING, PromptFormat
 from .suites import Benchmark
 
 for _name in ("lm_eval", "transformers.generation"):  # the latter's complaints are of the former's settings
@@ -56,8 +56,10 @@ def load_lm(path: str, backend: str, batch_size: str, model_args: dict[str, Any]
     """
     arguments = {"pretrained": path, "batch_size": batch_size, **_adapter_args(path, backend), **model_args}
     # vLLM's wrapper drops this one where it is among the template's arguments
-    arguments |= {name: value for name, value in rendering.args.items() if name == THINKING}
-    arguments["chat_template_args"] = {name: value for name, value in rendering.args.items() if name != THINKING}
+    arguments |= {name: value for name, value in rendering.chat_template_kwargs.items() if name == ENABLE_THINKING}
+    arguments["chat_template_args"] = {
+        name: value for name, value in rendering.chat_template_kwargs.items() if name != ENABLE_THINKING
+    }
     if backend == "hf" and not torch.cuda.is_available():
         arguments = {"device": "cpu", "dtype": "float32", **arguments}
     try:

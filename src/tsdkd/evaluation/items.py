@@ -41,28 +41,28 @@ class ItemResults:
         OutputDirError: the file has other rows, or can't be read.
     """
 
-    def __init__(self, path: Path, source: dict[str, Any]) -> None:
-        self.path, self.source = path, source
-        self.found: dict[tuple[str, int], ItemResult] = {}
+    def __init__(self, path: Path, metadata: dict[str, Any]) -> None:
+        self.path, self.metadata = path, metadata
+        self.results: dict[tuple[str, int], ItemResult] = {}
         with wrap_os_errors(path):
             if path.exists():
-                self._read()
+                self._load()
 
     def add(self, items: Iterable[ItemResult]) -> None:
         """Append those that aren't there. Raises `OutputDirError`."""
-        new = [item for item in items if (item.task, item.doc) not in self.found]
-        lines = [json.dumps(asdict(item) | self.source, ensure_ascii=False) + "\n" for item in new]
+        new = [item for item in items if (item.task, item.doc) not in self.results]
+        lines = [json.dumps(asdict(item) | self.metadata, ensure_ascii=False) + "\n" for item in new]
         with wrap_os_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
                 file.write("".join(lines))
-        self.found |= {(item.task, item.doc): item for item in new}
+        self.results |= {(item.task, item.doc): item for item in new}
 
-    def scores(self, wanted: Iterable[tuple[str, int]]) -> np.ndarray:
+    def stack_scores(self, wanted: Iterable[tuple[str, int]]) -> np.ndarray:
         """`[items, samples]`, in the order of `wanted`."""
-        return np.array([self.found[key].scores for key in wanted])
+        return np.array([self.results[key].scores for key in wanted])
 
-    def _read(self) -> None:
+    def _load(self) -> None:
         whole = 0
         with self.path.open("rb") as file:
             for number, line in enumerate(file, 1):
@@ -71,7 +71,7 @@ class ItemResults:
                 try:
                     row = json.loads(line)
                     item = ItemResult(**{name: row[name] for name in ("task", "doc", "scores", "responses")})
-                    found = {name: row[name] for name in self.source}
+                    results = {name: row[name] for name in self.metadata}
                     damaged = len(item.scores) != row["samples"] or not all(0 <= score <= 1 for score in item.scores)
                 except (ValueError, KeyError, TypeError):
                     damaged = True
@@ -80,12 +80,14 @@ class ItemResults:
                         f"output_dir: line {number} of {self.path} isn't from this version of tsdkd eval; delete it, "
                         "and it is asked again"
                     )
-                other = [f"{k} was {found[k]!r}, now {now!r}" for k, now in self.source.items() if found[k] != now]
+                other = [
+                    f"{k} was {results[k]!r}, now {now!r}" for k, now in self.metadata.items() if results[k] != now
+                ]
                 if other:
                     raise OutputDirError(
                         f"output_dir: {self.path} has other items: {', '.join(other)}; choose another directory"
                     )
-                self.found[item.task, item.doc] = item
+                self.results[item.task, item.doc] = item
                 whole += len(line)
         if whole < self.path.stat().st_size:
             os.truncate(self.path, whole)

@@ -36,7 +36,7 @@ class ProblemSet:
     stop_ids: Collection[int]
     vocab_size: int
     decode: Callable[[list[int]], str]
-    is_correct: Callable[[str, str], bool] = is_exact_match
+    grader: Callable[[str, str], bool] = is_exact_match
 
 
 @dataclass
@@ -51,22 +51,22 @@ class EvalResult:
         entropy: mean of the model's next-token distributions along its first samples, nats.
     """
 
-    greedy: list[bool]
-    right: list[int]
+    is_greedy_correct: list[bool]
+    num_correct: list[int]
     samples: int
-    length: float
-    entropy: float
+    mean_length: float
+    mean_entropy: float
 
     @property
     def metrics(self) -> dict[str, float]:
         """Percent of the problems (greedy, average sample, best of the samples), tokens, nats."""
-        count = len(self.greedy)
+        count = len(self.is_greedy_correct)
         return {
-            "greedy": 100 * sum(self.greedy) / count,
-            f"avg@{self.samples}": 100 * sum(self.right) / (count * self.samples),
-            f"pass@{self.samples}": 100 * sum(n > 0 for n in self.right) / count,
-            "length": self.length,
-            "entropy": self.entropy,
+            "greedy": 100 * sum(self.is_greedy_correct) / count,
+            f"avg@{self.samples}": 100 * sum(self.num_correct) / (count * self.samples),
+            f"pass@{self.samples}": 100 * sum(n > 0 for n in self.num_correct) / count,
+            "length": self.mean_length,
+            "entropy": self.mean_entropy,
         }
 
 
@@ -80,11 +80,17 @@ def evaluate(model: PreTrainedModel, problems: ProblemSet, samples: int = 8, bat
         batch_size: completions at a time.
     """
     model.eval()
-    greedy = _grade(problems, _sample_completions(model, problems, None, batch_size))
+    is_greedy_correct = _grade(problems, _sample_completions(model, problems, None, batch_size))
     sampled = [_sample_completions(model, problems, repeat, batch_size) for repeat in range(samples)]
-    right = [sum(column) for column in zip(*(_grade(problems, some) for some in sampled), strict=True)]
+    num_correct = [sum(column) for column in zip(*(_grade(problems, some) for some in sampled), strict=True)]
     lengths = [len(c.ids) for some in sampled for c in some]
-    return EvalResult(greedy, right, samples, sum(lengths) / len(lengths), _mean_entropy(model, problems, sampled[0]))
+    return EvalResult(
+        is_greedy_correct,
+        num_correct,
+        samples,
+        sum(lengths) / len(lengths),
+        _mean_entropy(model, problems, sampled[0]),
+    )
 
 
 def _sample_completions(
@@ -107,7 +113,7 @@ def _sample_completions(
 
 def _grade(problems: ProblemSet, completions: Sequence[Completion]) -> list[bool]:
     texts = (problems.decode(c.ids) for c in completions)
-    return [problems.is_correct(text, str(answer)) for text, answer in zip(texts, problems.answers, strict=True)]
+    return [problems.grader(text, str(answer)) for text, answer in zip(texts, problems.answers, strict=True)]
 
 
 @torch.no_grad()

@@ -8,9 +8,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ..run.output_dir import RUN_FILE, read_run_config
+from ..run.output_dir import RUN_CONFIG_NAME, read_run_config
 
-THINKING = "enable_thinking"
+ENABLE_THINKING = "enable_thinking"
 
 
 @dataclass(frozen=True)
@@ -22,13 +22,13 @@ class PromptFormat:
         args: what the template is given besides the messages.
     """
 
-    template: str | None
-    args: dict[str, Any]
+    template_hash: str | None
+    chat_template_kwargs: dict[str, Any]
 
     @property
-    def chat(self) -> bool:
+    def applies_chat_template(self) -> bool:
         """Whether prompts go through the chat template."""
-        return self.template is not None
+        return self.template_hash is not None
 
 
 def resolve_prompt_format(
@@ -57,15 +57,15 @@ def resolve_prompt_format(
         return PromptFormat(None, {})
     if not tokenizer.chat_template:
         return None
-    template = str(tokenizer.chat_template)
-    known = {name: value for name, value in defaults.items() if name in template}
-    args = known if run is None else dict(run.get("chat_template_kwargs") or {})
-    if THINKING in model_args:
-        args[THINKING] = model_args[THINKING]
-    return PromptFormat(hashlib.sha256(template.encode()).hexdigest()[:12], args)
+    template_hash = str(tokenizer.chat_template)
+    known = {name: value for name, value in defaults.items() if name in template_hash}
+    chat_template_kwargs = known if run is None else dict(run.get("chat_template_kwargs") or {})
+    if ENABLE_THINKING in model_args:
+        chat_template_kwargs[ENABLE_THINKING] = model_args[ENABLE_THINKING]
+    return PromptFormat(hashlib.sha256(template_hash.encode()).hexdigest()[:12], chat_template_kwargs)
 
 
 def _find_run_config(folder: Path) -> dict[str, Any] | None:
     """The configuration of the run whose student, or whose checkpoint, is in a folder."""
     places = [folder, folder.parent] if folder.name.startswith("checkpoint-") else [folder]
-    return next((read_run_config(place) for place in places if (place / RUN_FILE).is_file()), None)
+    return next((read_run_config(place) for place in places if (place / RUN_CONFIG_NAME).is_file()), None)

@@ -12,8 +12,8 @@ import numpy as np
 import yaml
 
 from ..errors import DataError
-from ..run.output_dir import RUN_FILE, ensure_dir, read_run_config, wrap_os_errors
-from .scores import RESAMPLES, bootstrap_interval, paired_bootstrap, pass_at_k
+from ..run.output_dir import RUN_CONFIG_NAME, ensure_dir, read_run_config, wrap_os_errors
+from .scores import NUM_RESAMPLES, bootstrap_interval, paired_bootstrap, pass_at_k
 from .suites import Benchmark
 
 
@@ -31,22 +31,22 @@ class BenchmarkResult:
     model: str
     benchmark: Benchmark
     scores: np.ndarray
-    ks: Sequence[int] = ()
+    pass_at_ks: Sequence[int] = ()
 
     @property
-    def metrics(self) -> dict[str, np.ndarray]:
-        """Metric -> `[items]`; accuracy, or avg@n and pass@k for `ks`, the powers of two up to n, and n."""
+    def item_metrics(self) -> dict[str, np.ndarray]:
+        """Metric -> `[items]`; accuracy, or avg@n and pass@k for `pass_at_ks`, the powers of two up to n, and n."""
         n = self.scores.shape[1]
         if n == 1:
             return {"accuracy": self.scores[:, 0]}
-        ks = sorted({2**i for i in range(1, n.bit_length())} | {n, *self.ks})
-        return {f"avg@{n}": self.scores.mean(axis=1), **{f"pass@{k}": pass_at_k(self.scores, k) for k in ks}}
+        pass_at_ks = sorted({2**i for i in range(1, n.bit_length())} | {n, *self.pass_at_ks})
+        return {f"avg@{n}": self.scores.mean(axis=1), **{f"pass@{k}": pass_at_k(self.scores, k) for k in pass_at_ks}}
 
     @property
-    def shown(self) -> list[str]:
+    def table_metrics(self) -> list[str]:
         """The metrics of the Markdown table."""
         n = self.scores.shape[1]
-        return ["accuracy"] if n == 1 else [f"avg@{n}", *(f"pass@{k}" for k in self.ks or (n,))]
+        return ["accuracy"] if n == 1 else [f"avg@{n}", *(f"pass@{k}" for k in self.pass_at_ks or (n,))]
 
 
 def write_results(
@@ -92,12 +92,12 @@ def read_results(path: Path) -> tuple[dict[str, str], list[dict[str, Any]]]:
 
 def _build_entries(measured: BenchmarkResult, base: BenchmarkResult) -> list[dict[str, Any]]:
     entries = []
-    for metric, values in measured.metrics.items():
+    for metric, values in measured.item_metrics.items():
         low, high = bootstrap_interval(values)
         entry: dict[str, Any] = {"model": measured.model, "benchmark": measured.benchmark.name, "metric": metric}
         entry |= {"items": len(values), "mean": 100 * float(values.mean()), "low": 100 * low, "high": 100 * high}
         if base.model != measured.model:
-            theirs = base.metrics[metric]
+            theirs = base.item_metrics[metric]
             low, high = bootstrap_interval(values - theirs)
             entry |= {"baseline": base.model, "difference": 100 * float((values - theirs).mean())}
             entry |= {"difference_low": 100 * low, "difference_high": 100 * high}
@@ -117,7 +117,7 @@ def _format_markdown(
     """Means with 95 % intervals, then the differences from the baseline, then the papers' rows."""
     entries = {(e["model"], e["benchmark"], e["metric"]): e for e in numbers}
     benchmarks = list(dict.fromkeys(m.benchmark for m in measured))
-    columns = [(b, metric) for b in benchmarks for metric in _find_result(measured, baseline, b).shown]
+    columns = [(b, metric) for b in benchmarks for metric in _find_result(measured, baseline, b).table_metrics]
     heads = [b.title if metric == "accuracy" else f"{b.title} {metric}" for b, metric in columns]
 
     def row(model: str, cell: Any) -> list[str]:
@@ -132,7 +132,7 @@ def _format_markdown(
     parts += [_format_published(pair, [b.name for b in benchmarks]) for pair in _find_published(models)]
     items = ", ".join(f"{b.title} {len(_find_result(measured, baseline, b).scores)}" for b in benchmarks)
     test = (
-        f" p: two-sided, of {RESAMPLES:,} paired bootstrap resamples, twice the share in which the difference has the "
+        f" p: two-sided, of {NUM_RESAMPLES:,} paired bootstrap resamples, twice the share in which the difference has the "
         "other sign, ties counting half."
     )
     parts.append(f"Percent, with 95 % bootstrap intervals over items ({items}).{test if others else ''}\n")
@@ -160,7 +160,7 @@ def _find_published(models: dict[str, str]) -> list[dict[str, Any]]:
 def _model_names(path: str) -> set[str]:
     """A model's own name; of a run's student, also the one that it started from."""
     names = {Path(path).name}
-    if Path(path, RUN_FILE).is_file():
+    if Path(path, RUN_CONFIG_NAME).is_file():
         with suppress(DataError):  # no reason to lose a table
             names.add(Path(str(read_run_config(Path(path)).get("model_name_or_path"))).name)
     return names

@@ -3,7 +3,7 @@
 import numpy as np
 from scipy import stats
 
-RESAMPLES = 10_000
+NUM_RESAMPLES = 10_000
 
 
 def pass_at_k(scores: np.ndarray, k: int) -> np.ndarray:
@@ -26,7 +26,7 @@ def bootstrap_interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]
     if len(values) < 2 or np.ptp(values) == 0:
         mean = float(np.mean(values))
         return mean, mean
-    found = stats.bootstrap((values,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=seed, batch=1000)
+    found = stats.bootstrap((values,), np.mean, n_resamples=NUM_RESAMPLES, method="percentile", rng=seed, batch=1000)
     return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
@@ -43,6 +43,6 @@ def paired_bootstrap(ours: np.ndarray, theirs: np.ndarray, size: int | None = No
         The share of 10,000 resamples in which `ours` hasn't the larger mean; ties count half.
     """
     difference = np.asarray(ours, dtype=float) - np.asarray(theirs, dtype=float)
-    chosen = np.random.default_rng(seed).integers(len(difference), size=(RESAMPLES, size or len(difference)))
+    chosen = np.random.default_rng(seed).integers(len(difference), size=(NUM_RESAMPLES, size or len(difference)))
     means = difference[chosen].mean(axis=1)
-    return float(((means < 0).sum() + 0.5 * (means == 0).sum()) / RESAMPLES)
+    return float(((means < 0).sum() + 0.5 * (means == 0).sum()) / NUM_RESAMPLES)

@@ -27,12 +27,12 @@ class Benchmark:
     name: str
     title: str
     task: str
-    shots: int
+    num_fewshot: int
     metric: str
     filter: str = "none"
-    samples: int = 1
-    sampled: bool = False
-    runs_code: bool = False
+    num_samples: int = 1
+    is_sampled: bool = False
+    requires_code_execution: bool = False
 
 
 @dataclass(frozen=True)
@@ -46,16 +46,16 @@ class Suite:
     """
 
     benchmarks: tuple[Benchmark, ...]
-    chat: bool
-    source: str
-    template_args: Mapping[str, Any] = field(default_factory=dict)
+    apply_chat_template: bool
+    paper: str
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 _NOT_THINKING = {"enable_thinking": False}  # EOPD, section 5.1: the teacher; appendix C: the template of training
 
 
 def _sampled_benchmark(name: str, title: str) -> Benchmark:
-    return Benchmark(name, title, name, 0, "score", "all", samples=8, sampled=True)
+    return Benchmark(name, title, name, 0, "score", "all", num_samples=8, is_sampled=True)
 
 
 SUITES = {
@@ -64,7 +64,7 @@ SUITES = {
             Benchmark("gsm8k", "GSM8K", "gsm8k", 5, "exact_match", "strict-match"),
             Benchmark("gsm_plus", "GSM-Plus", "gsm_plus", 5, "exact_match", "strict-match"),
             Benchmark("math", "MATH", "minerva_math", 4, "exact_match"),
-            Benchmark("mbpp", "MBPP", "mbpp", 0, "pass_at_1", runs_code=True),
+            Benchmark("mbpp", "MBPP", "mbpp", 0, "pass_at_1", requires_code_execution=True),
             Benchmark("ifeval", "IFEval", "ifeval", 0, "prompt_level_strict_acc"),
             Benchmark("mmlu_stem", "MMLU-STEM", "mmlu_stem", 5, "acc"),
             Benchmark("mmlu_pro_math", "MMLU-Pro-Math", "mmlu_pro_math", 5, "exact_match", "custom-extract"),
@@ -72,8 +72,8 @@ SUITES = {
             Benchmark("bbh", "BBH", "bbh_cot_fewshot", 3, "exact_match", "get-answer"),
             Benchmark("musr", "MuSR", "leaderboard_musr", 0, "acc_norm"),
         ),
-        chat=False,
-        source="TSD-KD, appendix A.10",
+        apply_chat_template=False,
+        paper="TSD-KD, appendix A.10",
     ),
     "eopd": Suite(
         (
@@ -84,26 +84,26 @@ SUITES = {
             _sampled_benchmark("aime24", "AIME24"),
             _sampled_benchmark("aime25", "AIME25"),
         ),
-        chat=True,
-        source="EOPD, section 5.1 and appendix C",
-        template_args=_NOT_THINKING,
+        apply_chat_template=True,
+        paper="EOPD, section 5.1 and appendix C",
+        chat_template_kwargs=_NOT_THINKING,
     ),
     "ood": Suite(
         (
             _sampled_benchmark("gpqa_diamond", "GPQA-Diamond"),
-            Benchmark("mmlu_pro", "MMLU-Pro", "mmlu_pro", 5, "exact_match", "custom-extract", sampled=True),
+            Benchmark("mmlu_pro", "MMLU-Pro", "mmlu_pro", 5, "exact_match", "custom-extract", is_sampled=True),
         ),
-        chat=True,
-        source="EOPD, section 5.3 and appendix C",
-        template_args=_NOT_THINKING,
+        apply_chat_template=True,
+        paper="EOPD, section 5.3 and appendix C",
+        chat_template_kwargs=_NOT_THINKING,
     ),
     "demo": Suite(
         (
             Benchmark("demo_greedy", "demo, greedy", "demo_greedy", 0, "score", "all"),
             _sampled_benchmark("demo", "demo"),
         ),
-        chat=True,
-        source="the embedded demo",
+        apply_chat_template=True,
+        paper="the embedded demo",
     ),
 }
 
@@ -130,9 +130,9 @@ def select_benchmarks(suite: str, names: list[str] | None, allow_code_execution:
             ]
         )
     chosen = [known[name] for name in names or known]
-    coded = [b.title for b in chosen if b.runs_code]
+    coded = [b.title for b in chosen if b.requires_code_execution]
     if coded and not allow_code_execution:
-        others = ",".join(b.name for b in chosen if not b.runs_code)
+        others = ",".join(b.name for b in chosen if not b.requires_code_execution)
         alternative = f", or leave it out: --benchmarks {others}" if others else ""
         raise ConfigError(
             [

@@ -17,11 +17,11 @@ from ..grading import is_boxed_letter, is_exact_match, is_math_equivalent
 from .sandbox import run_program
 from .suites import Benchmark
 
-Grade = Callable[[str, dict[str, Any]], bool]
+Grader = Callable[[str, dict[str, Any]], bool]
 
-_BOXED = "Please reason step by step, and put your final answer within \\boxed{}."  # EOPD, appendix C
-_SAMPLED = {"do_sample": True, "temperature": 1.0, "top_p": 0.8}
-_NEUTRAL = {"top_k": 0, "repetition_penalty": 1.0}  # or a checkpoint's own generation settings would join in
+_BOXED_INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."  # EOPD, appendix C
+_SAMPLING_KWARGS = {"do_sample": True, "temperature": 1.0, "top_p": 0.8}
+_NEUTRAL_KWARGS = {"top_k": 0, "repetition_penalty": 1.0}  # or a checkpoint's own generation settings would join in
 _LETTERS = "ABCD"
 
 
@@ -33,9 +33,9 @@ def _math_task(path: str, split: str, question: str, answer: str) -> dict[str, A
     return {
         "dataset_path": path,
         "test_split": split,
-        "doc_to_text": lambda doc: f"{doc[question]}\n{_BOXED}",
+        "doc_to_text": lambda doc: f"{doc[question]}\n{_BOXED_INSTRUCTION}",
         "grade": grade,
-        "generation_kwargs": _SAMPLED,
+        "generation_kwargs": _SAMPLING_KWARGS,
     }
 
 
@@ -48,7 +48,7 @@ def _gpqa_task() -> dict[str, Any]:
 
     def text(doc: dict[str, Any]) -> str:
         lines = [f"({letter}) {doc[name].strip()}" for letter, name in zip(_LETTERS, choices(doc), strict=True)]
-        return "\n".join([doc["Question"].strip(), *lines, _BOXED])
+        return "\n".join([doc["Question"].strip(), *lines, _BOXED_INSTRUCTION])
 
     return {
         "dataset_path": "Idavidrein/gpqa",
@@ -56,7 +56,7 @@ def _gpqa_task() -> dict[str, Any]:
         "test_split": "train",
         "doc_to_text": text,
         "grade": lambda response, doc: is_boxed_letter(response, _LETTERS[choices(doc).index("Correct Answer")]),
-        "generation_kwargs": _SAMPLED,
+        "generation_kwargs": _SAMPLING_KWARGS,
     }
 
 
@@ -71,7 +71,7 @@ def _demo_task(**generation: Any) -> dict[str, Any]:
     }
 
 
-OWN: dict[str, dict[str, Any]] = {
+CUSTOM_TASKS: dict[str, dict[str, Any]] = {
     "math500": _math_task("HuggingFaceH4/MATH-500", "test", "problem", "answer"),
     "amc23": _math_task("math-ai/amc23", "test", "question", "answer"),
     "minerva": _math_task("math-ai/minervamath", "test", "question", "answer"),
@@ -97,10 +97,10 @@ def build_tasks(benchmark: Benchmark, samples: int, max_new_tokens: int, data_di
     Raises:
         DataError: a data set that isn't there, or local rows that aren't the benchmark's.
     """
-    manager = _harness_task_manager() if benchmark.task not in OWN else TaskManager(include_defaults=False)
-    if benchmark.task in OWN:
+    manager = _harness_task_manager() if benchmark.task not in CUSTOM_TASKS else TaskManager(include_defaults=False)
+    if benchmark.task in CUSTOM_TASKS:
         specs = [_custom_task_config(benchmark.task, samples, max_new_tokens)]
-    elif benchmark.runs_code:
+    elif benchmark.requires_code_execution:
         specs = [_sandboxed_task_config(manager.task_index[benchmark.task].cfg)]
     else:
         specs = [_harness_task_config(name, benchmark, max_new_tokens) for name in leaf_tasks(manager, benchmark.task)]
@@ -129,26 +129,26 @@ def build_tasks(benchmark: Benchmark, samples: int, max_new_tokens: int, data_di
 
 def _validate_rows(task: Task, benchmark: Benchmark, data_dir: Path) -> None:
     """What the harness would stumble over when models have been loaded, or have answered."""
-    examples = list(task.fewshot_docs() or []) if benchmark.shots else []
-    if len(examples) < benchmark.shots:
+    examples = list(task.fewshot_docs() or []) if benchmark.num_fewshot else []
+    if len(examples) < benchmark.num_fewshot:
         raise DataError(
             f"--data_dir: {data_dir / task.task_name} has {len(examples)} few-shot examples, {benchmark.title} shows "
-            f"{benchmark.shots}"
+            f"{benchmark.num_fewshot}"
         )
     for kind, rows in (("item", task.eval_docs), ("few-shot example", examples)):
         for number, row in enumerate(rows):
             try:
                 if empty := [name for name in row if row[name] is None and _is_used(name, task, benchmark, row)]:
                     raise ValueError(f"no {', '.join(empty)}")
-                if benchmark.runs_code and not isinstance(row["test_list"], list):
+                if benchmark.requires_code_execution and not isinstance(row["test_list"], list):
                     raise ValueError("test_list isn't a list")
                 _, target = task.doc_to_text(row), task.doc_to_target(row)
                 if task.OUTPUT_TYPE == "multiple_choice":
                     choices = task.doc_to_choice(row)
                     if target not in (*choices, *range(len(choices))):  # the harness would count it as wrong
                         raise ValueError(f"no choice is {target!r}")
-                if benchmark.task in OWN:
-                    OWN[benchmark.task]["grade"]("", row)
+                if benchmark.task in CUSTOM_TASKS:
+                    CUSTOM_TASKS[benchmark.task]["grade"]("", row)
             except Exception as error:  # of templates and functions of many hands
                 text = " ".join(str(error).split())
                 raise DataError(
@@ -173,15 +173,20 @@ def leaf_tasks(manager: TaskManager, name: str) -> list[str]:
 
 
 def _custom_task_config(name: str, samples: int, max_new_tokens: int) -> dict[str, Any]:
-    config = dict(OWN[name])
-    grade: Grade = config.pop("grade")
+    config = dict(CUSTOM_TASKS[name])
+    grade: Grader = config.pop("grade")
     return config | {
         "task": name,
         "output_type": "generate_until",
         "doc_to_target": "",
         "num_fewshot": 0,
         "repeats": samples,
-        "generation_kwargs": {"until": [], "max_gen_toks": max_new_tokens, **_NEUTRAL, **config["generation_kwargs"]},
+        "generation_kwargs": {
+            "until": [],
+            "max_gen_toks": max_new_tokens,
+            **_NEUTRAL_KWARGS,
+            **config["generation_kwargs"],
+        },
         "filter_list": [{"name": "all", "filter": [{"function": "take_first_k", "k": samples}]}],
         "process_results": lambda doc, results: {"score": [float(grade(text, doc)) for text in results[0]]},
         "metric_list": [{"metric": "score", "aggregation": len, "higher_is_better": True}],
@@ -189,9 +194,14 @@ def _custom_task_config(name: str, samples: int, max_new_tokens: int) -> dict[st
 
 
 def _harness_task_config(name: str, benchmark: Benchmark, max_new_tokens: int) -> dict[str, Any]:
-    spec: dict[str, Any] = {"task": name, "num_fewshot": benchmark.shots}
-    if benchmark.sampled:
-        spec["generation_kwargs"] = {"until": ["Question:"], "max_gen_toks": max_new_tokens, **_NEUTRAL, **_SAMPLED}
+    spec: dict[str, Any] = {"task": name, "num_fewshot": benchmark.num_fewshot}
+    if benchmark.is_sampled:
+        spec["generation_kwargs"] = {
+            "until": ["Question:"],
+            "max_gen_toks": max_new_tokens,
+            **_NEUTRAL_KWARGS,
+            **_SAMPLING_KWARGS,
+        }
     return spec
 
 
@@ -219,7 +229,7 @@ def _is_used(column: str, task: Task, benchmark: Benchmark, row: dict[str, Any])
     """Whether prompt or grade depend on it. A row that lacks a column has None there, as others have for good."""
 
     def shown(row: dict[str, Any]) -> tuple[Any, ...]:
-        grade = OWN[benchmark.task]["grade"](r"\boxed{7}", row) if benchmark.task in OWN else None
+        grade = CUSTOM_TASKS[benchmark.task]["grade"](r"\boxed{7}", row) if benchmark.task in CUSTOM_TASKS else None
         return task.doc_to_text(row), task.doc_to_target(row), grade
 
     try:

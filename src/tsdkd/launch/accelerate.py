@@ -12,7 +12,7 @@ from typing import Any
 from ..config.launch import LAUNCHED, find_launch_config, launch_num_processes, read_launch_config
 from ..errors import ConfigError, PreemptedError
 
-_INTERRUPTED = 128  # plus the signal, as a shell says it
+_SIGNAL_EXIT_BASE = 128  # plus the signal, as a shell says it
 
 
 def launch_processes(config: str, options: dict[str, Any], command: Sequence[str]) -> int:
@@ -53,7 +53,7 @@ def launch_processes(config: str, options: dict[str, Any], command: Sequence[str
         return _to_exit_code(0, error.returncode)
     except SignalException as error:
         stopped = error.sigval in (signal.SIGTERM, signal.SIGUSR1)  # its processes had time to save
-        return PreemptedError.exit_code if stopped else _INTERRUPTED + error.sigval
+        return PreemptedError.exit_code if stopped else _SIGNAL_EXIT_BASE + error.sigval
     except ValueError as error:
         raise ConfigError([f"accelerate_config: {' '.join(str(error).split())}"]) from error
     finally:
@@ -93,5 +93,5 @@ def _to_exit_code(rank: int, code: int) -> int:
     """A process that was killed couldn't say so."""
     if code < 0:
         print(f"tsdkd: process {rank} was killed by signal {-code} ({signal.Signals(-code).name})", file=sys.stderr)
-        return _INTERRUPTED - code
+        return _SIGNAL_EXIT_BASE - code
     return code

@@ -20,7 +20,7 @@ from ..models.loading import load_config
 from ..run.arguments import resolve_run_values
 from .memory import (
     GIB,
-    PARTS,
+    MEMORY_COMPONENTS,
     ModelSize,
     Sharding,
     VllmMemoryConfig,
@@ -43,15 +43,19 @@ PLACEMENTS: list[Placement] = [
     ("zero3_offload", "cpu_offload"),
 ]
 """(launch configuration, teacher_placement), the fastest first."""
-ALONE: list[Placement] = [("single", "replica"), ("single", "cpu_offload"), ("zero3_offload", "cpu_offload")]
+SINGLE_GPU_PLACEMENTS: list[Placement] = [
+    ("single", "replica"),
+    ("single", "cpu_offload"),
+    ("zero3_offload", "cpu_offload"),
+]
 """The same for one GPU, over which nothing can be sharded."""
 
 _RESERVED_GIB = 2.0  # the CUDA context, NCCL's buffers
-_USABLE = 0.95  # the allocator's gaps
-_ROOM = 0.9  # of that; above it is tight, as measured peaks are up to an eighth above the estimate
-_WHOLE_LOGIT = 46  # bytes for a (token, word) without the fused head, bfloat16 (docs/performance.md)
-_PROMPT = 256  # tokens, where only completions have a limit that counts
-_LARGE_GIB = 70  # from here on vLLM samples 1024 sequences at once, below 256 (an A100 of 80 GiB: 256 too)
+_USABLE_FRACTION = 0.95  # the allocator's gaps
+_COMFORTABLE_FRACTION = 0.9  # of that; above it is tight, as measured peaks are up to an eighth above the estimate
+_DENSE_BYTES_PER_LOGIT = 46  # bytes for a (token, word) without the fused head, bfloat16 (docs/performance.md)
+_PROMPT_TOKENS = 256  # tokens, where only completions have a limit that counts
+_LARGE_GPU_GIB = 70  # from here on vLLM samples 1024 sequences at once, below 256 (an A100 of 80 GiB: 256 too)
 
 
 def print_plan(config: str | None, flags: Sequence[str], gpus: int | None, gpu_gib: float | None) -> None:
@@ -66,7 +70,7 @@ def print_plan(config: str | None, flags: Sequence[str], gpus: int | None, gpu_g
         raise ConfigError([f"method: {method} isn't a distillation; plan estimates those only"])
     gpus, gpu_gib = _detect_gpus(gpus, gpu_gib, values["num_processes"])
     own = configured_placement(values, gpus)
-    gpus = 1 if read_sharding(own[0]).alone else gpus
+    gpus = 1 if read_sharding(own[0]).is_single_process else gpus
     models = [
         _load_model_config(values, "model_name_or_path"),
         _load_model_config(values, "teacher_model_name_or_path"),
@@ -75,16 +79,23 @@ def print_plan(config: str | None, flags: Sequence[str], gpus: int | None, gpu_g
     teacher = None if "teacher_placement" in cls.refused else compute_model_size(models[1])  # seq-kd loads none
     work = build_workload(cls, values, models, gpus, gpu_gib)
 
-    whole = teacher is None or work.with_teacher
-    others = [p for p in (PLACEMENTS if gpus > 1 else ALONE) if p != own and (p[1] == "replica" or not whole)]
+    whole = teacher is None or work.needs_teacher_in_rollout
+    others = [
+        p for p in (PLACEMENTS if gpus > 1 else SINGLE_GPU_PLACEMENTS) if p != own and (p[1] == "replica" or not whole)
+    ]
     found = {p: estimate_memory(student, teacher, work, read_sharding(p[0]), p[1], gpus) for p in (own, *others)}
-    limit = gpu_gib * _USABLE - _RESERVED_GIB
+    limit = gpu_gib * _USABLE_FRACTION - _RESERVED_GIB
     console = Console(highlight=False)
     console.print(_placement_table(found, limit))
     starts = work.engine is None or _print_engine_memory(console, student, work, work.engine, gpu_gib)
     console.print(_describe_fit(own, found[own], limit, starts))
-    if work.engine and work.engine.share and not work.engine.sleeps and sum(found[own].values()) > _ROOM * limit:
-        asleep = replace(work, engine=replace(work.engine, sleeps=True))
+    if (
+        work.engine
+        and work.engine.memory_bytes
+        and not work.engine.has_sleep_mode
+        and sum(found[own].values()) > _COMFORTABLE_FRACTION * limit
+    ):
+        asleep = replace(work, engine=replace(work.engine, has_sleep_mode=True))
         total = sum(estimate_memory(student, teacher, asleep, read_sharding(own[0]), own[1], gpus).values())
         console.print(f"with --vllm_enable_sleep_mode true it takes {total:.1f} GiB")
     console.print(_describe_fastest(found, limit, gpus))
@@ -106,9 +117,9 @@ def _detect_gpus(gpus: int | None, gpu_gib: float | None, processes: int | None)
 def configured_placement(values: dict[str, Any], gpus: int) -> Placement:
     """Where a configuration's values put student and teacher."""
     launch = values["accelerate_config"] or ("ddp" if gpus > 1 else "single")
-    if gpus == 1 and launch in launch_config_names() and not read_sharding(launch).offloaded:
+    if gpus == 1 and launch in launch_config_names() and not read_sharding(launch).is_offloaded:
         launch = "single"  # as `tsdkd train` does it
-    sharded = read_sharding(launch).stage == 3
+    sharded = read_sharding(launch).zero_stage == 3
     return launch, values["teacher_placement"] or ("zero3" if sharded else "replica")
 
 
@@ -117,7 +128,7 @@ def read_sharding(config: str) -> Sharding:
     values = read_launch_config(config)
     try:
         if str(values.get("distributed_type")).upper() == "NO":
-            return Sharding(stage=0, alone=True)
+            return Sharding(zero_stage=0, is_single_process=True)
         given = values.get("deepspeed_config") or {}
         if "deepspeed_config_file" not in given:
             return Sharding(int(given.get("zero_stage", 0)), given.get("offload_param_device", "none") != "none")
@@ -142,36 +153,36 @@ def build_workload(
     half = values["fp16"] or values["bf16"] is not False  # TRL's default is bf16
     weight_bytes = _itemsize(values["dtype"], values["model_init_kwargs"], models[0])
     longest = _max_sequence_length(values, models)
-    tokens = min(longest, values["max_new_tokens"] + _PROMPT)
+    tokens = min(longest, values["max_new_tokens"] + _PROMPT_TOKENS)
     logits = values["per_device_train_batch_size"] * tokens * models[0].get_text_config().vocab_size
     chunk_gib = values["head_chunk_gib"] or 1.0
     return Workload(
-        batch=values["per_device_train_batch_size"],
-        accumulated=values["gradient_accumulation_steps"],
-        rollout=rollout if generates else 0,
-        served=int(served),
-        tokens=tokens,
+        micro_batch_size=values["per_device_train_batch_size"],
+        gradient_accumulation_steps=values["gradient_accumulation_steps"],
+        rollout_size=rollout if generates else 0,
+        steps_per_rollout=int(served),
+        sequence_length=tokens,
         weight_bytes=weight_bytes,
         compute_bytes=2 if half else weight_bytes,
         teacher_bytes=_itemsize("auto", values["teacher_model_init_kwargs"], models[1]),
-        checkpointing=bool(values["gradient_checkpointing"]),
-        eager=values["attn_implementation"] == "eager",
-        chunk_gib=chunk_gib if values["fused_head"] else logits * _WHOLE_LOGIT / GIB,
-        with_teacher="use_vllm" in cls.refused,
+        uses_gradient_checkpointing=bool(values["gradient_checkpointing"]),
+        uses_eager_attention=values["attn_implementation"] == "eager",
+        head_gib=chunk_gib if values["fused_head"] else logits * _DENSE_BYTES_PER_LOGIT / GIB,
+        needs_teacher_in_rollout="use_vllm" in cls.refused,
         engine=_build_engine_config(values, longest, gpu_gib) if values["use_vllm"] else None,
     )
 
 
 def _build_engine_config(values: dict[str, Any], longest: int, gpu_gib: float) -> VllmMemoryConfig:
-    slots = 1024 if gpu_gib >= _LARGE_GIB else 256
+    slots = 1024 if gpu_gib >= _LARGE_GPU_GIB else 256
     if values["vllm_mode"] == "server":
-        return VllmMemoryConfig(share=0.0, slots=slots)
+        return VllmMemoryConfig(memory_bytes=0.0, max_num_seqs=slots)
     return VllmMemoryConfig(
-        share=values["vllm_gpu_memory_utilization"] * gpu_gib * GIB,
-        sleeps=values["vllm_enable_sleep_mode"],
-        processes=values["vllm_tensor_parallel_size"],
-        longest=longest,
-        slots=slots,
+        memory_bytes=values["vllm_gpu_memory_utilization"] * gpu_gib * GIB,
+        has_sleep_mode=values["vllm_enable_sleep_mode"],
+        tensor_parallel_size=values["vllm_tensor_parallel_size"],
+        max_model_len=longest,
+        max_num_seqs=slots,
     )
 
 
@@ -205,7 +216,7 @@ def _placement_table(found: dict[Placement, dict[str, float]], limit: float) -> 
     for side, label in enumerate(("student by", "teacher as")):
         names = (placement[side].replace("_", " ") for placement in found)  # where it may be broken
         table.add_row(label, *names, style="bold")
-    for part in PARTS:
+    for part in MEMORY_COMPONENTS:
         if any(parts[part] >= 0.05 for parts in found.values()):
             table.add_row(part, *(f"{parts[part]:.1f}" for parts in found.values()))
     totals = [sum(parts.values()) for parts in found.values()]
@@ -226,7 +237,9 @@ def _describe_fit(own: Placement, parts: dict[str, float], limit: float, starts:
 def _describe_fastest(found: dict[Placement, dict[str, float]], limit: float, gpus: int) -> str:
     """The first that leaves some room, or else the first that fits."""
     totals = {p: sum(found[p].values()) for p in sorted(found, key=_speed_order)}
-    best = next((p for share in (_ROOM, 1.0) for p, total in totals.items() if total <= share * limit), None)
+    best = next(
+        (p for share in (_COMFORTABLE_FRACTION, 1.0) for p, total in totals.items() if total <= share * limit), None
+    )
     if best is None:
         return "nothing fits: more GPUs, or a smaller per_device_train_batch_size, max_length or student"
     flags = f"--accelerate_config {best[0]} --num_processes {gpus} --teacher_placement {best[1]}"
@@ -234,30 +247,30 @@ def _describe_fastest(found: dict[Placement, dict[str, float]], limit: float, gp
 
 
 def _speed_order(placement: Placement) -> int:
-    order = [*ALONE[:-1], *PLACEMENTS]
+    order = [*SINGLE_GPU_PLACEMENTS[:-1], *PLACEMENTS]
     return order.index(placement) if placement in order else len(order)
 
 
 def _tight_suffix(total: float, limit: float) -> str:
-    return " tightly" if total > _ROOM * limit else ""
+    return " tightly" if total > _COMFORTABLE_FRACTION * limit else ""
 
 
 def _print_engine_memory(
     console: Console, student: ModelSize, work: Workload, engine: VllmMemoryConfig, gpu_gib: float
 ) -> bool:
     """What a colocated engine's share holds. Returns whether it can start."""
-    if not engine.share:
+    if not engine.memory_bytes:
         return True
-    room = split_engine_memory(student, engine, work.tokens)
-    share, needed = engine.share / GIB, room.least / GIB
+    room = split_engine_memory(student, engine, work.sequence_length)
+    share, needed = engine.memory_bytes / GIB, room.minimum / GIB
     if share < needed:
         least = math.ceil(100 * needed / gpu_gib) / 100
         console.print(f"vLLM needs {needed:.1f} GiB and has {share:.1f}: set vllm_gpu_memory_utilization: {least}")
         return False
-    held = int(room.cache // room.sequence)
+    held = int(room.kv_cache // room.kv_cache_per_sequence)
     console.print(
-        f"vLLM's {share:.1f} GiB: {room.weights / GIB:.1f} weights, {room.working / GIB:.1f} to work in, "
-        f"{room.cache / GIB:.1f} for {held} sequences of {work.tokens} tokens; a rollout has {work.rollout}"
+        f"vLLM's {share:.1f} GiB: {room.weights / GIB:.1f} weights, {room.overhead / GIB:.1f} to work in, "
+        f"{room.kv_cache / GIB:.1f} for {held} sequences of {work.sequence_length} tokens; a rollout has {work.rollout_size}"
     )
     return True
 
@@ -266,6 +279,6 @@ def _print_step_seconds(console: Console, student: ModelSize, teacher: ModelSize
     seconds = estimate_step_seconds(student, teacher, work)
     shares = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())
     console.print(
-        f"a step: about {sum(seconds.values()):.0f} s ({shares}), on A100s, if every sequence had {work.tokens} "
+        f"a step: about {sum(seconds.values()):.0f} s ({shares}), on A100s, if every sequence had {work.sequence_length} "
         "tokens, without loading, copies of weights and communication between GPUs"
     )

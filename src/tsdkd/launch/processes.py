@@ -11,9 +11,9 @@ from ..config.launch import LAUNCHED, find_launch_config, launch_config_names, l
 from ..errors import ConfigError
 from .accelerate import default_launch_config
 
-_OFFLOADS = "offload"  # in the name of a shipped configuration that does something for one process too
+_OFFLOAD_MARKER = "offload"  # in the name of a shipped configuration that does something for one process too
 # by whom a process may have been started without accelerate's knowing its device
-_COUNTS = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+_WORLD_SIZE_VARS = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class LaunchSpec:
     options: dict[str, Any]
 
     @property
-    def count(self) -> int:
+    def num_processes(self) -> int:
         """How many, over all machines."""
         return launch_num_processes(self.config, self.options)
 
@@ -91,7 +91,7 @@ def resolve_launch(found: Mapping[str, Any], flags: Mapping[str, Any], trains: b
         raise ConfigError([f"main_process_ip: missing, {machines} machines must know the first one's address"])
     here = gpus or (1 if flags else 0)
     number = number or (1 if file.get("distributed_type") == "NO" else here * machines or None)
-    asked = is_own or machines > 1 or "accelerate_config" in flags or _OFFLOADS in (config or "")
+    asked = is_own or machines > 1 or "accelerate_config" in flags or _OFFLOAD_MARKER in (config or "")
     if config is None or (number == 1 and not asked) or (number is None and not flags):
         if trains:
             _use_single_gpu(gpus)
@@ -110,7 +110,7 @@ def resolve_launch(found: Mapping[str, Any], flags: Mapping[str, Any], trains: b
 def _is_externally_launched(gpus: int) -> bool:
     """Whether something else started this process. On CPUs accelerate makes a group of those that MPI or RANK and
     WORLD_SIZE tell of; otherwise each would train alone. Raises `ConfigError`."""
-    names = [name for name in _COUNTS if _parse_int(os.environ.get(name)) > 1]
+    names = [name for name in _WORLD_SIZE_VARS if _parse_int(os.environ.get(name)) > 1]
     if names and (gpus or names == ["SLURM_STEP_NUM_TASKS"]):
         raise ConfigError(
             [

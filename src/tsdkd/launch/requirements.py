@@ -9,7 +9,7 @@ from ..rollout.vllm import require_vllm
 from ..run.arguments import resolve_run_values
 from .processes import LaunchSpec
 
-_ASKS = ("use_vllm", "teacher_placement", "use_peft")
+_EXTRA_KEYS = ("use_vllm", "teacher_placement", "use_peft")
 
 
 def missing_extras(
@@ -25,7 +25,7 @@ def missing_extras(
     Raises:
         ConfigError: what is wrong with the run itself, where there would be such a line.
     """
-    if not _missing_packages({**dict.fromkeys(_ASKS), **found}, start):
+    if not _missing_packages({**dict.fromkeys(_EXTRA_KEYS), **found}, start):
         return []
     return _missing_packages(
         resolve_run_values(config, flags)[1], start

@@ -9,13 +9,13 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from ..checkpointing.preemption import MARKER
+from ..checkpointing.preemption import PREEMPTED_FILE
 from ..config.launch import find_launch_config
 from ..errors import ConfigError
 from ..run.arguments import resolve_run_values
 from ..run.config_file import read_flags
 
-_TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
+_TIME_LIMIT = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 
 
 def build_sbatch_script(
@@ -43,7 +43,7 @@ def build_sbatch_script(
         raise ConfigError(["--num_processes: the script starts a process on each GPU; set --gpus_per_node"])
     folder = Path(str(values["output_dir"]))
     own = {
-        "marker": shlex.quote(str(folder / MARKER)),
+        "marker": shlex.quote(str(folder / PREEMPTED_FILE)),
         "command": shlex.join(["train", *(["--config", config] if config else []), *flags]),
         "accelerate_config": shlex.quote(accelerate_config or values["accelerate_config"] or "zero2"),
         "written_by": shlex.join(written_by),
@@ -94,7 +94,7 @@ def _validate_settings(settings: Mapping[str, Any], words: Sequence[str]) -> lis
 
 def _parse_time_limit(time: str) -> int | None:
     """Of MM, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS."""
-    found = _TIME.fullmatch(time)
+    found = _TIME_LIMIT.fullmatch(time)
     if found is None:
         return None
     days, *parts = found.groups()

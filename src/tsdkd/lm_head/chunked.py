@@ -86,10 +86,10 @@ class ChunkedStatistics:
         if request.ids is not None:
             answer.logps = student.logps_at(request.ids[rows])
         if self.own is not None:
-            self._differentiate_own(rows, answer, student, teacher, hidden, tiles)
+            self._accumulate_loss_gradients(rows, answer, student, teacher, hidden, tiles)
         return answer
 
-    def _differentiate_own(
+    def _accumulate_loss_gradients(
         self,
         rows: slice,
         answer: TokenStatistics,
@@ -126,20 +126,20 @@ class ChunkedStatistics:
 
     def backward(self, own: Tensor | None, **upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of hidden states, weight and bias. `upstream` are derivatives by the statistics of all tokens."""
-        gradients = HeadGradients(*self.inputs, self.needs) if own is None else self._own_gradients(own)
+        gradients = HeadGradients(*self.inputs, self.needs) if own is None else self._take_loss_gradients(own)
         top_logits = upstream.pop("top_logits")
         # most of the entropies have no gradient: the others' logits are not projected again
         of_top, of_others = _nonzero_indices(
             _nonzero_grad_mask([top_logits]), _nonzero_grad_mask(list(upstream.values()))
         )
         if top_logits is not None and of_top is not None:
-            self._backward_top(gradients, of_top, top_logits)
+            self._backward_topk(gradients, of_top, top_logits)
         if of_others is not None:
             for rows in of_others.split(_chunk_size(len(of_others), self.chunk)):
                 self._backward_chunk(gradients, rows, upstream)
-        return gradients.results(*self.inputs)
+        return gradients.pop_grads(*self.inputs)
 
-    def _own_gradients(self, upstream: Tensor) -> HeadGradients:
+    def _take_loss_gradients(self, upstream: Tensor) -> HeadGradients:
         gradients, self.gradients = self.gradients, None
         if gradients is None:
             raise RuntimeError(
@@ -158,7 +158,7 @@ class ChunkedStatistics:
         student = SoftmaxRows(logits, self.table[_STUDENT, rows])
         self._add_dense(gradients, rows, here, student, teacher, hidden, tiles)
 
-    def _backward_top(self, gradients: HeadGradients, touched: Tensor, upstream: Tensor) -> None:
+    def _backward_topk(self, gradients: HeadGradients, touched: Tensor, upstream: Tensor) -> None:
         """Only k logits of a few tokens: their rows of the weight are gathered instead of a projection."""
         # as many as make two [C, k, H] tensors about as large as a chunk's logits
         size = max(1, self.chunk * self.student.weight.shape[0] // (2 * upstream.shape[-1] * self.inputs[0].shape[-1]))
@@ -168,11 +168,11 @@ class ChunkedStatistics:
     # Both
 
     @property
-    def _factor(self) -> float:
+    def _logit_scale(self) -> float:
         return self.student.scale / self.temperature
 
-    def _slope(self, logits: Tensor) -> Tensor:
-        return self.student.slope(logits, self.temperature)
+    def _softcap_grad(self, logits: Tensor) -> Tensor:
+        return self.student.softcap_grad(logits, self.temperature)
 
     def _add_sparse(
         self,
@@ -184,9 +184,9 @@ class ChunkedStatistics:
     ) -> None:
         if upstream is None or ids is None or logits is None:
             return
-        values = upstream * self._factor
+        values = upstream * self._logit_scale
         if self.student.softcap is not None:
-            values = values * self._slope(logits)
+            values = values * self._softcap_grad(logits)
         gradients.add_sparse(rows, ids, values, self.inputs[0][rows], self.student)
 
     def _add_dense(
@@ -200,12 +200,12 @@ class ChunkedStatistics:
         tiles: Tiles,
     ) -> None:
         """Overwrite the chunk's logits by their gradient, and project it back."""
-        upstream = upstream.times(self._factor)
+        upstream = upstream.times(self._logit_scale)
         largest = None
         if hidden.dtype == torch.float16:  # a loss scale comes too late for what has already become zero
-            largest = upstream.largest()
+            largest = upstream.abs_max()
             upstream = upstream.times(1.0 / largest)
-        slope = None if self.student.softcap is None else self._slope
+        slope = None if self.student.softcap is None else self._softcap_grad
         ids = None if self.request.ids is None else self.request.ids[rows]
         known = (self.request.divergence, self.table[_KL, rows], self.table[_RATIO, rows])
         gradient = logits_grad_(student, teacher, *known, ids, upstream, slope, tiles)

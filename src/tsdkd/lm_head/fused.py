@@ -53,15 +53,15 @@ class FusedHead:
         self.temperature, self.own_in_forward = temperature, own_in_forward
         self.vocab_size = vocab_size or projection.weight.shape[0]
         self.dtype = compute_dtype(hidden)
-        self.student = projection.cut(self.vocab_size, self.dtype)
+        self.student = projection.slice_vocab(self.vocab_size, self.dtype)
         self.teacher: tuple[Projection, Tensor] | None = None
         if teacher_hidden is not None and teacher_projection is not None:
             teacher_dtype = compute_dtype(teacher_hidden)
-            teacher = teacher_projection.cut(self.vocab_size, teacher_dtype)
+            teacher = teacher_projection.slice_vocab(self.vocab_size, teacher_dtype)
             self.teacher = teacher, teacher_hidden.detach().to(teacher_dtype)
         self._check_shapes()
         chunk_gib = chunk_gib or (0.25 if hidden.device.type == "cpu" else 1.0)
-        self.chunk = self._tokens_in(chunk_gib * 2**30)
+        self.chunk = self._chunk_tokens(chunk_gib * 2**30)
 
     def __call__(self, request: StatisticsRequest, own: PerTokenLoss | None = None) -> TokenStatistics:
         """The statistics of all N tokens. Raises `ValueError` for a request that can't be answered."""
@@ -98,7 +98,7 @@ class FusedHead:
                     f"{name}: must have the student's {self.hidden.shape[0]} tokens, found {hidden.shape[0]}"
                 )
 
-    def _tokens_in(self, budget: float) -> int:
+    def _chunk_tokens(self, budget: float) -> int:
         models = 1 if self.teacher is None else 2
         return max(1, int(budget // (self.vocab_size * self.dtype.itemsize * models)))
 

@@ -47,7 +47,7 @@ class HeadGradients:
             if gradient is not None:
                 gradient *= factor
 
-    def results(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, ...]:
+    def pop_grads(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, ...]:
         """The three gradients in their tensors' precisions; the float32 memory is given up."""
         gradients = (self.hidden, self.weight, self.bias)
         self.hidden = self.weight = self.bias = None

@@ -22,7 +22,7 @@ class Projection:
     scale: float = 1.0
     softcap: float | None = None
 
-    def cut(self, vocab_size: int, dtype: torch.dtype) -> "Projection":
+    def slice_vocab(self, vocab_size: int, dtype: torch.dtype) -> "Projection":
         """The first `vocab_size` rows, detached, in `dtype`."""
         bias = None if self.bias is None else self.bias.detach()[:vocab_size].to(dtype)
         return Projection(self.weight.detach()[:vocab_size].to(dtype), bias, self.scale, self.softcap)
@@ -38,7 +38,7 @@ class Projection:
             logits /= temperature
         return logits
 
-    def slope(self, logits: Tensor, temperature: float) -> Tensor:
+    def softcap_grad(self, logits: Tensor, temperature: float) -> Tensor:
         """What the cap does to a gradient, `1 - (z / softcap)^2`, where the cap is set; shape of `logits`."""
         assert self.softcap is not None
         return 1.0 - (logits * (temperature / self.softcap)).square()

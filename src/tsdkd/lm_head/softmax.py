@@ -150,11 +150,11 @@ class GradOutputs:
         """All of them, multiplied."""
         return GradOutputs(**{name: None if x is None else x * factor for name, x in vars(self).items()})
 
-    def largest(self) -> Tensor:
+    def abs_max(self) -> Tensor:
         """The largest magnitude among them, or 1 where all are zero."""
         found = [x.abs().amax() for x in vars(self).values() if x is not None and x.numel()]
-        largest = torch.stack(found).amax() if found else torch.zeros(())
-        return torch.where(largest > 0, largest, torch.ones_like(largest))
+        abs_max = torch.stack(found).amax() if found else torch.zeros(())
+        return torch.where(abs_max > 0, abs_max, torch.ones_like(abs_max))
 
 
 def logits_grad_(

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ..config.options import AT_LEAST_ONE, INSIDE, NOT_NEGATIVE, SHARE, enum_value, option
+from ..config.options import AT_LEAST_ONE, FRACTION, NON_NEGATIVE, OPEN_FRACTION, enum_value, option
 from ..losses import Divergence, skew_forward_kl, skew_reverse_kl
 from ..rollout.base import Completion
 from ..rollout.seeding import prompt_generator
@@ -19,14 +19,16 @@ from .defaults import OWN_ROLLOUTS, TSDKDDefaults
 from .divergence import DivergenceObjective
 
 _NEVER_EVALUATED = (lambda v: enum_value(v["eval_strategy"]) == "no", "eval_strategy is no")
-_COIN, _REPLAY = 2, 3  # streams of `prompt_generator`
+ON_POLICY_STREAM, REPLAY_STREAM = 2, 3  # streams of `prompt_generator`
 
 
 @dataclass
 class DistiLLMOptions:
     """Options of DistiLLM's loss."""
 
-    skew: float = option(0.1, "The smaller share in the mixture: of P for forward KL, of Q for reverse KL.", INSIDE)
+    skew: float = option(
+        0.1, "The smaller share in the mixture: of P for forward KL, of Q for reverse KL.", OPEN_FRACTION
+    )
     skew_kl: Literal["forward", "reverse"] = option("reverse", "Which of the two skew KL divergences.")
 
 
@@ -40,10 +42,12 @@ class DistiLLMConfig(DistiLLMOptions, TSDKDDefaults):
     starts_from_data = True
     refused = OWN_ROLLOUTS
 
-    own_share: float = option(0.0, "Share of steps on own or replayed completions, at the start.", SHARE)
-    own_share_step: float = option(0.1, "How much it grows when the validation loss rises.", SHARE, _NEVER_EVALUATED)
+    own_share: float = option(0.0, "Share of steps on own or replayed completions, at the start.", FRACTION)
+    own_share_step: float = option(
+        0.1, "How much it grows when the validation loss rises.", FRACTION, _NEVER_EVALUATED
+    )
     loss_tolerance: float = option(
-        0.1, "By how much the validation loss may rise before that, nats.", NOT_NEGATIVE, _NEVER_EVALUATED
+        0.1, "By how much the validation loss may rise before that, nats.", NON_NEGATIVE, _NEVER_EVALUATED
     )
     replay_capacity: int = option(1000, "How many own completions are kept, over all processes.", AT_LEAST_ONE)
 
@@ -74,24 +78,24 @@ class DistiLLMTrainer(TokenSelectiveTrainer):
         )
         self._last_loss: float | None = None
 
-    def _sequences(
+    def _select_completions(
         self, model: nn.Module, rows: list[Batch], step: int, mode: str
     ) -> tuple[list[list[int]], list[Completion]]:
         """Of Algorithm 1: fresh ones with a probability that falls over the run, or while there are too few to choose
         from; replayed ones; or the data set's, on which the validation loss always is."""
         prompts = [ids for batch in rows for ids in batch["prompt_ids"]]
-        coin = float(torch.rand(1, generator=prompt_generator(self.args.seed, step, 0, _COIN)))
+        coin = float(torch.rand(1, generator=prompt_generator(self.args.seed, step, 0, ON_POLICY_STREAM)))
         if mode == "eval" or coin >= self.own_share:
             return prompts, [Completion(ids, True) for batch in rows for ids in batch["completion_ids"]]
-        if coin < self.own_share * (1 - step / self.state.max_steps) or not self._is_full():
+        if coin < self.own_share * (1 - step / self.state.max_steps) or not self._is_replay_buffer_full():
             completions = self._generate(model, rows, prompts, step, mode)
             self.replay.extend((prompt, c.ids) for prompt, c in zip(prompts, completions, strict=True))
             return prompts, completions
-        generator = prompt_generator(self.args.seed, step, self.accelerator.process_index, _REPLAY)
+        generator = prompt_generator(self.args.seed, step, self.accelerator.process_index, REPLAY_STREAM)
         chosen = torch.randint(len(self.replay), (len(prompts),), generator=generator).tolist()
         return [self.replay[i][0] for i in chosen], [Completion(self.replay[i][1], True) for i in chosen]
 
-    def _is_full(self) -> bool:
+    def _is_replay_buffer_full(self) -> bool:
         """On all processes alike: generating is a matter of all of them."""
         stored = torch.tensor(len(self.replay), device=self.accelerator.device)
         return int(self.accelerator.reduce(stored, reduction="sum")) >= self.args.replay_capacity
@@ -114,12 +118,12 @@ class DistiLLMTrainer(TokenSelectiveTrainer):
             logs["replay/own_share"] = self.own_share
         super().log(logs, start_time)
 
-    def _own_state(self) -> dict[str, Any]:
+    def _get_extra_state(self) -> dict[str, Any]:
         replay = [[torch.tensor(ids) for ids in pair] for pair in self.replay]
         own = {"own_share": self.own_share, "last_loss": self._last_loss, "replay": replay}
-        return {**super()._own_state(), **own}
+        return {**super()._get_extra_state(), **own}
 
-    def _load_own_state(self, state: dict[str, Any]) -> None:
-        super()._load_own_state(state)
+    def _set_extra_state(self, state: dict[str, Any]) -> None:
+        super()._set_extra_state(state)
         self.own_share, self._last_loss = state["own_share"], state["last_loss"]
         self.replay.extend((prompt.tolist(), completion.tolist()) for prompt, completion in state["replay"])

@@ -8,12 +8,12 @@ from ..objective import CompletionBatch, Objective, ObjectiveOutput, common_metr
 
 
 class DivergenceObjective(Objective):
-    """A mean of `kind` over tokens, or over responses of their means; `term` is its name in the log."""
+    """A mean of `divergence` over tokens, or over responses of their means; `term` is its name in the log."""
 
     term: ClassVar[str]
 
     @property
-    def kind(self) -> Divergence:
+    def divergence(self) -> Divergence:
         """Between student and teacher."""
         raise NotImplementedError
 
@@ -24,6 +24,8 @@ class DivergenceObjective(Objective):
         own = PerTokenLoss(
             {self.term: 1.0}, lambda t, rows: {self.term: weights[rows].to(t.divergence) * t.divergence}
         )
-        request = StatisticsRequest(entropy=True, teacher_entropy=True, divergence=self.kind, ids=responses.logged_ids)
+        request = StatisticsRequest(
+            entropy=True, teacher_entropy=True, divergence=self.divergence, ids=responses.logged_ids
+        )
         tokens = head(request, own)
         return ObjectiveOutput(tokens.own_loss, tokens.own_terms, own.weights, common_metrics(tokens, responses))

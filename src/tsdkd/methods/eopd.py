@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..config.options import NOT_NEGATIVE, option
+from ..config.options import NON_NEGATIVE, option
 from ..objective import RolloutScores
 from ..trainer.rollout_scores import ScoredRolloutTrainer
 from .eopd_full import EOPDFullObjective, EOPDFullOptions
@@ -15,7 +15,7 @@ from .opd import OPDConfig
 class EOPDOptions(EOPDFullOptions):
     """Options of EOPD (Sec. 5.1)."""
 
-    entropy_threshold: float = option(0.8, "Teacher entropy above which forward KL acts, nats.", NOT_NEGATIVE)
+    entropy_threshold: float = option(0.8, "Teacher entropy above which forward KL acts, nats.", NON_NEGATIVE)
 
 
 @dataclass
@@ -35,7 +35,7 @@ class EOPDObjective(EOPDOptions, EOPDFullObjective):
         """What the log calls uncertain."""
         return self.entropy_threshold
 
-    def placement(self, answers: RolloutScores) -> Tensor:
+    def forward_kl_mask(self, answers: RolloutScores) -> Tensor:
         """Strictly above the threshold."""
         return answers.teacher_entropy > self.entropy_threshold
 

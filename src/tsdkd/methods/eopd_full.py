@@ -38,16 +38,16 @@ class EOPDFullObjective(EOPDFullOptions, OPDObjective):
         return self.forward_kl_top_k
 
     @property
-    def weights(self) -> dict[str, float]:
+    def term_weights(self) -> dict[str, float]:
         """See `OPDObjective`."""
-        return {**super().weights, "forward_kl": 1.0}
+        return {**super().term_weights, "forward_kl": 1.0}
 
-    def terms(self, tokens: TokenStatistics, answers: RolloutScores) -> dict[str, Tensor]:
+    def compute_terms(self, tokens: TokenStatistics, answers: RolloutScores) -> dict[str, Tensor]:
         """See `OPDObjective`."""
         forward_kl = forward_kl_on(tokens.logps[:, 1:], answers.topk_logps)
-        return {**super().terms(tokens, answers), "forward_kl": forward_kl * self.placement(answers)}
+        return {**super().compute_terms(tokens, answers), "forward_kl": forward_kl * self.forward_kl_mask(answers)}
 
-    def placement(self, answers: RolloutScores) -> Tensor:
+    def forward_kl_mask(self, answers: RolloutScores) -> Tensor:
         """`[N]` bool, where forward KL acts."""
         return torch.ones_like(answers.teacher_entropy, dtype=torch.bool)
 

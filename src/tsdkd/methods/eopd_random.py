@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..config.options import POSITIVE_SHARE, option
+from ..config.options import POSITIVE_FRACTION, option
 from ..objective import RolloutScores
 from ..trainer.rollout_scores import ScoredRolloutTrainer
 from .eopd_full import EOPDFullObjective, EOPDFullOptions
@@ -15,7 +15,7 @@ from .opd import OPDConfig
 class EOPDRandomOptions(EOPDFullOptions):
     """Options of the random placement (App. E)."""
 
-    forward_kl_random_ratio: float = option(0.2, "Share of the tokens on which forward KL acts.", POSITIVE_SHARE)
+    forward_kl_random_ratio: float = option(0.2, "Share of the tokens on which forward KL acts.", POSITIVE_FRACTION)
 
 
 @dataclass
@@ -30,7 +30,7 @@ class EOPDRandomConfig(EOPDRandomOptions, OPDConfig):
 class EOPDRandomObjective(EOPDRandomOptions, EOPDFullObjective):
     """Eq. 9 with a coin as its trigger."""
 
-    def placement(self, answers: RolloutScores) -> Tensor:
+    def forward_kl_mask(self, answers: RolloutScores) -> Tensor:
         """The same for a token in every step that its rollout serves."""
         assert answers.random_uniform is not None
         return answers.random_uniform < self.forward_kl_random_ratio

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ..config.options import SHARE, option
+from ..config.options import FRACTION, option
 from ..losses import Divergence, jsd
 from ..trainer.trainer import TokenSelectiveTrainer
 from .defaults import NO_TOP_P, TSDKDDefaults
@@ -13,7 +13,7 @@ from .divergence import DivergenceObjective
 class GKDOptions:
     """Options of GKD; beta is the one that TSD-KD's tables compare with."""
 
-    beta: float = option(0.9, "Interpolates between forward (0) and reverse (1) KL.", SHARE)
+    beta: float = option(0.9, "Interpolates between forward (0) and reverse (1) KL.", FRACTION)
 
 
 @dataclass

@@ -10,8 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from ..checkpointing.preemption import PreemptionCallback
 from ..checkpointing.trainer_mixin import CheckpointMixin
 from ..config.base import TokenSelectiveConfig
-from ..config.options import AT_LEAST_ONE, INSIDE, option
-from ..config.validation import UNSUPPORTED
+from ..config.options import AT_LEAST_ONE, OPEN_FRACTION, option
+from ..config.validation import UNSUPPORTED_OPTIONS
 from ..data import append_prompt_suffix, prepare_dataset, resolve_columns, split_prompt_completion
 from ..errors import ConfigError, DataError
 from ..models.loading import load_student, resolve_pair
@@ -50,7 +50,7 @@ class GRPOConfig(TokenSelectiveConfig):
     max_new_tokens: int = option(4096, "Completion limit, tokens.")
     max_length: int | None = None
     num_generations: int = option(8, "Completions for each prompt.", (lambda v: v >= 2, "must be at least 2"))
-    clip_epsilon: float = option(0.2, "PPO's clip.", INSIDE)
+    clip_epsilon: float = option(0.2, "PPO's clip.", OPEN_FRACTION)
     rollout_batch_size: int = option(128, "Prompts in one rollout, over all processes.", AT_LEAST_ONE)
 
 
@@ -119,10 +119,10 @@ class GRPOTrainer(CheckpointMixin, trl.GRPOTrainer):
         if not _internal_call:
             self.create_model_card()
 
-    def _own_state(self) -> dict[str, Any]:
+    def _get_extra_state(self) -> dict[str, Any]:
         return {"step": self._step, "buffered": self._buffered_inputs}
 
-    def _load_own_state(self, state: dict[str, Any]) -> None:
+    def _set_extra_state(self, state: dict[str, Any]) -> None:
         self._step = state["step"]
         buffered = state["buffered"]
         self._buffered_inputs = None if buffered is None else [self._prepare_input(batch) for batch in buffered]
@@ -138,7 +138,9 @@ def _require_math_verify() -> None:
 def _to_trl_config(args: GRPOConfig) -> trl.GRPOConfig:
     """TRL's configuration, with what both have in common and what only the names differ in."""
     names = {f.name for f in fields(trl.GRPOConfig) if f.init and hasattr(args, f.name)}
-    common = {name: getattr(args, name) for name in names - UNSUPPORTED.keys() - {"beta"}}  # these are GKD's or SFT's
+    common = {
+        name: getattr(args, name) for name in names - UNSUPPORTED_OPTIONS.keys() - {"beta"}
+    }  # these are GKD's or SFT's
     try:
         return trl.GRPOConfig(
             **{

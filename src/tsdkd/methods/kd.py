@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from ..config.base import TokenSelectiveConfig
-from ..config.options import AT_LEAST_ONE, NOT_NEGATIVE, option
+from ..config.options import AT_LEAST_ONE, NON_NEGATIVE, option
 from ..lm_head.statistics import Head, PerTokenLoss, StatisticsRequest, TokenStatistics
 from ..losses import forward_kl_on
 from ..objective import CompletionBatch, Objective, ObjectiveOutput, common_metrics
@@ -17,8 +17,8 @@ from .defaults import OFF_POLICY
 class KDOptions:
     """Options of KD."""
 
-    cross_entropy_weight: float = option(0.5, "Weight of cross-entropy on the completion.", NOT_NEGATIVE)
-    forward_kl_weight: float = option(0.5, "Weight of forward KL.", NOT_NEGATIVE)
+    cross_entropy_weight: float = option(0.5, "Weight of cross-entropy on the completion.", NON_NEGATIVE)
+    forward_kl_weight: float = option(0.5, "Weight of forward KL.", NON_NEGATIVE)
     forward_kl_top_k: int = option(16, "How many of the teacher's tokens forward KL looks at.", AT_LEAST_ONE)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..config.options import AT_LEAST_ONE, INSIDE, POSITIVE, SHARE, option
+from ..config.options import AT_LEAST_ONE, FRACTION, OPEN_FRACTION, POSITIVE, option
 from ..data import completion_mask
 from ..lm_head.statistics import Head, PerTokenLoss, StatisticsRequest, TokenStatistics
 from ..losses import REVERSE_KL, clipped_policy_loss
@@ -27,13 +27,13 @@ from .defaults import NO_VLLM, OWN_ROLLOUTS, RolloutConfig
 class MiniLLMOptions:
     """Options of MiniLLM, as in its public code."""
 
-    clip_epsilon: float = option(0.2, "PPO's clip.", INSIDE)
+    clip_epsilon: float = option(0.2, "PPO's clip.", OPEN_FRACTION)
     teacher_mixture: float = option(
-        0.2, "The teacher's share of the distribution that completions are sampled from.", SHARE
+        0.2, "The teacher's share of the distribution that completions are sampled from.", FRACTION
     )
     reward_scaling: float = option(0.5, "Divides the rewards.", POSITIVE)
     reward_clip: float = option(100.0, "Largest magnitude of a scaled reward.", POSITIVE)
-    discount: float = option(0.95, "How much less the next token's reward counts.", SHARE)
+    discount: float = option(0.95, "How much less the next token's reward counts.", FRACTION)
 
 
 @dataclass
@@ -64,7 +64,7 @@ class MiniLLMObjective(MiniLLMOptions, Objective):
     is_policy = True
 
     def __call__(self, head: Head, responses: CompletionBatch) -> ObjectiveOutput:
-        """See `Objective`. The answers' `old_logps` are of the mixture, `advantages` of `returns`, whitened."""
+        """See `Objective`. The answers' `old_logps` are of the mixture, `advantages` of `compute_returns`, whitened."""
         answers, sampled = responses.answers, responses.ids
         assert answers is not None and sampled is not None
 
@@ -85,12 +85,12 @@ class MiniLLMObjective(MiniLLMOptions, Objective):
         metrics |= {"policy/ratio": mean_metric(log_ratio.exp()), "policy/approx_kl": approx_kl(log_ratio)}
         return ObjectiveOutput(tokens.own_loss, tokens.own_terms, own.weights, metrics)
 
-    def mixture_logps(self, student_logps: Tensor, teacher_logps: Tensor) -> Tensor:
+    def compute_mixture_logps(self, student_logps: Tensor, teacher_logps: Tensor) -> Tensor:
         """Log-probabilities of tokens under the distribution that they were sampled from, nats."""
         share = student_logps.new_full((), self.teacher_mixture)
         return torch.logaddexp(share.log() + teacher_logps, (1 - share).log() + student_logps)
 
-    def returns(self, student_logps: Tensor, teacher_logps: Tensor, mask: Tensor) -> Tensor:
+    def compute_returns(self, student_logps: Tensor, teacher_logps: Tensor, mask: Tensor) -> Tensor:
         """The discounted rewards to come, over the number of tokens to come.
 
         Args:
@@ -122,20 +122,20 @@ class MiniLLMTrainer(ScoredRolloutTrainer):
         choose = mixed(self.args.teacher_mixture, self.args.temperature)
         return MixedSampler(self.accelerator, self.args, sampling, self.teacher_model, choose)
 
-    def _annotate(self, model: nn.Module, batch: Batch, step: int, mode: str) -> None:
+    def _postprocess_micro_batch(self, model: nn.Module, batch: Batch, step: int, mode: str) -> None:
         """Also the mixture's log-probabilities, in place of the student's, and the returns."""
-        super()._annotate(model, batch, step, mode)
+        super()._score_completions(model, batch, step, mode)
         answers = batch["answers"]
         logps = (answers["old_logps"], answers["teacher_logps"])
-        answers["advantages"] = self.objective.returns(*logps, completion_mask(batch))
-        answers["old_logps"] = self.objective.mixture_logps(*logps)
+        answers["advantages"] = self.objective.compute_returns(*logps, completion_mask(batch))
+        answers["old_logps"] = self.objective.compute_mixture_logps(*logps)
 
     def _roll_out(self, model: nn.Module, rows: list[Batch], step: int, mode: str) -> list[Batch]:
         batches = super()._roll_out(model, rows, step, mode)
-        self._whiten(batches)
+        self._whiten_advantages(batches)
         return batches
 
-    def _whiten(self, batches: list[Batch]) -> None:
+    def _whiten_advantages(self, batches: list[Batch]) -> None:
         """Mean 0 and variance 1 over the tokens of all processes' rollouts: any split gives the same advantages."""
         values = [batch["answers"]["advantages"].double() for batch in batches]
         own = torch.cat([*values, torch.zeros(0, dtype=torch.float64, device=self.accelerator.device)])

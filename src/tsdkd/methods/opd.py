@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..config.options import AT_LEAST_ONE, INSIDE, option
+from ..config.options import AT_LEAST_ONE, OPEN_FRACTION, option
 from ..lm_head.statistics import Head, PerTokenLoss, StatisticsRequest, TokenStatistics
 from ..losses import clipped_policy_loss, forward_kl_on
 from ..objective import (
@@ -26,7 +26,7 @@ from .defaults import RolloutConfig
 class OPDOptions:
     """Options of on-policy distillation."""
 
-    clip_epsilon: float = option(0.2, "PPO's clip.", INSIDE)
+    clip_epsilon: float = option(0.2, "PPO's clip.", OPEN_FRACTION)
 
 
 @dataclass
@@ -56,37 +56,37 @@ class OPDObjective(OPDOptions, Objective):
         """See `Objective`."""
         answers, sampled = responses.answers, responses.ids
         assert answers is not None and sampled is not None
-        own = PerTokenLoss(self.weights, lambda tokens, rows: self.terms(tokens, answers.of(rows)))
+        own = PerTokenLoss(self.term_weights, lambda tokens, rows: self.compute_terms(tokens, answers.of(rows)))
         ids = torch.cat([sampled.unsqueeze(-1), answers.topk_ids], dim=-1)
         tokens = head(StatisticsRequest(entropy=True, ids=ids), own)
         metrics = common_metrics(tokens, responses) | self._metrics(tokens, answers)
         return ObjectiveOutput(tokens.own_loss, tokens.own_terms, own.weights, metrics)
 
     @property
-    def weights(self) -> dict[str, float]:
+    def term_weights(self) -> dict[str, float]:
         """Each term's factor in the loss."""
         return {"reverse_kl": 1.0}
 
-    def terms(self, tokens: TokenStatistics, answers: RolloutScores) -> dict[str, Tensor]:
+    def compute_terms(self, tokens: TokenStatistics, answers: RolloutScores) -> dict[str, Tensor]:
         """Each term of each token: all of them depend on a token's own statistics only."""
         assert answers.old_logps is not None
-        advantages = self.advantages(tokens, answers)
-        loss = clipped_policy_loss(tokens.logps[:, 0], answers.old_logps, advantages, self.clip_epsilon)
+        compute_advantages = self.compute_advantages(tokens, answers)
+        loss = clipped_policy_loss(tokens.logps[:, 0], answers.old_logps, compute_advantages, self.clip_epsilon)
         return {"reverse_kl": loss if answers.importance is None else loss * answers.importance}
 
-    def advantages(self, tokens: TokenStatistics, answers: RolloutScores) -> Tensor:
+    def compute_advantages(self, tokens: TokenStatistics, answers: RolloutScores) -> Tensor:
         """`[N]`, Eq. 6 with the policy that sampled; no gradient."""
         assert answers.old_logps is not None
         return answers.teacher_logps - answers.old_logps
 
     @torch.no_grad()
     def _metrics(self, tokens: TokenStatistics, answers: RolloutScores) -> dict[str, tuple[Tensor, Tensor]]:
-        advantages = self.advantages(tokens, answers)
+        compute_advantages = self.compute_advantages(tokens, answers)
         assert answers.old_logps is not None
         log_ratio = tokens.logps[:, 0] - answers.old_logps
         ratio = log_ratio.exp()
-        too_high = (ratio > 1 + self.clip_epsilon) & (advantages > 0)
-        too_low = (ratio < 1 - self.clip_epsilon) & (advantages < 0)
+        too_high = (ratio > 1 + self.clip_epsilon) & (compute_advantages > 0)
+        too_low = (ratio < 1 - self.clip_epsilon) & (compute_advantages < 0)
         uncertain = answers.teacher_entropy > self.uncertain_above
         forward_kl = forward_kl_on(tokens.logps[:, 1:], answers.topk_logps)
         return {

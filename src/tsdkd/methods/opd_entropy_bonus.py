@@ -31,13 +31,13 @@ class OPDEntropyBonusObjective(OPDEntropyBonusOptions, OPDObjective):
     """`- entropy_bonus` times the mean entropy is added."""
 
     @property
-    def weights(self) -> dict[str, float]:
+    def term_weights(self) -> dict[str, float]:
         """See `OPDObjective`."""
-        return {**super().weights, "entropy": -self.entropy_bonus}
+        return {**super().term_weights, "entropy": -self.entropy_bonus}
 
-    def terms(self, tokens: TokenStatistics, answers: RolloutScores) -> dict[str, Tensor]:
+    def compute_terms(self, tokens: TokenStatistics, answers: RolloutScores) -> dict[str, Tensor]:
         """See `OPDObjective`."""
-        return {**super().terms(tokens, answers), "entropy": tokens.entropy}
+        return {**super().compute_terms(tokens, answers), "entropy": tokens.entropy}
 
 
 class OPDEntropyBonusTrainer(ScoredRolloutTrainer):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..config.options import AT_LEAST_ONE, POSITIVE, POSITIVE_SHARE, option
+from ..config.options import AT_LEAST_ONE, POSITIVE, POSITIVE_FRACTION, option
 from ..rollout.base import Sampler, SamplingConfig
 from ..rollout.categorical import sample_tokens
 from ..rollout.mixed import MixedSampler, TokenChoice
@@ -23,9 +23,9 @@ class SpeculativeKDOptions:
 
     accept_top_k: int = option(25, "The student's token stays if it is among so many of the teacher's.", AT_LEAST_ONE)
     draft_temperature: float = option(0.5, "Divides the student's logits when it samples.", POSITIVE)
-    draft_top_p: float = option(0.5, "Nucleus mass of the student's tokens.", POSITIVE_SHARE)
+    draft_top_p: float = option(0.5, "Nucleus mass of the student's tokens.", POSITIVE_FRACTION)
     correction_temperature: float = option(0.2, "Divides the teacher's logits when it replaces a token.", POSITIVE)
-    correction_top_p: float = option(0.5, "Nucleus mass of the teacher's tokens.", POSITIVE_SHARE)
+    correction_top_p: float = option(0.5, "Nucleus mass of the teacher's tokens.", POSITIVE_FRACTION)
 
 
 @dataclass

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..config.options import NOT_NEGATIVE, POSITIVE, POSITIVE_SHARE, SHARE, option
+from ..config.options import FRACTION, NON_NEGATIVE, POSITIVE, POSITIVE_FRACTION, option
 from ..lm_head.statistics import Head, PerTokenLoss, StatisticsRequest, TokenStatistics
 from ..losses import jsd, plackett_luce_nll
 from ..objective import CompletionBatch, Objective, ObjectiveOutput, common_metrics, mean_metric
@@ -15,8 +15,8 @@ from ..selection import adaptive_opener_ratio, entropy_gap_gate, opener_mask, to
 from ..trainer.trainer import TokenSelectiveTrainer
 from .defaults import NO_TOP_P, TSDKDDefaults
 
-_NO_INDIRECT = (lambda v: v["alpha"] == 0, "alpha is 0")
-_NO_RANKING = (lambda v: v >= 2, "must be at least 2 (one candidate has no ranking)")
+_ALPHA_IS_ZERO = (lambda v: v["alpha"] == 0, "alpha is 0")
+_AT_LEAST_TWO = (lambda v: v >= 2, "must be at least 2 (one candidate has no ranking)")
 
 
 @dataclass
@@ -36,33 +36,33 @@ class TSDKDOptions:
         indirect_reduction: over the opener's positions: "mean", "sum" (Eq. 5 as written), or "length" (sum / L).
     """
 
-    alpha: float = option(0.1, "Weight of indirect distillation; 0 turns it off.", NOT_NEGATIVE)
-    beta: float = option(0.9, "Interpolates between forward (0) and reverse (1) KL.", SHARE)
+    alpha: float = option(0.1, "Weight of indirect distillation; 0 turns it off.", NON_NEGATIVE)
+    beta: float = option(0.9, "Interpolates between forward (0) and reverse (1) KL.", FRACTION)
     indirect_top_k: int = option(
-        10, "Number of candidates that the student proposes to the teacher.", _NO_RANKING, _NO_INDIRECT
+        10, "Number of candidates that the student proposes to the teacher.", _AT_LEAST_TWO, _ALPHA_IS_ZERO
     )
     opener_ratio: float = option(
         0.1,
         "The opener's share of a response's entropy.",
-        POSITIVE_SHARE,
+        POSITIVE_FRACTION,
         (lambda v: v["alpha"] == 0 or v["adaptive_opener"], "alpha is 0 or adaptive_opener is true"),
     )
     adaptive_opener: bool = option(
-        False, "Choose the opener's share by the difficulty of recent responses.", pointless=_NO_INDIRECT
+        False, "Choose the opener's share by the difficulty of recent responses.", pointless=_ALPHA_IS_ZERO
     )
     gate: bool = option(True, "Weigh direct distillation by the entropy gap.")
     gate_temperature: float = option(
         1.0, "Temperature of the gate, nats.", POSITIVE, (lambda v: not v["gate"], "gate is false")
     )
-    entropy_weight: float = option(1.0, "Weight of entropy minimisation; 0 turns it off.", NOT_NEGATIVE)
+    entropy_weight: float = option(1.0, "Weight of entropy minimisation; 0 turns it off.", NON_NEGATIVE)
     entropy_ratio: float = option(
         0.1,
         "Share of a response's tokens whose entropy is minimised.",
-        POSITIVE_SHARE,
+        POSITIVE_FRACTION,
         (lambda v: v["entropy_weight"] == 0, "entropy_weight is 0"),
     )
     indirect_reduction: Literal["mean", "sum", "length"] = option(
-        "mean", "Reduction over the opener's positions.", pointless=_NO_INDIRECT
+        "mean", "Reduction over the opener's positions.", pointless=_ALPHA_IS_ZERO
     )
 
 
@@ -92,7 +92,7 @@ class TSDKDObjective(TSDKDOptions, Objective):
         direct = PerTokenLoss(
             {"direct": 1.0},
             lambda t, rows: {
-                "direct": share[rows].to(t.divergence) * t.divergence * (self._gate(t) if self.gate else 1.0)
+                "direct": share[rows].to(t.divergence) * t.divergence * (self._compute_gate(t) if self.gate else 1.0)
             },
         )
         tokens = head(
@@ -107,10 +107,10 @@ class TSDKDObjective(TSDKDOptions, Objective):
         )
         loss, terms, weights = tokens.own_loss, dict(tokens.own_terms), dict(direct.weights)
         entropy = tokens.entropy.new_zeros(mask.shape).masked_scatter(mask, tokens.entropy.detach())
-        opener = opener_mask(entropy, mask, self._opener_ratio(tokens, mask, responses.training))
+        opener = opener_mask(entropy, mask, self._resolve_opener_ratio(tokens, mask, responses.training))
         inside = responses.at(opener).nonzero().squeeze(-1)
         if self.alpha != 0:
-            terms["indirect"], weights["indirect"] = self._indirect(tokens, responses, opener, inside), self.alpha
+            terms["indirect"], weights["indirect"] = self._indirect_loss(tokens, responses, opener, inside), self.alpha
             loss = loss + self.alpha * terms["indirect"]
         if self.entropy_weight != 0:
             uncertain = top_entropy_mask(entropy, mask, self.entropy_ratio)
@@ -121,10 +121,12 @@ class TSDKDObjective(TSDKDOptions, Objective):
         metrics = common_metrics(tokens, responses) | self._metrics(tokens, mask, opener, inside)
         return ObjectiveOutput(loss, terms, weights, metrics)
 
-    def _gate(self, tokens: TokenStatistics) -> Tensor:
+    def _compute_gate(self, tokens: TokenStatistics) -> Tensor:
         return entropy_gap_gate(tokens.entropy, tokens.teacher_entropy, self.gate_temperature)
 
-    def _indirect(self, tokens: TokenStatistics, responses: CompletionBatch, opener: Tensor, inside: Tensor) -> Tensor:
+    def _indirect_loss(
+        self, tokens: TokenStatistics, responses: CompletionBatch, opener: Tensor, inside: Tensor
+    ) -> Tensor:
         """Eq. 5 summed over responses; a response's positions are averaged, summed, or divided by its length.
         `inside`: which of the N tokens are in an opener."""
         nll = plackett_luce_nll(tokens.top_logits[inside], tokens.teacher_top_logits[inside], self.indirect_top_k)
@@ -136,7 +138,7 @@ class TSDKDObjective(TSDKDOptions, Objective):
         per_row = divisor[self.indirect_reduction].clamp(min=1).unsqueeze(-1).expand_as(opener)
         return (nll / responses.at(per_row)[inside]).sum()
 
-    def _opener_ratio(self, tokens: TokenStatistics, mask: Tensor, training: bool) -> float | Tensor:
+    def _resolve_opener_ratio(self, tokens: TokenStatistics, mask: Tensor, training: bool) -> float | Tensor:
         if not self.adaptive_opener:
             return self.opener_ratio
         difference = tokens.entropy.detach() - tokens.teacher_entropy
@@ -159,7 +161,7 @@ class TSDKDObjective(TSDKDOptions, Objective):
         metrics = {
             "opener/length": (lengths.sum(), responses),
             "opener/share": ((lengths / mask.sum(-1).clamp(min=1)).sum(), responses),
-            "gate": mean_metric(self._gate(tokens)),
+            "gate": mean_metric(self._compute_gate(tokens)),
         }
         if self.alpha != 0:
             # candidates are sorted: the student's favourite is the first

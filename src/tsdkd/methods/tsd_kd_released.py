@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..config.options import NOT_NEGATIVE, POSITIVE_SHARE, SHARE, option
+from ..config.options import FRACTION, NON_NEGATIVE, POSITIVE_FRACTION, option
 from ..data import completion_mask
 from ..lm_head.statistics import Head, StatisticsRequest, TokenStatistics
 from ..losses import jsd
@@ -18,17 +18,17 @@ from ..selection import entropy_gap_gate
 from ..trainer.trainer import Batch, TokenSelectiveTrainer
 from .defaults import NO_TOP_P, TSDKDDefaults
 
-_CANDIDATES = 10
+_NUM_CANDIDATES = 10
 
 
 @dataclass
 class TSDKDReleasedOptions:
     """The public code's arguments; the temperature of the gate and the number of candidates are constants there."""
 
-    alpha: float = option(0.1, "Weight of indirect distillation.", NOT_NEGATIVE)
-    beta: float = option(0.9, "Interpolates between forward (0) and reverse (1) KL.", SHARE)
+    alpha: float = option(0.1, "Weight of indirect distillation.", NON_NEGATIVE)
+    beta: float = option(0.9, "Interpolates between forward (0) and reverse (1) KL.", FRACTION)
     threshold: float = option(
-        0.1, "The opener's share of the entropy, and the quantile of the entropies.", POSITIVE_SHARE
+        0.1, "The opener's share of the entropy, and the quantile of the entropies.", POSITIVE_FRACTION
     )
 
 
@@ -55,12 +55,12 @@ class TSDKDReleasedObjective(TSDKDReleasedOptions, Objective):
         inside = responses.at(trained)
         valid_at = inside.nonzero().squeeze(-1)
         kind = jsd(self.beta)
-        tokens = head(StatisticsRequest(entropy=True, teacher_entropy=True, divergence=kind, top_k=_CANDIDATES))
+        tokens = head(StatisticsRequest(entropy=True, teacher_entropy=True, divergence=kind, top_k=_NUM_CANDIDATES))
         gate = entropy_gap_gate(tokens.entropy, tokens.teacher_entropy)
         count = inside.sum().clamp(min=1)
         terms = {"direct": (gate * tokens.divergence)[valid_at].sum() / count}
         valid = tokens.entropy.detach()[valid_at].float()
-        opener = (responses.at(self._opener(valid, mask)) & inside).nonzero().squeeze(-1)
+        opener = (responses.at(self._opener_columns(valid, mask)) & inside).nonzero().squeeze(-1)
         terms["indirect"] = _reversed_plackett_luce_nll(tokens, opener).sum() / max(len(opener), 1)
         high = tokens.entropy.detach() >= (torch.quantile(valid, self.threshold) if len(valid) else torch.inf)
         terms["entropy"] = tokens.entropy.where(high, 0.0).sum() / high.sum().clamp(min=1)
@@ -68,7 +68,7 @@ class TSDKDReleasedObjective(TSDKDReleasedOptions, Objective):
         loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
         return ObjectiveOutput(loss, terms, weights, common_metrics(tokens, responses))
 
-    def _opener(self, valid: Tensor, mask: Tensor) -> Tensor:
+    def _opener_columns(self, valid: Tensor, mask: Tensor) -> Tensor:
         """`[B, T]`: the first columns of the completions, as many as tokens of the flattened micro-batch stay below
         the threshold."""
         cut = (valid.cumsum(0) / valid.sum() < self.threshold).sum()
@@ -90,25 +90,25 @@ class TSDKDReleasedTrainer(TokenSelectiveTrainer):
     config_class = TSDKDReleasedConfig
     objective_class = TSDKDReleasedObjective
 
-    def _annotate(self, model: nn.Module, batch: Batch, step: int, mode: str) -> None:
+    def _postprocess_micro_batch(self, model: nn.Module, batch: Batch, step: int, mode: str) -> None:
         """Pad until every row has room for the longest completion; the padding is end-of-sequence, which the models
         don't see."""
         width = int(batch["prompt_lengths"].max() + batch["completion_lengths"].max())
         ids = nn.functional.pad(batch["input_ids"], (0, width - batch["input_ids"].shape[1]))
         lengths = batch["prompt_lengths"] + batch["completion_lengths"]
         inside = torch.arange(width, device=ids.device) < lengths.unsqueeze(-1)
-        batch["input_ids"], batch["attention_mask"] = ids.masked_fill(~inside, self._end), inside.long()
+        batch["input_ids"], batch["attention_mask"] = ids.masked_fill(~inside, self._eos_token_id), inside.long()
 
-    def _mask(self, batch: Batch) -> Tensor:
+    def _position_mask(self, batch: Batch) -> Tensor:
         longest = batch["completion_lengths"].max()
         return completion_mask({**batch, "completion_lengths": longest.expand_as(batch["completion_lengths"])})
 
-    def _responses(self, batch: Batch, mask: Tensor, mode: str) -> CompletionBatch:
-        responses = super()._responses(batch, mask, mode)
-        responses.trained = completion_mask(batch) & (batch["input_ids"][:, 1:] != self._end)
+    def _completion_batch(self, batch: Batch, mask: Tensor, mode: str) -> CompletionBatch:
+        responses = super()._completion_batch(batch, mask, mode)
+        responses.trained = completion_mask(batch) & (batch["input_ids"][:, 1:] != self._eos_token_id)
         return responses
 
     @property
-    def _end(self) -> int:
+    def _eos_token_id(self) -> int:
         end: int = self.pair.tokenizer.eos_token_id
         return end if end is not None else min(self.stop_ids, default=0)

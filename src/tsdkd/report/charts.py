@@ -12,10 +12,10 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from ..analysis import pass_at_k
-from ..analysis.figures import ANALYSES, COLORS, plot_figure
+from ..analysis.figures import COLORS, FIGURES, plot_figure
 from .load import RunReport
 
-_GROUPS = (  # title, how its metrics begin
+_METRIC_GROUPS = (  # title, how its metrics begin
     ("Loss", ("loss", "eval_loss")),
     ("Accuracy", ("eval_accuracy",)),
     ("Entropy, nats", ("entropy/",)),
@@ -25,13 +25,13 @@ _GROUPS = (  # title, how its metrics begin
     ("Learning rate", ("learning_rate",)),
     ("Speed", ("speed/",)),
 )
-_MOST_POINTS = 400
+_MAX_POINTS = 400
 
 
 def plot_metrics(runs: Sequence[RunReport]) -> list[tuple[str, Markup]]:
     """Every logged metric: its name and its chart, with a line a run."""
     names = dict.fromkeys(name for run in runs for name in run.curves)
-    ordered = [name for _, starts in _GROUPS for name in names if name.startswith(starts)]
+    ordered = [name for _, starts in _METRIC_GROUPS for name in names if name.startswith(starts)]
     charts = []
     for name in dict.fromkeys(ordered):
         if any(len(run.curves.get(name, [])) > 1 for run in runs):
@@ -42,11 +42,11 @@ def plot_metrics(runs: Sequence[RunReport]) -> list[tuple[str, Markup]]:
 def plot_figures(runs: Sequence[RunReport]) -> list[tuple[str, str, Markup]]:
     """The papers' figures of the runs that recorded or were evaluated: title, source, chart."""
     recorded = {run.name: run.records for run in runs if run.records}
-    found = [(a.title, a.source, to_svg(plot_figure(a, a.numbers(recorded)), a.title)) for a in ANALYSES if recorded]
-    files = {f"{run.name}/{name}": path for run in runs for name, path in run.results.items()}
+    found = [(a.title, a.paper, to_svg(plot_figure(a, a.compute(recorded)), a.title)) for a in FIGURES if recorded]
+    files = {f"{run.name}/{name}": path for run in runs for name, path in run.result_files.items()}
     if curves := pass_at_k.read_pass_at_k(files):
         title = pass_at_k.TITLE
-        found.append((title, pass_at_k.SOURCE, to_svg(pass_at_k.plot_pass_at_k(curves), title)))
+        found.append((title, pass_at_k.PAPER, to_svg(pass_at_k.plot_pass_at_k(curves), title)))
     return found
 
 
@@ -54,7 +54,7 @@ def _plot_metric(name: str, runs: Sequence[RunReport]) -> Markup:
     figure, axis = plt.subplots(figsize=(4.6, 2.4), layout="constrained")
     for run, color in zip(runs, COLORS * 4, strict=False):
         points = run.curves.get(name, [])
-        points = points[:: max(1, len(points) // _MOST_POINTS)]
+        points = points[:: max(1, len(points) // _MAX_POINTS)]
         axis.plot(*zip(*points, strict=True), color=color, lw=1.2, label=run.name) if points else None
     axis.set_xlabel("step")
     axis.spines[["top", "right"]].set_visible(False)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ..evaluation.results import format_difference
 from ..evaluation.suites import benchmark_title
-from ..trainer.token_records import FOLDER
+from ..trainer.token_records import RECORDS_DIR
 from .load import RunReport
 
 Curve = list[tuple[int, float]]
@@ -21,7 +21,7 @@ class Finding:
         text: for people.
     """
 
-    kind: str
+    level: str
     text: str
 
 
@@ -29,7 +29,7 @@ def find_notable(run: RunReport) -> list[Finding]:
     """What stands out, the most important first."""
     parts = (_progress, _accuracy, _benchmarks, _loss, _entropy, _completions, _nonfinite, _missing_data)
     found = [sentence for part in parts for sentence in part(run)]
-    return sorted(found, key=lambda sentence: ["warning", "good", "note"].index(sentence.kind))
+    return sorted(found, key=lambda sentence: ["warning", "good", "note"].index(sentence.level))
 
 
 def _progress(run: RunReport) -> Iterator[Finding]:
@@ -46,23 +46,23 @@ def _accuracy(run: RunReport) -> Iterator[Finding]:
     curve = run.curves.get("eval_accuracy", [])
     if len(curve) > 1:
         first, last = 100 * curve[0][1], 100 * curve[-1][1]
-        kind = "good" if last > first else "warning"
+        level = "good" if last > first else "warning"
         yield Finding(
-            kind, f"Accuracy on held-out prompts went from {first:.1f} % to {last:.1f} % ({last - first:+.1f})."
+            level, f"Accuracy on held-out prompts went from {first:.1f} % to {last:.1f} % ({last - first:+.1f})."
         )
 
 
 def _benchmarks(run: RunReport) -> Iterator[Finding]:
     """Better or worse than an evaluation's baseline, where chance is no explanation."""
-    for entry in run.differences:
+    for entry in run.baseline_differences:
         if not entry["metric"].startswith(("accuracy", "avg@")):
             continue
         worse, sure = entry["difference"] < 0, entry["p"] < 0.05
-        kind, word = ("warning", "worse") if worse else ("good", "better")
-        kind, word = (kind, word) if sure else ("note", "no clear difference")
+        level, word = ("warning", "worse") if worse else ("good", "better")
+        level, word = (level, word) if sure else ("note", "no clear difference")
         percent = f"{entry['mean']:.1f} % ({entry['metric']})"
         yield Finding(
-            kind,
+            level,
             f"{benchmark_title(entry['benchmark'])}: {percent}, against {entry['baseline']} {format_difference(entry)}: {word}.",
         )
 
@@ -77,8 +77,8 @@ def _loss(run: RunReport) -> Iterator[Finding]:
         first, last = _quarter_means(curve)
         word = "fell" if last < first else "rose"
         # of a policy gradient the loss says nothing
-        kind = "note" if last < first or run.config.get("method") == "grpo" else "warning"
-        yield Finding(kind, f"The loss {word} from {first:.4g} in the first quarter to {last:.4g} in the last.")
+        level = "note" if last < first or run.config.get("method") == "grpo" else "warning"
+        yield Finding(level, f"The loss {word} from {first:.4g} in the first quarter to {last:.4g} in the last.")
 
 
 def _entropy(run: RunReport) -> Iterator[Finding]:
@@ -99,18 +99,20 @@ def _completions(run: RunReport) -> Iterator[Finding]:
 
 
 def _nonfinite(run: RunReport) -> Iterator[Finding]:
-    if run.nonfinite:
-        yield Finding("warning", f"Loss or gradient was not finite in {run.nonfinite} steps: nonfinite_step_*.jsonl.")
+    if run.num_nonfinite_steps:
+        yield Finding(
+            "warning", f"Loss or gradient was not finite in {run.num_nonfinite_steps} steps: nonfinite_step_*.jsonl."
+        )
 
 
 def _missing_data(run: RunReport) -> Iterator[Finding]:
     """What isn't in the report, and why."""
-    for reason in run.left_out:
+    for reason in run.skipped:
         yield Finding("warning", f"Left out: {reason}.")
     if run.state and len(run.curves.get("loss", [])) < 2:
         every, steps = run.state.get("logging_steps"), run.state["global_step"]
         yield Finding("note", f"No curves: the loss was logged every {every} steps (logging_steps), of {steps}.")
-    if not run.records and not (run.folder / FOLDER).is_dir():
+    if not run.records and not (run.folder / RECORDS_DIR).is_dir():
         yield Finding("note", "No tokens and analyses: the run didn't record any (record_steps).")
 
 

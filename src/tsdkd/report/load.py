@@ -12,10 +12,10 @@ from ..config.base import TokenSelectiveConfig
 from ..errors import DataError
 from ..evaluation.results import find_results
 from ..evaluation.results import read_results as read_results
-from ..run.output_dir import RUN_FILE, read_run_config
-from ..trainer.token_records import FOLDER
+from ..run.output_dir import RUN_CONFIG_NAME, read_run_config
+from ..trainer.token_records import RECORDS_DIR
 
-_STATE = "trainer_state.json"
+TRAINER_STATE_NAME = "trainer_state.json"
 
 
 @dataclass
@@ -40,11 +40,11 @@ class RunReport:
     config: dict[str, Any]
     state: dict[str, Any]
     records: list[StepRecord] = field(default_factory=list)
-    results: dict[str, Path] = field(default_factory=dict)
-    evaluations: dict[str, str] = field(default_factory=dict)
-    differences: list[dict[str, Any]] = field(default_factory=list)
-    nonfinite: int = 0
-    left_out: list[str] = field(default_factory=list)
+    result_files: dict[str, Path] = field(default_factory=dict)
+    result_tables: dict[str, str] = field(default_factory=dict)
+    baseline_differences: list[dict[str, Any]] = field(default_factory=list)
+    num_nonfinite_steps: int = 0
+    skipped: list[str] = field(default_factory=list)
 
     @cached_property
     def curves(self) -> dict[str, list[tuple[int, float]]]:
@@ -56,7 +56,7 @@ class RunReport:
                     found.setdefault(name, []).append((entry["step"], float(value)))
         return found
 
-    def shown(self, key: str) -> str:
+    def format_value(self, key: str) -> str:
         """A setting for people who may have another machine: of a path its last component."""
         value = self.config.get(key, getattr(TokenSelectiveConfig, key, None))
         if value is None:
@@ -81,24 +81,24 @@ def load_run(name: str, folder: Path) -> RunReport:
     Raises:
         DataError: it isn't one, or its configuration or log can't be read.
     """
-    if not (folder / RUN_FILE).is_file():
-        raise DataError(f"{folder} isn't the directory of a run: it has no {RUN_FILE}")
+    if not (folder / RUN_CONFIG_NAME).is_file():
+        raise DataError(f"{folder} isn't the directory of a run: it has no {RUN_CONFIG_NAME}")
     run = RunReport(name, folder, read_run_config(folder), _read_trainer_state(folder))
-    run.nonfinite = len(list(folder.glob("nonfinite_step_*.jsonl")))
-    if (folder / FOLDER).is_dir():
+    run.num_nonfinite_steps = len(list(folder.glob("nonfinite_step_*.jsonl")))
+    if (folder / RECORDS_DIR).is_dir():
         try:
-            run.records = read_records(folder, run.left_out)
+            run.records = read_records(folder, run.skipped)
         except DataError as error:
-            run.left_out.append(str(error))
+            run.skipped.append(str(error))
     for key, path in find_results(folder).items():
         try:
-            run.differences += _read_differences(path, folder.resolve())
-            run.results[key] = path
-            run.evaluations[key] = path.with_suffix(".md").read_text(encoding="utf-8", errors="replace")
+            run.baseline_differences += _read_differences(path, folder.resolve())
+            run.result_files[key] = path
+            run.result_tables[key] = path.with_suffix(".md").read_text(encoding="utf-8", errors="replace")
         except DataError as error:
-            run.left_out.append(str(error))
+            run.skipped.append(str(error))
         except OSError as error:
-            run.left_out.append(f"{error.filename} can't be read: {error.strerror}")
+            run.skipped.append(f"{error.filename} can't be read: {error.strerror}")
     return run
 
 
@@ -111,9 +111,11 @@ def _read_differences(path: Path, folder: Path) -> list[dict[str, Any]]:
 
 def _read_trainer_state(folder: Path) -> dict[str, Any]:
     """Of the end, or else of the last checkpoint."""
-    checkpoints = [path for path in folder.glob(f"checkpoint-*/{_STATE}") if path.parent.name[11:].isdigit()]
+    checkpoints = [
+        path for path in folder.glob(f"checkpoint-*/{TRAINER_STATE_NAME}") if path.parent.name[11:].isdigit()
+    ]
     newest = max(checkpoints, key=lambda path: int(path.parent.name[11:]), default=None)
-    path = folder / _STATE if (folder / _STATE).is_file() else newest
+    path = folder / TRAINER_STATE_NAME if (folder / TRAINER_STATE_NAME).is_file() else newest
     if path is None:
         return {}
     try:

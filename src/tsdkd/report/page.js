@@ -34,11 +34,11 @@
     const [low, high] = record().ranges[name];
     return low + (data[name][i] / 65535) * (high - low);
   };
-  const isFlag = (name) => ["opener", "uncertain", "triggered"].includes(name);
+  const isFlag = (name) => ["is_opener", "is_high_entropy", "is_triggered"].includes(name);
   const visible = (text) => (text.trim() === "" ? text.replace(/\n/g, "⏎\n").replace(/\t/g, "⇥").replace(/ /g, "␣") : text);
 
   function range() {
-    if (view.quantity === "agreement") return [-1, 1];
+    if (view.quantity === "kendall_tau") return [-1, 1];
     if (isFlag(view.quantity) || view.quantity === "gate") return [0, 1];
     return [0, Math.max(...run().records.map((r) => r.ranges[view.quantity][1]))];
   }

@@ -19,7 +19,7 @@ from .findings import find_notable
 from .load import RunReport, load_run
 from .tokens import pack_records
 
-_MARK = "<footer>Written by tsdkd "
+_REPORT_MARKER = "<footer>Written by tsdkd "
 
 
 def write_report(folders: Sequence[Path], output: Path) -> Path:
@@ -30,10 +30,10 @@ def write_report(folders: Sequence[Path], output: Path) -> Path:
         OutputDirError: the file can't be written, or is something else than a report.
     """
     with wrap_os_errors(output, "--output"):
-        if output.exists() and _MARK.encode() not in output.read_bytes():
+        if output.exists() and _REPORT_MARKER.encode() not in output.read_bytes():
             raise OutputDirError(f"--output: {output} isn't a report; choose another file")
     runs = [load_run(name, folder) for name, folder in name_folders(folders).items()]
-    for reason in (reason for run in runs for reason in run.left_out):
+    for reason in (reason for run in runs for reason in run.skipped):
         print(f"left out: {reason}", file=sys.stderr)
     ensure_dir(output.parent, "--output")
     page = render_page(runs)
@@ -51,10 +51,12 @@ def render_page(runs: Sequence[RunReport]) -> str:
         title=" and ".join(run.name for run in runs),
         style=Markup(_read_asset("page.css")),
         script=Markup(_read_asset("page.js")),
-        footer=Markup(_MARK + version("tsdkd")),
+        footer=Markup(_REPORT_MARKER + version("tsdkd")),
         verdicts=[(run, find_notable(run)) for run in runs],
         evaluations=[
-            (f"{run.name}: {name}", _markdown_to_html(text)) for run in runs for name, text in run.evaluations.items()
+            (f"{run.name}: {name}", _markdown_to_html(text))
+            for run in runs
+            for name, text in run.result_tables.items()
         ],
         curves=charts.plot_metrics(runs),
         analyses=charts.plot_figures(runs),

@@ -10,19 +10,19 @@ import numpy as np
 
 from ..analysis.load import StepRecord
 
-_MOST_COMPLETIONS = 50
+_MAX_COMPLETIONS = 50
 
 # name in the page, kind, what it is; of each the smallest and the largest value stand beside its bytes
-QUANTITIES = (
+TOKEN_METRICS = (
     ("student_entropy", "Student's entropy, nats"),
     ("teacher_entropy", "Teacher's entropy, nats"),
     ("gate", "Gate (TSD-KD Eq. 11)"),
     ("divergence", "JSD, nats"),
     ("forward_kl", "Forward KL over the teacher's top 16, nats"),
-    ("agreement", "Agreement of the rankings (Kendall's tau)"),
-    ("opener", "In the opener"),
-    ("uncertain", "In the most uncertain 10 %"),
-    ("triggered", "Forward KL is triggered (EOPD Eq. 9)"),
+    ("kendall_tau", "Agreement of the rankings (Kendall's tau)"),
+    ("is_opener", "In the opener"),
+    ("is_high_entropy", "In the most uncertain 10 %"),
+    ("is_triggered", "Forward KL is triggered (EOPD Eq. 9)"),
 )
 
 
@@ -34,7 +34,7 @@ def pack_records(records: Sequence[StepRecord]) -> dict[str, Any]:
     text_of = {i: text for record in chosen for i, text in record.texts.items()}
     return {
         "texts": [text_of[i] for i in texts],
-        "quantities": [{"name": name, "title": title} for name, title in QUANTITIES],
+        "quantities": [{"name": name, "title": title} for name, title in TOKEN_METRICS],
         "records": [_pack_record(record, place) for record in chosen],
     }
 
@@ -43,7 +43,7 @@ def subsample_records(records: Sequence[StepRecord]) -> list[StepRecord]:
     """First, last and evenly between."""
     if not records:
         return []
-    most = max(1, _MOST_COMPLETIONS // max(len(r.samples) for r in records))
+    most = max(1, _MAX_COMPLETIONS // max(len(r.samples) for r in records))
     if len(records) <= most:
         return list(records)
     return [records[round(i * (len(records) - 1) / max(most - 1, 1))] for i in range(most)]
@@ -61,7 +61,7 @@ def _pack_record(record: StepRecord, place: dict[int, int]) -> dict[str, Any]:
         "teacher_rank": np.argsort(np.argsort(-theirs, axis=1), axis=1).astype(np.uint8),
     }
     ranges = {}
-    for name, _ in QUANTITIES:
+    for name, _ in TOKEN_METRICS:
         values = np.asarray(getattr(record, name) if hasattr(record, name) else columns[name], dtype=np.float32)
         low, high = float(values.min()), float(values.max())
         ranges[name] = [low, high]

@@ -11,10 +11,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-VOCABULARY, TOP = 80, 10
-MODES = (1.7, 1.9, 2.1, 2.3, 2.5)
-SCENARIOS = {"A, low teacher entropy": 0.3, "B, high teacher entropy": 1.0}  # the teacher's temperature
-PAPER = {"A, low teacher entropy": "7.3 ± 1.6", "B, high teacher entropy": "84.0 ± 16.7"}
+VOCAB_SIZE, TOP_K = 80, 10
+MODE_LOGITS = (1.7, 1.9, 2.1, 2.3, 2.5)
+SCENARIO_TEMPERATURES = {"A, low teacher entropy": 0.3, "B, high teacher entropy": 1.0}  # the teacher's temperature
+PAPER_TOP1_CHANGES = {"A, low teacher entropy": "7.3 ± 1.6", "B, high teacher entropy": "84.0 ± 16.7"}
 _COLORS = ("#1f4e79", "#b03a2e")
 _WINDOW = 25  # steps that Figure 1's curves are averaged over
 
@@ -38,19 +38,19 @@ class ToyResult:
 def simulate_toy(temperature: float, seed: int, learning_rate: float = 0.2, steps: int = 1000) -> ToyResult:
     """The policy gradient of Sec. 3.2: sample from the student's top 10, move the sampled logit by the reward."""
     rng = np.random.default_rng(seed)
-    logits = rng.standard_normal(VOCABULARY)
-    logits[rng.choice(VOCABULARY, len(MODES), replace=False)] = MODES
+    logits = rng.standard_normal(VOCAB_SIZE)
+    logits[rng.choice(VOCAB_SIZE, len(MODE_LOGITS), replace=False)] = MODE_LOGITS
     teacher = _softmax(logits / temperature)
-    student = rng.standard_normal(VOCABULARY)
+    student = rng.standard_normal(VOCAB_SIZE)
     top, best = _top_k_indices(student), int(student.argmax())
     changes, rates = 0, np.zeros(steps)
     for step in range(steps):
         probs = _softmax(student[top])
-        place = rng.choice(TOP, p=probs)
+        place = rng.choice(TOP_K, p=probs)
         student[top[place]] += learning_rate * (np.log(teacher[top[place]]) - np.log(probs[place]))
         now = _top_k_indices(student)
         shared = len(np.intersect1d(top, now))
-        rates[step] = 1 - shared / (2 * TOP - shared)
+        rates[step] = 1 - shared / (2 * TOP_K - shared)
         changes += int(student.argmax()) != best
         top, best = now, int(student.argmax())
     return ToyResult(teacher, _softmax(student), changes, rates)
@@ -60,7 +60,7 @@ def reproduce(folder: Path, seeds: int, learning_rate: float, steps: int) -> Non
     """Print Table 1 with the paper's numbers beside, and write the plots of Figures 1 and 6 into `folder`."""
     runs = {
         name: [simulate_toy(temperature, seed, learning_rate, steps) for seed in range(seeds)]
-        for name, temperature in SCENARIOS.items()
+        for name, temperature in SCENARIO_TEMPERATURES.items()
     }
     table = Table(title=f"Top-1 changes in {steps} steps, learning rate {learning_rate}")
     for column in ("teacher", "temperature", "paper, 3 seeds", f"here, {seeds} seed{'s' if seeds > 1 else ''}"):
@@ -68,7 +68,9 @@ def reproduce(folder: Path, seeds: int, learning_rate: float, steps: int) -> Non
     for name, found in runs.items():
         counts = [toy.top1_changes for toy in found]
         spread = f" ± {np.std(counts, ddof=1):.1f}" if seeds > 1 else ""
-        table.add_row(name, str(SCENARIOS[name]), PAPER[name], f"{np.mean(counts):.1f}{spread}")
+        table.add_row(
+            name, str(SCENARIO_TEMPERATURES[name]), PAPER_TOP1_CHANGES[name], f"{np.mean(counts):.1f}{spread}"
+        )
     console = Console()
     console.print(table)
     for path in (_plot_rates(runs, folder), _plot_distributions(runs, folder)):
@@ -81,7 +83,7 @@ def _softmax(x: np.ndarray) -> np.ndarray:
 
 
 def _top_k_indices(x: np.ndarray) -> np.ndarray:
-    return np.argsort(-x, kind="stable")[:TOP]
+    return np.argsort(-x, kind="stable")[:TOP_K]
 
 
 def _plot_rates(runs: dict[str, list[ToyResult]], folder: Path) -> Path:
@@ -99,7 +101,7 @@ def _plot_rates(runs: dict[str, list[ToyResult]], folder: Path) -> Path:
         axis.plot(steps, curves.mean(0), color=color, label=name)
         axis.fill_between(steps, curves.min(0), curves.max(0), color=color, alpha=0.15, lw=0)
     axis.set_xlabel("step")
-    axis.set_ylabel(f"top-{TOP} change rate")
+    axis.set_ylabel(f"top-{TOP_K} change rate")
     axis.legend(frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
     path = folder / "eopd_toy_figure1.png"
@@ -115,8 +117,8 @@ def _plot_distributions(runs: dict[str, list[ToyResult]], folder: Path) -> Path:
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     for axis, (name, found), color in zip(axes, runs.items(), _COLORS, strict=True):
         order = np.argsort(-found[0].teacher)
-        axis.bar(range(VOCABULARY), found[0].teacher[order], color="#c8d0d8", width=1.0, label="teacher")
-        axis.plot(range(VOCABULARY), found[0].student[order], ".", color=color, label="student")
+        axis.bar(range(VOCAB_SIZE), found[0].teacher[order], color="#c8d0d8", width=1.0, label="teacher")
+        axis.plot(range(VOCAB_SIZE), found[0].student[order], ".", color=color, label="student")
         axis.set_title(name, fontsize="medium")
         axis.set_xlabel("index, by the teacher's probability")
         axis.spines[["top", "right"]].set_visible(False)

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..losses import FORWARD_KL, token_entropy
 from ..selection import entropy_gap_gate
 
-_SIZE = 50
+_VOCAB_SIZE = 50
 
 
 @dataclass
@@ -64,7 +64,7 @@ def compare_gradients(title: str, weaker: Tensor, stronger: Tensor, teacher: Ten
 def build_cases() -> list[GradientCheck]:
     """An early student against a later one, and the other way round."""
     make = torch.Generator().manual_seed(0)
-    teacher, noise = (torch.randn(_SIZE, generator=make, dtype=torch.float64) for _ in range(2))
+    teacher, noise = (torch.randn(_VOCAB_SIZE, generator=make, dtype=torch.float64) for _ in range(2))
     teacher[7] += 6.0
     early, late = 0.2 * teacher + 0.5 * noise, 0.7 * teacher + 0.1 * noise
     return [

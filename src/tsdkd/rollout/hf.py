@@ -18,7 +18,7 @@ from .base import Completion, Key, SamplingConfig
 from .categorical import sample_tokens
 from .seeding import prompt_generator
 
-_TOKENS_PER_LOOK = 16  # on a GPU, where each look waits until all tokens are computed
+_TOKENS_PER_SYNC = 16  # on a GPU, where each look waits until all tokens are computed
 
 
 class HuggingFaceSampler:
@@ -55,14 +55,14 @@ class HuggingFaceSampler:
         """See `Sampler`."""
         was_training = model.training
         model.eval()
-        with self._ready(model) as unwrapped:
+        with self._unwrap_for_generation(model) as unwrapped:
             generators = [prompt_generator(*key) for key in keys]
             completions = sample_completions(unwrapped, prompts, limits, generators, **vars(self.sampling))
         model.train(was_training)
         return completions
 
     @contextmanager
-    def _ready(self, model: nn.Module) -> Iterator[PreTrainedModel]:
+    def _unwrap_for_generation(self, model: nn.Module) -> Iterator[PreTrainedModel]:
         """The model, unwrapped. The wrapper of its forward leaves autocast after each token, and torch forgets the
         weights in half precision when the outermost autocast is left: hence one around all tokens."""
         kwargs = self.gradient_checkpointing_kwargs
@@ -143,7 +143,7 @@ def sample_from_models(
     width = input_ids.shape[1]
     caches: list[Any] = [None] * len(models)
     unread: list[Tensor] = []  # tokens that the host hasn't looked at
-    every = 1 if device.type == "cpu" else _TOKENS_PER_LOOK
+    every = 1 if device.type == "cpu" else _TOKENS_PER_SYNC
     look = min(every, longest)
     # without padding there is no mask: transformers would wait for the device to find that out
     padded = min(len(prompts[row]) for row in rows) < width

@@ -17,7 +17,7 @@ from .seeding import prompt_generator
 
 TokenChoice = Callable[[list[Tensor], Tensor | None], Tensor]
 """As in `sample_together`, of the student's logits and the teacher's."""
-_CORRECTION = 4  # stream of `prompt_generator`
+CORRECTION_STREAM = 4  # stream of `prompt_generator`
 
 
 class MixedSampler(HuggingFaceSampler):
@@ -55,12 +55,12 @@ class MixedSampler(HuggingFaceSampler):
         """See `Sampler`."""
         was_training = model.training
         model.eval()
-        with self._ready(model) as student:
+        with self._unwrap_for_generation(model) as student:
             completions = sample_from_models(
                 [student, self.teacher],
                 prompts,
                 limits,
-                [(prompt_generator(*key), prompt_generator(*key, _CORRECTION)) for key in keys],
+                [(prompt_generator(*key), prompt_generator(*key, CORRECTION_STREAM)) for key in keys],
                 self.choose,
                 stop_ids=self.sampling.stop_ids,
                 vocab_size=self.sampling.vocab_size,

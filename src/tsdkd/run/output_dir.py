@@ -20,12 +20,12 @@ from ..errors import DataError, OutputDirError, ResumeError, TSDKDError
 from ..methods import METHODS
 from .arguments import RunArguments
 
-RUN_FILE = "tsdkd_config.yaml"  # the resolved configuration; marks an output directory as ours
-_NEW_RUN_FILE = f".{RUN_FILE}.new"
+RUN_CONFIG_NAME = "tsdkd_config.yaml"  # the resolved configuration; marks an output directory as ours
+_TMP_RUN_CONFIG_NAME = f".{RUN_CONFIG_NAME}.new"
 
 # What may differ when a run goes on: it decides what is reported, kept, and how fast it goes, not what is learnt.
-_FREE_PREFIXES = ("logging_", "log_", "record_", "save_", "eval_", "hub_", "push_to_", "ddp_", "vllm_", "resume")
-_FREE = {
+_MUTABLE_PREFIXES = ("logging_", "log_", "record_", "save_", "eval_", "hub_", "push_to_", "ddp_", "vllm_", "resume")
+_MUTABLE_KEYS = {
     "output_dir",
     "disable_tqdm",
     "report_to",
@@ -49,7 +49,7 @@ _FREE = {
     "accelerate_config",
     "num_processes",
 }
-_LENGTH = {"max_steps", "num_train_epochs"}  # a run may be made longer
+_LENGTH_KEYS = {"max_steps", "num_train_epochs"}  # a run may be made longer
 
 
 def ensure_dir(folder: Path, field: str = "output_dir") -> None:
@@ -90,11 +90,11 @@ def resolve_resume(arguments: RunArguments) -> str | None:
             configuration, or one that has ended without a checkpoint.
         ResumeError: there is nothing to resume from, or a run of another configuration.
     """
-    training = arguments.training
+    training = arguments.training_args
     folder, asked = Path(str(training.output_dir)), _resume_setting(arguments)
     _validate_dir(folder)
-    present = {path.name for path in folder.iterdir()} - {_NEW_RUN_FILE} if folder.is_dir() else set()
-    if present and RUN_FILE not in present:
+    present = {path.name for path in folder.iterdir()} - {_TMP_RUN_CONFIG_NAME} if folder.is_dir() else set()
+    if present and RUN_CONFIG_NAME not in present:
         raise OutputDirError(
             f"output_dir: {folder} holds files that aren't tsdkd's ({min(present)}, …); choose another"
         )
@@ -127,7 +127,7 @@ def _resolve_checkpoint(arguments: RunArguments, path: Path, folder: Path) -> st
     """A checkpoint that `resume_from_checkpoint` names, of this run or of one like it elsewhere."""
     checkpoint.verify_checkpoint(path)
     run = path.resolve().parent
-    elsewhere = run != folder.resolve() and (run / RUN_FILE).is_file()
+    elsewhere = run != folder.resolve() and (run / RUN_CONFIG_NAME).is_file()
     if elsewhere and (changes := _describe_changes(arguments, run)):
         raise ResumeError(
             f"resume_from_checkpoint: {path} is of another run: {changes}; to start from its weights alone, "
@@ -138,11 +138,11 @@ def _resolve_checkpoint(arguments: RunArguments, path: Path, folder: Path) -> st
 
 def _resume_setting(arguments: RunArguments) -> str:
     """`resume_from_checkpoint` as text: a path, "true" or "false"."""
-    return str(arguments.training.resume_from_checkpoint or "false")
+    return str(arguments.training_args.resume_from_checkpoint or "false")
 
 
 def _is_resuming(arguments: RunArguments) -> bool:
-    return arguments.training.resume or _resume_setting(arguments).lower() != "false"
+    return arguments.training_args.resume or _resume_setting(arguments).lower() != "false"
 
 
 def write_run_config(arguments: RunArguments) -> None:
@@ -151,19 +151,19 @@ def write_run_config(arguments: RunArguments) -> None:
     Raises:
         OutputDirError: another run has done so since `resolve_resume`.
     """
-    if arguments.training.process_index == 0:
-        folder = Path(str(arguments.training.output_dir))
+    if arguments.training_args.process_index == 0:
+        folder = Path(str(arguments.training_args.output_dir))
         ensure_dir(folder)
-        if (folder / RUN_FILE).exists() and not _is_resuming(arguments):
+        if (folder / RUN_CONFIG_NAME).exists() and not _is_resuming(arguments):
             raise OutputDirError(f"output_dir: another run has begun in {folder}; choose another")
         text = yaml.safe_dump(build_run_config(arguments), sort_keys=True, allow_unicode=True)
-        (folder / _NEW_RUN_FILE).write_text(text, encoding="utf-8")
-        os.replace(folder / _NEW_RUN_FILE, folder / RUN_FILE)
+        (folder / _TMP_RUN_CONFIG_NAME).write_text(text, encoding="utf-8")
+        os.replace(folder / _TMP_RUN_CONFIG_NAME, folder / RUN_CONFIG_NAME)
 
 
 def read_run_config(folder: Path) -> dict[str, Any]:
     """The resolved configuration of the run in a folder. Raises `DataError`."""
-    path = folder / RUN_FILE
+    path = folder / RUN_CONFIG_NAME
     try:
         return dict(yaml.safe_load(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
@@ -173,9 +173,10 @@ def read_run_config(folder: Path) -> dict[str, Any]:
 def build_run_config(arguments: RunArguments) -> dict[str, Any]:
     """Every of our keys, and every key of transformers and TRL that was set; no token of the hub."""
     values = {
-        name: getattr(arguments.training, name) for name in declared_fields(METHODS[arguments.method].config_class)
+        name: getattr(arguments.training_args, name)
+        for name in declared_fields(METHODS[arguments.method].config_class)
     }
-    values |= {k: v for k, v in arguments.given.items() if not k.endswith("token")}
+    values |= {k: v for k, v in arguments.explicit_values.items() if not k.endswith("token")}
     return {"method": arguments.method, **{k: enum_value(v) for k, v in values.items()}}
 
 
@@ -191,10 +192,10 @@ def _describe_changes(arguments: RunArguments, folder: Path) -> str:
     changed = [
         (name, *(run.get(name, enum_value(defaults.get(name))) for run in (before, now)))
         for name in sorted(before.keys() | now.keys())
-        if name not in _FREE and (not name.startswith(_FREE_PREFIXES) or "importance" in name)
+        if name not in _MUTABLE_KEYS and (not name.startswith(_MUTABLE_PREFIXES) or "importance" in name)
     ]
     changed = [(name, old, new) for name, old, new in changed if old != new]
-    lengths = [f"{name} was {old!r}, now {new!r}" for name, old, new in changed if name in _LENGTH]
+    lengths = [f"{name} was {old!r}, now {new!r}" for name, old, new in changed if name in _LENGTH_KEYS]
     for line in lengths:
         PartialState().print(f"resume: {line}", flush=True)
-    return "; ".join(f"{name} was {old!r}, now {new!r}" for name, old, new in changed if name not in _LENGTH)
+    return "; ".join(f"{name} was {old!r}, now {new!r}" for name, old, new in changed if name not in _LENGTH_KEYS)

@@ -19,7 +19,7 @@ from ..lm_head.projection import Projection
 from ..lm_head.statistics import Head, StatisticsRequest, TokenStatistics
 
 Answer = TypeVar("Answer")
-_WHOLE = "set fused_head: false, which computes whole logits"
+_FUSED_HEAD_HINT = "set fused_head: false, which computes whole logits"
 
 
 class HeadForward:
@@ -37,14 +37,14 @@ class HeadForward:
         self._proven: WeakSet[nn.Module] = WeakSet()
 
     @torch.no_grad()
-    def teacher(self, model: nn.Module, batch: dict[str, Tensor], index: Tensor) -> "TeacherOutput":
-        """The teacher's part of a head for `ask`: hidden states or logits at the N positions `index`."""
+    def teacher_forward(self, model: nn.Module, batch: dict[str, Tensor], index: Tensor) -> "TeacherOutput":
+        """The teacher's part of a head for `forward`: hidden states or logits at the N positions `index`."""
         if not self.args.fused_head:
             return TeacherOutput(model, self._logits(model, batch, index))
         unwrapped = self.accelerator.unwrap_model(model)
         return TeacherOutput(unwrapped, self._redirect(model, unwrapped, self._hidden, unwrapped, batch, index))
 
-    def ask(
+    def forward(
         self,
         model: nn.Module,
         batch: dict[str, Tensor],
@@ -60,7 +60,7 @@ class HeadForward:
             batch: `input_ids` `[B, S]`; `attention_mask` too where padding itself is asked about.
             index: `[N]`, places in the flattened `[B, S - 1]` (`tsdkd.selection.token_index`).
             question: what is asked; its answer is a dataclass, `TokenStatistics` or `ObjectiveOutput`.
-            teacher: from `teacher`, where the question is about both.
+            teacher: from `teacher_forward`, where the question is about both.
             own_in_forward: see `FusedHead`.
 
         Raises:
@@ -74,14 +74,14 @@ class HeadForward:
 
         def run_head(hidden: Tensor) -> dict[str, Any]:
             with ExitStack() as stack:
-                answer = question(self._fused(stack, unwrapped, hidden, teacher, own_in_forward))
+                answer = question(self._make_fused_head(stack, unwrapped, hidden, teacher, own_in_forward))
             kind.append(type(answer))
             return vars(answer)  # DDP and DeepSpeed look for tensors in plain containers only
 
         def inside(input_ids: Tensor) -> dict[str, Any]:
             hidden = self._hidden(unwrapped, {**batch, "input_ids": input_ids}, index)
             with self.accelerator.autocast():
-                return self._as_output_layer(unwrapped, run_head, hidden)
+                return self._forward_as_output_layer(unwrapped, run_head, hidden)
 
         # as the wrapper's forward: DDP arms its gradient reduction there. On CUDA it moves what it is given to its
         # device first, and fails where it is given nothing.
@@ -89,17 +89,17 @@ class HeadForward:
         return kind[0](**fields)
 
     @torch.no_grad()
-    def query(
+    def compute_statistics(
         self, model: nn.Module, batch: dict[str, Tensor], index: Tensor, request: StatisticsRequest
     ) -> TokenStatistics:
-        """`request` of a model in eval mode, without gradients; `ask` says what the arguments are."""
+        """`request` of a model in eval mode, without gradients; `forward` says what the arguments are."""
         was_training = model.training
         model.eval()
-        answer = self.ask(model, batch, index, lambda head: head(request))
+        answer = self.forward(model, batch, index, lambda head: head(request))
         model.train(was_training)
         return answer
 
-    def _fused(
+    def _make_fused_head(
         self,
         stack: ExitStack,
         model: PreTrainedModel,
@@ -121,7 +121,9 @@ class HeadForward:
             own_in_forward=own_in_forward,
         )
 
-    def _as_output_layer(self, model: PreTrainedModel, function: Callable[[Tensor], Any], hidden: Tensor) -> Any:
+    def _forward_as_output_layer(
+        self, model: PreTrainedModel, function: Callable[[Tensor], Any], hidden: Tensor
+    ) -> Any:
         """`function(hidden)` as the forward of the model's output layer: under ZeRO-3 its weight is then gathered,
         here and in the backward pass, and the gradient lands in the shard."""
         layer = _output_layer(model)
@@ -137,13 +139,13 @@ class HeadForward:
         """`[N, H]`, the last hidden states."""
         with self.accelerator.autocast():
             if model not in self._proven:
-                self._prove(model, batch["input_ids"][:1, :8])
+                self._check_logits(model, batch["input_ids"][:1, :8])
                 torch.clear_autocast_cache()  # older torches keep casts of weights that were made without a gradient
                 self._proven.add(model)
             return _select_positions(index, _forward_backbone(model, batch["input_ids"], batch.get("attention_mask")))
 
     @torch.no_grad()
-    def _prove(self, model: PreTrainedModel, ids: Tensor) -> None:
+    def _check_logits(self, model: PreTrainedModel, ids: Tensor) -> None:
         """Once a model: a head that forgets a scale would train on other distributions, without any error."""
         was_training = model.training
         model.eval()
@@ -151,14 +153,16 @@ class HeadForward:
         try:
             hidden = _forward_backbone(model, ids)
         except (AttributeError, TypeError) as error:
-            raise ModelError(f"{_class_name(model)}: its backbone gives no last hidden states; {_WHOLE}") from error
+            raise ModelError(
+                f"{_class_name(model)}: its backbone gives no last hidden states; {_FUSED_HEAD_HINT}"
+            ) from error
 
         def logits(hidden: Tensor) -> Tensor:
             projection = get_projection(model)
-            return projection.cut(len(projection.weight), dtype).logits(hidden.to(dtype))
+            return projection.slice_vocab(len(projection.weight), dtype).logits(hidden.to(dtype))
 
         dtype = compute_dtype(hidden)
-        found = self._as_output_layer(model, logits, hidden)
+        found = self._forward_as_output_layer(model, logits, hidden)
         model.train(was_training)
         tolerance = max(1e-3, 16 * torch.finfo(dtype).eps) * float(expected.abs().max())
         same_shape = found.shape == expected.shape
@@ -166,7 +170,7 @@ class HeadForward:
         if not difference <= tolerance:
             raise ModelError(
                 f"{_class_name(model)}: its logits are not its output layer's (they differ by {difference:.3g}, more than "
-                f"{tolerance:.3g}): it does something else with them than a scale or a soft cap; {_WHOLE}"
+                f"{tolerance:.3g}): it does something else with them than a scale or a soft cap; {_FUSED_HEAD_HINT}"
             )
 
 

@@ -49,7 +49,7 @@ class MetricAccumulator:
         sums[1] += count
 
     @contextmanager
-    def rate(self, name: str, tokens: float, excluding: str | None = None) -> Iterator[None]:
+    def track_throughput(self, name: str, tokens: float, excluding: str | None = None) -> Iterator[None]:
         """Log `tokens` per second of the block (a process), without the time that metric `excluding` took in it.
 
         On CUDA the device's clock is read, when the metrics are drained: nothing waits for the device here."""
@@ -65,7 +65,7 @@ class MetricAccumulator:
         event.record()
         return event
 
-    def drain(self) -> dict[str, float]:
+    def reduce_and_reset(self) -> dict[str, float]:
         """Sum over count of every metric, over all processes, and start anew. All processes must call it."""
         for name, spans in self._spans.items():
             for span in spans:

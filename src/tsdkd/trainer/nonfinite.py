@@ -30,11 +30,11 @@ class NonFiniteGuard:
         self.skipped = 0
         self._seen: list[tuple[dict[str, Any], Tensor]] = []
 
-    def see(self, batch: dict[str, Any], loss: Tensor) -> None:
+    def add_micro_batch(self, batch: dict[str, Any], loss: Tensor) -> None:
         """Remember a micro-batch and its loss until the step ends; nothing waits for the device."""
         self._seen.append((batch, loss.detach().isfinite()))
 
-    def passes(self, grad_norm: float | Tensor, step: int) -> bool:
+    def is_step_finite(self, grad_norm: float | Tensor, step: int) -> bool:
         """Whether the step may be taken; all processes must ask.
 
         Args:

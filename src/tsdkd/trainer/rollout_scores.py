@@ -12,32 +12,32 @@ from ..rollout.seeding import prompt_generator
 from ..selection import token_index
 from .trainer import Batch, TokenSelectiveTrainer
 
-_PLACEMENT = 1  # stream of `prompt_generator`
+FORWARD_KL_STREAM = 1  # stream of `prompt_generator`
 
 
 class ScoredRolloutTrainer(TokenSelectiveTrainer):
     """For methods that ask the teacher once a rollout. Arguments: see `TokenSelectiveTrainer`."""
 
-    def _annotate(self, model: nn.Module, batch: Batch, step: int, mode: str) -> None:
+    def _postprocess_micro_batch(self, model: nn.Module, batch: Batch, step: int, mode: str) -> None:
         """Query the policy that sampled and the teacher, once; keep the teacher's top-k only."""
         index = token_index(completion_mask(batch), sum(batch["lengths"]))
         sampled = target_ids(batch, index).unsqueeze(-1)
-        policy: dict[str, Any] = self._policy(model, batch, index, sampled) if self.objective.is_policy else {}
-        with self._teacher_time(batch, mode):
+        policy: dict[str, Any] = self._score_policy(model, batch, index, sampled) if self.objective.is_policy else {}
+        with self._time_teacher(batch, mode):
             wanted = StatisticsRequest(entropy=True, top_k=self.objective.teacher_top_k, ids=sampled)
-            teacher = self.heads.query(self.teacher_model, batch, index, wanted)
+            teacher = self.heads.compute_statistics(self.teacher_model, batch, index, wanted)
         batch["answers"] = vars(
             RolloutScores(
                 teacher_entropy=teacher.entropy,
                 teacher_logps=teacher.logps.squeeze(-1),
                 topk_ids=teacher.top_ids,
                 topk_logps=teacher.top_logps,
-                random_uniform=self._placement_numbers(batch, step),
+                random_uniform=self._forward_kl_uniform(batch, step),
                 **policy,
             )
         )
 
-    def _policy(self, model: nn.Module, batch: Batch, index: Tensor, sampled: Tensor) -> dict[str, Tensor]:
+    def _score_policy(self, model: nn.Module, batch: Batch, index: Tensor, sampled: Tensor) -> dict[str, Tensor]:
         """Log-probabilities under the policy that sampled, and importance weights if they are asked for.
 
         An engine has told them, unless it samples from a nucleus: no forward pass is needed.
@@ -46,13 +46,13 @@ class ScoredRolloutTrainer(TokenSelectiveTrainer):
         corrected = getattr(self.args, "vllm_importance_sampling_correction", False)
         if sampler_logps is not None and not corrected and self.args.top_p == 1.0:
             return {"old_logps": sampler_logps}
-        logps = self.heads.query(model, batch, index, StatisticsRequest(ids=sampled)).logps.squeeze(-1)
+        logps = self.heads.compute_statistics(model, batch, index, StatisticsRequest(ids=sampled)).logps.squeeze(-1)
         if sampler_logps is None or not corrected:
             return {"old_logps": logps}
         weights = (logps - sampler_logps).exp().clamp(max=self.args.vllm_importance_sampling_clip_max)
         return {"old_logps": logps, "importance": weights}
 
-    def _placement_numbers(self, batch: Batch, step: int) -> Tensor:
-        generators = [prompt_generator(self.args.seed, step, i, _PLACEMENT) for i in batch["index"]]
+    def _forward_kl_uniform(self, batch: Batch, step: int) -> Tensor:
+        generators = [prompt_generator(self.args.seed, step, i, FORWARD_KL_STREAM) for i in batch["index"]]
         numbers = [torch.rand(n, generator=g) for g, n in zip(generators, batch["lengths"], strict=True)]
         return torch.cat(numbers).to(batch["input_ids"].device, non_blocking=True)

@@ -22,9 +22,9 @@ from ..losses import Divergence, forward_kl_on, jsd
 from ..selection import token_index
 from .forward import HeadForward
 
-FOLDER = "records"
-CANDIDATES = 10  # of the student, with the teacher's log-probabilities of them
-MASSES = (1, 2, 4, 8, 16, 32, 64)  # the teacher's k most probable tokens
+RECORDS_DIR = "records"
+NUM_CANDIDATES = 10  # of the student, with the teacher's log-probabilities of them
+MASS_TOP_K = (1, 2, 4, 8, 16, 32, 64)  # the teacher's k most probable tokens
 FORWARD_KL_TOP_K = 16
 
 
@@ -61,12 +61,12 @@ def compute_token_records(
     sampled = target_ids(batch, index).unsqueeze(-1)
     was_training = student.training
     student.eval()
-    both = StatisticsRequest(entropy=True, teacher_entropy=True, divergence=kind, top_k=CANDIDATES, ids=sampled)
-    ours = heads.ask(student, batch, index, lambda head: head(both), heads.teacher(teacher, batch, index))
+    both = StatisticsRequest(entropy=True, teacher_entropy=True, divergence=kind, top_k=NUM_CANDIDATES, ids=sampled)
+    ours = heads.forward(student, batch, index, lambda head: head(both), heads.teacher_forward(teacher, batch, index))
     ids = torch.cat([sampled, ours.top_ids], dim=-1)
-    theirs = heads.query(teacher, batch, index, StatisticsRequest(top_k=MASSES[-1], ids=ids))
+    theirs = heads.compute_statistics(teacher, batch, index, StatisticsRequest(top_k=MASS_TOP_K[-1], ids=ids))
     top = theirs.top_ids[:, :FORWARD_KL_TOP_K]
-    at_theirs = heads.query(student, batch, index, StatisticsRequest(ids=top)).logps
+    at_theirs = heads.compute_statistics(student, batch, index, StatisticsRequest(ids=top)).logps
     student.train(was_training)
     masses = theirs.top_logps.exp().cumsum(-1)
     columns = {
@@ -80,7 +80,7 @@ def compute_token_records(
         "candidates": ours.top_ids,
         "candidate_logps": ours.top_logps,
         "candidate_teacher_logps": theirs.logps[:, 1:],
-        "teacher_mass": torch.stack([masses[:, min(k, masses.shape[1]) - 1] for k in MASSES], dim=-1),
+        "teacher_mass": torch.stack([masses[:, min(k, masses.shape[1]) - 1] for k in MASS_TOP_K], dim=-1),
     }
     return {name: values.detach().cpu() for name, values in columns.items()}
 
@@ -112,7 +112,7 @@ def write_token_records(
         "texts": {i: _decode_in_context(i, decode) for i in sorted(ids)},  # so that nobody needs the tokenizer
     }
     table = pa.table(arrays).replace_schema_metadata({"tsdkd": json.dumps(about)})
-    path = folder / FOLDER / f"step-{step:08d}.parquet"
+    path = folder / RECORDS_DIR / f"step-{step:08d}.parquet"
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_suffix(".new")
     pq.write_table(table, new, compression="zstd")

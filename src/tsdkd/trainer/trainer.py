@@ -48,7 +48,7 @@ from .weight_check import check_engine_weights
 
 Batch = dict[str, Any]
 _EVAL_STEP = 2**62  # evaluation rollouts: the same random numbers at every evaluation
-_COIN = 2  # stream of `prompt_generator`
+ON_POLICY_STREAM = 2  # stream of `prompt_generator`
 
 
 class TokenSelectiveTrainer(CheckpointMixin, GKDTrainer):
@@ -99,9 +99,9 @@ class TokenSelectiveTrainer(CheckpointMixin, GKDTrainer):
             require_vllm()
         self.steps_per_rollout = args.steps_per_rollout()
         self.pair = resolve_pair(model, teacher_model, args, processing_class, teacher_processing_class)
-        train_dataset = self._tokenized(train_dataset, args)
+        train_dataset = self._tokenize_dataset(train_dataset, args)
         if eval_dataset is not None:
-            eval_dataset = self._tokenized(eval_dataset, args)
+            eval_dataset = self._tokenize_dataset(eval_dataset, args)
         if isinstance(model, str):
             model = load_student(model, args)
         asked = self.objective.asks_teacher or self.objective.asks_once
@@ -125,7 +125,7 @@ class TokenSelectiveTrainer(CheckpointMixin, GKDTrainer):
         self.model_accepts_loss_kwargs = True  # the loss is divided by the global count, never by accumulation too
         if args.disable_dropout:
             disable_dropout_in_model(self.model)
-        self.stop_ids = self._stop_ids(teacher_model)
+        self.stop_ids = self._set_stop_token_ids(teacher_model)
         self.teacher_name = get_model_id(teacher_model)
         if asked:
             self.teacher_model = prepare_teacher(teacher_model, self.accelerator, args)
@@ -147,14 +147,14 @@ class TokenSelectiveTrainer(CheckpointMixin, GKDTrainer):
 
     # What a trainer of a method may decide
 
-    def _annotate(self, model: nn.Module, batch: Batch, step: int, mode: str) -> None:
+    def _postprocess_micro_batch(self, model: nn.Module, batch: Batch, step: int, mode: str) -> None:
         """Add to a rolled-out micro-batch what must be known before the student changes."""
 
-    def _mask(self, batch: Batch) -> Tensor:
+    def _position_mask(self, batch: Batch) -> Tensor:
         """`[B, S - 1]` bool, the positions that the objective is asked about."""
         return completion_mask(batch)
 
-    def _responses(self, batch: Batch, mask: Tensor, mode: str) -> CompletionBatch:
+    def _completion_batch(self, batch: Batch, mask: Tensor, mode: str) -> CompletionBatch:
         """A micro-batch as the objective sees it."""
         answers, index = batch.get("answers"), token_index(mask)
         return CompletionBatch(
@@ -166,11 +166,13 @@ class TokenSelectiveTrainer(CheckpointMixin, GKDTrainer):
             index=index,
         )
 
-    def _sequences(
+    def _select_completions(
         self, model: nn.Module, rows: list[Batch], step: int, mode: str
     ) -> tuple[list[list[int]], list[Completion]]:
         """Prompts and completions to train on: the student's, or the data set's, by a coin a rollout."""
-        on_policy = bool(torch.rand(1, generator=prompt_generator(self.args.seed, step, 0, _COIN)) < self.args.lmbda)
+        on_policy = bool(
+            torch.rand(1, generator=prompt_generator(self.args.seed, step, 0, ON_POLICY_STREAM)) < self.args.lmbda
+        )
         prompts = [ids for batch in rows for ids in batch["prompt_ids"]]
         if on_policy:
             return prompts, self._generate(model, rows, prompts, step, mode)
@@ -178,16 +180,16 @@ class TokenSelectiveTrainer(CheckpointMixin, GKDTrainer):
 
     # Construction
 
-    def _tokenized(
+    def _tokenize_dataset(
         self, rows: Dataset | dict[str, Dataset], args: TokenSelectiveConfig
     ) -> Dataset | dict[str, Dataset]:
         if isinstance(rows, dict):
-            return {name: self._tokenized(part, args) for name, part in rows.items()}
+            return {name: self._tokenize_dataset(part, args) for name, part in rows.items()}
         if "prompt_ids" in rows.column_names:
             return rows
         return prepare_dataset(rows, self.pair.template, args, self.pair.context, args.needs_completions)
 
-    def _stop_ids(self, teacher: str | PreTrainedModel) -> set[int]:
+    def _set_stop_token_ids(self, teacher: str | PreTrainedModel) -> set[int]:
         """Where a completion ends. The saved student gets them, and the template it was trained with, too."""
         sources = [self.model.generation_config, self.pair.tokenizer]
         if self.args.chat_template_source == "teacher":
@@ -248,7 +250,7 @@ class TokenSelectiveTrainer(CheckpointMixin, GKDTrainer):
         """Collated rows -> padded micro-batches with the student's or the data set's completions."""
         if not rows:
             return []
-        prompts, completions = self._sequences(model, rows, step, mode)
+        prompts, completions = self._select_completions(model, rows, step, mode)
         self.means[mode].add("completions/mean_length", sum(len(c.ids) for c in completions), len(completions))
         if self.recorder.is_due(step, mode):
             indices = [i for batch in rows for i in batch["index"]]
@@ -266,7 +268,7 @@ class TokenSelectiveTrainer(CheckpointMixin, GKDTrainer):
             logps = [c.logps for c in completions[here] if c.logps is not None]
             if len(logps) == len(completions[here]):
                 micro["sampler_logps"] = torch.tensor(list(chain(*logps)), device=micro["input_ids"].device)
-            self._annotate(model, micro, step, mode)
+            self._postprocess_micro_batch(model, micro, step, mode)
             batches.append(micro)
         return batches
 
@@ -286,10 +288,10 @@ class TokenSelectiveTrainer(CheckpointMixin, GKDTrainer):
             check_engine_weights(self.heads, self.accelerator, model, prompts, completions, self.args.top_p)
             self.sampler.unproven = False
         means.add("completions/eos_share", sum(c.stopped for c in completions), len(completions))
-        self._read_completions(prompts, completions, [a for b in rows for a in b.get("answer", [])], mode)
+        self._log_completions(prompts, completions, [a for b in rows for a in b.get("answer", [])], mode)
         return completions
 
-    def _read_completions(
+    def _log_completions(
         self, prompts: list[list[int]], completions: list[Completion], answers: list[str], mode: str
     ) -> None:
         """Accuracy (evaluation only: decoding costs) and the table of completions."""
@@ -307,7 +309,7 @@ class TokenSelectiveTrainer(CheckpointMixin, GKDTrainer):
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | None = None) -> Tensor:
         """One micro-batch, forward and backward. `GKDTrainer`'s own would roll out again."""
-        with self.means["train"].rate(
+        with self.means["train"].track_throughput(
             "speed/student_tokens_per_second", inputs["num_tokens"], excluding="speed/teacher_tokens_per_second"
         ):
             return super(GKDTrainer, self).training_step(model, inputs, num_items_in_batch)
@@ -317,9 +319,9 @@ class TokenSelectiveTrainer(CheckpointMixin, GKDTrainer):
     ) -> Tensor:
         """This process's share of the global mean, times the number of processes (DDP and ZeRO average gradients)."""
         mode = "eval" if num_items_in_batch is None else "train"
-        responses = self._responses(inputs, self._mask(inputs), mode)
-        log_terms = mode == "train" and self._logs_term_gradients()
-        output = self._objective_output(model, inputs, responses, mode, own_in_forward=not log_terms)
+        responses = self._completion_batch(inputs, self._position_mask(inputs), mode)
+        log_terms = mode == "train" and self._should_log_term_gradients()
+        output = self._compute_objective(model, inputs, responses, mode, own_in_forward=not log_terms)
         units = self._count_units(inputs)
         # one transfer to the host for all of them: each would wait for the device
         sums = [value for pair in output.metrics.values() for value in pair]
@@ -332,20 +334,20 @@ class TokenSelectiveTrainer(CheckpointMixin, GKDTrainer):
         if num_items_in_batch is None:
             self.means[mode].add("loss", next(numbers), units)
             return output.loss / max(units, 1)
-        self.guard.see(inputs, output.loss)
+        self.guard.add_micro_batch(inputs, output.loss)
         if log_terms:
             self._log_term_gradients(model, output, units)
         return output.loss * (self.accelerator.num_processes / num_items_in_batch.clamp(min=1))
 
-    def _objective_output(
+    def _compute_objective(
         self, model: nn.Module, batch: Batch, responses: CompletionBatch, mode: str, own_in_forward: bool
     ) -> ObjectiveOutput:
         teacher, index = None, responses.index
         assert index is not None
         if self.objective.asks_teacher:
-            with self._teacher_time(batch, mode):
-                teacher = self.heads.teacher(self.teacher_model, batch, index)
-        return self.heads.ask(
+            with self._time_teacher(batch, mode):
+                teacher = self.heads.teacher_forward(self.teacher_model, batch, index)
+        return self.heads.forward(
             model, batch, index, lambda head: self.objective(head, responses), teacher, own_in_forward
         )
 
@@ -353,7 +355,7 @@ class TokenSelectiveTrainer(CheckpointMixin, GKDTrainer):
         """Trainer's last call before the optimizer's step. DeepSpeed has then left out a step that isn't finite."""
         grad_norm = super()._get_grad_norm(model, grad_norm)
         scaled = self.accelerator.mixed_precision == "fp16"  # overflows belong to it, its scaler leaves them out
-        if not self.guard.passes(0.0 if scaled else grad_norm, self.state.global_step + 1) and not scaled:
+        if not self.guard.is_step_finite(0.0 if scaled else grad_norm, self.state.global_step + 1) and not scaled:
             self.optimizer.zero_grad()
         return grad_norm
 
@@ -363,10 +365,10 @@ class TokenSelectiveTrainer(CheckpointMixin, GKDTrainer):
         counts = {"responses": responses, "tokens": sum(lengths), "micro-batches": min(responses, 1)}
         return counts[self.objective.unit]
 
-    def _teacher_time(self, batch: Batch, mode: str) -> AbstractContextManager[None]:
-        return self.means[mode].rate("speed/teacher_tokens_per_second", batch["num_tokens"])
+    def _time_teacher(self, batch: Batch, mode: str) -> AbstractContextManager[None]:
+        return self.means[mode].track_throughput("speed/teacher_tokens_per_second", batch["num_tokens"])
 
-    def _logs_term_gradients(self) -> bool:
+    def _should_log_term_gradients(self) -> bool:
         every = self.args.log_term_gradients
         first, self._first_of_step = self._first_of_step, False
         sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled  # no whole gradient to look at
@@ -392,13 +394,15 @@ class TokenSelectiveTrainer(CheckpointMixin, GKDTrainer):
     ) -> dict[str, float]:
         """The same terms on held-out prompts, and accuracy where rows carry an `answer`."""
         if eval_dataset is not None and not isinstance(eval_dataset, str):
-            eval_dataset = self._tokenized(eval_dataset, self.args)
+            eval_dataset = self._tokenize_dataset(eval_dataset, self.args)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """Trainer's loop; its metrics become sums over all processes, divided once."""
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        output.metrics.update({f"{metric_key_prefix}_{k}": v for k, v in self.means["eval"].drain().items()})
+        output.metrics.update(
+            {f"{metric_key_prefix}_{k}": v for k, v in self.means["eval"].reduce_and_reset().items()}
+        )
         return output
 
     def prediction_step(
@@ -412,7 +416,7 @@ class TokenSelectiveTrainer(CheckpointMixin, GKDTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the method's metrics to a training log line."""
         if "loss" in logs:
-            logs.update(self.means["train"].drain())
+            logs.update(self.means["train"].reduce_and_reset())
             if self._samples and self.accelerator.is_main_process:
                 print_completions(self._samples, self.state.global_step)
         super().log(logs, start_time)
@@ -428,12 +432,12 @@ class TokenSelectiveTrainer(CheckpointMixin, GKDTrainer):
         super()._load_best_model()
         self._loads += 1
 
-    def _own_state(self) -> dict[str, Any]:
+    def _get_extra_state(self) -> dict[str, Any]:
         state = {"objective": self.objective.state_dict(), "windows": list(self._windows)}
-        return {"rows": self._rows_digest, "skipped": self.guard.skipped, **state}
+        return {"rows": self._train_dataset_hash, "skipped": self.guard.skipped, **state}
 
-    def _load_own_state(self, state: dict[str, Any]) -> None:
-        if state["rows"] != self._rows_digest:
+    def _set_extra_state(self, state: dict[str, Any]) -> None:
+        if state["rows"] != self._train_dataset_hash:
             raise ResumeError(
                 "resume: train_dataset (dataset_name) has other rows, or other tokens of them, than at the checkpoint"
             )
@@ -443,7 +447,7 @@ class TokenSelectiveTrainer(CheckpointMixin, GKDTrainer):
         self._already_rolled_out = sum(len(window) for window in self._windows)
 
     @cached_property
-    def _rows_digest(self) -> str:
+    def _train_dataset_hash(self) -> str:
         """Of the training rows as they are trained on: their places in the data set are part of a checkpoint."""
         digest = hashlib.sha256()
         for rows in self.train_dataset.select_columns(["prompt_ids", "completion_ids", "limit"]).iter(1000):

@@ -15,7 +15,7 @@ from ..rollout.base import Completion
 from ..selection import token_index
 from .forward import HeadForward
 
-_COMPLETIONS = 4
+_NUM_COMPLETIONS = 4
 
 
 def check_engine_weights(
@@ -34,13 +34,13 @@ def check_engine_weights(
     Raises:
         EngineError: the difference is larger, on any process.
     """
-    step = max(1, len(completions) // _COMPLETIONS)
-    chosen = list(zip(prompts, completions, strict=True))[::step][:_COMPLETIONS]
+    step = max(1, len(completions) // _NUM_COMPLETIONS)
+    chosen = list(zip(prompts, completions, strict=True))[::step][:_NUM_COMPLETIONS]
     batch = pad_sequences([prompt for prompt, _ in chosen], [completion.ids for _, completion in chosen])
     batch = {name: value.to(accelerator.device) for name, value in batch.items()}
     index = token_index(completion_mask(batch))
     sampled = target_ids(batch, index).unsqueeze(-1)
-    ours = heads.query(model, batch, index, StatisticsRequest(ids=sampled, top_k=1))
+    ours = heads.compute_statistics(model, batch, index, StatisticsRequest(ids=sampled, top_k=1))
     theirs = torch.tensor([logp for _, c in chosen for logp in c.logps or []], device=index.device)
     difference = (ours.logps.squeeze(-1) - theirs).abs().mean()
     tolerance = 2 * 2**-7 * ours.top_logits.abs().mean() - math.log(top_p)

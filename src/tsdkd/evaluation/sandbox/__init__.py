@@ -16,7 +16,7 @@ from typing import Any
 
 from ...errors import TSDKDError
 
-_JAIL = Path(__file__).with_name("jail.py")
+_JAIL_SCRIPT = Path(__file__).with_name("jail.py")
 _MIB = 2**20
 
 
@@ -36,11 +36,11 @@ class ResourceLimits:
         processes: at once, threads included.
     """
 
-    seconds: int = 10
-    memory: int = 512
-    disk: int = 32
-    file: int = 4
-    processes: int = 16
+    timeout_seconds: int = 10
+    memory_mib: int = 512
+    disk_mib: int = 32
+    file_mib: int = 4
+    max_processes: int = 16
 
 
 @dataclass(frozen=True)
@@ -65,15 +65,17 @@ def run_program(program: str, limits: ResourceLimits = ResourceLimits()) -> Prog
     word = secrets.token_hex(16)
     program += f'\n\nimport os as _os\n_os.write(3, b"{word}")\n'  # an early exit(0) isn't success
     with tempfile.TemporaryDirectory() as root, tempfile.TemporaryFile() as said, tempfile.TemporaryFile() as errors:
-        command = [sys.executable, "-I", "-S", str(_JAIL)]
+        command = [sys.executable, "-I", "-S", str(_JAIL_SCRIPT)]
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=said, stderr=errors, env={}, cwd="/")
         try:
-            process.communicate(json.dumps(_build_jail_spec(program, root, limits)).encode(), timeout=limits.seconds)
+            process.communicate(
+                json.dumps(_build_jail_spec(program, root, limits)).encode(), timeout=limits.timeout_seconds
+            )
             stopped = ""
         except subprocess.TimeoutExpired:
             process.kill()  # and with it all that it has started
             process.wait()
-            stopped = f"stopped after {limits.seconds} s"
+            stopped = f"stopped after {limits.timeout_seconds} s"
         said.seek(0)
         locked_in, _, end = said.read(100).decode(errors="replace").partition("\n")
         errors.seek(max(0, errors.seek(0, os.SEEK_END) - 4096))
@@ -91,12 +93,12 @@ def _build_jail_spec(program: str, root: str, limits: ResourceLimits) -> dict[st
         "root": root,
         "python": os.path.realpath(getattr(sys, "_base_executable", sys.executable)),
         "interpreter": os.path.realpath(sys.base_prefix),
-        "disk": limits.disk * _MIB,
+        "disk": limits.disk_mib * _MIB,
         "limits": {
-            "CPU": limits.seconds,
-            "AS": limits.memory * _MIB,
-            "FSIZE": limits.file * _MIB,
-            "NPROC": limits.processes,
+            "CPU": limits.timeout_seconds,
+            "AS": limits.memory_mib * _MIB,
+            "FSIZE": limits.file_mib * _MIB,
+            "NPROC": limits.max_processes,
             "NOFILE": 64,
             "CORE": 0,
         },

@@ -19,11 +19,25 @@ import sys
 from typing import Any
 
 NOBODY = 65534
-_NEW = {"mounts": 0x00020000, "host": 0x04000000, "ipc": 0x08000000, "processes": 0x20000000, "network": 0x40000000}
-_NEW_USER = 0x10000000
+_NAMESPACE_FLAGS = {
+    "mounts": 0x00020000,
+    "host": 0x04000000,
+    "ipc": 0x08000000,
+    "processes": 0x20000000,
+    "network": 0x40000000,
+}
+_CLONE_NEWUSER = 0x10000000
 _RDONLY, _NOSUID, _NODEV, _NOEXEC, _REMOUNT, _NOATIME, _NODIRATIME = 1, 2, 4, 8, 32, 1024, 2048
 _BIND, _REC, _PRIVATE, _RELATIME, _DETACH = 4096, 16384, 1 << 18, 1 << 21, 2
-_KEPT = {1: _RDONLY, 2: _NOSUID, 4: _NODEV, 8: _NOEXEC, 1024: _NOATIME, 2048: _NODIRATIME, 4096: _RELATIME}  # statvfs
+_STATVFS_TO_MOUNT = {
+    1: _RDONLY,
+    2: _NOSUID,
+    4: _NODEV,
+    8: _NOEXEC,
+    1024: _NOATIME,
+    2048: _NODIRATIME,
+    4096: _RELATIME,
+}  # statvfs
 _PDEATHSIG, _NO_NEW_PRIVS, _SECCOMP = 1, 38, 22
 _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _KILL, _ERRNO, _ALLOW = 0x80000000, 0x00050000, 0x7FFF0000
@@ -31,18 +45,28 @@ _CLONE3 = 435
 # In turn: ptrace, mount, umount2, pivot_root, chroot, unshare, setns, bpf, perf_event_open, userfaultfd, keyctl,
 # add_key, request_key, shmget, msgget, semget, mq_open, memfd_create, process_vm_readv, process_vm_writev,
 # open_by_handle_at; and io_uring_setup, open_tree, move_mount, fsopen, memfd_secret, which have one number everywhere
-_EVERYWHERE = (425, 428, 429, 430, 447)
+_COMMON_SYSTEM_CALLS = (425, 428, 429, 430, 447)
 _SYSTEM_CALLS = {  # machine -> audit architecture, clone, forbidden
     "x86_64": (0xC000003E, 56, (
         101, 165, 166, 155, 161, 272, 308, 321, 298, 323, 250, 248, 249, 29, 68, 64, 240, 319, 310, 311, 304,
-        *_EVERYWHERE,
+        *_COMMON_SYSTEM_CALLS,
     )),
     "aarch64": (0xC00000B7, 220, (
         117, 40, 39, 41, 51, 97, 268, 280, 241, 282, 219, 217, 218, 194, 186, 190, 180, 279, 270, 271, 265,
-        *_EVERYWHERE,
+        *_COMMON_SYSTEM_CALLS,
     )),
 }  # fmt: skip
-_SYSTEM = ("/usr", "/bin", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache", "/dev/null", "/dev/zero", "/dev/urandom")
+_SYSTEM_PATHS = (
+    "/usr",
+    "/bin",
+    "/lib",
+    "/lib32",
+    "/lib64",
+    "/etc/ld.so.cache",
+    "/dev/null",
+    "/dev/zero",
+    "/dev/urandom",
+)
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -75,11 +99,11 @@ def _die_with_parent() -> None:
 
 def _enter_namespaces() -> None:
     """Root makes the namespaces as root; anyone else in a user namespace, in which nobody is he himself."""
-    spaces = sum(_NEW.values())
+    spaces = sum(_NAMESPACE_FLAGS.values())
     uid, gid = os.geteuid(), os.getegid()
     if uid == 0 and _libc.unshare(spaces) == 0:
         return
-    _call_libc("unshare", spaces | _NEW_USER)  # also root of a container, who may not do the other
+    _call_libc("unshare", spaces | _CLONE_NEWUSER)  # also root of a container, who may not do the other
     for name, text in (("setgroups", "deny"), ("uid_map", f"{NOBODY} {uid} 1"), ("gid_map", f"{NOBODY} {gid} 1")):
         with open(f"/proc/self/{name}", "w") as file:
             file.write(text)
@@ -114,7 +138,7 @@ def _pivot_root(root: str, interpreter: str, disk: int) -> None:
     _mount(None, "/", None, _REC | _PRIVATE)
     _mount("tmpfs", root, "tmpfs", _NOSUID | _NODEV, f"size={disk},nr_inodes=4096,mode=755")
     os.umask(0o022)
-    for path in dict.fromkeys((*_SYSTEM, interpreter)):
+    for path in dict.fromkeys((*_SYSTEM_PATHS, interpreter)):
         if os.path.exists(path) and not os.path.exists(root + path):
             _bind_mount(path, root + path)
     os.mkdir(root + "/work")
@@ -136,7 +160,7 @@ def _bind_mount(path: str, inside: str) -> None:
     else:
         open(inside, "w").close()
     _mount(path, inside, None, _BIND | _REC)
-    kept = sum(flag for bit, flag in _KEPT.items() if os.statvfs(inside).f_flag & bit)
+    kept = sum(flag for bit, flag in _STATVFS_TO_MOUNT.items() if os.statvfs(inside).f_flag & bit)
     device = path.startswith("/dev/")
     _mount(None, inside, None, _BIND | _REMOUNT | _NOSUID | kept | (0 if device else _RDONLY | _NODEV))
 
@@ -154,7 +178,11 @@ def _forbid_system_calls() -> None:
     for number in forbidden:
         rules += [(_EQUAL, 0, 1, number), (_RETURN, 0, 0, _ERRNO | errno.EPERM)]
     rules += [(_EQUAL, 0, 1, _CLONE3), (_RETURN, 0, 0, _ERRNO | errno.ENOSYS)]  # its flags are out of a filter's sight
-    rules += [(_EQUAL, 0, 3, clone), (_LOAD, 0, 0, 16), (_ANY_BIT, 0, 1, sum(_NEW.values()) | _NEW_USER)]
+    rules += [
+        (_EQUAL, 0, 3, clone),
+        (_LOAD, 0, 0, 16),
+        (_ANY_BIT, 0, 1, sum(_NAMESPACE_FLAGS.values()) | _CLONE_NEWUSER),
+    ]
     rules += [(_RETURN, 0, 0, _ERRNO | errno.EPERM), (_RETURN, 0, 0, _ALLOW)]
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *rule) for rule in rules))
     program = struct.pack("HxxxxxxP", len(rules), ctypes.addressof(code))

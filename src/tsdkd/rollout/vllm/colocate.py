@@ -19,7 +19,7 @@ from vllm.sampling_params import RequestOutputKind
 
 from .cpu_draw import SeededLogitsProcessor, pop_logps, seeded_sampling_params
 
-_MOST_BIASES = 1024  # vLLM's limit for a request
+_MAX_LOGIT_BIASES = 1024  # vLLM's limit for a request
 _tickets = itertools.count()
 
 
@@ -93,10 +93,10 @@ def shared_sampling_params(sampling: SamplingConfig, vocab_size: int) -> dict[st
         "stop_token_ids": sorted(sampling.stop_ids),
     }
     surplus = range(sampling.vocab_size, vocab_size)
-    if len(surplus) > _MOST_BIASES:
+    if len(surplus) > _MAX_LOGIT_BIASES:
         raise EngineError(
             f"the model has {vocab_size} logits, {len(surplus)} more than both models share; vLLM can leave out "
-            f"{_MOST_BIASES} at the most: set use_vllm: false"
+            f"{_MAX_LOGIT_BIASES} at the most: set use_vllm: false"
         )
     if surplus:
         parameters["logit_bias"] = dict.fromkeys(surplus, -100.0)

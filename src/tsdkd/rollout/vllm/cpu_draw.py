@@ -16,7 +16,7 @@ from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, proces
 from ..base import SamplingConfig
 from ..categorical import sample_tokens
 
-_KEY = "tsdkd_draw"
+_EXTRA_ARG = "tsdkd_draw"
 _logps: dict[str, dict[int, float]] = {}  # ticket -> position -> log-probability, of the requests under way
 
 
@@ -26,7 +26,7 @@ def seeded_sampling_params(
     """Parameters of a request whose tokens are drawn here; `pop_logps(ticket)` gives their log-probabilities."""
     settings = {"ticket": ticket, "seed": seed, "sampling": sampling}
     ends = {"max_tokens": limit, "ignore_eos": True, "stop_token_ids": sorted(sampling.stop_ids)}
-    return SamplingParams(temperature=0.0, extra_args={_KEY: settings}, **ends, **others)
+    return SamplingParams(temperature=0.0, extra_args={_EXTRA_ARG: settings}, **ends, **others)
 
 
 def pop_logps(ticket: str, count: int) -> list[float] | None:
@@ -52,12 +52,12 @@ class SeededLogitsProcessor(LogitsProcessor):
         return False
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
-        process_dict_updates(self.requests, batch_update, self._new)
+        process_dict_updates(self.requests, batch_update, self._make_state)
 
-    def _new(
+    def _make_state(
         self, params: SamplingParams, prompt_ids: list[int] | None, output_ids: list[int]
     ) -> _RequestState | None:
-        settings = (params.extra_args or {}).get(_KEY)
+        settings = (params.extra_args or {}).get(_EXTRA_ARG)
         if settings is None:
             return None
         self.sampling = settings["sampling"]  # the same for a whole batch

@@ -79,7 +79,7 @@ class VLLMSampler(vllm_generation.VLLMGeneration):
 
     def _init_vllm(self) -> None:
         if self.mode == "server":
-            self._on_main(self._connect)
+            self._run_on_main_process(self._connect)
             return
         # TRL passes no logits processors
         llm = partial(vllm_generation.LLM, **extra_engine_args())
@@ -96,7 +96,7 @@ class VLLMSampler(vllm_generation.VLLMGeneration):
             with wrap_engine_errors("the vLLM server takes no weights"):
                 self.vllm_client.init_communicator(device=self.accelerator.device)
 
-    def _on_main(self, work: Callable[[], Any]) -> Any:
+    def _run_on_main_process(self, work: Callable[[], Any]) -> Any:
         """What `work` gives on the main process, the only one that talks to a server. Its error is everyone's."""
         outcome: list[Any] = [None]
         if self.accelerator.is_main_process:
@@ -110,7 +110,7 @@ class VLLMSampler(vllm_generation.VLLMGeneration):
             raise EngineError(problem)
         return value
 
-    def _together(self, work: Callable[[], None]) -> None:
+    def _run_on_all_processes(self, work: Callable[[], None]) -> None:
         """Do `work` on all processes; an error on one of them is everyone's."""
         problem = None
         try:
@@ -142,11 +142,11 @@ class VLLMSampler(vllm_generation.VLLMGeneration):
             if not on_cpu:
                 torch.cuda.synchronize()  # vLLM reads them on streams of its own
             if self.mode == "server":
-                self._sync_by_file() if on_cpu else self._together(super().sync_weights)
+                self._sync_server_from_disk() if on_cpu else self._run_on_all_processes(super().sync_weights)
             else:
-                self._together(partial(self._sync_engine, packed=on_cpu))
+                self._run_on_all_processes(partial(self._sync_colocate, packed=on_cpu))
 
-    def _sync_by_file(self) -> None:
+    def _sync_server_from_disk(self) -> None:
         """TRL sends weights to a server by NCCL, which takes CUDA devices only."""
         weights = {name: w.clone() for name, w in self._iter_named_params()}
 
@@ -156,9 +156,9 @@ class VLLMSampler(vllm_generation.VLLMGeneration):
                 self.vllm_client.load(folder)
                 self.vllm_client.reset_prefix_cache()
 
-        self._on_main(send)
+        self._run_on_main_process(send)
 
-    def _sync_engine(self, packed: bool) -> None:
+    def _sync_colocate(self, packed: bool) -> None:
         """All tensors in one call; TRL makes a call for each, and each walks through the whole model.
 
         Args:
@@ -195,17 +195,19 @@ class VLLMSampler(vllm_generation.VLLMGeneration):
             {"prompt": list(prompt), "max_tokens": limit, "seed": prompt_seed(*key)}
             for prompt, limit, key in zip(prompts, limits, keys, strict=True)
         ]
-        return self._ask_server(requests) if self.mode == "server" else self._ask_engine(requests)
+        return self._generate_server(requests) if self.mode == "server" else self._generate_colocate(requests)
 
-    def _ask_server(self, requests: list[dict[str, Any]]) -> list[Completion]:
+    def _generate_server(self, requests: list[dict[str, Any]]) -> list[Completion]:
         counts = gather_object([len(requests)])
         parameters = shared_sampling_params(self.sampling, self.model.config.get_text_config().vocab_size)
         everyones = gather_object([request | parameters for request in requests])
-        completions: list[Completion] = self._on_main(lambda: _sort_by_position(self.vllm_client.complete(everyones)))
+        completions: list[Completion] = self._run_on_main_process(
+            lambda: _sort_by_position(self.vllm_client.complete(everyones))
+        )
         before = sum(counts[: self.accelerator.process_index])
         return completions[before : before + len(requests)]
 
-    def _ask_engine(self, requests: list[dict[str, Any]]) -> list[Completion]:
+    def _generate_colocate(self, requests: list[dict[str, Any]]) -> list[Completion]:
         mine = slice(None)
         if self.tensor_parallel_size > 1:  # the engines of a group work on the requests of all its processes
             gathered: list[Any] = [None] * self.tensor_parallel_size
