@@ -29,7 +29,7 @@ from tsdkd.methods.speculative_kd import SpeculativeKDOptions, speculative_choic
 from tsdkd.objective import CompletionBatch, Objective, RolloutScores
 from tsdkd.rollout.hf import sample_completions, sample_from_models
 from tsdkd.rollout.seeding import prompt_generator
-from tsdkd.run.train import print_methods
+from tsdkd.cli import main
 
 LENGTHS = (5, 2, 7)
 VOCABULARY = 23
@@ -485,6 +485,6 @@ def test_grpo_rewards_right_answers() -> None:
 
 
 def test_methods_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
-    print_methods()
+    assert main(["methods"]) == 0
     printed = capsys.readouterr().out
     assert all(name in printed for name in METHODS)

@@ -21,7 +21,7 @@ def print_keys() -> None:
     }
     for method, cls in classes.items():
         by_name = {f.name: f for f in dataclasses.fields(cls)}
-        for name in cls.own_options():
+        for name in cls.method_options():
             table.add_row(method, name, str(by_name[name].default), by_name[name].metadata.get("help", ""))
     for f in (*dataclasses.fields(DataArguments), *dataclasses.fields(LaunchArguments)):
         table.add_row("all", f.name, str(f.default), f.metadata["help"])

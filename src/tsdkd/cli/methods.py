@@ -30,7 +30,7 @@ def _print_methods() -> None:
     for name, trainer in METHODS.items():
         cls = trainer.config_class
         console.print(f"[bold]{name}[/bold]  {(cls.__doc__ or '').splitlines()[0]}  [dim]{escape(cls.paper)}[/dim]")
-        own = {option: get_default(cls, option) for option in cls.own_options() if option not in common}
+        own = {option: get_default(cls, option) for option in cls.method_options() if option not in common}
         if own:
             console.print(Padding(", ".join(f"{k} {str(v).lower()}" for k, v in own.items()), (0, 0, 0, 4)))
         console.print(Padding(f"completions: {cls.completions}", (0, 0, 0, 4)))

@@ -59,7 +59,7 @@ class DistiLLMObjective(DistiLLMOptions, DivergenceObjective):
     term = "skew_kl"
 
     @property
-    def kind(self) -> Divergence:
+    def divergence(self) -> Divergence:
         """`KL(P || skew P + (1 - skew) Q)` or `KL(Q || (1 - skew) P + skew Q)`."""
         return {"forward": skew_forward_kl, "reverse": skew_reverse_kl}[self.skew_kl](self.skew)
 

@@ -33,7 +33,7 @@ class GKDObjective(GKDOptions, DivergenceObjective):
     term = "jsd"
 
     @property
-    def kind(self) -> Divergence:
+    def divergence(self) -> Divergence:
         """Generalised JSD."""
         return jsd(self.beta)
 

@@ -124,7 +124,7 @@ class MiniLLMTrainer(ScoredRolloutTrainer):
 
     def _postprocess_micro_batch(self, model: nn.Module, batch: Batch, step: int, mode: str) -> None:
         """Also the mixture's log-probabilities, in place of the student's, and the returns."""
-        super()._score_completions(model, batch, step, mode)
+        super()._postprocess_micro_batch(model, batch, step, mode)
         answers = batch["answers"]
         logps = (answers["old_logps"], answers["teacher_logps"])
         answers["advantages"] = self.objective.compute_returns(*logps, completion_mask(batch))

@@ -28,7 +28,7 @@ class SupervisedKDObjective(DivergenceObjective):
     term = "forward_kl"
 
     @property
-    def kind(self) -> Divergence:
+    def divergence(self) -> Divergence:
         """`KL(P||Q)`."""
         return FORWARD_KL
 

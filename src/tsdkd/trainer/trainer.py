@@ -466,7 +466,7 @@ class TokenSelectiveTrainer(CheckpointMixin, GKDTrainer):
         """Write README.md into the output directory: method, teacher, data, both papers."""
         if not self.is_world_process_zero():
             return
-        names = [n for n in self.args.own_options() if n not in ("max_length", "warmup_steps")]
+        names = [n for n in self.args.method_options() if n not in ("max_length", "warmup_steps")]
         names += ["learning_rate", "lr_scheduler_type", "num_train_epochs", "temperature", "top_p", "lmbda"]
         names = list(dict.fromkeys([*names, "max_new_tokens"]))
         model_card.write_model_card(
