@@ -111,7 +111,7 @@ def measure(method: str, layers: int, fused: bool) -> dict[str, Any]:
     small, large = trained
     words = batches * ROWS * TOKENS * (VOCABULARIES[1] - VOCABULARIES[0])
     figures: dict[str, Any] = {"method": method}
-    if METHODS[method].config_class.lmbda > 0 or METHODS[method].config_class.starts_from_data:
+    if METHODS[method].config_class.lmbda > 0 or METHODS[method].config_class.always_needs_completions:
         short, long = count_rollout(trainer, 16), count_rollout(trainer, 48)
         figures["kernels a token"] = (long.kernels - short.kernels) / 32
         figures["host syncs in 16 tokens"] = (long.syncs - short.syncs) / 2

@@ -111,7 +111,7 @@ def measure(case: str, method: str, options: dict[str, Any], folder: Path, proce
     values = {**QUIET, **step, **own, **OWN.get(method, {}), **options}
     values |= {"method": method, "model_name_or_path": pair / "student", "output_dir": output}
     values |= {"dataset_name": pair / "train.jsonl", "eval_dataset_name": pair / "eval.jsonl"}
-    if "teacher_model_name_or_path" not in METHODS[method].config_class.refused:
+    if "teacher_model_name_or_path" not in METHODS[method].config_class.unsupported_options:
         values["teacher_model_name_or_path"] = pair / "teacher"
     if values["eval_strategy"] == "no":
         del values["eval_dataset_name"], values["eval_steps"]

@@ -218,7 +218,9 @@ def test_trigger_is_strict(above: bool) -> None:
     student, teacher = (torch.randn(1, VOCABULARY, generator=make, dtype=torch.float64) for _ in range(2))
     logps = teacher.log_softmax(-1)
     entropy = -(logps.exp() * logps).sum(-1)
-    answers = RolloutScores(entropy, logps[:, 0], *reversed(logps.topk(16)), old_logps=student.log_softmax(-1)[:, 0])
+    answers = RolloutScores(
+        entropy, logps[:, 0], *reversed(logps.topk(16)), old_per_token_logps=student.log_softmax(-1)[:, 0]
+    )
     objective = EOPDObjective(entropy_threshold=float(entropy) - (1e-9 if above else 0.0))
     output = objective(
         DenseHead(student), CompletionBatch(torch.ones(1, 1).bool(), torch.tensor([0]), answers=answers)
@@ -289,7 +291,7 @@ def test_data_of_off_policy_runs_are_the_teachers(name: str) -> None:
         tasks = [task for task in comparison.tasks if task.seed == comparison.seeds[0]]
         runs = [resolve_run_values(comparison.config, comparison.train_flags(task)) for task in tasks]
     for method, values, _, _ in runs:
-        if METHODS[method].config_class.starts_from_data or values["lmbda"] < 1:
+        if METHODS[method].config_class.always_needs_completions or values["lmbda"] < 1:
             assert Path(values["dataset_name"]).name in ("teacher_completions.jsonl", RELEASED)
 
 

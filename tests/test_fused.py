@@ -32,7 +32,7 @@ SAME = {torch.float32: (1e-6, 1e-5), torch.float64: (1e-12, 1e-12)}  # values, g
 Row, Rows, Numbers = list[float], list[list[float]], dict[str, Tensor]
 
 every_precision = pytest.mark.parametrize("dtype", SAME, ids=str)
-every_own_mode = pytest.mark.parametrize("own_in_forward", [True, False], ids=["forward", "backward"])
+every_own_mode = pytest.mark.parametrize("loss_in_forward", [True, False], ids=["forward", "backward"])
 
 
 # Models --------------------------------------------------------------------------------------------------------------
@@ -185,7 +185,7 @@ def skewed(skew: float) -> dict[str, Term]:
 
 def plackett_luce(k: int) -> Term:
     def library(s: TokenStatistics) -> Tensor:
-        return losses.plackett_luce_nll(s.top_logits, s.teacher_top_logits, k)
+        return losses.plackett_luce_nll(s.topk_logits, s.teacher_topk_logits, k)
 
     return Term(library, lambda q, p, _: ref.plackett_luce_nll(q, p, k), request={"top_k": k})
 
@@ -218,7 +218,7 @@ TERMS = {
     ),
     "gated": Term(lambda s: (s.entropy - s.teacher_entropy).sigmoid() * s.divergence, gated_loop, request=GATED),
     "product": Term(
-        lambda s: s.logps.exp().sum(-1) * s.entropy - s.divergence.square() + 0.1 * s.top_logits[:, 0],
+        lambda s: s.logps.exp().sum(-1) * s.entropy - s.divergence.square() + 0.1 * s.topk_logits[:, 0],
         product_loop,
         ids=2,
         request=PRODUCT,
@@ -242,7 +242,7 @@ def loss_of(pair: Pair, name: str, head: Head, weight: float | None = None) -> t
 
     own = None if weight is None else PerTokenLoss({"term": weight}, weighted)
     answer = head(term.ask(pair), own)
-    return answer, weighted(answer, slice(None))["term"].sum() if own is None else answer.own_loss
+    return answer, weighted(answer, slice(None))["term"].sum() if own is None else answer.loss
 
 
 def gradients_of(pair: Pair) -> Numbers:
@@ -390,12 +390,12 @@ def test_extreme_logits(name: str, extreme: str) -> None:
 
 
 @every_term
-@pytest.mark.parametrize("own_in_forward", [None, True, False], ids=["no own loss", "forward", "backward"])
-def test_chunks_are_invisible(name: str, own_in_forward: bool | None) -> None:
-    pair, weight = draw(41, 1000), None if own_in_forward is None else 0.3
+@pytest.mark.parametrize("loss_in_forward", [None, True, False], ids=["no own loss", "forward", "backward"])
+def test_chunks_are_invisible(name: str, loss_in_forward: bool | None) -> None:
+    pair, weight = draw(41, 1000), None if loss_in_forward is None else 0.3
     expected = run(pair, name, fused=False, weight=weight)
     for chunk in CHUNKS:
-        options = {"chunk": chunk, "own_in_forward": own_in_forward is not False}
+        options = {"chunk": chunk, "loss_in_forward": loss_in_forward is not False}
         assert_same(run(pair, name, True, weight=weight, **options), expected, *SAME[torch.float32])
 
 
@@ -409,7 +409,7 @@ def own_token_loss(pair: Pair, names: tuple[str, ...] = tuple(OWN)) -> tuple[Sta
 
     def terms(s: TokenStatistics, which: slice) -> Numbers:
         gate = selection.entropy_gap_gate(s.entropy, s.teacher_entropy)
-        ranking = losses.plackett_luce_nll(s.top_logits, s.teacher_top_logits, 4)
+        ranking = losses.plackett_luce_nll(s.topk_logits, s.teacher_topk_logits, 4)
         every = {"direct": gate * s.divergence, "ranking": ranking, "policy": s.logps.exp().sum(-1) * s.entropy}
         return {name: factors(pair.count)[which].to(every[name]) * every[name] for name in names}
 
@@ -422,23 +422,23 @@ def own_token_loss(pair: Pair, names: tuple[str, ...] = tuple(OWN)) -> tuple[Sta
 def run_own(pair: Pair, head: Head, names: tuple[str, ...] = tuple(OWN)) -> Numbers:
     """Own-token losses together with terms of selected tokens only, each with another factor."""
     answer = head(*own_token_loss(pair, names))
-    ranking = losses.plackett_luce_nll(answer.top_logits[:2], answer.teacher_top_logits[:2], 4)
+    ranking = losses.plackett_luce_nll(answer.topk_logits[:2], answer.teacher_topk_logits[:2], 4)
     uncertain = answer.entropy[answer.entropy.detach().topk(2).indices]
-    (3.0 * answer.own_loss + 0.5 * uncertain.sum() + ranking.sum() / 7).backward()
-    terms = {f"term {name}": x.detach() for name, x in answer.own_terms.items()}
-    return {**terms, "loss": answer.own_loss.detach(), **gradients_of(pair)}
+    (3.0 * answer.loss + 0.5 * uncertain.sum() + ranking.sum() / 7).backward()
+    terms = {f"term {name}": x.detach() for name, x in answer.loss_terms.items()}
+    return {**terms, "loss": answer.loss.detach(), **gradients_of(pair)}
 
 
 @every_precision
 @every_own_mode
 @pytest.mark.parametrize("names", [tuple(OWN), *((name,) for name in OWN)], ids=" ".join)
-def test_own_token_losses(names: tuple[str, ...], own_in_forward: bool, dtype: torch.dtype) -> None:
+def test_own_token_losses(names: tuple[str, ...], loss_in_forward: bool, dtype: torch.dtype) -> None:
     pair = draw(23, 1000, padding=(3, 0)).copy(dtype)
     reference = pair.copy()
     expected = run_own(reference, reference.whole(), names)
     for chunk in CHUNKS:
         copy = pair.copy()
-        actual = run_own(copy, copy.fused(chunk=chunk, own_in_forward=own_in_forward), names)
+        actual = run_own(copy, copy.fused(chunk=chunk, loss_in_forward=loss_in_forward), names)
         assert_same(actual, expected, *SAME[dtype])
 
 
@@ -460,15 +460,15 @@ def test_own_token_losses_see_every_token_once() -> None:
 def test_own_token_losses_without_a_gradient() -> None:
     """Neither a graph that nobody asked for nor a missing one."""
     pair = draw(5)
-    expected = pair.fused()(*own_token_loss(pair)).own_loss.detach()
+    expected = pair.fused()(*own_token_loss(pair)).loss.detach()
     frozen = replace(pair, student=pair.student.copy(gradients=False)).fused()(*own_token_loss(pair))
     with torch.no_grad():
         silent = pair.fused()(*own_token_loss(pair))
     for answer in (silent, frozen):
-        assert not answer.own_loss.requires_grad and not answer.entropy.requires_grad
-        torch.testing.assert_close(answer.own_loss, expected)
+        assert not answer.loss.requires_grad and not answer.entropy.requires_grad
+        torch.testing.assert_close(answer.loss, expected)
     constant = PerTokenLoss({"constant": 2.0}, lambda s, _: {"constant": s.entropy.detach()})
-    pair.fused()(StatisticsRequest(entropy=True), constant).own_loss.backward()
+    pair.fused()(StatisticsRequest(entropy=True), constant).loss.backward()
     assert all((leaf.grad == 0).all() for leaf in pair.student.leaves.values())
 
 
@@ -499,7 +499,7 @@ def test_bfloat16_is_no_less_precise(name: str, autocast: torch.dtype | None, sp
 def test_autocast_sets_the_precision_of_both_projections(dtype: torch.dtype) -> None:
     with torch.autocast("cpu", dtype):
         answer = draw(student=PLAIN, teacher=PLAIN).fused()(StatisticsRequest(top_k=3))
-    for logits in (answer.top_logits, answer.teacher_top_logits):
+    for logits in (answer.topk_logits, answer.teacher_topk_logits):
         assert logits.dtype == torch.float32 and torch.equal(logits, logits.to(dtype).float())
 
 
@@ -517,15 +517,15 @@ def test_half_precision_keeps_the_gradient_of_sure_tokens(dtype: torch.dtype, ma
 
 
 @every_term
-@pytest.mark.parametrize("own_in_forward", [None, True, False], ids=["no own loss", "forward", "backward"])
+@pytest.mark.parametrize("loss_in_forward", [None, True, False], ids=["no own loss", "forward", "backward"])
 @pytest.mark.parametrize("autocast", [None, torch.float16], ids=["float16", "autocast"])
-def test_float16_with_a_loss_scale(name: str, own_in_forward: bool | None, autocast: torch.dtype | None) -> None:
+def test_float16_with_a_loss_scale(name: str, loss_in_forward: bool | None, autocast: torch.dtype | None) -> None:
     """A mean over a long batch makes gradients that float16 can't hold: the loss scale must not come too late."""
     pair = draw(50, 200, (32, 24), student=PLAIN, teacher=PLAIN).copy(torch.float16)
-    tiny = {"scale": 65536e-7} if own_in_forward is None else {"scale": 65536.0, "weight": 1e-7}
+    tiny = {"scale": 65536e-7} if loss_in_forward is None else {"scale": 65536.0, "weight": 1e-7}
     truth = run(pair.copy(torch.float64), name, fused=False, **tiny)
     inputs = pair if autocast is None else pair.copy(torch.float32)
-    options = {"chunk": 20, "itemsize": 2, "own_in_forward": own_in_forward is not False}
+    options = {"chunk": 20, "itemsize": 2, "loss_in_forward": loss_in_forward is not False}
     for leaf, error in errors_of(run(inputs, name, True, autocast=autocast, **options, **tiny), truth).items():
         assert error <= 0.005 * truth[leaf].norm(), (leaf, error / truth[leaf].norm())
 
@@ -572,14 +572,14 @@ def test_tied_weights(dtype: torch.dtype) -> None:
 
 @every_own_mode
 @pytest.mark.parametrize("trained", [{"hidden"}, {"weight"}, {"bias"}, {"hidden", "bias"}], ids=" ".join)
-def test_only_what_requires_a_gradient_gets_one(trained: set[str], own_in_forward: bool) -> None:
+def test_only_what_requires_a_gradient_gets_one(trained: set[str], loss_in_forward: bool) -> None:
     """LoRA freezes the head; somebody may train nothing else."""
     everything, pair = draw(), draw()
     expected = run_own(everything, everything.whole())
     for name in set(pair.student.leaves) - trained:
         pair.student.leaves[name].requires_grad_(False)
         del expected[f"gradient of {name}"]
-    assert_same(run_own(pair, pair.fused(own_in_forward=own_in_forward)), expected, *SAME[torch.float32])
+    assert_same(run_own(pair, pair.fused(loss_in_forward=loss_in_forward)), expected, *SAME[torch.float32])
 
 
 @every_term
@@ -625,18 +625,18 @@ def test_how_often_own_token_losses_can_be_differentiated() -> None:
     pair = draw().copy(torch.float64)
     twice, whole = pair.copy(), pair.copy()
     answer = whole.whole()(*own_token_loss(pair))
-    (2 * answer.own_loss + answer.entropy.sum()).backward()
+    (2 * answer.loss + answer.entropy.sum()).backward()
     expected = gradients_of(whole)
 
-    answer = twice.fused(own_in_forward=False)(*own_token_loss(pair))
-    answer.own_loss.backward(retain_graph=True)
-    (answer.own_loss + answer.entropy.sum()).backward()
+    answer = twice.fused(loss_in_forward=False)(*own_token_loss(pair))
+    answer.loss.backward(retain_graph=True)
+    (answer.loss + answer.entropy.sum()).backward()
     assert_same(gradients_of(twice), expected, *SAME[torch.float64])
 
     answer = pair.fused()(*own_token_loss(pair))
-    (2 * answer.own_loss).backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="own_in_forward"):
-        answer.own_loss.backward(retain_graph=True)
+    (2 * answer.loss).backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="loss_in_forward"):
+        answer.loss.backward(retain_graph=True)
     answer.entropy.sum().backward()  # the statistics still can
     assert_same(gradients_of(pair), expected, *SAME[torch.float64])
 
@@ -697,7 +697,7 @@ def ask_teacher(pair: Pair, **options: Any) -> RolloutScores:
         s = teacher(StatisticsRequest(entropy=True, top_k=16, ids=pair.ids(1)))
         old = pair.fused(teacher=False)(StatisticsRequest(ids=pair.ids(1))).logps[:, 0]
     old = old - torch.linspace(-0.1, 0.4, pair.count).to(old)
-    return RolloutScores(s.entropy, s.logps[:, 0], s.top_ids, s.top_logps, old)
+    return RolloutScores(s.entropy, s.logps[:, 0], s.topk_ids, s.topk_logps, old)
 
 
 def objective_loss(
@@ -711,7 +711,7 @@ def objective_loss(
 
 @every_objective
 @every_own_mode
-def test_objectives_equal_loops_and_finite_differences(objective: str, own_in_forward: bool) -> None:
+def test_objectives_equal_loops_and_finite_differences(objective: str, loss_in_forward: bool) -> None:
     """Responses of one token and of none, more candidates than tokens; the teacher is asked with a head, too."""
     lengths = [1, 3, 0, 1, 2]
     pair = draw(7, 6, (2, 3), (0, 2), {"softcap": 3.0}, spread=1.5).copy(torch.float64)
@@ -722,7 +722,7 @@ def test_objectives_equal_loops_and_finite_differences(objective: str, own_in_fo
 
     teacher, constant = (responses(m.logits_loop(m.numbers(), 6, 1.0)) for m in (pair.teacher, pair.student))
     tokens, answers = responses(pair.ids(1)[:, 0].tolist()), ask_teacher(pair, chunk=1)
-    old_logps = responses(answers.old_logps.tolist())
+    old_logps = responses(answers.old_per_token_logps.tolist())
 
     def reference(numbers: list[float]) -> float:
         student = responses(pair.student.logits_loop(numbers, 6, 1.0))
@@ -730,7 +730,7 @@ def test_objectives_equal_loops_and_finite_differences(objective: str, own_in_fo
             return ref.tsd_kd_loss(student, teacher, constant_logits=constant)["loss"]
         return ref.eopd_loss(student, teacher, tokens, old_logps)["loss"]
 
-    mask, options = torch.arange(3) < torch.tensor(lengths).unsqueeze(-1), {"own_in_forward": own_in_forward}
+    mask, options = torch.arange(3) < torch.tensor(lengths).unsqueeze(-1), {"loss_in_forward": loss_in_forward}
     loss = objective_loss(objective, pair, True, answers, mask, chunk=1, **options)
     loss.backward()
     gradient = torch.cat([x.flatten() for x in gradients_of(pair).values()])
@@ -769,13 +769,13 @@ class Memory(TorchDispatchMode):
 @every_objective
 @every_own_mode
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_logits_are_never_whole(objective: str, own_in_forward: bool, dtype: torch.dtype) -> None:
+def test_logits_are_never_whole(objective: str, loss_in_forward: bool, dtype: torch.dtype) -> None:
     pair = draw(64, 4096, (8, 6), student={"softcap": 3.0}).copy(dtype)
     answers, mask, logits = ask_teacher(pair), torch.ones(8, 8, dtype=torch.bool), 64 * 4096 * dtype.itemsize
     with Memory() as whole:
         objective_loss(objective, pair, False, answers, mask).backward()
     assert whole.largest >= logits and whole.peak >= 2 * logits
-    options = {"chunk": 1, "own_in_forward": own_in_forward}
+    options = {"chunk": 1, "loss_in_forward": loss_in_forward}
     with Memory() as fused:
         objective_loss(objective, pair, True, answers, mask, **options).backward()
     gradient = 4096 * 8 * 4  # of the weight, summed in float32
@@ -824,14 +824,14 @@ def no_collector() -> Iterator[None]:
 @every_own_mode
 @pytest.mark.parametrize("backward", [True, False], ids=["after backward", "after forward"])
 @pytest.mark.usefixtures("no_collector")
-def test_nothing_waits_for_the_garbage_collector(own_in_forward: bool, backward: bool) -> None:
+def test_nothing_waits_for_the_garbage_collector(loss_in_forward: bool, backward: bool) -> None:
     """Gigabytes must go with the last reference, not with the next collection."""
     pair = draw()
     derived = replace(pair, student=replace(pair.student, hidden=pair.student.hidden * 1.0))
-    answer = derived.fused(own_in_forward=own_in_forward)(*own_token_loss(pair))
+    answer = derived.fused(loss_in_forward=loss_in_forward)(*own_token_loss(pair))
     tensors = {**{n: x for n, x in vars(answer).items() if isinstance(x, Tensor)}, "hidden": derived.student.hidden}
     storages = {name: StorageWeakRef(x.untyped_storage()) for name, x in tensors.items()}
     if backward:
-        (answer.own_loss + answer.entropy.sum() + answer.top_logits.sum()).backward()
+        (answer.loss + answer.entropy.sum() + answer.topk_logits.sum()).backward()
     del derived, answer, tensors
     assert [name for name, storage in storages.items() if not storage.expired()] == []

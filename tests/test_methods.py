@@ -29,7 +29,6 @@ from tsdkd.methods.speculative_kd import SpeculativeKDOptions, speculative_choic
 from tsdkd.objective import CompletionBatch, Objective, RolloutScores
 from tsdkd.rollout.hf import sample_completions, sample_from_models
 from tsdkd.rollout.seeding import prompt_generator
-from tsdkd.cli import main
 
 LENGTHS = (5, 2, 7)
 VOCABULARY = 23
@@ -69,17 +68,19 @@ class Case:
         )
         old = DenseHead(self.old)(StatisticsRequest(ids=self.ids.unsqueeze(-1))).logps[:, 0]
         uniform = torch.linspace(0.0, 0.99, len(self.ids))
-        answers = RolloutScores(teacher.entropy, teacher.logps[:, 0], teacher.top_ids, teacher.top_logps, old, uniform)
+        answers = RolloutScores(
+            teacher.entropy, teacher.logps[:, 0], teacher.topk_ids, teacher.topk_logps, old, uniform
+        )
         if hasattr(objective, "returns"):
-            advantages = objective.returns(old, answers.teacher_logps, self.mask)
+            advantages = objective.returns(old, answers.teacher_per_token_logps, self.mask)
             spread = advantages.var(correction=0)
             answers.advantages = (advantages - advantages.mean()) / (spread + 1e-8).sqrt()
-            answers.old_logps = objective.mixture_logps(old, answers.teacher_logps)
+            answers.old_per_token_logps = objective.mixture_logps(old, answers.teacher_per_token_logps)
         return answers
 
     def loss(self, objective: Objective, head: Head) -> Tensor:
         """Divided as the trainer does."""
-        answers = self.answers(objective) if objective.asks_once else None
+        answers = self.answers(objective) if objective.needs_rollout_scores else None
         output = objective(head, CompletionBatch(self.mask, self.ids, answers=answers))
         for name, term in output.terms.items():
             assert math.isfinite(term), name

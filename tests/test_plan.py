@@ -208,7 +208,9 @@ def test_buffers_by_their_definitions():
     assert zero1["buckets"] == zero2["buckets"] == zero3["buckets"] == pytest.approx(2 * 1e9 / gib)
     partition = 2 * (size / 8 + 151936 * 1536) / gib
     assert zero1["gradients"] == zero2["gradients"] == pytest.approx(partition)
-    zero1, zero2 = (totals(student, replace(WORK, gradient_accumulation_steps=4), launch) for launch in ("zero1", "zero2"))
+    zero1, zero2 = (
+        totals(student, replace(WORK, gradient_accumulation_steps=4), launch) for launch in ("zero1", "zero2")
+    )
     assert zero1["gradients"] == pytest.approx(2 * size / gib) and zero2["gradients"] == pytest.approx(2 * partition)
     assert zero2["optimizer"] == zero3["optimizer"] == pytest.approx(12 * size / 8 / gib)
     assert totals(student, replace(WORK, weight_bytes=2), "ddp")["optimizer"] == pytest.approx(4 * size / gib)

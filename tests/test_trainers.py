@@ -406,11 +406,11 @@ def test_importance_weights_act_on_the_sampled_term_alone():
     teacher_logps = teacher.log_softmax(-1)
     top = teacher_logps.topk(16)
     answers = RolloutScores(
-        old_logps=old,
-        teacher_logps=teacher_logps[range(7), sampled],
+        old_per_token_logps=old,
+        teacher_per_token_logps=teacher_logps[range(7), sampled],
         teacher_entropy=-(teacher_logps.exp() * teacher_logps).sum(-1),
-        topk_ids=top.indices,
-        topk_logps=top.values,
+        teacher_topk_ids=top.indices,
+        teacher_topk_logps=top.values,
         importance=weights,
     )
     logits = student.clone().requires_grad_()

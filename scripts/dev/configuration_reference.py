@@ -44,8 +44,8 @@ def main() -> None:
         parts.append(f"### `{name}`\n\n{(cls.__doc__ or '').splitlines()[0]} ({cls.paper})\n")
         own = sorted(cls.own_options(), key=lambda option: option in common)
         parts.append(table(cls, own))
-        if cls.refused:
-            parts.append("".join(f"- no `{key}`: {why}\n" for key, why in sorted(cls.refused.items())))
+        if cls.unsupported_options:
+            parts.append("".join(f"- no `{key}`: {why}\n" for key, why in sorted(cls.unsupported_options.items())))
     parts += ["## Comparisons\n", "The file of `tsdkd compare` ([guide](guide.md#comparisons)).\n"]
     parts.append(table(Comparison, [f.name for f in dataclasses.fields(Comparison)]))
     parts += ["## Refused\n", "Options of TRL and transformers that would have no effect, or a wrong one.\n"]

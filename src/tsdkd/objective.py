@@ -21,21 +21,21 @@ class RolloutScores:
 
     Attributes:
         teacher_entropy: `[N]`, the teacher's, over the full vocabulary, nats.
-        teacher_logps: `[N]`, log-probabilities of the sampled tokens under the teacher, nats.
-        topk_ids: `[N, K]`, the teacher's most probable tokens.
-        topk_logps: `[N, K]`, their log-probabilities, nats.
-        old_logps: `[N]`, log-probabilities under the policy that sampled, nats; None where no method asks.
+        teacher_per_token_logps: `[N]`, log-probabilities of the sampled tokens under the teacher, nats.
+        teacher_topk_ids: `[N, K]`, the teacher's most probable tokens.
+        teacher_topk_logps: `[N, K]`, their log-probabilities, nats.
+        old_per_token_logps: `[N]`, log-probabilities under the policy that sampled, nats; None where no method asks.
         random_uniform: `[N]` in [0, 1), for random placements.
         importance: `[N]`, weights of the policy's loss where an engine sampled from another distribution than
-            `old_logps`; None where it didn't.
+            `old_per_token_logps`; None where it didn't.
         advantages: `[N]`, where a method has others than the difference of teacher and old policy.
     """
 
     teacher_entropy: Tensor
-    teacher_logps: Tensor
-    topk_ids: Tensor
-    topk_logps: Tensor
-    old_logps: Tensor | None = None
+    teacher_per_token_logps: Tensor
+    teacher_topk_ids: Tensor
+    teacher_topk_logps: Tensor
+    old_per_token_logps: Tensor | None = None
     random_uniform: Tensor | None = None
     importance: Tensor | None = None
     advantages: Tensor | None = None
@@ -54,7 +54,7 @@ class CompletionBatch:
         mask: `[B, T]` bool with N true entries: where a head answers, in row order.
         ids: `[N]`, the tokens; only objectives on sampled tokens, and the log, need them.
         training: whether an objective's own state moves on.
-        sampler_logps: `[N]`, the tokens' log-probabilities under the engine that sampled them, nats, for the log.
+        sampling_per_token_logps: `[N]`, the tokens' log-probabilities under the engine that sampled them, nats, for the log.
         answers: of the teacher, for objectives that ask once a rollout.
         trained: `[B, T]` bool, the part of `mask` that is trained on, where that isn't all of it.
         index: `[N]`, where `mask` is true (`tsdkd.selection.token_index`); found here if it isn't given.
@@ -63,7 +63,7 @@ class CompletionBatch:
     mask: Tensor
     ids: Tensor | None = None
     training: bool = True
-    sampler_logps: Tensor | None = None
+    sampling_per_token_logps: Tensor | None = None
     answers: RolloutScores | None = None
     trained: Tensor | None = None
     index: Tensor | None = None
@@ -83,7 +83,7 @@ class CompletionBatch:
     @property
     def logged_ids(self) -> Tensor | None:
         """`[N, 1]`, the tokens whose log-probabilities only the log needs."""
-        return None if self.sampler_logps is None or self.ids is None else self.ids.unsqueeze(-1)
+        return None if self.sampling_per_token_logps is None or self.ids is None else self.ids.unsqueeze(-1)
 
 
 @dataclass
@@ -109,16 +109,16 @@ class Objective:
 
     Attributes:
         unit: what the loss is a mean of over the global batch: "responses", "tokens" or "micro-batches".
-        asks_teacher: whether the head must know the teacher's distributions.
-        asks_once: whether it reads `Responses.answers`.
-        is_policy: whether those need the policy that sampled.
+        needs_teacher_distribution: whether the head must know the teacher's distributions.
+        needs_rollout_scores: whether it reads `Responses.answers`.
+        needs_old_per_token_logps: whether those need the policy that sampled.
         teacher_top_k: how many of the teacher's tokens those hold.
     """
 
     unit: ClassVar[str] = "tokens"
-    asks_teacher: ClassVar[bool] = True
-    asks_once: ClassVar[bool] = False
-    is_policy: ClassVar[bool] = False
+    needs_teacher_distribution: ClassVar[bool] = True
+    needs_rollout_scores: ClassVar[bool] = False
+    needs_old_per_token_logps: ClassVar[bool] = False
     teacher_top_k: int = 16
 
     def __call__(self, head: Head, responses: CompletionBatch) -> ObjectiveOutput:
@@ -153,8 +153,8 @@ def common_metrics(tokens: TokenStatistics, responses: CompletionBatch) -> dict[
     metrics = {"entropy/student": mean_metric(tokens.entropy)}
     if tokens.teacher_entropy is not None:
         metrics["entropy/teacher"] = mean_metric(tokens.teacher_entropy)
-    if responses.sampler_logps is not None:
-        difference = (tokens.logps[:, 0].detach() - responses.sampler_logps).abs()
+    if responses.sampling_per_token_logps is not None:
+        difference = (tokens.logps[:, 0].detach() - responses.sampling_per_token_logps).abs()
         largest = difference.max() if len(difference) else difference.new_zeros(())
         metrics["sampling/sampling_logp_difference/mean"] = mean_metric(difference)
         metrics["sampling/sampling_logp_difference/max"] = (largest, torch.ones_like(largest))

@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
     flags += ["--output_dir", str(args.output_file.parent)]  # nothing is written there
     found = {**(read_yaml(args.config) if args.config is not None else {}), **read_flags(flags, [])}
     trainer = METHODS.get(str(found.get("method")))
-    if trainer is None or "lmbda" not in trainer.config_class.refused:
+    if trainer is None or "lmbda" not in trainer.config_class.unsupported_options:
         flags += ["--lmbda", "1"]  # a configuration for off-policy training would say that nothing is generated
     arguments = parse_arguments(args.config, flags)
     generate_completions(arguments, args.role, args.output_file, args.num_completions, args.top_p)

@@ -98,7 +98,7 @@ class Comparison:
 
     def _needs_completions(self, words: list[str]) -> bool:
         method, values, _, _ = resolve_run_values(self.config, words)
-        return METHODS[method].config_class.starts_from_data or values["lmbda"] < 1
+        return METHODS[method].config_class.always_needs_completions or values["lmbda"] < 1
 
     def parse_arguments(self, task: ComparisonTask) -> RunArguments:
         """The run, parsed and checked. Raises `ConfigError`."""
@@ -115,7 +115,9 @@ class Comparison:
         """What holds for all runs, as one that samples: the teacher's completions and the measurement go by it."""
         values = {**self.settings, "output_dir": self.output_dir}
         method = resolve_run_values(self.config, _to_flags(values))[0]
-        return _to_flags(values if "lmbda" in METHODS[method].config_class.refused else {**values, "lmbda": 1})
+        return _to_flags(
+            values if "lmbda" in METHODS[method].config_class.unsupported_options else {**values, "lmbda": 1}
+        )
 
     def generate_flags(self, on_gpu: bool) -> list[str]:
         """Of `tsdkd generate --config …`, for the teacher's completions: on a GPU, which its engine has to itself,

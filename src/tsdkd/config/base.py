@@ -64,9 +64,13 @@ class TokenSelectiveConfig(GKDConfig):
 
     method: ClassVar[str]
     paper: ClassVar[str]
-    starts_from_data: ClassVar[bool] = False  # whether it trains on the data set's completions whatever lmbda is
+    always_needs_completions: ClassVar[bool] = (
+        False  # whether it trains on the data set's completions whatever lmbda is
+    )
     completions: ClassVar[str] = "the student's; the data set's in 1 - lmbda of the steps"  # that it trains on
-    refused: ClassVar[dict[str, str]] = {"beta": "the method has no generalised JSD"}  # inherited options, and why
+    unsupported_options: ClassVar[dict[str, str]] = {
+        "beta": "the method has no generalised JSD"
+    }  # inherited options, and why
 
     temperature: float = option(1.0, "Divides student and teacher logits, in rollouts and in the loss.")
     lmbda: float = option(1.0, "Share of optimizer steps on the student's own completions; 0 never generates.")
@@ -147,13 +151,13 @@ class TokenSelectiveConfig(GKDConfig):
         common = {name: get_default(TokenSelectiveConfig, name) for name in declared_fields(TokenSelectiveConfig)}
         if cls is TokenSelectiveConfig:
             return list(common)
-        names = [name for name in declared_fields(cls) if name not in cls.refused]
+        names = [name for name in declared_fields(cls) if name not in cls.unsupported_options]
         return [name for name in names if name not in common or get_default(cls, name) != common[name]]
 
     @property
     def needs_completions(self) -> bool:
         """Whether some steps train on the data set's completions."""
-        return self.starts_from_data or self.lmbda < 1
+        return self.always_needs_completions or self.lmbda < 1
 
     def steps_per_rollout(self, processes: int | None = None) -> int:
         """Optimizer steps that one rollout serves, with so many processes; by default those that there are."""

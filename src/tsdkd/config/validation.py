@@ -202,7 +202,7 @@ def get_rules(cls: Any) -> tuple[dict[str, Check], dict[str, Pointless]]:
 def validate_options(cls: Any, values: Mapping[str, Any]) -> list[str]:
     """All problems of a configuration's values: range, support, contradiction. Values are already of their types."""
     ranges, pointless = get_rules(cls)
-    refused = getattr(cls, "refused", {})
+    unsupported_options = getattr(cls, "unsupported_options", {})
     changed = sorted(f.name for f in fields(cls) if f.name in values and values[f.name] != get_default(cls, f.name))
     problems = []
     for name, (valid, text) in sorted(ranges.items()):
@@ -214,8 +214,8 @@ def validate_options(cls: Any, values: Mapping[str, Any]) -> list[str]:
     for name in changed:
         if name in UNSUPPORTED_OPTIONS:
             problems.append(f"{name}: not supported here ({UNSUPPORTED_OPTIONS[name]})")
-        if name in refused:
-            problems.append(f"{name}: no option of {cls.method}: {refused[name]}; remove it")
+        if name in unsupported_options:
+            problems.append(f"{name}: no option of {cls.method}: {unsupported_options[name]}; remove it")
         elif name in pointless and pointless[name][0](values):
             problems.append(f"{name}: {values[name]!r} has no effect because {pointless[name][1]}; remove it")
     return problems + _check_conflicts(values, changed)

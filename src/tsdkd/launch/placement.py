@@ -66,7 +66,7 @@ def print_plan(config: str | None, flags: Sequence[str], gpus: int | None, gpu_g
     """
     method, values, _, _ = resolve_run_values(config, flags)
     cls = METHODS[method].config_class
-    if "teacher_model_name_or_path" in cls.refused:
+    if "teacher_model_name_or_path" in cls.unsupported_options:
         raise ConfigError([f"method: {method} isn't a distillation; plan estimates those only"])
     gpus, gpu_gib = _detect_gpus(gpus, gpu_gib, values["num_processes"])
     own = configured_placement(values, gpus)
@@ -76,7 +76,9 @@ def print_plan(config: str | None, flags: Sequence[str], gpus: int | None, gpu_g
         _load_model_config(values, "teacher_model_name_or_path"),
     ]
     student = compute_model_size(models[0], values["lora_r"] if values["use_peft"] else 0)
-    teacher = None if "teacher_placement" in cls.refused else compute_model_size(models[1])  # seq-kd loads none
+    teacher = (
+        None if "teacher_placement" in cls.unsupported_options else compute_model_size(models[1])
+    )  # seq-kd loads none
     work = build_workload(cls, values, models, gpus, gpu_gib)
 
     whole = teacher is None or work.needs_teacher_in_rollout
@@ -149,7 +151,7 @@ def build_workload(
     a_step = values["per_device_train_batch_size"] * values["gradient_accumulation_steps"]
     rollout = max(a_step, -(-values.get("rollout_batch_size", 0) // gpus))
     served = rollout / a_step * values.get("epochs_per_rollout", 1)
-    generates = values["lmbda"] > 0 or cls.starts_from_data
+    generates = values["lmbda"] > 0 or cls.always_needs_completions
     half = values["fp16"] or values["bf16"] is not False  # TRL's default is bf16
     weight_bytes = _itemsize(values["dtype"], values["model_init_kwargs"], models[0])
     longest = _max_sequence_length(values, models)
@@ -168,7 +170,7 @@ def build_workload(
         uses_gradient_checkpointing=bool(values["gradient_checkpointing"]),
         uses_eager_attention=values["attn_implementation"] == "eager",
         head_gib=chunk_gib if values["fused_head"] else logits * _DENSE_BYTES_PER_LOGIT / GIB,
-        needs_teacher_in_rollout="use_vllm" in cls.refused,
+        needs_teacher_in_rollout="use_vllm" in cls.unsupported_options,
         engine=_build_engine_config(values, longest, gpu_gib) if values["use_vllm"] else None,
     )
 

@@ -10,7 +10,7 @@ from .projection import Projection
 from .softmax import GradOutputs, SoftmaxRows, Tiles, accumulation_dtype, compute_divergence, logits_grad_
 from .statistics import PerTokenLoss, StatisticsRequest, TokenStatistics
 
-DIFFERENTIABLE = ("entropy", "divergence", "top_logits", "logps")
+DIFFERENTIABLE = ("entropy", "divergence", "topk_logits", "logps")
 _STUDENT, _TEACHER, _KL, _RATIO = slice(0, 3), slice(3, 6), 6, 7  # rows of `Scan.table`
 
 
@@ -54,9 +54,9 @@ class ChunkedStatistics:
         size = _chunk_size(count, self.chunk)
         starts = range(0, max(count, 1), size)  # one empty chunk where there is no token
         answer = _concat_statistics([self._forward_chunk(slice(i, min(i + size, count))) for i in starts])
-        self.top_ids: Any = answer.top_ids
+        self.topk_ids: Any = answer.topk_ids
         # the answer's own tensor becomes an output, whose graph holds this scan
-        self.top_logits: Any = None if answer.top_logits is None else answer.top_logits.detach()
+        self.topk_logits: Any = None if answer.topk_logits is None else answer.topk_logits.detach()
         return answer
 
     def _forward_chunk(self, rows: slice) -> TokenStatistics:
@@ -78,11 +78,11 @@ class ChunkedStatistics:
             found = compute_divergence(student, teacher, request.divergence, tiles)
             answer.divergence, self.table[_KL, rows], self.table[_RATIO, rows] = found
         if request.top_k:
-            top_logits, answer.top_ids = logits.topk(min(request.top_k, logits.shape[-1]), dim=-1)
-            answer.top_logits = top_logits.to(self.table.dtype)
-            answer.top_logps = student.logps_at(answer.top_ids)
+            topk_logits, answer.topk_ids = logits.topk(min(request.top_k, logits.shape[-1]), dim=-1)
+            answer.topk_logits = topk_logits.to(self.table.dtype)
+            answer.topk_logps = student.logps_at(answer.topk_ids)
             if self.teacher is not None:
-                answer.teacher_top_logits = teacher_logits.gather(-1, answer.top_ids).to(self.table.dtype)
+                answer.teacher_topk_logits = teacher_logits.gather(-1, answer.topk_ids).to(self.table.dtype)
         if request.ids is not None:
             answer.logps = student.logps_at(request.ids[rows])
         if self.own is not None:
@@ -103,12 +103,12 @@ class ChunkedStatistics:
         leaves = {n: x.detach().requires_grad_() for n in DIFFERENTIABLE if (x := getattr(answer, n)) is not None}
         with torch.enable_grad():
             view = TokenStatistics(**{**vars(answer), **leaves})
-            answer.own_terms, answer.own_loss = self.own.sums(view, rows)
-        if not answer.own_loss.requires_grad:
+            answer.loss_terms, answer.loss = self.own.sums(view, rows)
+        if not answer.loss.requires_grad:
             return
-        found = torch.autograd.grad(answer.own_loss, list(leaves.values()), allow_unused=True)
+        found = torch.autograd.grad(answer.loss, list(leaves.values()), allow_unused=True)
         upstream = dict(zip(leaves, found, strict=True))
-        self._add_sparse(self.gradients, rows, answer.top_ids, answer.top_logits, upstream.pop("top_logits", None))
+        self._add_sparse(self.gradients, rows, answer.topk_ids, answer.topk_logits, upstream.pop("topk_logits", None))
         if any(g is not None for g in upstream.values()):
             self._add_dense(self.gradients, rows, GradOutputs(**upstream), student, teacher, hidden, tiles)
 
@@ -127,13 +127,13 @@ class ChunkedStatistics:
     def backward(self, own: Tensor | None, **upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of hidden states, weight and bias. `upstream` are derivatives by the statistics of all tokens."""
         gradients = HeadGradients(*self.inputs, self.needs) if own is None else self._take_loss_gradients(own)
-        top_logits = upstream.pop("top_logits")
+        topk_logits = upstream.pop("topk_logits")
         # most of the entropies have no gradient: the others' logits are not projected again
         of_top, of_others = _nonzero_indices(
-            _nonzero_grad_mask([top_logits]), _nonzero_grad_mask(list(upstream.values()))
+            _nonzero_grad_mask([topk_logits]), _nonzero_grad_mask(list(upstream.values()))
         )
-        if top_logits is not None and of_top is not None:
-            self._backward_topk(gradients, of_top, top_logits)
+        if topk_logits is not None and of_top is not None:
+            self._backward_topk(gradients, of_top, topk_logits)
         if of_others is not None:
             for rows in of_others.split(_chunk_size(len(of_others), self.chunk)):
                 self._backward_chunk(gradients, rows, upstream)
@@ -144,7 +144,7 @@ class ChunkedStatistics:
         if gradients is None:
             raise RuntimeError(
                 "the own-token losses were differentiated in the forward pass, which serves one backward pass; make "
-                "the head with own_in_forward=False to differentiate them again"
+                "the head with loss_in_forward=False to differentiate them again"
             )
         gradients.scale_(upstream)
         return gradients
@@ -163,7 +163,7 @@ class ChunkedStatistics:
         # as many as make two [C, k, H] tensors about as large as a chunk's logits
         size = max(1, self.chunk * self.student.weight.shape[0] // (2 * upstream.shape[-1] * self.inputs[0].shape[-1]))
         for rows in touched.split(size):
-            self._add_sparse(gradients, rows, self.top_ids[rows], self.top_logits[rows], upstream[rows])
+            self._add_sparse(gradients, rows, self.topk_ids[rows], self.topk_logits[rows], upstream[rows])
 
     # Both
 
@@ -239,9 +239,9 @@ def _concat_statistics(parts: list[TokenStatistics]) -> TokenStatistics:
     for name, first in vars(parts[0]).items():
         values = [getattr(part, name) for part in parts]
         if isinstance(first, Tensor):
-            joined = torch.stack(values).sum(0).detach() if name == "own_loss" else torch.cat(values)
+            joined = torch.stack(values).sum(0).detach() if name == "loss" else torch.cat(values)
             setattr(whole, name, joined)
-    whole.own_terms = {
-        name: torch.stack([part.own_terms[name].detach() for part in parts]).sum() for name in parts[0].own_terms
+    whole.loss_terms = {
+        name: torch.stack([part.loss_terms[name].detach() for part in parts]).sum() for name in parts[0].loss_terms
     }
     return whole

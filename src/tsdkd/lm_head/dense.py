@@ -34,12 +34,12 @@ class DenseHead:
         if request.divergence is not None:
             answer.divergence = request.divergence(student, teacher)
         if request.top_k:
-            answer.top_logits, answer.top_ids = student.topk(min(request.top_k, student.shape[-1]), dim=-1)
-            answer.top_logps = student.detach().log_softmax(-1).gather(-1, answer.top_ids)
+            answer.topk_logits, answer.topk_ids = student.topk(min(request.top_k, student.shape[-1]), dim=-1)
+            answer.topk_logps = student.detach().log_softmax(-1).gather(-1, answer.topk_ids)
             if teacher is not None:
-                answer.teacher_top_logits = upcast(teacher.gather(-1, answer.top_ids))
+                answer.teacher_topk_logits = upcast(teacher.gather(-1, answer.topk_ids))
         if request.ids is not None:
             answer.logps = student.log_softmax(-1).gather(-1, request.ids)
         if own is not None:
-            answer.own_terms, answer.own_loss = own.sums(answer)
+            answer.loss_terms, answer.loss = own.sums(answer)
         return answer

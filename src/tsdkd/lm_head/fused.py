@@ -30,7 +30,7 @@ class FusedHead:
         temperature: divides the logits of both.
         chunk_gib: GiB for both models' logits of one chunk of tokens; by default 0.25 on a CPU and 1 on a GPU. Scratch
             memory of 0.01 GiB (0.16 on a GPU) comes beside it.
-        own_in_forward: differentiate own-token losses in the forward pass. They can then be differentiated only once,
+        loss_in_forward: differentiate own-token losses in the forward pass. They can then be differentiated only once,
             and only their weighted sum. False: in the backward pass, at the price of projecting again.
 
     Raises:
@@ -47,10 +47,10 @@ class FusedHead:
         vocab_size: int | None = None,
         temperature: float = 1.0,
         chunk_gib: float | None = None,
-        own_in_forward: bool = True,
+        loss_in_forward: bool = True,
     ) -> None:
         self.hidden, self.projection = hidden, projection
-        self.temperature, self.own_in_forward = temperature, own_in_forward
+        self.temperature, self.loss_in_forward = temperature, loss_in_forward
         self.vocab_size = vocab_size or projection.weight.shape[0]
         self.dtype = compute_dtype(hidden)
         self.student = projection.slice_vocab(self.vocab_size, self.dtype)
@@ -68,16 +68,16 @@ class FusedHead:
         validate_request(request, len(self.hidden), self.teacher is not None)
         inputs = (self.hidden, self.projection.weight, self.projection.bias)
         has_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-        in_forward = own if has_gradient and self.own_in_forward else None
+        in_forward = own if has_gradient and self.loss_in_forward else None
         scan = ChunkedStatistics(self.student, self.teacher, self.temperature, self.chunk, request, in_forward)
         answer = TokenStatistics()
         own_loss, *statistics = _ChunkedStatisticsFunction.apply(scan, answer, *inputs)
         for name, value in zip(DIFFERENTIABLE, statistics, strict=True):
             setattr(answer, name, value)
         if in_forward is not None:
-            answer.own_loss = own_loss
+            answer.loss = own_loss
         elif own is not None:
-            answer.own_terms, answer.own_loss = own.sums(answer)
+            answer.loss_terms, answer.loss = own.sums(answer)
         return answer
 
     def _check_shapes(self) -> None:
@@ -121,7 +121,7 @@ class _ChunkedStatisticsFunction(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             found = scan.forward(hidden, weight, bias, ctx.needs_input_grad[2:])
         vars(answer).update(vars(found))
-        return found.own_loss, *(getattr(found, name) for name in DIFFERENTIABLE)
+        return found.loss, *(getattr(found, name) for name in DIFFERENTIABLE)
 
     @staticmethod
     def backward(ctx: Any, own: Tensor | None, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:

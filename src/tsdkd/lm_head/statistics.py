@@ -46,25 +46,25 @@ class TokenStatistics:
         entropy: `[N]`, nats; differentiable.
         teacher_entropy: `[N]`, nats.
         divergence: `[N]`, nats; differentiable.
-        top_ids: `[N, k]`, the student's candidates, best first.
-        top_logits: `[N, k]`, their logits; differentiable.
-        top_logps: `[N, k]`, their log-probabilities, nats; no gradient.
-        teacher_top_logits: `[N, k]`, the teacher's logits at the same ids (None without a teacher).
+        topk_ids: `[N, k]`, the student's candidates, best first.
+        topk_logits: `[N, k]`, their logits; differentiable.
+        topk_logps: `[N, k]`, their log-probabilities, nats; no gradient.
+        teacher_topk_logits: `[N, k]`, the teacher's logits at the same ids (None without a teacher).
         logps: `[N, K]`, log-probabilities of the requested ids, nats; differentiable.
-        own_terms: sums of the own-token losses.
+        loss_terms: sums of the own-token losses.
         own_loss: their weighted sum, differentiable.
     """
 
     entropy: Any = None
     teacher_entropy: Any = None
     divergence: Any = None
-    top_ids: Any = None
-    top_logits: Any = None
-    top_logps: Any = None
-    teacher_top_logits: Any = None
+    topk_ids: Any = None
+    topk_logits: Any = None
+    topk_logps: Any = None
+    teacher_topk_logits: Any = None
     logps: Any = None
-    own_terms: dict[str, Tensor] = field(default_factory=dict)
-    own_loss: Any = None
+    loss_terms: dict[str, Tensor] = field(default_factory=dict)
+    loss: Any = None
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from ..config.base import TokenSelectiveConfig
 from ..config.options import AT_LEAST_ONE, option
 from ..errors import ConfigError
 
-NO_BETA = TokenSelectiveConfig.refused
+NO_BETA = TokenSelectiveConfig.unsupported_options
 NO_TOP_P = {"top_p": "the loss is of the distribution that is sampled from, the whole one"}
 OFF_POLICY = {**NO_BETA, "lmbda": "the method trains on the data set's completions; `tsdkd generate` writes them"}
 OWN_ROLLOUTS = {**NO_BETA, **NO_TOP_P, "lmbda": "the method says by itself which completions a step trains on"}

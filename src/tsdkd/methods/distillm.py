@@ -39,8 +39,8 @@ class DistiLLMConfig(DistiLLMOptions, TSDKDDefaults):
     method = "distillm"
     completions = "the data set's; the student's, or replayed ones, the more the validation loss rises"
     paper = "Ko et al. 2024, arXiv 2402.03898"
-    starts_from_data = True
-    refused = OWN_ROLLOUTS
+    always_needs_completions = True
+    unsupported_options = OWN_ROLLOUTS
 
     own_share: float = option(0.0, "Share of steps on own or replayed completions, at the start.", FRACTION)
     own_share_step: float = option(

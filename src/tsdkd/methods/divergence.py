@@ -28,4 +28,4 @@ class DivergenceObjective(Objective):
             entropy=True, teacher_entropy=True, divergence=self.divergence, ids=responses.logged_ids
         )
         tokens = head(request, own)
-        return ObjectiveOutput(tokens.own_loss, tokens.own_terms, own.weights, common_metrics(tokens, responses))
+        return ObjectiveOutput(tokens.loss, tokens.loss_terms, own.weights, common_metrics(tokens, responses))

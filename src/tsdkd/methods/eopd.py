@@ -31,7 +31,7 @@ class EOPDObjective(EOPDOptions, EOPDFullObjective):
     """Eq. 9."""
 
     @property
-    def uncertain_above(self) -> float:  # type: ignore[override]
+    def uncertainty_threshold(self) -> float:  # type: ignore[override]
         """What the log calls uncertain."""
         return self.entropy_threshold
 

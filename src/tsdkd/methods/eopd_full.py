@@ -44,7 +44,7 @@ class EOPDFullObjective(EOPDFullOptions, OPDObjective):
 
     def compute_terms(self, tokens: TokenStatistics, answers: RolloutScores) -> dict[str, Tensor]:
         """See `OPDObjective`."""
-        forward_kl = forward_kl_on(tokens.logps[:, 1:], answers.topk_logps)
+        forward_kl = forward_kl_on(tokens.logps[:, 1:], answers.teacher_topk_logps)
         return {**super().compute_terms(tokens, answers), "forward_kl": forward_kl * self.forward_kl_mask(answers)}
 
     def forward_kl_mask(self, answers: RolloutScores) -> Tensor:

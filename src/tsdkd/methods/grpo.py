@@ -30,7 +30,7 @@ class GRPOConfig(TokenSelectiveConfig):
     method = "grpo"
     completions = "the student's, num_generations for each prompt; rows have an answer or a solution"
     paper = "Shao et al. 2024, arXiv 2402.03300; EOPD Table 8"
-    refused = {
+    unsupported_options = {
         **NO_BETA,
         "lmbda": "the method always samples",
         "completion_column": "the reward looks at the column `answer`",

@@ -29,7 +29,7 @@ class KDConfig(KDOptions, TokenSelectiveConfig):
     method = "kd"
     completions = "the data set's"
     paper = "Hinton et al. 2015; EOPD Table 2"
-    refused = OFF_POLICY
+    unsupported_options = OFF_POLICY
 
     lmbda: float = option(0.0, "The method never generates.")
     learning_rate: float = option(1e-5, "Initial learning rate of AdamW.")
@@ -41,8 +41,8 @@ class KDConfig(KDOptions, TokenSelectiveConfig):
 class KDObjective(KDOptions, Objective):
     """A mean over tokens; the teacher is renormalised on its top tokens, as in EOPD Eq. 10."""
 
-    asks_teacher = False
-    asks_once = True
+    needs_teacher_distribution = False
+    needs_rollout_scores = True
 
     @property
     def teacher_top_k(self) -> int:  # type: ignore[override]
@@ -55,14 +55,14 @@ class KDObjective(KDOptions, Objective):
         assert answers is not None and sampled is not None
 
         def losses(tokens: TokenStatistics, rows: slice) -> dict[str, torch.Tensor]:
-            forward_kl = forward_kl_on(tokens.logps[:, 1:], answers.topk_logps[rows])
+            forward_kl = forward_kl_on(tokens.logps[:, 1:], answers.teacher_topk_logps[rows])
             return {"cross_entropy": -tokens.logps[:, 0], "forward_kl": forward_kl}
 
         weights = {"cross_entropy": self.cross_entropy_weight, "forward_kl": self.forward_kl_weight}
         own = PerTokenLoss(weights, losses)
-        ids = torch.cat([sampled.unsqueeze(-1), answers.topk_ids], dim=-1)
+        ids = torch.cat([sampled.unsqueeze(-1), answers.teacher_topk_ids], dim=-1)
         tokens = head(StatisticsRequest(entropy=True, ids=ids), own)
-        return ObjectiveOutput(tokens.own_loss, tokens.own_terms, weights, common_metrics(tokens, responses))
+        return ObjectiveOutput(tokens.loss, tokens.loss_terms, weights, common_metrics(tokens, responses))
 
 
 class KDTrainer(ScoredRolloutTrainer):

@@ -43,7 +43,7 @@ class MiniLLMConfig(MiniLLMOptions, RolloutConfig):
     method = "minillm"
     completions = "from a mixture of teacher and student; each serves epochs_per_rollout epochs"
     paper = "Gu et al. 2023, arXiv 2306.08543"
-    refused = {**OWN_ROLLOUTS, **NO_VLLM}
+    unsupported_options = {**OWN_ROLLOUTS, **NO_VLLM}
 
     max_new_tokens: int = option(1024, "Completion limit, tokens; prompt and completion together obey max_length.")
     max_length: int | None = option(1024, "Limit of prompt plus completion, tokens.")
@@ -60,8 +60,8 @@ class MiniLLMConfig(MiniLLMOptions, RolloutConfig):
 class MiniLLMObjective(MiniLLMOptions, Objective):
     """A mean over tokens of both terms."""
 
-    asks_once = True
-    is_policy = True
+    needs_rollout_scores = True
+    needs_old_per_token_logps = True
 
     def __call__(self, head: Head, responses: CompletionBatch) -> ObjectiveOutput:
         """See `Objective`. The answers' `old_logps` are of the mixture, `advantages` of `compute_returns`, whitened."""
@@ -70,8 +70,10 @@ class MiniLLMObjective(MiniLLMOptions, Objective):
 
         def losses(tokens: TokenStatistics, rows: slice) -> dict[str, Tensor]:
             some = answers.of(rows)
-            assert some.old_logps is not None and some.advantages is not None
-            policy = clipped_policy_loss(tokens.logps[:, 0], some.old_logps, some.advantages, self.clip_epsilon)
+            assert some.old_per_token_logps is not None and some.advantages is not None
+            policy = clipped_policy_loss(
+                tokens.logps[:, 0], some.old_per_token_logps, some.advantages, self.clip_epsilon
+            )
             return {"policy": policy, "reverse_kl": tokens.divergence}
 
         own = PerTokenLoss({"policy": 1.0, "reverse_kl": 1.0}, losses)
@@ -79,11 +81,11 @@ class MiniLLMObjective(MiniLLMOptions, Objective):
             entropy=True, teacher_entropy=True, divergence=REVERSE_KL, ids=sampled.unsqueeze(-1)
         )
         tokens = head(request, own)
-        assert answers.old_logps is not None
-        log_ratio = tokens.logps[:, 0].detach() - answers.old_logps
+        assert answers.old_per_token_logps is not None
+        log_ratio = tokens.logps[:, 0].detach() - answers.old_per_token_logps
         metrics = common_metrics(tokens, responses)
         metrics |= {"policy/ratio": mean_metric(log_ratio.exp()), "policy/approx_kl": approx_kl(log_ratio)}
-        return ObjectiveOutput(tokens.own_loss, tokens.own_terms, own.weights, metrics)
+        return ObjectiveOutput(tokens.loss, tokens.loss_terms, own.weights, metrics)
 
     def compute_mixture_logps(self, student_logps: Tensor, teacher_logps: Tensor) -> Tensor:
         """Log-probabilities of tokens under the distribution that they were sampled from, nats."""
@@ -126,9 +128,9 @@ class MiniLLMTrainer(ScoredRolloutTrainer):
         """Also the mixture's log-probabilities, in place of the student's, and the returns."""
         super()._postprocess_micro_batch(model, batch, step, mode)
         answers = batch["answers"]
-        logps = (answers["old_logps"], answers["teacher_logps"])
+        logps = (answers["old_per_token_logps"], answers["teacher_per_token_logps"])
         answers["advantages"] = self.objective.compute_returns(*logps, completion_mask(batch))
-        answers["old_logps"] = self.objective.compute_mixture_logps(*logps)
+        answers["old_per_token_logps"] = self.objective.compute_mixture_logps(*logps)
 
     def _roll_out(self, model: nn.Module, rows: list[Batch], step: int, mode: str) -> list[Batch]:
         batches = super()._roll_out(model, rows, step, mode)

@@ -47,20 +47,20 @@ class OPDConfig(OPDOptions, RolloutConfig):
 class OPDObjective(OPDOptions, Objective):
     """Eq. 8 of EOPD, a mean over tokens. Its relatives add terms or change the advantage; they log the same."""
 
-    asks_teacher = False
-    asks_once = True
-    is_policy = True
-    uncertain_above: ClassVar[float] = 0.8  # nats; for the log (EOPD Fig. 5)
+    needs_teacher_distribution = False
+    needs_rollout_scores = True
+    needs_old_per_token_logps = True
+    uncertainty_threshold: ClassVar[float] = 0.8  # nats; for the log (EOPD Fig. 5)
 
     def __call__(self, head: Head, responses: CompletionBatch) -> ObjectiveOutput:
         """See `Objective`."""
         answers, sampled = responses.answers, responses.ids
         assert answers is not None and sampled is not None
         own = PerTokenLoss(self.term_weights, lambda tokens, rows: self.compute_terms(tokens, answers.of(rows)))
-        ids = torch.cat([sampled.unsqueeze(-1), answers.topk_ids], dim=-1)
+        ids = torch.cat([sampled.unsqueeze(-1), answers.teacher_topk_ids], dim=-1)
         tokens = head(StatisticsRequest(entropy=True, ids=ids), own)
         metrics = common_metrics(tokens, responses) | self._metrics(tokens, answers)
-        return ObjectiveOutput(tokens.own_loss, tokens.own_terms, own.weights, metrics)
+        return ObjectiveOutput(tokens.loss, tokens.loss_terms, own.weights, metrics)
 
     @property
     def term_weights(self) -> dict[str, float]:
@@ -69,26 +69,28 @@ class OPDObjective(OPDOptions, Objective):
 
     def compute_terms(self, tokens: TokenStatistics, answers: RolloutScores) -> dict[str, Tensor]:
         """Each term of each token: all of them depend on a token's own statistics only."""
-        assert answers.old_logps is not None
+        assert answers.old_per_token_logps is not None
         compute_advantages = self.compute_advantages(tokens, answers)
-        loss = clipped_policy_loss(tokens.logps[:, 0], answers.old_logps, compute_advantages, self.clip_epsilon)
+        loss = clipped_policy_loss(
+            tokens.logps[:, 0], answers.old_per_token_logps, compute_advantages, self.clip_epsilon
+        )
         return {"reverse_kl": loss if answers.importance is None else loss * answers.importance}
 
     def compute_advantages(self, tokens: TokenStatistics, answers: RolloutScores) -> Tensor:
         """`[N]`, Eq. 6 with the policy that sampled; no gradient."""
-        assert answers.old_logps is not None
-        return answers.teacher_logps - answers.old_logps
+        assert answers.old_per_token_logps is not None
+        return answers.teacher_per_token_logps - answers.old_per_token_logps
 
     @torch.no_grad()
     def _metrics(self, tokens: TokenStatistics, answers: RolloutScores) -> dict[str, tuple[Tensor, Tensor]]:
         compute_advantages = self.compute_advantages(tokens, answers)
-        assert answers.old_logps is not None
-        log_ratio = tokens.logps[:, 0] - answers.old_logps
+        assert answers.old_per_token_logps is not None
+        log_ratio = tokens.logps[:, 0] - answers.old_per_token_logps
         ratio = log_ratio.exp()
         too_high = (ratio > 1 + self.clip_epsilon) & (compute_advantages > 0)
         too_low = (ratio < 1 - self.clip_epsilon) & (compute_advantages < 0)
-        uncertain = answers.teacher_entropy > self.uncertain_above
-        forward_kl = forward_kl_on(tokens.logps[:, 1:], answers.topk_logps)
+        uncertain = answers.teacher_entropy > self.uncertainty_threshold
+        forward_kl = forward_kl_on(tokens.logps[:, 1:], answers.teacher_topk_logps)
         return {
             "policy/clip_fraction": mean_metric(too_high | too_low),
             "policy/ratio": mean_metric(ratio),

@@ -16,7 +16,10 @@ class SeqKDConfig(TSDKDDefaults):
     method = "seq-kd"
     completions = "the data set's"
     paper = "Kim and Rush 2016, arXiv 1606.07947"
-    refused = {**OFF_POLICY, **dict.fromkeys(("teacher_placement", "record_steps"), "the teacher isn't loaded")}
+    unsupported_options = {
+        **OFF_POLICY,
+        **dict.fromkeys(("teacher_placement", "record_steps"), "the teacher isn't loaded"),
+    }
 
     lmbda: float = option(0.0, "The method never generates.")
 
@@ -25,14 +28,14 @@ class SeqKDConfig(TSDKDDefaults):
 class SeqKDObjective(Objective):
     """A mean over tokens. The teacher has spoken already: `tsdkd generate` wrote the data."""
 
-    asks_teacher = False
+    needs_teacher_distribution = False
 
     def __call__(self, head: Head, responses: CompletionBatch) -> ObjectiveOutput:
         """See `Objective`."""
         assert responses.ids is not None
         own = PerTokenLoss({"cross_entropy": 1.0}, lambda tokens, rows: {"cross_entropy": -tokens.logps[:, 0]})
         tokens = head(StatisticsRequest(entropy=True, ids=responses.ids.unsqueeze(-1)), own)
-        return ObjectiveOutput(tokens.own_loss, tokens.own_terms, own.weights, common_metrics(tokens, responses))
+        return ObjectiveOutput(tokens.loss, tokens.loss_terms, own.weights, common_metrics(tokens, responses))
 
 
 class SeqKDTrainer(TokenSelectiveTrainer):

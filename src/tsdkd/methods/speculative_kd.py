@@ -35,7 +35,7 @@ class SpeculativeKDConfig(SpeculativeKDOptions, TSDKDDefaults):
     method = "speculative-kd"
     completions = "the student's, in which the teacher replaces unlikely tokens"
     paper = "Xu et al. 2025, arXiv 2410.11325"
-    refused = {**OWN_ROLLOUTS, **NO_VLLM}
+    unsupported_options = {**OWN_ROLLOUTS, **NO_VLLM}
 
     learning_rate: float = option(1e-5, "Initial learning rate of AdamW.")
 

@@ -16,7 +16,7 @@ class SupervisedKDConfig(TSDKDDefaults):
     method = "supervised-kd"
     completions = "the data set's"
     paper = "Hinton et al. 2015, arXiv 1503.02531"
-    refused = OFF_POLICY
+    unsupported_options = OFF_POLICY
 
     lmbda: float = option(0.0, "The method never generates.")
 

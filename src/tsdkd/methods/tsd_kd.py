@@ -72,7 +72,7 @@ class TSDKDConfig(TSDKDOptions, TSDKDDefaults):
 
     method = "tsd-kd"
     paper = "Kim and Baek 2026 (ICLR)"
-    refused = NO_TOP_P
+    unsupported_options = NO_TOP_P
 
 
 @dataclass
@@ -105,7 +105,7 @@ class TSDKDObjective(TSDKDOptions, Objective):
             ),
             direct,
         )
-        loss, terms, weights = tokens.own_loss, dict(tokens.own_terms), dict(direct.weights)
+        loss, terms, weights = tokens.loss, dict(tokens.loss_terms), dict(direct.weights)
         entropy = tokens.entropy.new_zeros(mask.shape).masked_scatter(mask, tokens.entropy.detach())
         opener = opener_mask(entropy, mask, self._resolve_opener_ratio(tokens, mask, responses.training))
         inside = responses.at(opener).nonzero().squeeze(-1)
@@ -129,7 +129,7 @@ class TSDKDObjective(TSDKDOptions, Objective):
     ) -> Tensor:
         """Eq. 5 summed over responses; a response's positions are averaged, summed, or divided by its length.
         `inside`: which of the N tokens are in an opener."""
-        nll = plackett_luce_nll(tokens.top_logits[inside], tokens.teacher_top_logits[inside], self.indirect_top_k)
+        nll = plackett_luce_nll(tokens.topk_logits[inside], tokens.teacher_topk_logits[inside], self.indirect_top_k)
         divisor = {
             "mean": opener.sum(-1),
             "sum": torch.ones_like(opener[:, 0], dtype=torch.long),
@@ -165,7 +165,7 @@ class TSDKDObjective(TSDKDOptions, Objective):
         }
         if self.alpha != 0:
             # candidates are sorted: the student's favourite is the first
-            favourite = tokens.teacher_top_logits[inside].argmax(-1)
+            favourite = tokens.teacher_topk_logits[inside].argmax(-1)
             metrics["opener/top1_agreement"] = mean_metric(favourite == 0)
         return metrics
 

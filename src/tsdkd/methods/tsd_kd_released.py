@@ -38,7 +38,7 @@ class TSDKDReleasedConfig(TSDKDReleasedOptions, TSDKDDefaults):
 
     method = "tsd-kd-released"
     paper = "github.com/kmswin1/TSD-KD"
-    refused = NO_TOP_P
+    unsupported_options = NO_TOP_P
 
 
 @dataclass
@@ -79,8 +79,8 @@ class TSDKDReleasedObjective(TSDKDReleasedOptions, Objective):
 
 def _reversed_plackett_luce_nll(tokens: TokenStatistics, rows: Tensor) -> Tensor:
     """A prefix where Eq. 4 has a suffix: the likelihood of the opposite order."""
-    ranking = tokens.teacher_top_logits[rows].argsort(dim=-1, descending=True, stable=True)
-    ranked = tokens.top_logits[rows].gather(-1, ranking)
+    ranking = tokens.teacher_topk_logits[rows].argsort(dim=-1, descending=True, stable=True)
+    ranked = tokens.topk_logits[rows].gather(-1, ranking)
     return (ranked.logcumsumexp(-1) - ranked).sum(-1)
 
 

@@ -46,10 +46,10 @@ class Sampler(Protocol):
     """What rolls out: the student itself, or an engine that holds a copy of its weights. All processes call it.
 
     Attributes:
-        unproven: whether the next completions' log-probabilities are to be compared with the student's.
+        needs_weight_check: whether the next completions' log-probabilities are to be compared with the student's.
     """
 
-    unproven: bool
+    needs_weight_check: bool
 
     def update(self, weights: Hashable) -> bool:
         """Take over the student's weights, unless the last ones had the same `weights`, a name for them.

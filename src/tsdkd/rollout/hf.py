@@ -39,7 +39,7 @@ class HuggingFaceSampler:
         self.accelerator, self.sampling = accelerator, sampling
         self.gradient_checkpointing_kwargs = gradient_checkpointing_kwargs
 
-    unproven = False
+    needs_weight_check = False
 
     def update(self, weights: Hashable) -> bool:
         """See `Sampler`."""

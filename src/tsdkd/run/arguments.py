@@ -117,7 +117,7 @@ def resolve_run_values(
             problems.append(f"{key}: {error}")
     notes += _drop_unused_vllm_options(explicit_values, values, METHODS[method].config_class, from_flags)
     notes += _note_dataset_completions(values, METHODS[method].config_class, from_file, from_flags)
-    problems += _missing_keys(explicit_values, METHODS[method].config_class.refused)
+    problems += _missing_keys(explicit_values, METHODS[method].config_class.unsupported_options)
     for cls in classes:
         problems += validate_options(cls, values)
     if problems:
@@ -169,7 +169,9 @@ def _drop_options_of_other_methods(
     """With `--method` on the command line, the file's options of the method it was written for are left out."""
     if "method" not in from_flags or from_file.get("method", "tsd-kd") == method:
         return []
-    own = {f.name for f in fields(METHODS[method].config_class)} - METHODS[method].config_class.refused.keys()
+    own = {f.name for f in fields(METHODS[method].config_class)} - METHODS[
+        method
+    ].config_class.unsupported_options.keys()
     others = {f.name for trainer in METHODS.values() for f in fields(trainer.config_class)} - own
     dropped = sorted(k for k in explicit_values if k in others and k not in from_flags)
     for key in dropped:
@@ -210,7 +212,7 @@ def _note_dataset_completions(
 ) -> list[str]:
     """Where a flag changes the data set, its completions may be anybody's; a local file's are the user's own."""
     name = from_flags.get("dataset_name")
-    trains_on_them = cls.starts_from_data or values["lmbda"] < 1
+    trains_on_them = cls.always_needs_completions or values["lmbda"] < 1
     if not trains_on_them or name in (None, from_file.get("dataset_name")) or str(name).endswith(".jsonl"):
         return []
     column = f" (column {values['completion_column']})" if values["completion_column"] else ""

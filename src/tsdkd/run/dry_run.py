@@ -80,7 +80,7 @@ def _summarize_datasets(
     return {
         "student": f"{arguments.model_args.model_name_or_path} ({student.model_type}, {pair.vocab_sizes[0]} logits)",
         "teacher": f"{training.teacher_model_name_or_path} ({teacher.model_type}, {pair.vocab_sizes[1]} logits)"
-        f"{', not loaded' if 'teacher_placement' in training.refused else ''}"
+        f"{', not loaded' if 'teacher_placement' in training.unsupported_options else ''}"
         if training.teacher_model_name_or_path
         else "none",
         "shared vocabulary": str(pair.shared_vocab_size),
@@ -92,7 +92,7 @@ def _summarize_datasets(
 
 def _summarize_rollouts(training: TokenSelectiveConfig, processes: int) -> dict[str, str]:
     """How completions are sampled, where they are."""
-    if training.lmbda == 0 and not training.starts_from_data:
+    if training.lmbda == 0 and not training.always_needs_completions:
         return {}
     engine = f"vLLM, {training.vllm_mode}" if training.use_vllm else "transformers"
     serves = f", each for {steps} steps" if (steps := training.steps_per_rollout(processes)) > 1 else ""

@@ -51,7 +51,7 @@ class HeadForward:
         index: Tensor,
         question: Callable[[Head], Answer],
         teacher: "TeacherOutput | None" = None,
-        own_in_forward: bool = True,
+        loss_in_forward: bool = True,
     ) -> Answer:
         """`question` of the head over the model's predictions at N positions.
 
@@ -61,7 +61,7 @@ class HeadForward:
             index: `[N]`, places in the flattened `[B, S - 1]` (`tsdkd.selection.token_index`).
             question: what is asked; its answer is a dataclass, `TokenStatistics` or `ObjectiveOutput`.
             teacher: from `teacher_forward`, where the question is about both.
-            own_in_forward: see `FusedHead`.
+            loss_in_forward: see `FusedHead`.
 
         Raises:
             ModelError: the fused head doesn't give the model's own logits.
@@ -74,7 +74,7 @@ class HeadForward:
 
         def run_head(hidden: Tensor) -> dict[str, Any]:
             with ExitStack() as stack:
-                answer = question(self._make_fused_head(stack, unwrapped, hidden, teacher, own_in_forward))
+                answer = question(self._make_fused_head(stack, unwrapped, hidden, teacher, loss_in_forward))
             kind.append(type(answer))
             return vars(answer)  # DDP and DeepSpeed look for tensors in plain containers only
 
@@ -105,7 +105,7 @@ class HeadForward:
         model: PreTrainedModel,
         hidden: Tensor,
         teacher: "TeacherOutput | None",
-        own_in_forward: bool,
+        loss_in_forward: bool,
     ) -> FusedHead:
         second: tuple[Any, ...] = ()
         if teacher is not None:
@@ -118,7 +118,7 @@ class HeadForward:
             vocab_size=self.vocab_size,
             temperature=self.args.temperature,
             chunk_gib=self.args.head_chunk_gib,
-            own_in_forward=own_in_forward,
+            loss_in_forward=loss_in_forward,
         )
 
     def _forward_as_output_layer(

@@ -22,16 +22,18 @@ class ScoredRolloutTrainer(TokenSelectiveTrainer):
         """Query the policy that sampled and the teacher, once; keep the teacher's top-k only."""
         index = token_index(completion_mask(batch), sum(batch["lengths"]))
         sampled = target_ids(batch, index).unsqueeze(-1)
-        policy: dict[str, Any] = self._score_policy(model, batch, index, sampled) if self.objective.is_policy else {}
+        policy: dict[str, Any] = (
+            self._score_policy(model, batch, index, sampled) if self.objective.needs_old_per_token_logps else {}
+        )
         with self._time_teacher(batch, mode):
             wanted = StatisticsRequest(entropy=True, top_k=self.objective.teacher_top_k, ids=sampled)
             teacher = self.heads.compute_statistics(self.teacher_model, batch, index, wanted)
         batch["answers"] = vars(
             RolloutScores(
                 teacher_entropy=teacher.entropy,
-                teacher_logps=teacher.logps.squeeze(-1),
-                topk_ids=teacher.top_ids,
-                topk_logps=teacher.top_logps,
+                teacher_per_token_logps=teacher.logps.squeeze(-1),
+                teacher_topk_ids=teacher.topk_ids,
+                teacher_topk_logps=teacher.topk_logps,
                 random_uniform=self._forward_kl_uniform(batch, step),
                 **policy,
             )
@@ -42,15 +44,15 @@ class ScoredRolloutTrainer(TokenSelectiveTrainer):
 
         An engine has told them, unless it samples from a nucleus: no forward pass is needed.
         """
-        sampler_logps = batch.get("sampler_logps")
+        sampling_per_token_logps = batch.get("sampling_per_token_logps")
         corrected = getattr(self.args, "vllm_importance_sampling_correction", False)
-        if sampler_logps is not None and not corrected and self.args.top_p == 1.0:
-            return {"old_logps": sampler_logps}
+        if sampling_per_token_logps is not None and not corrected and self.args.top_p == 1.0:
+            return {"old_per_token_logps": sampling_per_token_logps}
         logps = self.heads.compute_statistics(model, batch, index, StatisticsRequest(ids=sampled)).logps.squeeze(-1)
-        if sampler_logps is None or not corrected:
-            return {"old_logps": logps}
-        weights = (logps - sampler_logps).exp().clamp(max=self.args.vllm_importance_sampling_clip_max)
-        return {"old_logps": logps, "importance": weights}
+        if sampling_per_token_logps is None or not corrected:
+            return {"old_per_token_logps": logps}
+        weights = (logps - sampling_per_token_logps).exp().clamp(max=self.args.vllm_importance_sampling_clip_max)
+        return {"old_per_token_logps": logps, "importance": weights}
 
     def _forward_kl_uniform(self, batch: Batch, step: int) -> Tensor:
         generators = [prompt_generator(self.args.seed, step, i, FORWARD_KL_STREAM) for i in batch["index"]]

@@ -63,12 +63,12 @@ def compute_token_records(
     student.eval()
     both = StatisticsRequest(entropy=True, teacher_entropy=True, divergence=kind, top_k=NUM_CANDIDATES, ids=sampled)
     ours = heads.forward(student, batch, index, lambda head: head(both), heads.teacher_forward(teacher, batch, index))
-    ids = torch.cat([sampled, ours.top_ids], dim=-1)
+    ids = torch.cat([sampled, ours.topk_ids], dim=-1)
     theirs = heads.compute_statistics(teacher, batch, index, StatisticsRequest(top_k=MASS_TOP_K[-1], ids=ids))
-    top = theirs.top_ids[:, :FORWARD_KL_TOP_K]
+    top = theirs.topk_ids[:, :FORWARD_KL_TOP_K]
     at_theirs = heads.compute_statistics(student, batch, index, StatisticsRequest(ids=top)).logps
     student.train(was_training)
-    masses = theirs.top_logps.exp().cumsum(-1)
+    masses = theirs.topk_logps.exp().cumsum(-1)
     columns = {
         "token": sampled[:, 0],
         "student_entropy": ours.entropy,
@@ -76,9 +76,9 @@ def compute_token_records(
         "student_logp": ours.logps[:, 0],
         "teacher_logp": theirs.logps[:, 0],
         "divergence": ours.divergence,
-        "forward_kl": forward_kl_on(at_theirs, theirs.top_logps[:, :FORWARD_KL_TOP_K]),
-        "candidates": ours.top_ids,
-        "candidate_logps": ours.top_logps,
+        "forward_kl": forward_kl_on(at_theirs, theirs.topk_logps[:, :FORWARD_KL_TOP_K]),
+        "candidates": ours.topk_ids,
+        "candidate_logps": ours.topk_logps,
         "candidate_teacher_logps": theirs.logps[:, 1:],
         "teacher_mass": torch.stack([masses[:, min(k, masses.shape[1]) - 1] for k in MASS_TOP_K], dim=-1),
     }

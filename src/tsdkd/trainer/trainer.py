@@ -104,7 +104,7 @@ class TokenSelectiveTrainer(CheckpointMixin, GKDTrainer):
             eval_dataset = self._tokenize_dataset(eval_dataset, args)
         if isinstance(model, str):
             model = load_student(model, args)
-        asked = self.objective.asks_teacher or self.objective.asks_once
+        asked = self.objective.needs_teacher_distribution or self.objective.needs_rollout_scores
         if isinstance(teacher_model, str) and asked:
             teacher_model = load_teacher(teacher_model, self.pair.teacher_config, args)
 
@@ -161,7 +161,7 @@ class TokenSelectiveTrainer(CheckpointMixin, GKDTrainer):
             mask,
             ids=target_ids(batch, index),
             training=mode == "train",
-            sampler_logps=batch.get("sampler_logps"),
+            sampling_per_token_logps=batch.get("sampling_per_token_logps"),
             answers=None if answers is None else RolloutScores(**answers),
             index=index,
         )
@@ -238,7 +238,7 @@ class TokenSelectiveTrainer(CheckpointMixin, GKDTrainer):
             windows = [batches[i : i + size] for i in range(0, len(batches), size)] * epochs
             self._windows.extend(window[:n] for window, n in zip(windows, sizes, strict=False))
             for batch in batches[size:]:
-                batch.pop("sampler_logps", None)  # the student will have moved on from them
+                batch.pop("sampling_per_token_logps", None)  # the student will have moved on from them
         if not self._windows:
             return [], None
         window = self._windows.popleft()
@@ -267,7 +267,7 @@ class TokenSelectiveTrainer(CheckpointMixin, GKDTrainer):
             micro["num_tokens"] = sum(micro["lengths"]) + sum(len(prompt) for prompt in prompts[here])
             logps = [c.logps for c in completions[here] if c.logps is not None]
             if len(logps) == len(completions[here]):
-                micro["sampler_logps"] = torch.tensor(list(chain(*logps)), device=micro["input_ids"].device)
+                micro["sampling_per_token_logps"] = torch.tensor(list(chain(*logps)), device=micro["input_ids"].device)
             self._postprocess_micro_batch(model, micro, step, mode)
             batches.append(micro)
         return batches
@@ -284,9 +284,9 @@ class TokenSelectiveTrainer(CheckpointMixin, GKDTrainer):
         start = time.perf_counter()
         completions = self.sampler.generate(model, prompts, limits, [(self.args.seed, step, i) for i in indices])
         means.add("speed/rollout_tokens_per_second", sum(len(c.ids) for c in completions), time.perf_counter() - start)
-        if self.sampler.unproven:
+        if self.sampler.needs_weight_check:
             check_engine_weights(self.heads, self.accelerator, model, prompts, completions, self.args.top_p)
-            self.sampler.unproven = False
+            self.sampler.needs_weight_check = False
         means.add("completions/eos_share", sum(c.stopped for c in completions), len(completions))
         self._log_completions(prompts, completions, [a for b in rows for a in b.get("answer", [])], mode)
         return completions
@@ -321,7 +321,7 @@ class TokenSelectiveTrainer(CheckpointMixin, GKDTrainer):
         mode = "eval" if num_items_in_batch is None else "train"
         responses = self._completion_batch(inputs, self._position_mask(inputs), mode)
         log_terms = mode == "train" and self._should_log_term_gradients()
-        output = self._compute_objective(model, inputs, responses, mode, own_in_forward=not log_terms)
+        output = self._compute_objective(model, inputs, responses, mode, loss_in_forward=not log_terms)
         units = self._count_units(inputs)
         # one transfer to the host for all of them: each would wait for the device
         sums = [value for pair in output.metrics.values() for value in pair]
@@ -340,15 +340,15 @@ class TokenSelectiveTrainer(CheckpointMixin, GKDTrainer):
         return output.loss * (self.accelerator.num_processes / num_items_in_batch.clamp(min=1))
 
     def _compute_objective(
-        self, model: nn.Module, batch: Batch, responses: CompletionBatch, mode: str, own_in_forward: bool
+        self, model: nn.Module, batch: Batch, responses: CompletionBatch, mode: str, loss_in_forward: bool
     ) -> ObjectiveOutput:
         teacher, index = None, responses.index
         assert index is not None
-        if self.objective.asks_teacher:
+        if self.objective.needs_teacher_distribution:
             with self._time_teacher(batch, mode):
                 teacher = self.heads.teacher_forward(self.teacher_model, batch, index)
         return self.heads.forward(
-            model, batch, index, lambda head: self.objective(head, responses), teacher, own_in_forward
+            model, batch, index, lambda head: self.objective(head, responses), teacher, loss_in_forward
         )
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:

@@ -43,7 +43,7 @@ def check_engine_weights(
     ours = heads.compute_statistics(model, batch, index, StatisticsRequest(ids=sampled, top_k=1))
     theirs = torch.tensor([logp for _, c in chosen for logp in c.logps or []], device=index.device)
     difference = (ours.logps.squeeze(-1) - theirs).abs().mean()
-    tolerance = 2 * 2**-7 * ours.top_logits.abs().mean() - math.log(top_p)
+    tolerance = 2 * 2**-7 * ours.topk_logits.abs().mean() - math.log(top_p)
     found = torch.stack([difference, tolerance]).float() if len(theirs) else torch.tensor([0.0, 1.0])
     for difference, tolerance in accelerator.gather(found.to(index.device)).view(-1, 2).tolist():
         if not difference <= tolerance:

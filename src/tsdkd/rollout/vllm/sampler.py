@@ -60,7 +60,7 @@ class VLLMSampler(vllm_generation.VLLMGeneration):
     ) -> None:
         self.sampling = sampling
         self.args = args
-        self.unproven = False
+        self.needs_weight_check = False
         self._weights: Hashable = None  # those that the engine holds
         self._syncs = 0
         self._llm_weights_sleeping = False  # TRL's, which sets it where an engine can sleep
@@ -130,7 +130,7 @@ class VLLMSampler(vllm_generation.VLLMGeneration):
             return False
         self.sync_weights()
         if weights != self._weights:
-            self.unproven = self._syncs % self.args.vllm_check_every == 0
+            self.needs_weight_check = self._syncs % self.args.vllm_check_every == 0
             self._syncs += 1
         self._weights = weights
         return True
