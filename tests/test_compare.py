@@ -262,7 +262,7 @@ def test_what_a_model_solves(saved_model: Any) -> None:
         return str(len(ids))
 
     problems = ProblemSet(prompts, ["7"] * 6, [7] * 6, {1}, 64, decode)
-    found = evaluate(model, problems, samples=2, batch_size=4)
+    found = evaluate(model, problems, num_samples=2, batch_size=4)
     greedy, samples = said[:6], (said[6:12], said[12:])
     for prompt, completion in zip(prompts, greedy, strict=True):
         with torch.no_grad():

@@ -48,7 +48,7 @@ def term_gradients(objective: Any, student: Tensor, teacher: Tensor, mask: Tenso
     logits = student.clone().requires_grad_()
     asked = torch.ones_like(mask) if released else mask
     head = DenseHead(logits[asked], teacher[asked])
-    output = objective(head, CompletionBatch(asked, trained=mask if released else None))
+    output = objective(head, CompletionBatch(asked, loss_mask=mask if released else None))
     return {
         name: torch.autograd.grad(term, logits, retain_graph=True)[0]
         for name, term in output.terms.items()
@@ -147,7 +147,7 @@ def test_end_of_sequence_is_trained_on(tmp_path: Any) -> None:
         trainer = made(config, kind, tmp_path / name)
         (batch,) = trainer._roll_out(trainer.model, [next(iter(trainer.get_train_dataloader()))], 0, "train")
         responses = trainer._completion_batch(batch, trainer._position_mask(batch), "train")
-        inside = responses.mask if responses.trained is None else responses.trained
+        inside = responses.mask if responses.loss_mask is None else responses.loss_mask
         ends = batch["input_ids"][:, 1:][inside] == 1
         shares[name] = int(ends.sum())
     assert shares == {"ours": 6, "theirs": 0}
@@ -222,9 +222,7 @@ def test_trigger_is_strict(above: bool) -> None:
         entropy, logps[:, 0], *reversed(logps.topk(16)), old_per_token_logps=student.log_softmax(-1)[:, 0]
     )
     objective = EOPDObjective(entropy_threshold=float(entropy) - (1e-9 if above else 0.0))
-    output = objective(
-        DenseHead(student), CompletionBatch(torch.ones(1, 1).bool(), torch.tensor([0]), answers=answers)
-    )
+    output = objective(DenseHead(student), CompletionBatch(torch.ones(1, 1).bool(), torch.tensor([0]), scores=answers))
     assert (float(output.terms["forward_kl"]) != 0) == above
 
 

@@ -706,7 +706,7 @@ def objective_loss(
     head = pair.fused(teacher=objective == "tsd-kd", **options) if fused else pair.whole(objective == "tsd-kd")
     if objective == "tsd-kd":
         return TSDKDObjective()(head, CompletionBatch(mask)).loss / mask.any(-1).sum()
-    return EOPDObjective()(head, CompletionBatch(mask, pair.ids(1)[:, 0], answers=answers)).loss / pair.count
+    return EOPDObjective()(head, CompletionBatch(mask, pair.ids(1)[:, 0], scores=answers)).loss / pair.count
 
 
 @every_objective

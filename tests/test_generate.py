@@ -174,7 +174,7 @@ def test_a_method_that_trains_on_them_is_asked_too(method, command, tmp_path):
 )
 def test_an_engine_alone_has_the_gpu(device, flags, share):
     """A preset's share is what training leaves an engine; the teacher's 14B don't fit there."""
-    arguments = parse_args_and_config("qwen25_14b_to_1p5b.yaml", flags, trains=False)
+    arguments = parse_args_and_config("qwen25_14b_to_1p5b.yaml", flags, do_train=False)
     assert engine_memory_utilization(arguments, torch.device(device)) == share
 
 
@@ -195,6 +195,6 @@ OFF_POLICY = "qwen25_14b_to_1p5b_offpolicy.yaml"
 )
 def test_whose_completions_a_run_trains_on_is_told(preset, flags, told):
     """Where a flag brings completions that the configuration wasn't written for."""
-    notes = [note for note in parse_args_and_config(preset, flags, trains=False).notes if "tsdkd generate" in note]
+    notes = [note for note in parse_args_and_config(preset, flags, do_train=False).notes if "tsdkd generate" in note]
     assert len(notes) == told
     assert all(flags[flags.index("--dataset_name") + 1] in note for note in notes)

@@ -71,20 +71,20 @@ class Case:
         answers = RolloutScores(
             teacher.entropy, teacher.logps[:, 0], teacher.topk_ids, teacher.topk_logps, old, uniform
         )
-        if hasattr(objective, "returns"):
-            advantages = objective.returns(old, answers.teacher_per_token_logps, self.mask)
+        if hasattr(objective, "compute_returns"):
+            advantages = objective.compute_returns(old, answers.teacher_per_token_logps, self.mask)
             spread = advantages.var(correction=0)
             answers.advantages = (advantages - advantages.mean()) / (spread + 1e-8).sqrt()
-            answers.old_per_token_logps = objective.mixture_logps(old, answers.teacher_per_token_logps)
+            answers.old_per_token_logps = objective.compute_mixture_logps(old, answers.teacher_per_token_logps)
         return answers
 
     def loss(self, objective: Objective, head: Head) -> Tensor:
         """Divided as the trainer does."""
         answers = self.answers(objective) if objective.needs_rollout_scores else None
-        output = objective(head, CompletionBatch(self.mask, self.ids, answers=answers))
+        output = objective(head, CompletionBatch(self.mask, self.ids, scores=answers))
         for name, term in output.terms.items():
             assert math.isfinite(term), name
-        count = {"tokens": len(self.ids), "responses": len(LENGTHS), "micro-batches": 1}[objective.unit]
+        count = {"tokens": len(self.ids), "completions": len(LENGTHS), "micro-batches": 1}[objective.unit]
         return output.loss / count
 
 
@@ -193,7 +193,7 @@ def test_the_released_loss_has_the_values_of_the_released_code() -> None:
         heads = DenseHead(logits, teacher.flatten(0, 1)), FusedHead(logits, identity, teacher.flatten(0, 1), identity)
         gradients = []
         for head in heads:
-            responses = CompletionBatch(torch.ones_like(trained), trained=trained)
+            responses = CompletionBatch(torch.ones_like(trained), loss_mask=trained)
             output = METHODS["tsd-kd-released"].objective_class()(head, responses)
             assert output.loss.item() == pytest.approx(expected, abs=2e-6)
             gradients += torch.autograd.grad(output.loss, logits)
@@ -395,7 +395,7 @@ def test_distillm_replays_and_asks_for_more_when_the_validation_loss_rises(tmp_p
     assert shares[0] == 0.0 and shares == sorted(shares) and shares[-1] == 1.0
     fresh = ["completions/eos_share" in log for log in trainer.state.log_history if "loss" in log]
     assert not any(fresh[:4]) and 2 <= sum(fresh) < 30
-    assert len(trainer.replay) == 8
+    assert len(trainer.replay_buffer) == 8
 
 
 @pytest.mark.parametrize("on_start", [False, True])

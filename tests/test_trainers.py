@@ -411,10 +411,10 @@ def test_importance_weights_act_on_the_sampled_term_alone():
         teacher_entropy=-(teacher_logps.exp() * teacher_logps).sum(-1),
         teacher_topk_ids=top.indices,
         teacher_topk_logps=top.values,
-        importance=weights,
+        importance_sampling_ratio=weights,
     )
     logits = student.clone().requires_grad_()
-    output = EOPDObjective()(DenseHead(logits), CompletionBatch(torch.ones(1, 7).bool(), sampled, answers=answers))
+    output = EOPDObjective()(DenseHead(logits), CompletionBatch(torch.ones(1, 7).bool(), sampled, scores=answers))
     output.loss.backward()
 
     def expected(flat: list[float]) -> float:

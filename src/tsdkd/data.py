@@ -58,7 +58,11 @@ def load_split(name: str, config: str | None, split: str, field: str = "dataset_
 
 
 def prepare_dataset(
-    rows: Dataset, template: PreTrainedTokenizerBase, args: TokenSelectiveConfig, context: int, needs_completion: bool
+    rows: Dataset,
+    template_tokenizer: PreTrainedTokenizerBase,
+    args: TokenSelectiveConfig,
+    context_length: int,
+    needs_completion: bool,
 ) -> Dataset:
     """Tokenise, and drop the prompts that leave no room for a completion.
 
@@ -76,12 +80,14 @@ def prepare_dataset(
     Raises:
         DataError: a row without a usable prompt, or no row left.
     """
-    shape = resolve_columns(rows, args)
-    total = max_sequence_length(args, context)
+    columns = resolve_columns(rows, args)
+    total = max_sequence_length(args, context_length)
 
     def tokenize(row: dict[str, Any], index: int) -> dict[str, Any]:
-        prompt, completion = split_prompt_completion(row, index, shape)
-        prompt_ids = _prompt_ids(append_prompt_suffix(prompt, index, args.prompt_suffix), index, template, args)
+        prompt, completion = split_prompt_completion(row, index, columns)
+        prompt_ids = _prompt_ids(
+            append_prompt_suffix(prompt, index, args.prompt_suffix), index, template_tokenizer, args
+        )
         if not prompt_ids:
             raise DataError(f"row {index}: the tokenizer makes no token of the prompt {str(prompt)[:60]!r}")
         if completion is None and needs_completion:
@@ -89,7 +95,7 @@ def prepare_dataset(
                 f"row {index}: no completion, but {args.method} (lmbda {args.lmbda}) trains on the data set's"
             )
         limit = min(args.max_new_tokens, total - len(prompt_ids))
-        ids = [] if completion is None else _completion_ids(completion, template, row)
+        ids = [] if completion is None else _completion_ids(completion, template_tokenizer, row)
         return {"index": index, "prompt_ids": prompt_ids, "completion_ids": ids[: max(limit, 0)], "limit": limit}
 
     removed = [c for c in rows.column_names if c != "answer"]
@@ -97,24 +103,27 @@ def prepare_dataset(
         tokenized = rows.map(
             tokenize, with_indices=True, remove_columns=removed, num_proc=args.dataset_num_proc, desc="Tokenizing"
         )
-        kept = tokenized.filter(lambda limits: [limit >= 1 for limit in limits], batched=True, input_columns="limit")
-    if len(kept) == 0:
+        dataset = tokenized.filter(
+            lambda limits: [limit >= 1 for limit in limits], batched=True, input_columns="limit"
+        )
+    if len(dataset) == 0:
         shortest = min(total - limit for limit in tokenized["limit"])
         raise DataError(
             f"all {len(rows)} prompts leave no room for a completion: the shortest has {shortest} tokens, the limit "
             f"of prompt and completion is {total} (max_length, vllm_max_model_length, or the models' context)"
         )
-    if len(kept) < len(rows) and PartialState().is_main_process:
+    if len(dataset) < len(rows) and PartialState().is_main_process:
         print(
-            f"dropped {len(rows) - len(kept)} of {len(rows)} prompts: they leave no room for a completion", flush=True
+            f"dropped {len(rows) - len(dataset)} of {len(rows)} prompts: they leave no room for a completion",
+            flush=True,
         )
-    return kept
+    return dataset
 
 
-def max_sequence_length(args: TokenSelectiveConfig, context: int) -> int:
+def max_sequence_length(args: TokenSelectiveConfig, context_length: int) -> int:
     """Prompt plus completion, tokens: what is asked for, and what the models and an engine take."""
     limits = [args.max_length, args.vllm_max_model_length if args.use_vllm else None]
-    return min([context, *(limit for limit in limits if limit)])
+    return min([context_length, *(limit for limit in limits if limit)])
 
 
 def resolve_columns(rows: Dataset, args: TokenSelectiveConfig) -> tuple[str, str | None]:
@@ -137,9 +146,11 @@ def resolve_columns(rows: Dataset, args: TokenSelectiveConfig) -> tuple[str, str
     return "messages", None
 
 
-def split_prompt_completion(row: dict[str, Any], index: int, shape: tuple[str, str | None]) -> tuple[Any, str | None]:
+def split_prompt_completion(
+    row: dict[str, Any], index: int, columns: tuple[str, str | None]
+) -> tuple[Any, str | None]:
     """Prompt (string or messages) and completion. The last assistant turn of a conversation is its completion."""
-    prompt_column, completion_column = shape
+    prompt_column, completion_column = columns
     prompt = row[prompt_column]
     completion = row[completion_column] if completion_column else None
     if isinstance(completion, list):
@@ -188,28 +199,32 @@ def _check_messages(messages: list[Any], index: int, column: str | None) -> None
             )
 
 
-def _prompt_ids(prompt: Any, index: int, template: PreTrainedTokenizerBase, args: TokenSelectiveConfig) -> list[int]:
+def _prompt_ids(
+    prompt: Any, index: int, template_tokenizer: PreTrainedTokenizerBase, args: TokenSelectiveConfig
+) -> list[int]:
     if isinstance(prompt, str):
-        if args.chat_template_source == "none" or template.chat_template is None:
-            return list(template(prompt)["input_ids"])
+        if args.chat_template_source == "none" or template_tokenizer.chat_template is None:
+            return list(template_tokenizer(prompt)["input_ids"])
         prompt = [{"role": "user", "content": prompt}]
-    if template.chat_template is None:
+    if template_tokenizer.chat_template is None:
         raise DataError(f"row {index}: the prompt is a list of messages, but the tokenizer has no chat template")
     kwargs: Any = args.chat_template_kwargs or {}
     try:
-        return list(template.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False, **kwargs))
+        return list(
+            template_tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False, **kwargs)
+        )
     except Exception as error:  # a template is a program; it raises what it likes
         raise DataError(
             f"row {index}: the chat template refuses the prompt: {' '.join(str(error).split())}"
         ) from error
 
 
-def _completion_ids(completion: str, template: PreTrainedTokenizerBase, row: dict[str, Any]) -> list[int]:
+def _completion_ids(completion: str, template_tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> list[int]:
     """The completion ends its turn, unless `tsdkd generate` had to cut it: without the end token a student never
     learns to stop."""
-    ids = list(template(completion, add_special_tokens=False)["input_ids"])
-    cut = template.eos_token_id is None or row.get("finish_reason") == "length"
-    return ids if cut else [*ids, template.eos_token_id]
+    ids = list(template_tokenizer(completion, add_special_tokens=False)["input_ids"])
+    cut = template_tokenizer.eos_token_id is None or row.get("finish_reason") == "length"
+    return ids if cut else [*ids, template_tokenizer.eos_token_id]
 
 
 def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

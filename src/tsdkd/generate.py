@@ -103,7 +103,7 @@ class PendingCompletion:
 
 
 def generate_completions(
-    arguments: RunArguments, role: str, output: Path, per_prompt: int = 1, top_p: float | None = None
+    arguments: RunArguments, role: str, output: Path, num_completions: int = 1, top_p: float | None = None
 ) -> None:
     """Append the rows that `output` lacks, each as soon as it is done.
 
@@ -119,10 +119,10 @@ def generate_completions(
     """
     if top_p is not None:
         arguments.training_args.top_p = top_p
-    job = _prepare_setup(arguments, role)
+    setup = _prepare_setup(arguments, role)
     is_new = not output.exists()
     try:
-        _append_completions(job, output, per_prompt)
+        _append_completions(setup, output, num_completions)
     finally:
         if is_new and output.exists() and output.stat().st_size == 0:
             output.unlink()  # nothing was made
@@ -135,26 +135,30 @@ def engine_memory_utilization(arguments: RunArguments, device: torch.device) -> 
     return arguments.training_args.vllm_gpu_memory_utilization
 
 
-def _append_completions(job: GenerationSetup, output: Path, per_prompt: int) -> None:
+def _append_completions(setup: GenerationSetup, output: Path, num_completions: int) -> None:
     with _open_for_append(output):
-        done = _read_finished(output, job)
-    tickets = [
-        PendingCompletion(row["index"], sample, row["prompt_ids"], row["limit"], (job.args.seed, sample, row["index"]))
-        for sample in range(per_prompt)
-        for row in job.tokenized_dataset
+        done = _read_finished(output, setup)
+    pending = [
+        PendingCompletion(
+            row["index"], sample, row["prompt_ids"], row["limit"], (setup.args.seed, sample, row["index"])
+        )
+        for sample in range(num_completions)
+        for row in setup.tokenized_dataset
         if (row["index"], sample) not in done
     ]
-    _print_progress(f"{output}: {len(done)} completions are there, {len(tickets)} to go")
-    if not tickets:
+    _print_progress(f"{output}: {len(done)} completions are there, {len(pending)} to go")
+    if not pending:
         return
-    if job.args.use_vllm and job.args.vllm_mode == "colocate":
+    if setup.args.use_vllm and setup.args.vllm_mode == "colocate":
         _print_progress("starting vLLM's engine, which takes a minute or two")
-    metadata = job.metadata
-    completions = _generate_with_vllm(job, tickets) if job.args.use_vllm else _generate_with_transformers(job, tickets)
+    metadata = setup.metadata
+    completions = (
+        _generate_with_vllm(setup, pending) if setup.args.use_vllm else _generate_with_transformers(setup, pending)
+    )
     with _open_for_append(output) as file:
-        for position, completion in _with_progress(completions, len(tickets)):
+        for position, completion in _with_progress(completions, len(pending)):
             file.write(
-                json.dumps(_build_row(job, tickets[position], completion) | metadata, ensure_ascii=False) + "\n"
+                json.dumps(_build_row(setup, pending[position], completion) | metadata, ensure_ascii=False) + "\n"
             )
             file.flush()
 
@@ -172,46 +176,50 @@ def _prepare_setup(arguments: RunArguments, role: str) -> GenerationSetup:
     set_model_init_kwargs(arguments)
     student, teacher = str(arguments.model_args.model_name_or_path), str(args.teacher_model_name_or_path)
     pair = resolve_pair(student, teacher, args)
-    tokenized_dataset = prepare_dataset(dataset, pair.template, args, pair.context, needs_completion=False)
+    tokenized_dataset = prepare_dataset(
+        dataset, pair.template_tokenizer, args, pair.context_length, needs_completion=False
+    )
     if role == "student":
-        who = (student, pair.student_config, pair.tokenizer, pair.vocab_sizes[0])
+        model_fields = (student, pair.student_config, pair.tokenizer, pair.vocab_sizes[0])
         revision = (args.model_init_kwargs or {}).get("revision")
     else:
-        who = (teacher, pair.teacher_config, pair.teacher_tokenizer, pair.vocab_sizes[1])
+        model_fields = (teacher, pair.teacher_config, pair.teacher_tokenizer, pair.vocab_sizes[1])
         revision = (args.teacher_model_init_kwargs or {}).get("revision")
     return GenerationSetup(
-        role, *who, revision, args, pair, dataset, resolve_columns(dataset, args), tokenized_dataset
+        role, *model_fields, revision, args, pair, dataset, resolve_columns(dataset, args), tokenized_dataset
     )
 
 
-def _build_row(job: GenerationSetup, ticket: PendingCompletion, completion: Completion) -> dict[str, Any]:
-    original, (prompt, completion_) = job.dataset[ticket.index], job.output_columns
+def _build_row(
+    setup: GenerationSetup, pending_completion: PendingCompletion, completion: Completion
+) -> dict[str, Any]:
+    original, (prompt, completion_) = setup.dataset[pending_completion.index], setup.output_columns
     return {
-        prompt: job.get_prompt(original, ticket.index),
-        completion_: job.pair.tokenizer.decode(completion.ids, skip_special_tokens=True),
+        prompt: setup.get_prompt(original, pending_completion.index),
+        completion_: setup.pair.tokenizer.decode(completion.ids, skip_special_tokens=True),
         **({"answer": original["answer"]} if "answer" in original else {}),
-        "index": ticket.index,
-        "sample": ticket.sample,
+        "index": pending_completion.index,
+        "sample": pending_completion.sample,
         "num_tokens": len(completion.ids),
         "finish_reason": "stop" if completion.stopped else "length",
     }
 
 
-def _read_finished(output: Path, job: GenerationSetup) -> set[tuple[int, int]]:
+def _read_finished(output: Path, setup: GenerationSetup) -> set[tuple[int, int]]:
     """(index, sample) of the rows that are there; a last line that was cut off is removed."""
-    done, whole, metadata = set(), 0, job.metadata
-    start = f'{{"{job.output_columns[0]}": '.encode()
+    done, whole, metadata = set(), 0, setup.metadata
+    start = f'{{"{setup.output_columns[0]}": '.encode()
     with output.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.endswith(b"\n") and line.startswith(start[: len(line)]):
                 break
             try:
                 row = json.loads(line)
-                place, prompt = (row["index"], row["sample"]), row[job.output_columns[0]]
+                place, prompt = (row["index"], row["sample"]), row[setup.output_columns[0]]
                 found = {model_name_or_path: row[model_name_or_path] for model_name_or_path in metadata} | {
                     "prompt": prompt
                 }
-                expected = metadata | {"prompt": job.get_prompt(job.dataset[row["index"]], row["index"])}
+                expected = metadata | {"prompt": setup.get_prompt(setup.dataset[row["index"]], row["index"])}
             except (ValueError, KeyError, TypeError, IndexError) as error:
                 raise OutputDirError(f"output_file: line {number} of {output} isn't from tsdkd generate") from error
             other = next(
@@ -243,35 +251,35 @@ def _open_for_append(output: Path) -> Iterator[TextIO]:
             yield file
 
 
-def _generate_with_vllm(job: GenerationSetup, tickets: list[PendingCompletion]) -> Iterator[tuple[int, Completion]]:
+def _generate_with_vllm(setup: GenerationSetup, pending: list[PendingCompletion]) -> Iterator[tuple[int, Completion]]:
     """Position and completion of each ticket, as they are done."""
     from .rollout.vllm.colocate import iter_completions, shared_sampling_params, start_engine  # vLLM is an extra
 
-    requests = [{"prompt": t.prompt_ids, "max_tokens": t.limit, "seed": prompt_seed(*t.seed_key)} for t in tickets]
-    longest = max(len(t.prompt_ids) + t.limit for t in tickets)
-    if job.args.vllm_mode == "server":
+    requests = [{"prompt": t.prompt_ids, "max_tokens": t.limit, "seed": prompt_seed(*t.seed_key)} for t in pending]
+    longest = max(len(t.prompt_ids) + t.limit for t in pending)
+    if setup.args.vllm_mode == "server":
         from .rollout.vllm.server import connect_to_server
 
-        parameters = shared_sampling_params(job.sampling_params, job.vocab_size)
-        return connect_to_server(job.args, longest, job.model_name_or_path).complete(
+        parameters = shared_sampling_params(setup.sampling_params, setup.vocab_size)
+        return connect_to_server(setup.args, longest, setup.model_name_or_path).complete(
             [request | parameters for request in requests]
         )
     return iter_completions(
-        start_engine(job.model_name_or_path, job.revision, job.args, longest), requests, job.sampling_params
+        start_engine(setup.model_name_or_path, setup.revision, setup.args, longest), requests, setup.sampling_params
     )
 
 
 def _generate_with_transformers(
-    job: GenerationSetup, tickets: list[PendingCompletion]
+    setup: GenerationSetup, pending: list[PendingCompletion]
 ) -> Iterator[tuple[int, Completion]]:
     from .rollout.hf import sample_completions
 
-    model = load_frozen_model(job.model_name_or_path, job.args, ROLES[job.role], job.args.device).eval()
-    sampling_params, size = job.sampling_params, job.args.per_device_eval_batch_size
+    model = load_frozen_model(setup.model_name_or_path, setup.args, ROLES[setup.role], setup.args.device).eval()
+    sampling_params, size = setup.sampling_params, setup.args.per_device_eval_batch_size
     # alike lengths, so that little is padded; the longest first, so that memory runs out at once or not at all
-    order = sorted(range(len(tickets)), key=lambda i: -len(tickets[i].prompt_ids) - tickets[i].limit)
+    order = sorted(range(len(pending)), key=lambda i: -len(pending[i].prompt_ids) - pending[i].limit)
     for positions in (order[i : i + size] for i in range(0, len(order), size)):
-        some = [tickets[i] for i in positions]
+        some = [pending[i] for i in positions]
         generators = [prompt_generator(*t.seed_key) for t in some]
         prompts, limits = [t.prompt_ids for t in some], [t.limit for t in some]
         yield from zip(
@@ -281,13 +289,13 @@ def _generate_with_transformers(
 
 def _with_progress(completions: Iterator[tuple[int, Completion]], total: int) -> Iterator[tuple[int, Completion]]:
     """The same, with progress on stderr."""
-    start = said = time.perf_counter()
+    start = last_printed = time.perf_counter()
     tokens = 0
     for count, (position, completion) in enumerate(completions, 1):
         yield position, completion
         tokens, now = tokens + len(completion.ids), time.perf_counter()
-        if count == total or now - said >= _PROGRESS_INTERVAL:
-            said = now
+        if count == total or now - last_printed >= _PROGRESS_INTERVAL:
+            last_printed = now
             _print_progress(f"{count} of {total} completions, {tokens} tokens, {tokens / (now - start):.0f} tokens/s")
 
 

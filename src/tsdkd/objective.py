@@ -37,13 +37,13 @@ class RolloutScores:
     teacher_topk_logps: Tensor
     old_per_token_logps: Tensor | None = None
     random_uniform: Tensor | None = None
-    importance: Tensor | None = None
+    importance_sampling_ratio: Tensor | None = None
     advantages: Tensor | None = None
 
     def of(self, rows: slice) -> "RolloutScores":
         """Those of some of the N tokens."""
-        some: dict[str, Any] = {name: None if all_ is None else all_[rows] for name, all_ in vars(self).items()}
-        return RolloutScores(**some)
+        sliced: dict[str, Any] = {name: None if all_ is None else all_[rows] for name, all_ in vars(self).items()}
+        return RolloutScores(**sliced)
 
 
 @dataclass
@@ -51,21 +51,21 @@ class CompletionBatch:
     """The completions of a micro-batch, N tokens in B rows.
 
     Attributes:
-        mask: `[B, T]` bool with N true entries: where a head answers, in row order.
+        mask: `[B, T]` bool with N true entries: where a head scores, in row order.
         ids: `[N]`, the tokens; only objectives on sampled tokens, and the log, need them.
-        training: whether an objective's own state moves on.
-        sampling_per_token_logps: `[N]`, the tokens' log-probabilities under the engine that sampled them, nats, for the log.
-        answers: of the teacher, for objectives that ask once a rollout.
-        trained: `[B, T]` bool, the part of `mask` that is trained on, where that isn't all of it.
+        is_training: whether an objective's own state moves on.
+        sampling_per_token_logps: `[N]`, log-probabilities under the engine that sampled, nats, for the log.
+        scores: of the rollout, for objectives that need them.
+        loss_mask: `[B, T]` bool, the part of `mask` that is trained on, where that isn't all of it.
         index: `[N]`, where `mask` is true (`tsdkd.selection.token_index`); found here if it isn't given.
     """
 
     mask: Tensor
     ids: Tensor | None = None
-    training: bool = True
+    is_training: bool = True
     sampling_per_token_logps: Tensor | None = None
-    answers: RolloutScores | None = None
-    trained: Tensor | None = None
+    scores: RolloutScores | None = None
+    loss_mask: Tensor | None = None
     index: Tensor | None = None
 
     def at(self, values: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ class CompletionBatch:
         return values.flatten().index_select(0, self.index)
 
     @property
-    def shares(self) -> Tensor:
+    def token_weights(self) -> Tensor:
         """`[N]`, each token's weight in the mean of its response, float64."""
         lengths = self.mask.sum(-1, keepdim=True).clamp(min=1)
         return self.at(lengths.double().reciprocal().expand_as(self.mask))
@@ -108,9 +108,9 @@ class Objective:
     """Base of all objectives. Subclasses are dataclasses whose fields are the method's options.
 
     Attributes:
-        unit: what the loss is a mean of over the global batch: "responses", "tokens" or "micro-batches".
+        unit: what the loss is a mean of over the global batch: "completions", "tokens" or "micro-batches".
         needs_teacher_distribution: whether the head must know the teacher's distributions.
-        needs_rollout_scores: whether it reads `Responses.answers`.
+        needs_rollout_scores: whether it reads `Completions.scores`.
         needs_old_per_token_logps: whether those need the policy that sampled.
         teacher_top_k: how many of the teacher's tokens those hold.
     """
@@ -121,7 +121,7 @@ class Objective:
     needs_old_per_token_logps: ClassVar[bool] = False
     teacher_top_k: int = 16
 
-    def __call__(self, head: Head, responses: CompletionBatch) -> ObjectiveOutput:
+    def __call__(self, head: Head, completions: CompletionBatch) -> ObjectiveOutput:
         """Sums over a micro-batch."""
         raise NotImplementedError
 
@@ -148,13 +148,13 @@ def approx_kl(log_ratio: Tensor) -> tuple[Tensor, Tensor]:
     return mean_metric(log_ratio.expm1() - log_ratio)  # not exp() - 1, whose rounding is larger than the result
 
 
-def common_metrics(tokens: TokenStatistics, responses: CompletionBatch) -> dict[str, tuple[Tensor, Tensor]]:
+def common_metrics(tokens: TokenStatistics, completions: CompletionBatch) -> dict[str, tuple[Tensor, Tensor]]:
     """Entropies, and how far the engine that sampled is from the student; the latter's names are TRL's."""
     metrics = {"entropy/student": mean_metric(tokens.entropy)}
     if tokens.teacher_entropy is not None:
         metrics["entropy/teacher"] = mean_metric(tokens.teacher_entropy)
-    if responses.sampling_per_token_logps is not None:
-        difference = (tokens.logps[:, 0].detach() - responses.sampling_per_token_logps).abs()
+    if completions.sampling_per_token_logps is not None:
+        difference = (tokens.logps[:, 0].detach() - completions.sampling_per_token_logps).abs()
         largest = difference.max() if len(difference) else difference.new_zeros(())
         metrics["sampling/sampling_logp_difference/mean"] = mean_metric(difference)
         metrics["sampling/sampling_logp_difference/max"] = (largest, torch.ones_like(largest))

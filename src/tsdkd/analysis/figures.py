@@ -124,25 +124,25 @@ def _gate_histogram(runs: RecordsByRun) -> FigureData:
 
 def _plot_entropy_by_position(axis: Axes, compute: FigureData) -> None:
     places = np.arange(20) * 5 + 2.5
-    for (run, found), color in zip(compute.items(), _color_cycle(), strict=False):
+    for (run, data), color in zip(compute.items(), _color_cycle(), strict=False):
         for who, style in (("student", "-"), ("teacher", ":")):
-            values = np.array(found[who], dtype=float)  # None, where no response has a token there, as NaN
+            values = np.array(data[who], dtype=float)  # None, where no response has a token there, as NaN
             axis.plot(places, values, color=color, ls=style, label=f"{run}: {who}")
     axis.set(xlabel="position in the response, %", ylabel="mean entropy, nats")
 
 
 def _plot_entropy_histogram(axis: Axes, compute: FigureData) -> None:
-    for (run, found), color in zip(compute.items(), _color_cycle(), strict=False):
+    for (run, data), color in zip(compute.items(), _color_cycle(), strict=False):
         for who, style in (("student", "-"), ("teacher", ":")):
-            label = f"{run}: {who}, {100 * found[who]['above']:.1f} % at {HIGH_ENTROPY} nat or more"
-            axis.stairs(found[who]["share"], ENTROPY_BINS, color=color, ls=style, label=label)
+            label = f"{run}: {who}, {100 * data[who]['above']:.1f} % at {HIGH_ENTROPY} nat or more"
+            axis.stairs(data[who]["share"], ENTROPY_BINS, color=color, ls=style, label=label)
     axis.set(xlabel="entropy of a token, nats", ylabel="share of tokens", yscale="log")
 
 
 def _plot_over_steps(label: str) -> Callable[[Axes, FigureData], None]:
     def plot(axis: Axes, compute: FigureData) -> None:
-        for (run, found), color in zip(compute.items(), _color_cycle(), strict=False):
-            axis.plot(found["step"], np.array(found["value"], dtype=float), ".-", color=color, label=run)
+        for (run, data), color in zip(compute.items(), _color_cycle(), strict=False):
+            axis.plot(data["step"], np.array(data["value"], dtype=float), ".-", color=color, label=run)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set(xlabel="optimizer step", ylabel=label)
 
@@ -162,8 +162,8 @@ def _plot_top_k_mass(axis: Axes, compute: FigureData) -> None:
 
 
 def _plot_opener_lengths(axis: Axes, compute: FigureData) -> None:
-    for (run, found), color in zip(compute.items(), _color_cycle(), strict=False):
-        shares = 100 * np.array(found["length"]) / np.maximum(found["of"], 1)
+    for (run, data), color in zip(compute.items(), _color_cycle(), strict=False):
+        shares = 100 * np.array(data["length"]) / np.maximum(data["of"], 1)
         axis.hist(
             shares, bins=20, range=(0, 100), histtype="step", color=color, label=f"{run}: {np.mean(shares):.1f} %"
         )

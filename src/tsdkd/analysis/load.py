@@ -87,7 +87,7 @@ class StepRecord:
         return entropy, mask
 
 
-def read_records(run: Path, left_out: list[str] | None = None) -> list[StepRecord]:
+def read_records(run: Path, skipped: list[str] | None = None) -> list[StepRecord]:
     """All records of a run, by step.
 
     Args:
@@ -108,19 +108,19 @@ def read_records(run: Path, left_out: list[str] | None = None) -> list[StepRecor
         try:
             found.append(_read_record(path, options))
         except DataError as error:
-            if left_out is None:
+            if skipped is None:
                 raise
-            left_out.append(str(error))
+            skipped.append(str(error))
     return found
 
 
 def _read_record(path: Path, options: SelectionOptions) -> StepRecord:
     try:
         table = pq.read_table(path)
-        about = json.loads(table.schema.metadata[b"tsdkd"])
+        metadata = json.loads(table.schema.metadata[b"tsdkd"])
         columns = {name: _to_numpy(table[name]) for name in table.column_names}
-        texts = {int(i): text for i, text in about["texts"].items()}
-        return StepRecord(about["step"], columns, about["samples"], texts, options)
+        texts = {int(i): text for i, text in metadata["texts"].items()}
+        return StepRecord(metadata["step"], columns, metadata["samples"], texts, options)
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:200].rstrip(".")
         raise DataError(f"{path} isn't a record of tsdkd, or is damaged: {reason}") from error

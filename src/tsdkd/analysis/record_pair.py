@@ -35,7 +35,7 @@ def record_pair(arguments: RunArguments, count: int) -> Path:
     set_model_init_kwargs(arguments)
     names = str(arguments.model_args.model_name_or_path), str(training.teacher_model_name_or_path)
     pair = resolve_pair(*names, training)
-    prepared = prepare_dataset(rows, pair.template, training, pair.context, needs_completion=False)
+    prepared = prepare_dataset(rows, pair.template_tokenizer, training, pair.context_length, needs_completion=False)
     prepared = prepared.select(range(min(count, len(prepared))))
     fields = ("model_name_or_path", "teacher_model_name_or_path")
     student, teacher = (

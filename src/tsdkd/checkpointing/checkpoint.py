@@ -40,12 +40,12 @@ class Manifest:
     """
 
     step: int
-    processes: int
+    num_processes: int
     versions: dict[str, str]
     files: dict[str, tuple[int, str]]
 
 
-def write_checkpoint(run: Path, step: int, write_files: Callable[[Path], None]) -> Path:
+def write_checkpoint(output_dir: Path, step: int, write_files: Callable[[Path], None]) -> Path:
     """Make `checkpoint-STEP` in the run's folder, which all processes must see.
 
     Args:
@@ -59,8 +59,8 @@ def write_checkpoint(run: Path, step: int, write_files: Callable[[Path], None]) 
     Raises:
         CheckpointError: a file can't be written; the earlier checkpoints are as they were.
     """
-    state, final = PartialState(), run / f"{PREFIX_CHECKPOINT_DIR}-{step}"
-    partial = run / f"{_PARTIAL_PREFIX}{final.name}"
+    state, final = PartialState(), output_dir / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+    partial = output_dir / f"{_PARTIAL_PREFIX}{final.name}"
     try:
         if state.is_main_process:
             partial.mkdir(parents=True)
@@ -74,7 +74,7 @@ def write_checkpoint(run: Path, step: int, write_files: Callable[[Path], None]) 
             _fsync_dirs(partial)
             _delete_checkpoint(final)  # only a damaged one, which a resume passed over, can be there
             partial.rename(final)
-            _fsync(run)
+            _fsync(output_dir)
     except Exception as error:
         # safetensors and torch have exceptions of their own for a full disk
         shutil.rmtree(partial, ignore_errors=True)
@@ -86,19 +86,19 @@ def write_checkpoint(run: Path, step: int, write_files: Callable[[Path], None]) 
     return final
 
 
-def get_last_valid_checkpoint(run: Path) -> Path:
+def get_last_valid_checkpoint(output_dir: Path) -> Path:
     """The newest checkpoint in a run's folder that verifies; what is passed over is said. All processes must call it.
 
     Raises:
         ResumeError: there is none.
     """
-    folders = list_checkpoints(run)
+    folders = list_checkpoints(output_dir)
     for folder in reversed(folders):
         problem = find_damage(folder)
         if problem is None:
             return folder
         PartialState().print(f"resume: skipped {folder}: {problem}", flush=True)
-    raise ResumeError(f"resume: {run} has no checkpoint that can be resumed from ({len(folders)} found)")
+    raise ResumeError(f"resume: {output_dir} has no checkpoint that can be resumed from ({len(folders)} found)")
 
 
 def verify_checkpoint(folder: Path) -> None:
@@ -108,9 +108,11 @@ def verify_checkpoint(folder: Path) -> None:
         raise ResumeError(f"resume_from_checkpoint: {folder} can't be resumed from: {problem}")
 
 
-def list_checkpoints(run: Path) -> list[Path]:
+def list_checkpoints(output_dir: Path) -> list[Path]:
     """The checkpoints in a run's folder, the oldest first, whatever their state."""
-    found = ((_CHECKPOINT_PATTERN.fullmatch(path.name), path) for path in run.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
+    found = (
+        (_CHECKPOINT_PATTERN.fullmatch(path.name), path) for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+    )
     return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
 
 
@@ -124,9 +126,9 @@ def find_damage(folder: Path) -> str | None:
     found = _read_manifest(folder)
     if isinstance(found, str):
         return found
-    if found.processes != state.num_processes:
+    if found.num_processes != state.num_processes:
         raise ResumeError(
-            f"resume: {folder} was written by {found.processes} process{'es' * (found.processes > 1)}, found "
+            f"resume: {folder} was written by {found.num_processes} process{'es' * (found.num_processes > 1)}, found "
             f"{state.num_processes}; start as many"
         )
     present = _list_files(folder)
@@ -166,10 +168,10 @@ def rotate_checkpoints(newest: Path, keep: int | None, best: str | None) -> None
         _delete_checkpoint(folder)
 
 
-def remove_partial_checkpoints(run: Path) -> None:
+def remove_partial_checkpoints(output_dir: Path) -> None:
     """What a killed save or rotation has left."""
     for pattern in (f"{_PARTIAL_PREFIX}*", f"{_DELETED_PREFIX}*"):
-        for folder in run.glob(pattern):
+        for folder in output_dir.glob(pattern):
             shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -36,8 +36,8 @@ def safe_deepspeed_load() -> Iterator[None]:
                 f"resume: {path} holds code, or was not written by DeepSpeed; it was not loaded"
             ) from error
 
-    theirs, TorchCheckpointEngine.load = TorchCheckpointEngine.load, load
+    original_load, TorchCheckpointEngine.load = TorchCheckpointEngine.load, load
     try:
         yield
     finally:
-        TorchCheckpointEngine.load = theirs
+        TorchCheckpointEngine.load = original_load

@@ -47,27 +47,27 @@ class PreemptionCallback(TrainerCallback):
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
-        self.stopped = False
+        self.is_preempted = False
 
     def on_train_begin(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
-        self.stopped = False
+        self.is_preempted = False
         if state.is_world_process_zero:
             Path(args.output_dir, PREEMPTED_FILE).unlink(missing_ok=True)
 
     def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         flag = torch.tensor(len(_received), device=self.accelerator.device)
         if self.accelerator.reduce(flag, reduction="sum") and state.global_step < state.max_steps:
-            self.stopped = control.should_save = True
+            self.is_preempted = control.should_save = True
             control.should_evaluate = False  # there may be no time
 
     def on_save(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
-        control.should_training_stop |= self.stopped  # only now: a checkpoint holds what control says
+        control.should_training_stop |= self.is_preempted  # only now: a checkpoint holds what control says
 
     def on_epoch_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
-        if self.stopped:  # it has been saved
+        if self.is_preempted:  # it has been saved
             control.should_save = control.should_evaluate = False
 
     def on_train_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         _received.clear()
-        if self.stopped and state.is_world_process_zero:
+        if self.is_preempted and state.is_world_process_zero:
             Path(args.output_dir, PREEMPTED_FILE).touch()

@@ -20,8 +20,8 @@ def save_state(state: Any, path: str | Path) -> None:
         OSError, SafetensorError: the file can't be written.
     """
     tensors: dict[str, Tensor] = {}
-    plain = json.dumps(_extract_tensors(state, tensors))
-    save_file(tensors, str(path), metadata={"state": plain})
+    structure = json.dumps(_extract_tensors(state, tensors))
+    save_file(tensors, str(path), metadata={"state": structure})
 
 
 def load_state(path: str | Path) -> Any:
@@ -44,10 +44,10 @@ def _extract_tensors(state: Any, tensors: dict[str, Tensor]) -> Any:
     raise TypeError(f"a checkpoint holds tensors, numbers and text, found {type(state).__name__}")
 
 
-def _restore_tensors(plain: Any, file: Any) -> Any:
-    if not isinstance(plain, dict):
-        return plain
-    ((kind, content),) = plain.items()
+def _restore_tensors(structure: Any, file: Any) -> Any:
+    if not isinstance(structure, dict):
+        return structure
+    ((kind, content),) = structure.items()
     if kind == "tensor":
         return file.get_tensor(content)
     if kind == "dict":

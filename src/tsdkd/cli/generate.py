@@ -39,8 +39,8 @@ def main(argv: Sequence[str]) -> int:
     from ..run.arguments import parse_arguments  # torch from here on
 
     flags += ["--output_dir", str(args.output_file.parent)]  # nothing is written there
-    found = {**(read_yaml(args.config) if args.config is not None else {}), **read_flags(flags, [])}
-    trainer = METHODS.get(str(found.get("method")))
+    raw_values = {**(read_yaml(args.config) if args.config is not None else {}), **read_flags(flags, [])}
+    trainer = METHODS.get(str(raw_values.get("method")))
     if trainer is None or "lmbda" not in trainer.config_class.unsupported_options:
         flags += ["--lmbda", "1"]  # a configuration for off-policy training would say that nothing is generated
     arguments = parse_arguments(args.config, flags)

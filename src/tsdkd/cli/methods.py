@@ -33,4 +33,4 @@ def _print_methods() -> None:
         own = {option: get_default(cls, option) for option in cls.method_options() if option not in common}
         if own:
             console.print(Padding(", ".join(f"{k} {str(v).lower()}" for k, v in own.items()), (0, 0, 0, 4)))
-        console.print(Padding(f"completions: {cls.completions}", (0, 0, 0, 4)))
+        console.print(Padding(f"completions: {cls.completions_source}", (0, 0, 0, 4)))

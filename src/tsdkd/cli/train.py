@@ -40,38 +40,46 @@ def main(argv: Sequence[str]) -> int:
         print_keys()
         return 0
     launch.warn_about_compile_locks()
-    asked = {name: value for name in _LAUNCH_FLAGS if (value := getattr(args, name)) is not None}
-    flags += [word for name in _LAUNCH_CONFIG_KEYS if name in asked for word in (f"--{name}", str(asked[name]))]
-    found = {**(read_yaml(args.config) if args.config is not None else {}), **read_flags(flags, [])}
-    start = resolve_launch(found, asked, trains=not args.dry_run) if found else None
+    launch_flags = {name: value for name in _LAUNCH_FLAGS if (value := getattr(args, name)) is not None}
+    flags += [
+        word for name in _LAUNCH_CONFIG_KEYS if name in launch_flags for word in (f"--{name}", str(launch_flags[name]))
+    ]
+    raw_values = {**(read_yaml(args.config) if args.config is not None else {}), **read_flags(flags, [])}
+    launch_spec = resolve_launch(raw_values, launch_flags, do_train=not args.dry_run) if raw_values else None
 
     from ..launch.requirements import missing_extras
     from ..run.arguments import parse_arguments  # torch from here on
     from ..run.dry_run import dry_run
     from ..run.train import train
 
-    lacking = missing_extras(args.config, flags, found, start)
+    missing = missing_extras(args.config, flags, raw_values, launch_spec)
     if args.dry_run:
-        arguments = parse_arguments(args.config, flags, trains=False)
+        arguments = parse_arguments(args.config, flags, do_train=False)
         try:
             launched = arguments.launch_args.accelerate_config
             dry_run(
                 arguments,
-                start.num_processes if start else configured_num_processes(launched, arguments.training_args.use_cpu),
+                launch_spec.num_processes
+                if launch_spec
+                else configured_num_processes(launched, arguments.training_args.use_cpu),
             )
         except TSDKDError as error:
-            if not lacking:
+            if not missing:
                 raise
-            raise ConfigError([*lacking, *str(error).splitlines()]) from error
-    if lacking:
-        raise ConfigError(lacking)
+            raise ConfigError([*missing, *str(error).splitlines()]) from error
+    if missing:
+        raise ConfigError(missing)
     if args.dry_run:
         return 0
-    if start:
-        if not asked:
-            print(f"tsdkd: starting {start.num_processes} processes, by {start.config}", file=sys.stderr, flush=True)
+    if launch_spec:
+        if not launch_flags:
+            print(
+                f"tsdkd: starting {launch_spec.num_processes} processes, by {launch_spec.config}",
+                file=sys.stderr,
+                flush=True,
+            )
         own = ["--config", args.config] if args.config is not None else []
-        return launch.launch_processes(start.config, start.options, ["train", *own, *flags])
+        return launch.launch_processes(launch_spec.config, launch_spec.options, ["train", *own, *flags])
     train(parse_arguments(args.config, flags))
     return 0
 

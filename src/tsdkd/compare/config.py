@@ -88,16 +88,16 @@ class Comparison:
     def train_flags(self, task: ComparisonTask) -> list[str]:
         """Of `tsdkd train --config …`."""
         assert isinstance(self.runs, dict)
-        own = {"output_dir": str(task.folder), "resume": True}
+        reserved = {"output_dir": str(task.folder), "resume": True}
         if task.seed is not None:
-            own["seed"] = task.seed
-        words = _to_flags({**self.settings, **self.runs.get(task.run, {}), **own})
-        if self.teacher_completions and self._needs_completions(words):
-            words += ["--dataset_name", str(self.teacher_completions_path)]
-        return words
+            reserved["seed"] = task.seed
+        flags = _to_flags({**self.settings, **self.runs.get(task.run, {}), **reserved})
+        if self.teacher_completions and self._needs_completions(flags):
+            flags += ["--dataset_name", str(self.teacher_completions_path)]
+        return flags
 
-    def _needs_completions(self, words: list[str]) -> bool:
-        method, values, _, _ = resolve_run_values(self.config, words)
+    def _needs_completions(self, flags: list[str]) -> bool:
+        method, values, _, _ = resolve_run_values(self.config, flags)
         return METHODS[method].config_class.always_needs_completions or values["lmbda"] < 1
 
     def parse_arguments(self, task: ComparisonTask) -> RunArguments:
@@ -106,9 +106,9 @@ class Comparison:
 
     def launch_spec(self, task: ComparisonTask) -> LaunchSpec | None:
         """The processes that the run needs. Raises `ConfigError`."""
-        own = {"accelerate_config": self.accelerate_config, "num_processes": self.num_processes}
-        own = {name: value for name, value in own.items() if value is not None}
-        return resolve_launch({**resolve_run_values(self.config, self.train_flags(task))[1], **own}, own)
+        reserved = {"accelerate_config": self.accelerate_config, "num_processes": self.num_processes}
+        reserved = {name: value for name, value in reserved.items() if value is not None}
+        return resolve_launch({**resolve_run_values(self.config, self.train_flags(task))[1], **reserved}, reserved)
 
     @property
     def shared_flags(self) -> list[str]:
@@ -119,10 +119,10 @@ class Comparison:
             values if "lmbda" in METHODS[method].config_class.unsupported_options else {**values, "lmbda": 1}
         )
 
-    def generate_flags(self, on_gpu: bool) -> list[str]:
+    def generate_flags(self, is_on_gpu: bool) -> list[str]:
         """Of `tsdkd generate --config …`, for the teacher's completions: on a GPU, which its engine has to itself,
         without the share that the engines of the runs have."""
-        left_out = {"vllm_gpu_memory_utilization"} if on_gpu else set()
+        left_out = {"vllm_gpu_memory_utilization"} if is_on_gpu else set()
         return replace(self, settings={k: v for k, v in self.settings.items() if k not in left_out}).shared_flags
 
     def parse_shared_arguments(self) -> RunArguments:

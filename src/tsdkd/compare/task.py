@@ -73,19 +73,19 @@ def run_task(comparison: Comparison, task: ComparisonTask) -> dict[str, Any]:
 
 
 def _run_task(comparison: Comparison, task: ComparisonTask) -> dict[str, Any]:
-    processes = comparison.launch_spec(task) if task.seed is not None else None  # before anything takes a GPU
+    launch_spec = comparison.launch_spec(task) if task.seed is not None else None  # before anything takes a GPU
     arguments, rows = comparison.parse_arguments(task), load_problems(comparison)
     seconds = 0.0
     if task.seed is not None:
         if comparison.teacher_completions:
             write_teacher_completions(comparison)
-        seconds = _train(comparison, task, arguments, processes)
+        seconds = _train(comparison, task, arguments, launch_spec)
         clear_device_cache(garbage_collection=True)  # a trainer's cycles hold its models
     start = time.perf_counter()
     model = {"student": str(arguments.model_args.model_name_or_path), "teacher": _teacher_name_or_path(arguments)}.get(
         task.run
     )
-    found_metrics = _evaluate(comparison, arguments, rows, model if task.seed is None else str(task.folder))
+    metrics = _evaluate(comparison, arguments, rows, model if task.seed is None else str(task.folder))
     clear_device_cache(garbage_collection=True)
     settings = _result_settings(comparison, task)
     timing = {"train_seconds": seconds, "eval_seconds": time.perf_counter() - start}
@@ -93,7 +93,7 @@ def _run_task(comparison: Comparison, task: ComparisonTask) -> dict[str, Any]:
         "run": task.run,
         "seed": task.seed,
         "method": arguments.method,
-        **found_metrics,
+        **metrics,
         **timing,
         "settings": settings,
     }
@@ -137,15 +137,15 @@ def _generate_in_subprocess(comparison: Comparison, output: Path, lock: TextIO) 
 
 
 def _train(
-    comparison: Comparison, task: ComparisonTask, arguments: RunArguments, processes: LaunchSpec | None
+    comparison: Comparison, task: ComparisonTask, arguments: RunArguments, launch_spec: LaunchSpec | None
 ) -> float:
     """Train to the end; the seconds that it took in all, earlier attempts included."""
     clock = task.folder.parent / f"{task.folder.name}.{_SECONDS_SUFFIX}"
     start = time.perf_counter()
     try:
         if not has_final_model(task.folder):
-            if processes:
-                _launch_training(comparison, task, processes)
+            if launch_spec:
+                _launch_training(comparison, task, launch_spec)
             else:
                 with _preserve_environ():
                     train(arguments)
@@ -166,9 +166,9 @@ def _preserve_environ() -> Iterator[None]:
         os.environ.update(before)
 
 
-def _launch_training(comparison: Comparison, task: ComparisonTask, processes: LaunchSpec) -> None:
+def _launch_training(comparison: Comparison, task: ComparisonTask, launch_spec: LaunchSpec) -> None:
     command = ["train", "--config", comparison.config, *comparison.train_flags(task)]
-    code = launch_processes(processes.config, processes.options, command)
+    code = launch_processes(launch_spec.config, launch_spec.options, command)
     if code:
         raise SystemExit(code)  # its processes have said why
 
@@ -192,7 +192,7 @@ def _evaluate(comparison: Comparison, arguments: RunArguments, rows: Dataset, mo
     training.max_new_tokens, training.max_length = shared.max_new_tokens, shared.max_length
     student, teacher = str(arguments.model_args.model_name_or_path), _teacher_name_or_path(arguments)
     pair = resolve_pair(student, teacher, training)
-    prepared = prepare_dataset(rows, pair.template, training, pair.context, needs_completion=False)
+    prepared = prepare_dataset(rows, pair.template_tokenizer, training, pair.context_length, needs_completion=False)
     dtype = torch.bfloat16 if training.device.type == "cuda" else torch.float32
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(training.device)
     result = evaluate(

@@ -67,7 +67,7 @@ class TokenSelectiveConfig(GKDConfig):
     always_needs_completions: ClassVar[bool] = (
         False  # whether it trains on the data set's completions whatever lmbda is
     )
-    completions: ClassVar[str] = "the student's; the data set's in 1 - lmbda of the steps"  # that it trains on
+    completions_source: ClassVar[str] = "the student's; the data set's in 1 - lmbda of the steps"  # that it trains on
     unsupported_options: ClassVar[dict[str, str]] = {
         "beta": "the method has no generalised JSD"
     }  # inherited options, and why

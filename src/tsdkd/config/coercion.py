@@ -20,35 +20,39 @@ def coerce(value: Any, hint: Any) -> Any:
     Raises:
         ValueError: saying what was expected and found.
     """
-    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    if any(isinstance(o, type) and issubclass(o, Enum) for o in options):
-        options = tuple(o for o in options if o is not str)  # the names of the choices are its strings
-    optional = types.NoneType in options
-    if isinstance(value, str) and optional and (value == "null" or (value.lower() == "none" and str not in options)):
+    type_hints = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    if any(isinstance(o, type) and issubclass(o, Enum) for o in type_hints):
+        type_hints = tuple(o for o in type_hints if o is not str)  # the names of the choices are its strings
+    optional = types.NoneType in type_hints
+    if (
+        isinstance(value, str)
+        and optional
+        and (value == "null" or (value.lower() == "none" and str not in type_hints))
+    ):
         value = None  # how a flag says it; `report_to none` means the word
     if value is None:
         if optional:
             return None
-        raise ValueError(f"expected {_describe_types(options)}, found nothing")
+        raise ValueError(f"expected {_describe_types(type_hints)}, found nothing")
     errors = []
-    for option in sorted(options, key=_specificity):
+    for type_hint in sorted(type_hints, key=_specificity):
         try:
-            return _coerce_one(value, option)
+            return _coerce_one(value, type_hint)
         except ValueError as error:
             errors.append(str(error))
     chosen = next((e for e in errors if e), None)
-    raise ValueError(chosen or f"expected {_describe_types(options)}, found {value!r}")
+    raise ValueError(chosen or f"expected {_describe_types(type_hints)}, found {value!r}")
 
 
-def _specificity(option: Any) -> int:
+def _specificity(type_hint: Any) -> int:
     """Strings take anything, so they are tried last."""
-    return 1 if option is str else 0
+    return 1 if type_hint is str else 0
 
 
-def _coerce_one(value: Any, option: Any) -> Any:
-    origin = get_origin(option) or option
+def _coerce_one(value: Any, type_hint: Any) -> Any:
+    origin = get_origin(type_hint) or type_hint
     if origin is Literal:
-        return _match_choice(value, list(get_args(option)))
+        return _match_choice(value, list(get_args(type_hint)))
     if isinstance(origin, type) and issubclass(origin, Enum):
         # YAML 1.1 reads an unquoted no as false
         return _match_choice("no" if value is False else value, [choice.value for choice in origin])
@@ -113,7 +117,7 @@ def _to_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [str(value)]
 
 
-def _describe_types(options: Sequence[Any]) -> str:
+def _describe_types(type_hints: Sequence[Any]) -> str:
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "a string", dict: "a mapping"}
-    texts = [names.get(get_origin(o) or o, "a list" if get_origin(o) is list else "") for o in options]
+    texts = [names.get(get_origin(o) or o, "a list" if get_origin(o) is list else "") for o in type_hints]
     return " or ".join(t for t in texts if t) or "another value"

@@ -21,8 +21,8 @@ OPEN_FRACTION: Check = (lambda v: 0 < v < 1, "must be in (0, 1)")
 def option(
     default: Any,
     help: str,
-    valid: Check | None = None,
-    pointless: Pointless | None = None,
+    rule: Check | None = None,
+    no_effect: Pointless | None = None,
 ) -> Any:
     """A dataclass field.
 
@@ -32,7 +32,7 @@ def option(
         valid: what its values must fulfil.
         pointless: when the option has no effect.
     """
-    metadata = {"help": help, "valid": valid, "pointless": pointless}
+    metadata = {"help": help, "valid": rule, "pointless": no_effect}
     return (
         field(default_factory=default, metadata=metadata)
         if callable(default)

@@ -40,14 +40,14 @@ def run_demo(arguments: RunArguments) -> None:
     table = Table(title=title, caption="percent solved; avg@8 and pass@8 at temperature 1")
     for column in ("", *_TABLE_METRICS):
         table.add_column(column, justify="right" if column else "left")
-    for name, found in (("teacher", teacher), ("student, before", before), ("student, after", after)):
-        table.add_row(name, *(f"{found.metrics[metric]:.1f}" for metric in _TABLE_METRICS))
+    for name, result in (("teacher", teacher), ("student, before", before), ("student, after", after)):
+        table.add_row(name, *(f"{result.metrics[metric]:.1f}" for metric in _TABLE_METRICS))
     table.add_row("gained", *(f"{after.metrics[metric] - before.metrics[metric]:+.1f}" for metric in _TABLE_METRICS))
     Console().print(table)
     _write_report(arguments, {"before": before, "after": after, "teacher": teacher})
 
 
-def _write_report(arguments: RunArguments, found: dict[str, EvalResult]) -> None:
+def _write_report(arguments: RunArguments, result: dict[str, EvalResult]) -> None:
     """The evaluation's files and the run's report, both in its folder."""
     try:
         from ..evaluation import results as table
@@ -64,8 +64,10 @@ def _write_report(arguments: RunArguments, found: dict[str, EvalResult]) -> None
     }
     greedy, sampled = SUITES["demo"].benchmarks
     measured = []
-    for name, of in found.items():
-        samples = np.arange(of.samples) < np.array(of.num_correct)[:, None]  # which of them are right doesn't matter
+    for name, of in result.items():
+        samples = (
+            np.arange(of.num_samples) < np.array(of.num_correct)[:, None]
+        )  # which of them are right doesn't matter
         measured.append(table.BenchmarkResult(name, greedy, np.array(of.is_greedy_correct, dtype=float)[:, None]))
         measured.append(table.BenchmarkResult(name, sampled, samples.astype(float)))
     table.write_results(measured, models, "before", folder / "eval", "demo")
@@ -95,5 +97,5 @@ def evaluate_demo(
     return evaluate(model, problems)
 
 
-def _format_metrics(found: EvalResult) -> str:
-    return "   ".join(f"{metric} {found.metrics[metric]:5.1f}" for metric in _TABLE_METRICS)
+def _format_metrics(result: EvalResult) -> str:
+    return "   ".join(f"{metric} {result.metrics[metric]:5.1f}" for metric in _TABLE_METRICS)

@@ -115,72 +115,72 @@ class EvalArguments:
         }
 
 
-def run_evaluation(evaluation: EvalArguments) -> list[BenchmarkResult]:
+def run_evaluation(eval_args: EvalArguments) -> list[BenchmarkResult]:
     """Measure all models on all benchmarks.
 
     Raises:
         TSDKDError: with all finished items kept.
     """
-    benchmarks = _validate_benchmarks(evaluation)
-    known = {model: _resolve_model(evaluation, model) for model in evaluation.models}
-    ensure_dir(evaluation.output_dir)
+    benchmarks = _validate_benchmarks(eval_args)
+    known = {model: _resolve_model(eval_args, model) for model in eval_args.models}
+    ensure_dir(eval_args.output_dir)
     tasks = {
-        b.name: build_tasks(b, evaluation.num_samples_of(b), evaluation.max_new_tokens, evaluation.data_dir)
+        b.name: build_tasks(b, eval_args.num_samples_of(b), eval_args.max_new_tokens, eval_args.data_dir)
         for b in benchmarks
     }
-    wanted = {name: _list_items(some, evaluation.limit) for name, some in tasks.items()}
-    data = {name: hash_local_data(some, evaluation.data_dir) for name, some in tasks.items()}
+    wanted = {name: _list_items(some, eval_args.limit) for name, some in tasks.items()}
+    data = {name: hash_local_data(some, eval_args.data_dir) for name, some in tasks.items()}
     files = {
         model: {
             b.name: ItemResults(
-                evaluation.output_dir / model / f"{b.name}.jsonl",
-                evaluation.item_metadata(model, revision, rendering, b, data[b.name]),
+                eval_args.output_dir / model / f"{b.name}.jsonl",
+                eval_args.item_metadata(model, revision, rendering, b, data[b.name]),
             )
             for b in benchmarks
         }
         for model, (revision, rendering) in known.items()
     }
     for model, own in files.items():
-        _evaluate_missing(evaluation, model, known[model][1], benchmarks, tasks, wanted, own)
+        _evaluate_missing(eval_args, model, known[model][1], benchmarks, tasks, wanted, own)
     return [
-        BenchmarkResult(model, b, own[b.name].stack_scores(wanted[b.name]), evaluation.pass_at_ks)
+        BenchmarkResult(model, b, own[b.name].stack_scores(wanted[b.name]), eval_args.pass_at_ks)
         for model, own in files.items()
         for b in benchmarks
     ]
 
 
-def read_first_prompts(evaluation: EvalArguments) -> dict[str, tuple[Benchmark, str]]:
+def read_first_prompts(eval_args: EvalArguments) -> dict[str, tuple[Benchmark, str]]:
     """Of each model a benchmark and its first prompt as the model sees it, template and all."""
     found = {}
-    for model in evaluation.models:
-        for benchmark in select_benchmarks(evaluation.suite, evaluation.benchmarks, evaluation.allow_code_execution):
-            model_path = evaluation.prompt_file(model, benchmark)
+    for model in eval_args.models:
+        for benchmark in select_benchmarks(eval_args.suite, eval_args.benchmarks, eval_args.allow_code_execution):
+            model_path = eval_args.prompt_file(model, benchmark)
             if model not in found and model_path.is_file():
                 found[model] = benchmark, model_path.read_text(encoding="utf-8", errors="replace")
     return found
 
 
-def _validate_benchmarks(evaluation: EvalArguments) -> list[Benchmark]:
+def _validate_benchmarks(eval_args: EvalArguments) -> list[Benchmark]:
     """The benchmarks. What can't be done is said before the first model is loaded."""
-    benchmarks = select_benchmarks(evaluation.suite, evaluation.benchmarks, evaluation.allow_code_execution)
+    benchmarks = select_benchmarks(eval_args.suite, eval_args.benchmarks, eval_args.allow_code_execution)
     if any(b.requires_code_execution for b in benchmarks) and not run_program("print('here')").passed:
         raise SandboxError("the sandbox doesn't run programs here")
     return benchmarks
 
 
-def _resolve_model(evaluation: EvalArguments, model: str) -> tuple[str, PromptFormat]:
+def _resolve_model(eval_args: EvalArguments, model: str) -> tuple[str, PromptFormat]:
     """A model's revision, and how prompts are put to it."""
-    model_path, given = evaluation.model_path(model), evaluation.model_args
+    model_path, given = eval_args.model_path(model), eval_args.model_args
     revision, tokenizer = harness.load_revision_and_tokenizer(model_path, given)
-    defaults = SUITES[evaluation.suite].chat_template_kwargs
-    asked_for = evaluation.apply_chat_template is not None
+    defaults = SUITES[eval_args.suite].chat_template_kwargs
+    is_explicit = eval_args.apply_chat_template is not None
     rendering = resolve_prompt_format(
-        model_path, tokenizer, evaluation.applies_chat_template, asked_for, defaults, given
+        model_path, tokenizer, eval_args.applies_chat_template, is_explicit, defaults, given
     )
     if rendering is None:
         raise ConfigError(
             [
-                f"--apply_chat_template: {model} has no chat template, suite {evaluation.suite} uses one by default; "
+                f"--apply_chat_template: {model} has no chat template, suite {eval_args.suite} uses one by default; "
                 "false does without, for all models"
             ]
         )
@@ -202,7 +202,7 @@ def _list_items(tasks: Sequence[Task], limit: int | None) -> list[tuple[str, int
 
 
 def _evaluate_missing(
-    evaluation: EvalArguments,
+    eval_args: EvalArguments,
     model: str,
     rendering: PromptFormat,
     benchmarks: Sequence[Benchmark],
@@ -213,21 +213,21 @@ def _evaluate_missing(
     missing = {b.name: set(wanted[b.name]) - files[b.name].results.keys() for b in benchmarks}
     if not any(missing.values()):
         return
-    model_path = evaluation.model_path(model)
-    lm = harness.load_lm(model_path, evaluation.backend, evaluation.batch_size, evaluation.model_args, rendering)
+    model_path = eval_args.model_path(model)
+    lm = harness.load_lm(model_path, eval_args.backend, eval_args.batch_size, eval_args.model_args, rendering)
     _validate_context_length(model, lm, benchmarks, tasks)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=Console(file=sys.stderr)) as progress:
         for benchmark in benchmarks:
             name, total = benchmark.name, len(wanted[benchmark.name])
             bar = progress.add_task(f"{model}: {benchmark.title}", total=total, completed=total - len(missing[name]))
-            size = max(1, _COMPLETIONS_PER_CHUNK // evaluation.num_samples_of(benchmark))
+            size = max(1, _COMPLETIONS_PER_CHUNK // eval_args.num_samples_of(benchmark))
             for task, docs in _missing_chunks(tasks[name], wanted[name], missing[name], size):
-                seed = _derive_seed(evaluation.seed, task.task_name, docs[0])
+                seed = _derive_seed(eval_args.seed, task.task_name, docs[0])
                 before = len(files[name].results)
                 items, prompt = harness.evaluate_docs(lm, task, docs, benchmark, rendering.applies_chat_template, seed)
                 if (task.task_name, docs[0]) == wanted[name][0]:
-                    _write_text(evaluation.prompt_file(model, benchmark), prompt)
+                    _write_text(eval_args.prompt_file(model, benchmark), prompt)
                 files[name].add(items)
                 progress.advance(bar, len(files[name].results) - before)
     harness.release_memory(lm)
@@ -257,9 +257,9 @@ def _validate_context_length(
             )
 
 
-def _derive_seed(*facts: object) -> int:
+def _derive_seed(*parts: object) -> int:
     """Of a chunk: what it samples doesn't depend on those before it, and no two have one stream."""
-    return int.from_bytes(hashlib.sha256(repr(facts).encode()).digest()[:4])
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4])
 
 
 def _missing_chunks(

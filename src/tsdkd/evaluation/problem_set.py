@@ -53,7 +53,7 @@ class EvalResult:
 
     is_greedy_correct: list[bool]
     num_correct: list[int]
-    samples: int
+    num_samples: int
     mean_length: float
     mean_entropy: float
 
@@ -63,15 +63,15 @@ class EvalResult:
         count = len(self.is_greedy_correct)
         return {
             "greedy": 100 * sum(self.is_greedy_correct) / count,
-            f"avg@{self.samples}": 100 * sum(self.num_correct) / (count * self.samples),
-            f"pass@{self.samples}": 100 * sum(n > 0 for n in self.num_correct) / count,
+            f"avg@{self.num_samples}": 100 * sum(self.num_correct) / (count * self.num_samples),
+            f"pass@{self.num_samples}": 100 * sum(n > 0 for n in self.num_correct) / count,
             "length": self.mean_length,
             "entropy": self.mean_entropy,
         }
 
 
-def evaluate(model: PreTrainedModel, problems: ProblemSet, samples: int = 8, batch_size: int = 256) -> EvalResult:
-    """Solve every problem once greedily and `samples` times at temperature 1, from fixed seeds.
+def evaluate(model: PreTrainedModel, problems: ProblemSet, num_samples: int = 8, batch_size: int = 256) -> EvalResult:
+    """Solve every problem once greedily and `num_samples` times at temperature 1, from fixed seeds.
 
     Args:
         model: on its device; put into eval mode.
@@ -81,22 +81,22 @@ def evaluate(model: PreTrainedModel, problems: ProblemSet, samples: int = 8, bat
     """
     model.eval()
     is_greedy_correct = _grade(problems, _sample_completions(model, problems, None, batch_size))
-    sampled = [_sample_completions(model, problems, repeat, batch_size) for repeat in range(samples)]
+    sampled = [_sample_completions(model, problems, sample_index, batch_size) for sample_index in range(num_samples)]
     num_correct = [sum(column) for column in zip(*(_grade(problems, some) for some in sampled), strict=True)]
     lengths = [len(c.ids) for some in sampled for c in some]
     return EvalResult(
         is_greedy_correct,
         num_correct,
-        samples,
+        num_samples,
         sum(lengths) / len(lengths),
         _mean_entropy(model, problems, sampled[0]),
     )
 
 
 def _sample_completions(
-    model: PreTrainedModel, problems: ProblemSet, repeat: int | None, batch_size: int
+    model: PreTrainedModel, problems: ProblemSet, sample_index: int | None, batch_size: int
 ) -> list[Completion]:
-    """One completion of each problem; `repeat` None is greedy. The batch doesn't change what is sampled."""
+    """One completion of each problem; `sample_index` None is greedy. The batch doesn't change what is sampled."""
     found: list[Completion] = []
     for start in range(0, len(problems.prompts), batch_size):
         which = range(start, min(start + batch_size, len(problems.prompts)))
@@ -104,7 +104,7 @@ def _sample_completions(
             model,
             [problems.prompts[i] for i in which],
             [problems.limits[i] for i in which],
-            None if repeat is None else [prompt_generator(0, repeat, i) for i in which],
+            None if sample_index is None else [prompt_generator(0, sample_index, i) for i in which],
             stop_ids=problems.stop_ids,
             vocab_size=problems.vocab_size,
         )

@@ -35,7 +35,7 @@ def resolve_prompt_format(
     path: str,
     tokenizer: PreTrainedTokenizerBase,
     chat: bool,
-    is_asked_for: bool,
+    is_explicit: bool,
     defaults: Mapping[str, Any],
     model_args: Mapping[str, Any],
 ) -> PromptFormat | None:
@@ -53,7 +53,7 @@ def resolve_prompt_format(
         DataError: the configuration of the run can't be read.
     """
     run = _find_run_config(Path(path))
-    if not chat or (run and not is_asked_for and run.get("chat_template_source") == "none"):
+    if not chat or (run and not is_explicit and run.get("chat_template_source") == "none"):
         return PromptFormat(None, {})
     if not tokenizer.chat_template:
         return None

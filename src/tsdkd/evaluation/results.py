@@ -50,7 +50,7 @@ class BenchmarkResult:
 
 
 def write_results(
-    measured: Sequence[BenchmarkResult],
+    results: Sequence[BenchmarkResult],
     models: dict[str, str],
     baseline: str,
     folder: Path,
@@ -59,16 +59,18 @@ def write_results(
 ) -> Path:
     """Write `results-<suite>.json` and `results-<suite>.md`, with the settings that the numbers are of; returns the
     latter."""
-    numbers = [entry for m in measured for entry in _build_entries(m, _find_result(measured, baseline, m.benchmark))]
+    result_entries = [
+        entry for m in results for entry in _build_entries(m, _find_result(results, baseline, m.benchmark))
+    ]
     paths = {name: str(Path(model).resolve()) if Path(model).is_dir() else model for name, model in models.items()}
-    text = json.dumps({"models": paths, "settings": settings or {}, "results": numbers}, indent=1)
+    text = json.dumps({"models": paths, "settings": settings or {}, "results": result_entries}, indent=1)
     path = folder / f"results-{suite}.md"
-    asked = ", ".join(f"{name} {value}" for name, value in (settings or {}).items())
-    asked = f"\nSuite {suite}: {asked}.\n" if asked else ""
+    settings_line = ", ".join(f"{name} {value}" for name, value in (settings or {}).items())
+    settings_line = f"\nSuite {suite}: {settings_line}.\n" if settings_line else ""
     ensure_dir(folder)
     with wrap_os_errors(path):
         path.with_suffix(".json").write_text(text, encoding="utf-8")
-        path.write_text(_format_markdown(measured, numbers, models, baseline) + asked, encoding="utf-8")
+        path.write_text(_format_markdown(results, result_entries, models, baseline) + settings_line, encoding="utf-8")
     return path
 
 
@@ -90,13 +92,13 @@ def read_results(path: Path) -> tuple[dict[str, str], list[dict[str, Any]]]:
         raise DataError(f"{path} isn't from tsdkd eval: {' '.join(repr(error).split())[:200]}") from error
 
 
-def _build_entries(measured: BenchmarkResult, base: BenchmarkResult) -> list[dict[str, Any]]:
+def _build_entries(results: BenchmarkResult, base: BenchmarkResult) -> list[dict[str, Any]]:
     entries = []
-    for metric, values in measured.item_metrics.items():
+    for metric, values in results.item_metrics.items():
         low, high = bootstrap_interval(values)
-        entry: dict[str, Any] = {"model": measured.model, "benchmark": measured.benchmark.name, "metric": metric}
+        entry: dict[str, Any] = {"model": results.model, "benchmark": results.benchmark.name, "metric": metric}
         entry |= {"items": len(values), "mean": 100 * float(values.mean()), "low": 100 * low, "high": 100 * high}
-        if base.model != measured.model:
+        if base.model != results.model:
             theirs = base.item_metrics[metric]
             low, high = bootstrap_interval(values - theirs)
             entry |= {"baseline": base.model, "difference": 100 * float((values - theirs).mean())}
@@ -107,17 +109,17 @@ def _build_entries(measured: BenchmarkResult, base: BenchmarkResult) -> list[dic
     return entries
 
 
-def _find_result(measured: Sequence[BenchmarkResult], model: str, benchmark: Benchmark) -> BenchmarkResult:
-    return next(m for m in measured if m.model == model and m.benchmark == benchmark)
+def _find_result(results: Sequence[BenchmarkResult], model: str, benchmark: Benchmark) -> BenchmarkResult:
+    return next(m for m in results if m.model == model and m.benchmark == benchmark)
 
 
 def _format_markdown(
-    measured: Sequence[BenchmarkResult], numbers: Sequence[dict[str, Any]], models: dict[str, str], baseline: str
+    results: Sequence[BenchmarkResult], result_entries: Sequence[dict[str, Any]], models: dict[str, str], baseline: str
 ) -> str:
     """Means with 95 % intervals, then the differences from the baseline, then the papers' rows."""
-    entries = {(e["model"], e["benchmark"], e["metric"]): e for e in numbers}
-    benchmarks = list(dict.fromkeys(m.benchmark for m in measured))
-    columns = [(b, metric) for b in benchmarks for metric in _find_result(measured, baseline, b).table_metrics]
+    entries = {(e["model"], e["benchmark"], e["metric"]): e for e in result_entries}
+    benchmarks = list(dict.fromkeys(m.benchmark for m in results))
+    columns = [(b, metric) for b in benchmarks for metric in _find_result(results, baseline, b).table_metrics]
     heads = [b.title if metric == "accuracy" else f"{b.title} {metric}" for b, metric in columns]
 
     def row(model: str, cell: Any) -> list[str]:
@@ -130,7 +132,7 @@ def _format_markdown(
         tests = [row(m, format_difference) for m in others]
         parts.append(_format_table([f"against {baseline}", *heads], tests))
     parts += [_format_published(pair, [b.name for b in benchmarks]) for pair in _find_published(models)]
-    items = ", ".join(f"{b.title} {len(_find_result(measured, baseline, b).scores)}" for b in benchmarks)
+    items = ", ".join(f"{b.title} {len(_find_result(results, baseline, b).scores)}" for b in benchmarks)
     test = (
         f" p: two-sided, of {NUM_RESAMPLES:,} paired bootstrap resamples, twice the share in which the difference has the "
         "other sign, ties counting half."

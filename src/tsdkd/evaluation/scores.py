@@ -30,7 +30,7 @@ def bootstrap_interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]
     return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
-def paired_bootstrap(ours: np.ndarray, theirs: np.ndarray, size: int | None = None, seed: int = 0) -> float:
+def paired_bootstrap(ours: np.ndarray, theirs: np.ndarray, resample_size: int | None = None, seed: int = 0) -> float:
     """How sure it is that one model solves more than another, on the same items.
 
     Args:
@@ -43,6 +43,8 @@ def paired_bootstrap(ours: np.ndarray, theirs: np.ndarray, size: int | None = No
         The share of 10,000 resamples in which `ours` hasn't the larger mean; ties count half.
     """
     difference = np.asarray(ours, dtype=float) - np.asarray(theirs, dtype=float)
-    chosen = np.random.default_rng(seed).integers(len(difference), size=(NUM_RESAMPLES, size or len(difference)))
+    chosen = np.random.default_rng(seed).integers(
+        len(difference), size=(NUM_RESAMPLES, resample_size or len(difference))
+    )
     means = difference[chosen].mean(axis=1)
     return float(((means < 0).sum() + 0.5 * (means == 0).sum()) / NUM_RESAMPLES)

@@ -130,13 +130,13 @@ def select_benchmarks(suite: str, names: list[str] | None, allow_code_execution:
             ]
         )
     chosen = [known[name] for name in names or known]
-    coded = [b.title for b in chosen if b.requires_code_execution]
-    if coded and not allow_code_execution:
+    code_benchmarks = [b.title for b in chosen if b.requires_code_execution]
+    if code_benchmarks and not allow_code_execution:
         others = ",".join(b.name for b in chosen if not b.requires_code_execution)
         alternative = f", or leave it out: --benchmarks {others}" if others else ""
         raise ConfigError(
             [
-                f"{', '.join(coded)}: its programs, which the model writes, would have to be run; allow it with "
+                f"{', '.join(code_benchmarks)}: its programs, which the model writes, would have to be run; allow it with "
                 f"--allow_code_execution{alternative}"
             ]
         )

@@ -99,17 +99,21 @@ def build_tasks(benchmark: Benchmark, samples: int, max_new_tokens: int, data_di
     """
     manager = _harness_task_manager() if benchmark.task not in CUSTOM_TASKS else TaskManager(include_defaults=False)
     if benchmark.task in CUSTOM_TASKS:
-        specs = [_custom_task_config(benchmark.task, samples, max_new_tokens)]
+        task_configs = [_custom_task_config(benchmark.task, samples, max_new_tokens)]
     elif benchmark.requires_code_execution:
-        specs = [_sandboxed_task_config(manager.task_index[benchmark.task].cfg)]
+        task_configs = [_sandboxed_task_config(manager.task_index[benchmark.task].cfg)]
     else:
-        specs = [_harness_task_config(name, benchmark, max_new_tokens) for name in leaf_tasks(manager, benchmark.task)]
+        task_configs = [
+            _harness_task_config(name, benchmark, max_new_tokens) for name in leaf_tasks(manager, benchmark.task)
+        ]
     if data_dir is not None:
-        specs = [spec | _local_dataset_config(spec["task"], data_dir) for spec in specs]
-    if specs[0]["task"] in manager.task_index:  # a group's members may say in what they differ from the index
-        specs = [{"group": benchmark.name, "task": specs}]
+        task_configs = [
+            task_config | _local_dataset_config(task_config["task"], data_dir) for task_config in task_configs
+        ]
+    if task_configs[0]["task"] in manager.task_index:  # a group's members may say in what they differ from the index
+        task_configs = [{"group": benchmark.name, "task": task_configs}]
     try:
-        tasks = list(manager.load(specs)["tasks"].values())
+        tasks = list(manager.load(task_configs)["tasks"].values())
     except (KeyError, UndefinedError) as error:
         if data_dir is None:
             raise
@@ -194,15 +198,15 @@ def _custom_task_config(name: str, samples: int, max_new_tokens: int) -> dict[st
 
 
 def _harness_task_config(name: str, benchmark: Benchmark, max_new_tokens: int) -> dict[str, Any]:
-    spec: dict[str, Any] = {"task": name, "num_fewshot": benchmark.num_fewshot}
+    task_config: dict[str, Any] = {"task": name, "num_fewshot": benchmark.num_fewshot}
     if benchmark.is_sampled:
-        spec["generation_kwargs"] = {
+        task_config["generation_kwargs"] = {
             "until": ["Question:"],
             "max_gen_toks": max_new_tokens,
             **_NEUTRAL_KWARGS,
             **_SAMPLING_KWARGS,
         }
-    return spec
+    return task_config
 
 
 def _sandboxed_task_config(config: dict[str, Any]) -> dict[str, Any]:

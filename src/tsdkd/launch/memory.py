@@ -173,7 +173,12 @@ def compute_model_size(config: PretrainedConfig, lora_r: int = 0) -> ModelSize:
 
 
 def estimate_memory(
-    student: ModelSize, teacher: ModelSize | None, work: Workload, launch: Sharding, teacher_placement: str, gpus: int
+    student: ModelSize,
+    teacher: ModelSize | None,
+    workload: Workload,
+    launch: Sharding,
+    teacher_placement: str,
+    gpus: int,
 ) -> dict[str, float]:
     """GiB a GPU, for each of `MEMORY_COMPONENTS`; `teacher` None: it isn't loaded.
 
@@ -181,140 +186,153 @@ def estimate_memory(
     or a rollout.
     """
     always = {
-        **_student_bytes(student, work, launch, gpus),
-        "teacher": _teacher_bytes(teacher, work, teacher_placement, gpus),
+        **_student_bytes(student, workload, launch, gpus),
+        "teacher": _teacher_bytes(teacher, workload, teacher_placement, gpus),
     }
-    engine = work.engine or VllmMemoryConfig(memory_bytes=0.0)
+    engine = workload.engine or VllmMemoryConfig(memory_bytes=0.0)
     idle = min(engine.memory_bytes, _SLEEPING_ENGINE_BYTES) if engine.has_sleep_mode else engine.memory_bytes
-    moments = (
-        {**_backward_bytes(student, teacher, work, launch, gpus), "vLLM": idle},
-        {**_optimizer_step_bytes(student, work, launch, gpus), "vLLM": idle},
-        {"rollout": _rollout_bytes(student, teacher, work, launch), "vLLM": engine.memory_bytes},
+    phases = (
+        {**_backward_bytes(student, teacher, workload, launch, gpus), "vLLM": idle},
+        {**_optimizer_step_bytes(student, workload, launch, gpus), "vLLM": idle},
+        {"rollout": _rollout_bytes(student, teacher, workload, launch), "vLLM": engine.memory_bytes},
     )
-    parts = always | max(moments, key=lambda moment: sum(moment.values()))
+    parts = always | max(phases, key=lambda moment: sum(moment.values()))
     return {name: parts.get(name, 0.0) / GIB for name in MEMORY_COMPONENTS}
 
 
-def _student_bytes(student: ModelSize, work: Workload, launch: Sharding, gpus: int) -> dict[str, float]:
-    each, own = _bytes_per_weight(student, work, launch)
-    weights: float = student.num_parameters * each + student.adapter_parameters * own
+def _student_bytes(student: ModelSize, workload: Workload, launch: Sharding, gpus: int) -> dict[str, float]:
+    bytes_per_weight, bytes_per_trained_weight = _bytes_per_weight(student, workload, launch)
+    weights: float = student.num_parameters * bytes_per_weight + student.adapter_parameters * bytes_per_trained_weight
     if launch.zero_stage == 3:
-        gathered = min(student.num_parameters, _MAX_LIVE_PARAMETERS + student.embedding_parameters) * each
+        gathered = min(student.num_parameters, _MAX_LIVE_PARAMETERS + student.embedding_parameters) * bytes_per_weight
         weights = gathered + (0 if launch.is_offloaded else weights / gpus)
     # ZeRO keeps float32 weights of its own; without it AdamW's two states are in the weights' precision
-    state = student.num_trainable_parameters * (12 / gpus if launch.zero_stage else 2 * own)
+    state = student.num_trainable_parameters * (12 / gpus if launch.zero_stage else 2 * bytes_per_trained_weight)
     return {"student": weights, "optimizer": 0.0 if launch.is_offloaded else state}
 
 
-def _teacher_bytes(teacher: ModelSize | None, work: Workload, placement: str, gpus: int) -> float:
+def _teacher_bytes(teacher: ModelSize | None, workload: Workload, placement: str, gpus: int) -> float:
     if teacher is None:
         return 0.0
     if placement == "replica":
-        return teacher.num_parameters * work.teacher_bytes
+        return teacher.num_parameters * workload.teacher_bytes
     gathered = min(teacher.num_parameters, _MAX_LIVE_PARAMETERS + teacher.embedding_parameters)
     shard = teacher.num_parameters / gpus if placement == "zero3" else 0
-    return (gathered + shard) * work.teacher_bytes
+    return (gathered + shard) * workload.teacher_bytes
 
 
-def _bytes_per_weight(student: ModelSize, work: Workload, launch: Sharding) -> tuple[int, int]:
+def _bytes_per_weight(student: ModelSize, workload: Workload, launch: Sharding) -> tuple[int, int]:
     """Of a weight, and of a trained one: DeepSpeed casts all, peft keeps adapters in float32."""
-    each = work.compute_bytes if launch.zero_stage else work.weight_bytes
-    return each, each if launch.zero_stage or not student.adapter_parameters else 4
+    bytes_per_weight = workload.compute_bytes if launch.zero_stage else workload.weight_bytes
+    return bytes_per_weight, bytes_per_weight if launch.zero_stage or not student.adapter_parameters else 4
 
 
-def _gradient_bytes(student: ModelSize, work: Workload, launch: Sharding, gpus: int) -> tuple[float, float]:
+def _gradient_bytes(student: ModelSize, workload: Workload, launch: Sharding, gpus: int) -> tuple[float, float]:
     """Bytes of gradients and of what they are exchanged in."""
-    _, each = _bytes_per_weight(student, work, launch)
-    whole = student.num_trainable_parameters * each
+    _, bytes_per_weight = _bytes_per_weight(student, workload, launch)
+    whole = student.num_trainable_parameters * bytes_per_weight
     if launch.zero_stage == 0:
         # DDP's buckets are a second copy. Where each term's gradients are logged, the step's own aren't there yet.
         return whole, whole if gpus > 1 else 0
     bucket, copy = (
-        _REDUCE_BUCKET_SIZE * each,
-        min(_REDUCE_BUCKET_SIZE, student.num_trainable_parameters) * each,
+        _REDUCE_BUCKET_SIZE * bytes_per_weight,
+        min(_REDUCE_BUCKET_SIZE, student.num_trainable_parameters) * bytes_per_weight,
     )  # the copy is what is exchanged
     # parameters that lie in two partitions count whole
-    partition = whole / gpus + min(student.embedding_parameters, student.num_trainable_parameters) * each
-    if launch.zero_stage == 1 and work.gradient_accumulation_steps > 1:
+    partition = whole / gpus + min(student.embedding_parameters, student.num_trainable_parameters) * bytes_per_weight
+    if launch.zero_stage == 1 and workload.gradient_accumulation_steps > 1:
         # whole until the last micro-batch, whose backward pass moves them through the bucket
         return whole, bucket + max(0.0, copy + partition - whole)
     if launch.zero_stage in (1, 2):
         # from the second micro-batch on ZeRO-2 has the sum and its next part
-        return partition * (min(2, work.gradient_accumulation_steps) if launch.zero_stage == 2 else 1), bucket + copy
+        return partition * (
+            min(2, workload.gradient_accumulation_steps) if launch.zero_stage == 2 else 1
+        ), bucket + copy
     return 0.0 if launch.is_offloaded else whole / gpus, bucket + copy
 
 
 def _backward_bytes(
-    student: ModelSize, teacher: ModelSize | None, work: Workload, launch: Sharding, gpus: int
+    student: ModelSize, teacher: ModelSize | None, workload: Workload, launch: Sharding, gpus: int
 ) -> dict[str, float]:
-    each, own = _bytes_per_weight(student, work, launch)
-    gradients, buckets = _gradient_bytes(student, work, launch, gpus)
-    rows = work.micro_batch_size * work.sequence_length
-    residual_numbers = each if student.adapter_parameters == 0 or launch.zero_stage else max(each, work.compute_bytes)
-    parameters_per_layer = rows * _activation_bytes(student, work, residual_numbers)
+    bytes_per_weight, bytes_per_trained_weight = _bytes_per_weight(student, workload, launch)
+    gradients, buckets = _gradient_bytes(student, workload, launch, gpus)
+    rows = workload.micro_batch_size * workload.sequence_length
+    residual_numbers = (
+        bytes_per_weight
+        if student.adapter_parameters == 0 or launch.zero_stage
+        else max(bytes_per_weight, workload.compute_bytes)
+    )
+    parameters_per_layer = rows * _activation_bytes(student, workload, residual_numbers)
     num_hidden_layers = (
         rows * student.num_hidden_layers * student.hidden_size * residual_numbers + parameters_per_layer
-        if work.uses_gradient_checkpointing
+        if workload.uses_gradient_checkpointing
         else parameters_per_layer * student.num_hidden_layers
     )
-    asked = (
-        rows * _activation_bytes(teacher, work, work.teacher_bytes) if teacher else 0.0
+    teacher_activations = (
+        rows * _activation_bytes(teacher, workload, workload.teacher_bytes) if teacher else 0.0
     )  # before the student's pass
-    head = work.head_gib * GIB
+    head = workload.head_gib * GIB
     if not student.adapter_parameters and (
-        student.has_tied_embeddings or work.gradient_accumulation_steps > 1 or own < 4
+        student.has_tied_embeddings or workload.gradient_accumulation_steps > 1 or bytes_per_trained_weight < 4
     ):
         head += 4 * student.embedding_parameters  # the output layer's gradient before it is added to what there is
-    copies = _autocast_copy_bytes(student, work, launch)
+    copies = _autocast_copy_bytes(student, workload, launch)
     return {
         "gradients": gradients,
         "buckets": buckets,
-        "activations": max(num_hidden_layers + copies, asked),
+        "activations": max(num_hidden_layers + copies, teacher_activations),
         "head": head,
     }
 
 
-def _activation_bytes(model: ModelSize, work: Workload, residual_bytes: int) -> float:
+def _activation_bytes(model: ModelSize, workload: Workload, residual_bytes: int) -> float:
     """That a decoder layer keeps of a token."""
-    kept: float = model.residual_numbers * residual_bytes + model.activation_numbers * work.compute_bytes
-    if residual_bytes > work.compute_bytes:
-        kept += model.residual_numbers / 2 * work.compute_bytes  # what the norms give, cast for the matrix products
-    if work.uses_eager_attention:  # scores, capped scores, float32 probabilities and their cast, masks
-        kept += model.num_attention_heads * work.sequence_length * (3 * work.compute_bytes + 8)
+    kept: float = model.residual_numbers * residual_bytes + model.activation_numbers * workload.compute_bytes
+    if residual_bytes > workload.compute_bytes:
+        kept += (
+            model.residual_numbers / 2 * workload.compute_bytes
+        )  # what the norms give, cast for the matrix products
+    if workload.uses_eager_attention:  # scores, capped scores, float32 probabilities and their cast, masks
+        kept += model.num_attention_heads * workload.sequence_length * (3 * workload.compute_bytes + 8)
     return kept
 
 
-def _autocast_copy_bytes(student: ModelSize, work: Workload, launch: Sharding) -> float:
+def _autocast_copy_bytes(student: ModelSize, workload: Workload, launch: Sharding) -> float:
     """Weights that are wider than their products. Autocast keeps copies of trained ones only, of others a layer's."""
-    if launch.zero_stage or work.weight_bytes <= work.compute_bytes:
+    if launch.zero_stage or workload.weight_bytes <= workload.compute_bytes:
         return 0.0
     frozen = student.parameters_per_layer + student.embedding_parameters  # a layer's and the output layer's
     looked_up = 0 if student.has_tied_embeddings else student.embedding_parameters
-    return work.compute_bytes * (frozen if student.adapter_parameters else student.num_parameters - looked_up)
+    return workload.compute_bytes * (frozen if student.adapter_parameters else student.num_parameters - looked_up)
 
 
-def _optimizer_step_bytes(student: ModelSize, work: Workload, launch: Sharding, gpus: int) -> dict[str, float]:
+def _optimizer_step_bytes(student: ModelSize, workload: Workload, launch: Sharding, gpus: int) -> dict[str, float]:
     """ZeRO-1 and 2 make float32 gradients of their partition beside those there are."""
-    gradients, _ = _gradient_bytes(student, work, launch, gpus)
-    wide = student.num_trainable_parameters / gpus * (4 + work.compute_bytes) if launch.zero_stage in (1, 2) else 0.0
+    gradients, _ = _gradient_bytes(student, workload, launch, gpus)
+    wide = (
+        student.num_trainable_parameters / gpus * (4 + workload.compute_bytes) if launch.zero_stage in (1, 2) else 0.0
+    )
     return {"gradients": gradients + wide}
 
 
-def _rollout_bytes(student: ModelSize, teacher: ModelSize | None, work: Workload, launch: Sharding) -> float:
+def _rollout_bytes(student: ModelSize, teacher: ModelSize | None, workload: Workload, launch: Sharding) -> float:
     """The student's own: a key-value cache, whose layers are copied as they grow, the logits that are sampled from,
     whole weights where they are sharded, autocast's copies."""
-    if work.engine is not None or not work.rollout_size:
+    if workload.engine is not None or not workload.rollout_size:
         return 0.0
-    models = [(student, work.compute_bytes)]
-    if work.needs_teacher_in_rollout and teacher:
-        models.append((teacher, work.teacher_bytes))
+    models = [(student, workload.compute_bytes)]
+    if workload.needs_teacher_in_rollout and teacher:
+        models.append((teacher, workload.teacher_bytes))
     kv_cache = (
-        sum((model.num_hidden_layers + 1) * model.kv_cache_numbers * each for model, each in models)
-        * work.sequence_length
+        sum(
+            (model.num_hidden_layers + 1) * model.kv_cache_numbers * bytes_per_weight
+            for model, bytes_per_weight in models
+        )
+        * workload.sequence_length
     )
     logits = _SAMPLING_BYTES_PER_LOGIT * student.vocab_size * len(models)
-    whole = student.num_parameters * work.compute_bytes if launch.zero_stage == 3 else 0
-    return work.rollout_size * (kv_cache + logits) + whole + _autocast_copy_bytes(student, work, launch)
+    whole = student.num_parameters * workload.compute_bytes if launch.zero_stage == 3 else 0
+    return workload.rollout_size * (kv_cache + logits) + whole + _autocast_copy_bytes(student, workload, launch)
 
 
 @dataclass

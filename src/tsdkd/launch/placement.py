@@ -69,8 +69,8 @@ def print_plan(config: str | None, flags: Sequence[str], gpus: int | None, gpu_g
     if "teacher_model_name_or_path" in cls.unsupported_options:
         raise ConfigError([f"method: {method} isn't a distillation; plan estimates those only"])
     gpus, gpu_gib = _detect_gpus(gpus, gpu_gib, values["num_processes"])
-    own = configured_placement(values, gpus)
-    gpus = 1 if read_sharding(own[0]).is_single_process else gpus
+    current = configured_placement(values, gpus)
+    gpus = 1 if read_sharding(current[0]).is_single_process else gpus
     models = [
         _load_model_config(values, "model_name_or_path"),
         _load_model_config(values, "teacher_model_name_or_path"),
@@ -79,29 +79,35 @@ def print_plan(config: str | None, flags: Sequence[str], gpus: int | None, gpu_g
     teacher = (
         None if "teacher_placement" in cls.unsupported_options else compute_model_size(models[1])
     )  # seq-kd loads none
-    work = build_workload(cls, values, models, gpus, gpu_gib)
+    workload = build_workload(cls, values, models, gpus, gpu_gib)
 
-    whole = teacher is None or work.needs_teacher_in_rollout
+    whole = teacher is None or workload.needs_teacher_in_rollout
     others = [
-        p for p in (PLACEMENTS if gpus > 1 else SINGLE_GPU_PLACEMENTS) if p != own and (p[1] == "replica" or not whole)
+        p
+        for p in (PLACEMENTS if gpus > 1 else SINGLE_GPU_PLACEMENTS)
+        if p != current and (p[1] == "replica" or not whole)
     ]
-    found = {p: estimate_memory(student, teacher, work, read_sharding(p[0]), p[1], gpus) for p in (own, *others)}
+    estimates = {
+        p: estimate_memory(student, teacher, workload, read_sharding(p[0]), p[1], gpus) for p in (current, *others)
+    }
     limit = gpu_gib * _USABLE_FRACTION - _RESERVED_GIB
     console = Console(highlight=False)
-    console.print(_placement_table(found, limit))
-    starts = work.engine is None or _print_engine_memory(console, student, work, work.engine, gpu_gib)
-    console.print(_describe_fit(own, found[own], limit, starts))
+    console.print(_placement_table(estimates, limit))
+    can_engine_start = workload.engine is None or _print_engine_memory(
+        console, student, workload, workload.engine, gpu_gib
+    )
+    console.print(_describe_fit(current, estimates[current], limit, can_engine_start))
     if (
-        work.engine
-        and work.engine.memory_bytes
-        and not work.engine.has_sleep_mode
-        and sum(found[own].values()) > _COMFORTABLE_FRACTION * limit
+        workload.engine
+        and workload.engine.memory_bytes
+        and not workload.engine.has_sleep_mode
+        and sum(estimates[current].values()) > _COMFORTABLE_FRACTION * limit
     ):
-        asleep = replace(work, engine=replace(work.engine, has_sleep_mode=True))
-        total = sum(estimate_memory(student, teacher, asleep, read_sharding(own[0]), own[1], gpus).values())
+        asleep = replace(workload, engine=replace(workload.engine, has_sleep_mode=True))
+        total = sum(estimate_memory(student, teacher, asleep, read_sharding(current[0]), current[1], gpus).values())
         console.print(f"with --vllm_enable_sleep_mode true it takes {total:.1f} GiB")
-    console.print(_describe_fastest(found, limit, gpus))
-    _print_step_seconds(console, student, teacher, work)
+    console.print(_describe_fastest(estimates, limit, gpus))
+    _print_step_seconds(console, student, teacher, workload)
 
 
 def _detect_gpus(gpus: int | None, gpu_gib: float | None, processes: int | None) -> tuple[int, float]:
@@ -148,9 +154,9 @@ def build_workload(
     gpu_gib: float,
 ) -> Workload:
     """What a GPU does in a step, by a method and a configuration's values; `models`: student's and teacher's."""
-    a_step = values["per_device_train_batch_size"] * values["gradient_accumulation_steps"]
-    rollout = max(a_step, -(-values.get("rollout_batch_size", 0) // gpus))
-    served = rollout / a_step * values.get("epochs_per_rollout", 1)
+    samples_per_step = values["per_device_train_batch_size"] * values["gradient_accumulation_steps"]
+    rollout = max(samples_per_step, -(-values.get("rollout_batch_size", 0) // gpus))
+    steps_per_rollout = rollout / samples_per_step * values.get("epochs_per_rollout", 1)
     generates = values["lmbda"] > 0 or cls.always_needs_completions
     half = values["fp16"] or values["bf16"] is not False  # TRL's default is bf16
     weight_bytes = _itemsize(values["dtype"], values["model_init_kwargs"], models[0])
@@ -162,7 +168,7 @@ def build_workload(
         micro_batch_size=values["per_device_train_batch_size"],
         gradient_accumulation_steps=values["gradient_accumulation_steps"],
         rollout_size=rollout if generates else 0,
-        steps_per_rollout=int(served),
+        steps_per_rollout=int(steps_per_rollout),
         sequence_length=tokens,
         weight_bytes=weight_bytes,
         compute_bytes=2 if half else weight_bytes,
@@ -209,36 +215,36 @@ def _load_model_config(values: dict[str, Any], field: str) -> PretrainedConfig:
     return load_config(str(values[field]), field, **kwargs)
 
 
-def _placement_table(found: dict[Placement, dict[str, float]], limit: float) -> Table:
+def _placement_table(estimates: dict[Placement, dict[str, float]], limit: float) -> Table:
     table = Table(title=f"GiB a GPU, of {limit:.1f} that can be used", box=None, show_header=False)
     table.add_column(no_wrap=True)
-    for _ in found:
+    for _ in estimates:
         table.add_column(justify="right", min_width=7)
-    table.add_row("", "as it is", *("instead" for _ in range(len(found) - 1)))
+    table.add_row("", "as it is", *("instead" for _ in range(len(estimates) - 1)))
     for side, label in enumerate(("student by", "teacher as")):
-        names = (placement[side].replace("_", " ") for placement in found)  # where it may be broken
+        names = (placement[side].replace("_", " ") for placement in estimates)  # where it may be broken
         table.add_row(label, *names, style="bold")
     for part in MEMORY_COMPONENTS:
-        if any(parts[part] >= 0.05 for parts in found.values()):
-            table.add_row(part, *(f"{parts[part]:.1f}" for parts in found.values()))
-    totals = [sum(parts.values()) for parts in found.values()]
+        if any(parts[part] >= 0.05 for parts in estimates.values()):
+            table.add_row(part, *(f"{parts[part]:.1f}" for parts in estimates.values()))
+    totals = [sum(parts.values()) for parts in estimates.values()]
     table.add_row("in all", *(f"{total:.1f}" for total in totals), style="bold")
     table.add_row("", *("fits" if total <= limit else "-" for total in totals))
     return table
 
 
-def _describe_fit(own: Placement, parts: dict[str, float], limit: float, starts: bool) -> str:
-    name, total = f"this configuration ({' + '.join(own)})", sum(parts.values())
+def _describe_fit(current: Placement, parts: dict[str, float], limit: float, can_engine_start: bool) -> str:
+    name, total = f"this configuration ({' + '.join(current)})", sum(parts.values())
     if total > limit:
         return f"{name} doesn't fit: {total - limit:.1f} GiB too much; most is {max(parts, key=lambda p: parts[p])}"
-    if not starts:
+    if not can_engine_start:
         return f"{name} doesn't fit: vLLM's share is too small"
     return f"{name} fits{_tight_suffix(total, limit)}: {total:.1f} of {limit:.1f} GiB"
 
 
-def _describe_fastest(found: dict[Placement, dict[str, float]], limit: float, gpus: int) -> str:
+def _describe_fastest(estimates: dict[Placement, dict[str, float]], limit: float, gpus: int) -> str:
     """The first that leaves some room, or else the first that fits."""
-    totals = {p: sum(found[p].values()) for p in sorted(found, key=_speed_order)}
+    totals = {p: sum(estimates[p].values()) for p in sorted(estimates, key=_speed_order)}
     best = next(
         (p for share in (_COMFORTABLE_FRACTION, 1.0) for p, total in totals.items() if total <= share * limit), None
     )
@@ -258,29 +264,29 @@ def _tight_suffix(total: float, limit: float) -> str:
 
 
 def _print_engine_memory(
-    console: Console, student: ModelSize, work: Workload, engine: VllmMemoryConfig, gpu_gib: float
+    console: Console, student: ModelSize, workload: Workload, engine: VllmMemoryConfig, gpu_gib: float
 ) -> bool:
     """What a colocated engine's share holds. Returns whether it can start."""
     if not engine.memory_bytes:
         return True
-    room = split_engine_memory(student, engine, work.sequence_length)
-    share, needed = engine.memory_bytes / GIB, room.minimum / GIB
+    engine_memory = split_engine_memory(student, engine, workload.sequence_length)
+    share, needed = engine.memory_bytes / GIB, engine_memory.minimum / GIB
     if share < needed:
         least = math.ceil(100 * needed / gpu_gib) / 100
         console.print(f"vLLM needs {needed:.1f} GiB and has {share:.1f}: set vllm_gpu_memory_utilization: {least}")
         return False
-    held = int(room.kv_cache // room.kv_cache_per_sequence)
+    held = int(engine_memory.kv_cache // engine_memory.kv_cache_per_sequence)
     console.print(
-        f"vLLM's {share:.1f} GiB: {room.weights / GIB:.1f} weights, {room.overhead / GIB:.1f} to work in, "
-        f"{room.kv_cache / GIB:.1f} for {held} sequences of {work.sequence_length} tokens; a rollout has {work.rollout_size}"
+        f"vLLM's {share:.1f} GiB: {engine_memory.weights / GIB:.1f} weights, {engine_memory.overhead / GIB:.1f} to work in, "
+        f"{engine_memory.kv_cache / GIB:.1f} for {held} sequences of {workload.sequence_length} tokens; a rollout has {workload.rollout_size}"
     )
     return True
 
 
-def _print_step_seconds(console: Console, student: ModelSize, teacher: ModelSize | None, work: Workload) -> None:
-    seconds = estimate_step_seconds(student, teacher, work)
+def _print_step_seconds(console: Console, student: ModelSize, teacher: ModelSize | None, workload: Workload) -> None:
+    seconds = estimate_step_seconds(student, teacher, workload)
     shares = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())
     console.print(
-        f"a step: about {sum(seconds.values()):.0f} s ({shares}), on A100s, if every sequence had {work.sequence_length} "
+        f"a step: about {sum(seconds.values()):.0f} s ({shares}), on A100s, if every sequence had {workload.sequence_length} "
         "tokens, without loading, copies of weights and communication between GPUs"
     )

@@ -48,7 +48,9 @@ def num_visible_gpus() -> int:
     return torch.cuda.device_count()
 
 
-def resolve_launch(found: Mapping[str, Any], flags: Mapping[str, Any], trains: bool = True) -> LaunchSpec | None:
+def resolve_launch(
+    raw_values: Mapping[str, Any], flags: Mapping[str, Any], do_train: bool = True
+) -> LaunchSpec | None:
     """The processes that a run needs beside this one, None where this one does it alone or is one of them.
 
     Args:
@@ -62,17 +64,17 @@ def resolve_launch(found: Mapping[str, Any], flags: Mapping[str, Any], trains: b
     if LAUNCHED in os.environ:
         return None
     # accelerate tells a process that is alone its precision only
-    launched = [name for name in ("LOCAL_RANK", "ACCELERATE_MIXED_PRECISION") if name in os.environ]
-    if launched and flags:
+    launcher_vars = [name for name in ("LOCAL_RANK", "ACCELERATE_MIXED_PRECISION") if name in os.environ]
+    if launcher_vars and flags:
         raise ConfigError([f"{', '.join(flags)}: a launcher has started this process already; leave one of them"])
-    if launched:
-        if trains and "LOCAL_RANK" not in launched:
+    if launcher_vars:
+        if do_train and "LOCAL_RANK" not in launcher_vars:
             _use_single_gpu(num_visible_gpus())
         return None
     try:
-        config = coerce(found.get("accelerate_config"), str | None)
-        number = coerce(found.get("num_processes"), int | None)
-        on_cpu = coerce(found.get("use_cpu", False), bool)
+        config = coerce(raw_values.get("accelerate_config"), str | None)
+        num_processes = coerce(raw_values.get("num_processes"), int | None)
+        on_cpu = coerce(raw_values.get("use_cpu", False), bool)
         path = None if config is None else find_launch_config(config)
     except (ConfigError, ValueError):
         return None
@@ -80,28 +82,30 @@ def resolve_launch(found: Mapping[str, Any], flags: Mapping[str, Any], trains: b
     gpus = 0 if on_cpu else num_visible_gpus()
     if not flags and _is_externally_launched(gpus):
         return None
-    if config is None and (flags or gpus > 1 or (number or 1) > 1):
+    if config is None and (flags or gpus > 1 or (num_processes or 1) > 1):
         config = default_launch_config()
         file = read_launch_config(config)
-    is_own = config is not None and config not in launch_config_names()
+    is_user_config = config is not None and config not in launch_config_names()
     machines = flags.get("num_machines") or file.get("num_machines", 1)
-    number = number or (file.get("num_processes") if is_own else None)
-    _validate_num_processes(number, gpus * machines, config, file)
+    num_processes = num_processes or (file.get("num_processes") if is_user_config else None)
+    _validate_num_processes(num_processes, gpus * machines, config, file)
     if machines > 1 and not (flags.get("main_process_ip") or file.get("main_process_ip")):
         raise ConfigError([f"main_process_ip: missing, {machines} machines must know the first one's address"])
-    here = gpus or (1 if flags else 0)
-    number = number or (1 if file.get("distributed_type") == "NO" else here * machines or None)
-    asked = is_own or machines > 1 or "accelerate_config" in flags or _OFFLOAD_MARKER in (config or "")
-    if config is None or (number == 1 and not asked) or (number is None and not flags):
-        if trains:
+    num_local_processes = gpus or (1 if flags else 0)
+    num_processes = num_processes or (
+        1 if file.get("distributed_type") == "NO" else num_local_processes * machines or None
+    )
+    is_explicit = is_user_config or machines > 1 or "accelerate_config" in flags or _OFFLOAD_MARKER in (config or "")
+    if config is None or (num_processes == 1 and not is_explicit) or (num_processes is None and not flags):
+        if do_train:
             _use_single_gpu(gpus)
             if config not in (None, "single", "ddp"):
                 unused = f"accelerate_config: {config} isn't used: one process here, nothing to share"
                 print(f"tsdkd: {unused}", file=sys.stderr)
         return None
     options = {name: value for name, value in flags.items() if name != "accelerate_config"}
-    if number is not None:
-        options["num_processes"] = number
+    if num_processes is not None:
+        options["num_processes"] = num_processes
     if machines == 1 and "main_process_port" not in file:
         options.setdefault("main_process_port", 0)  # a free one: another run may be on this machine's other GPUs
     return LaunchSpec(config, options)
@@ -132,13 +136,13 @@ def _parse_int(text: str | None) -> int:
     return int(text) if text and text.isdigit() else 0
 
 
-def _validate_num_processes(number: int | None, gpus: int, config: str | None, file: Mapping[str, Any]) -> None:
-    if number and gpus and number > gpus:
+def _validate_num_processes(num_processes: int | None, gpus: int, config: str | None, file: Mapping[str, Any]) -> None:
+    if num_processes and gpus and num_processes > gpus:
         chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
         among = f" (CUDA_VISIBLE_DEVICES is {chosen})" if chosen else ""
-        raise ConfigError([f"num_processes: must be at most the visible GPUs, {gpus}{among}, found {number}"])
-    if file.get("distributed_type") == "NO" and number and number > 1:
-        raise ConfigError([f"num_processes: accelerate_config {config} starts one process, found {number}"])
+        raise ConfigError([f"num_processes: must be at most the visible GPUs, {gpus}{among}, found {num_processes}"])
+    if file.get("distributed_type") == "NO" and num_processes and num_processes > 1:
+        raise ConfigError([f"num_processes: accelerate_config {config} starts one process, found {num_processes}"])
 
 
 def _use_single_gpu(gpus: int) -> None:

@@ -13,7 +13,7 @@ _EXTRA_KEYS = ("use_vllm", "teacher_placement", "use_peft")
 
 
 def missing_extras(
-    config: str | None, flags: Sequence[str], found: Mapping[str, Any], start: LaunchSpec | None
+    config: str | None, flags: Sequence[str], raw_values: Mapping[str, Any], launch_spec: LaunchSpec | None
 ) -> list[str]:
     """A line for each package that isn't there, with its extra.
 
@@ -25,14 +25,14 @@ def missing_extras(
     Raises:
         ConfigError: what is wrong with the run itself, where there would be such a line.
     """
-    if not _missing_packages({**dict.fromkeys(_EXTRA_KEYS), **found}, start):
+    if not _missing_packages({**dict.fromkeys(_EXTRA_KEYS), **raw_values}, launch_spec):
         return []
     return _missing_packages(
-        resolve_run_values(config, flags)[1], start
+        resolve_run_values(config, flags)[1], launch_spec
     )  # flags may make a key of the file meaningless
 
 
-def _missing_packages(values: Mapping[str, Any], start: LaunchSpec | None) -> list[str]:
+def _missing_packages(values: Mapping[str, Any], launch_spec: LaunchSpec | None) -> list[str]:
     problems = []
     if _is_true(values["use_vllm"]):
         try:
@@ -40,10 +40,12 @@ def _missing_packages(values: Mapping[str, Any], start: LaunchSpec | None) -> li
         except ConfigError as error:
             problems += error.problems
     placement = values["teacher_placement"]
-    needs = [f"accelerate_config: {start.config}"] if start and start.uses_deepspeed else []
-    needs += [f"teacher_placement: {placement}"] if placement in ("zero3", "cpu_offload") else []
+    deepspeed_reasons = (
+        [f"accelerate_config: {launch_spec.config}"] if launch_spec and launch_spec.uses_deepspeed else []
+    )
+    deepspeed_reasons += [f"teacher_placement: {placement}"] if placement in ("zero3", "cpu_offload") else []
     if find_spec("deepspeed") is None:
-        problems += [f"{what} needs DeepSpeed; pip install 'tsdkd[deepspeed]'" for what in needs]
+        problems += [f"{what} needs DeepSpeed; pip install 'tsdkd[deepspeed]'" for what in deepspeed_reasons]
     if _is_true(values["use_peft"]) and find_spec("peft") is None:
         problems.append("use_peft: PEFT isn't installed; pip install 'tsdkd[peft]'")
     return problems

@@ -19,7 +19,11 @@ _TIME_LIMIT = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 
 
 def build_sbatch_script(
-    config: str | None, flags: Sequence[str], accelerate_config: str | None, written_by: Sequence[str], **settings: Any
+    config: str | None,
+    flags: Sequence[str],
+    accelerate_config: str | None,
+    command_line: Sequence[str],
+    **settings: Any,
 ) -> str:
     """The script.
 
@@ -46,9 +50,9 @@ def build_sbatch_script(
         "marker": shlex.quote(str(folder / PREEMPTED_FILE)),
         "command": shlex.join(["train", *(["--config", config] if config else []), *flags]),
         "accelerate_config": shlex.quote(accelerate_config or values["accelerate_config"] or "zero2"),
-        "written_by": shlex.join(written_by),
+        "written_by": shlex.join(command_line),
     }
-    return render_job_script("launch/slurm.sh.j2", folder, settings, written_by, **own)
+    return render_job_script("launch/slurm.sh.j2", folder, settings, command_line, **own)
 
 
 def render_job_script(

@@ -16,38 +16,47 @@ _VLLM_SECONDS_PER_TOKEN = 2.5e-3
 _HEAD_BYTES_PER_LOGIT = 400
 
 
-def estimate_step_seconds(student: ModelSize, teacher: ModelSize | None, work: Workload) -> dict[str, float]:
+def estimate_step_seconds(student: ModelSize, teacher: ModelSize | None, workload: Workload) -> dict[str, float]:
     """Seconds of a step, by what takes them, for completions of full length, without communication between GPUs."""
-    rows = work.micro_batch_size * work.gradient_accumulation_steps * work.sequence_length
-    passes = 8 if work.uses_gradient_checkpointing else 6
-    products = passes * student.num_parameters * rows / _GPU_FLOPS
+    rows = workload.micro_batch_size * workload.gradient_accumulation_steps * workload.sequence_length
+    passes = 8 if workload.uses_gradient_checkpointing else 6
+    matmul_seconds = passes * student.num_parameters * rows / _GPU_FLOPS
     return {
-        "rollout": _estimate_rollout_seconds(student, teacher, work) / max(1, work.steps_per_rollout),
+        "rollout": _estimate_rollout_seconds(student, teacher, workload) / max(1, workload.steps_per_rollout),
         "teacher": 2 * teacher.num_parameters * rows / _GPU_FLOPS if teacher else 0.0,
-        "student": products,
+        "student": matmul_seconds,
         "head": rows * student.vocab_size * _HEAD_BYTES_PER_LOGIT / _GPU_BANDWIDTH,
     }
 
 
-def _estimate_rollout_seconds(student: ModelSize, teacher: ModelSize | None, work: Workload) -> float:
+def _estimate_rollout_seconds(student: ModelSize, teacher: ModelSize | None, workload: Workload) -> float:
     """Of a whole rollout, which is as long as its longest completion."""
-    if not work.rollout_size:
+    if not workload.rollout_size:
         return 0.0
-    models = [student, teacher] if work.needs_teacher_in_rollout and teacher else [student]
-    engine, at_once = work.engine, work.rollout_size
+    models = [student, teacher] if workload.needs_teacher_in_rollout and teacher else [student]
+    engine, concurrent_sequences = workload.engine, workload.rollout_size
     if engine is not None:
-        fits = work.rollout_size
+        fits = workload.rollout_size
         if engine.memory_bytes:
-            room = split_engine_memory(student, engine, work.sequence_length)
-            fits = int(room.kv_cache // room.kv_cache_per_sequence)
-        at_once = max(1, min(work.rollout_size, fits, engine.max_num_seqs))
+            engine_memory = split_engine_memory(student, engine, workload.sequence_length)
+            fits = int(engine_memory.kv_cache // engine_memory.kv_cache_per_sequence)
+        concurrent_sequences = max(1, min(workload.rollout_size, fits, engine.max_num_seqs))
     token = 0.0
     for model in models:
         cache = (
-            at_once * work.sequence_length / 2 * model.num_hidden_layers * model.kv_cache_numbers * work.compute_bytes
+            concurrent_sequences
+            * workload.sequence_length
+            / 2
+            * model.num_hidden_layers
+            * model.kv_cache_numbers
+            * workload.compute_bytes
         )
-        reads = (model.num_parameters * work.compute_bytes + cache) / _GPU_BANDWIDTH
-        products = 2 * model.num_parameters * at_once / _GPU_FLOPS
+        reads = (model.num_parameters * workload.compute_bytes + cache) / _GPU_BANDWIDTH
+        matmul_seconds = 2 * model.num_parameters * concurrent_sequences / _GPU_FLOPS
         launches = model.num_hidden_layers * _KERNELS_PER_LAYER * _KERNEL_LAUNCH_SECONDS
-        token += max(reads, products, launches) if engine is None else _VLLM_SECONDS_PER_TOKEN + max(reads, products)
-    return token * work.sequence_length * math.ceil(work.rollout_size / at_once)
+        token += (
+            max(reads, matmul_seconds, launches)
+            if engine is None
+            else _VLLM_SECONDS_PER_TOKEN + max(reads, matmul_seconds)
+        )
+    return token * workload.sequence_length * math.ceil(workload.rollout_size / concurrent_sequences)

@@ -42,57 +42,59 @@ class ChunkedStatistics:
     # Forward
 
     def forward(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, bool, bool]
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs_input_grad: tuple[bool, bool, bool]
     ) -> TokenStatistics:
         """The statistics of all tokens, and the gradients of the own-token losses."""
         # not the parameters themselves: a sharded one is empty again in the backward pass
         self.inputs = (hidden.detach(), weight.detach(), None if bias is None else bias.detach())
-        self.needs = needs
-        self.gradients = None if self.own is None else HeadGradients(*self.inputs, needs)
+        self.needs_input_grad = needs_input_grad
+        self.gradients = None if self.own is None else HeadGradients(*self.inputs, needs_input_grad)
         count = len(hidden)
-        self.table = hidden.new_zeros(8, count, dtype=accumulation_dtype(self.student.weight.dtype))
+        self.row_statistics = hidden.new_zeros(8, count, dtype=accumulation_dtype(self.student.weight.dtype))
         size = _chunk_size(count, self.chunk)
         starts = range(0, max(count, 1), size)  # one empty chunk where there is no token
-        answer = _concat_statistics([self._forward_chunk(slice(i, min(i + size, count))) for i in starts])
-        self.topk_ids: Any = answer.topk_ids
+        statistics = _concat_statistics([self._forward_chunk(slice(i, min(i + size, count))) for i in starts])
+        self.topk_ids: Any = statistics.topk_ids
         # the answer's own tensor becomes an output, whose graph holds this scan
-        self.topk_logits: Any = None if answer.topk_logits is None else answer.topk_logits.detach()
-        return answer
+        self.topk_logits: Any = None if statistics.topk_logits is None else statistics.topk_logits.detach()
+        return statistics
 
     def _forward_chunk(self, rows: slice) -> TokenStatistics:
-        request, answer = self.request, TokenStatistics()
+        request, statistics = self.request, TokenStatistics()
         hidden, logits, tiles = self._project(rows)
         student = SoftmaxRows.of(logits, tiles)
-        self.table[_STUDENT, rows] = student.sums
+        self.row_statistics[_STUDENT, rows] = student.row_statistics
         teacher = None
         if self.teacher is not None and (request.needs_teacher or request.top_k):
             teacher_logits = self._project_teacher(rows)
             if request.needs_teacher:
                 teacher = SoftmaxRows.of(teacher_logits, tiles)
-                self.table[_TEACHER, rows] = teacher.sums
+                self.row_statistics[_TEACHER, rows] = teacher.row_statistics
         if request.entropy:
-            answer.entropy = student.entropy
+            statistics.entropy = student.entropy
         if request.teacher_entropy and teacher is not None:
-            answer.teacher_entropy = teacher.entropy
+            statistics.teacher_entropy = teacher.entropy
         if request.divergence is not None and teacher is not None:
             found = compute_divergence(student, teacher, request.divergence, tiles)
-            answer.divergence, self.table[_KL, rows], self.table[_RATIO, rows] = found
+            statistics.divergence, self.row_statistics[_KL, rows], self.row_statistics[_RATIO, rows] = found
         if request.top_k:
-            topk_logits, answer.topk_ids = logits.topk(min(request.top_k, logits.shape[-1]), dim=-1)
-            answer.topk_logits = topk_logits.to(self.table.dtype)
-            answer.topk_logps = student.logps_at(answer.topk_ids)
+            topk_logits, statistics.topk_ids = logits.topk(min(request.top_k, logits.shape[-1]), dim=-1)
+            statistics.topk_logits = topk_logits.to(self.row_statistics.dtype)
+            statistics.topk_logps = student.logps_at(statistics.topk_ids)
             if self.teacher is not None:
-                answer.teacher_topk_logits = teacher_logits.gather(-1, answer.topk_ids).to(self.table.dtype)
+                statistics.teacher_topk_logits = teacher_logits.gather(-1, statistics.topk_ids).to(
+                    self.row_statistics.dtype
+                )
         if request.ids is not None:
-            answer.logps = student.logps_at(request.ids[rows])
+            statistics.logps = student.logps_at(request.ids[rows])
         if self.own is not None:
-            self._accumulate_loss_gradients(rows, answer, student, teacher, hidden, tiles)
-        return answer
+            self._accumulate_loss_gradients(rows, statistics, student, teacher, hidden, tiles)
+        return statistics
 
     def _accumulate_loss_gradients(
         self,
         rows: slice,
-        answer: TokenStatistics,
+        statistics: TokenStatistics,
         student: SoftmaxRows,
         teacher: SoftmaxRows | None,
         hidden: Tensor,
@@ -100,17 +102,19 @@ class ChunkedStatistics:
     ) -> None:
         """Evaluate the own-token losses, and add their gradient while the chunk's logits are there."""
         assert self.own is not None and self.gradients is not None
-        leaves = {n: x.detach().requires_grad_() for n in DIFFERENTIABLE if (x := getattr(answer, n)) is not None}
+        leaves = {n: x.detach().requires_grad_() for n in DIFFERENTIABLE if (x := getattr(statistics, n)) is not None}
         with torch.enable_grad():
-            view = TokenStatistics(**{**vars(answer), **leaves})
-            answer.loss_terms, answer.loss = self.own.sums(view, rows)
-        if not answer.loss.requires_grad:
+            view = TokenStatistics(**{**vars(statistics), **leaves})
+            statistics.loss_terms, statistics.loss = self.own.sums(view, rows)
+        if not statistics.loss.requires_grad:
             return
-        found = torch.autograd.grad(answer.loss, list(leaves.values()), allow_unused=True)
-        upstream = dict(zip(leaves, found, strict=True))
-        self._add_sparse(self.gradients, rows, answer.topk_ids, answer.topk_logits, upstream.pop("topk_logits", None))
-        if any(g is not None for g in upstream.values()):
-            self._add_dense(self.gradients, rows, GradOutputs(**upstream), student, teacher, hidden, tiles)
+        found = torch.autograd.grad(statistics.loss, list(leaves.values()), allow_unused=True)
+        grad_outputs = dict(zip(leaves, found, strict=True))
+        self._add_sparse(
+            self.gradients, rows, statistics.topk_ids, statistics.topk_logits, grad_outputs.pop("topk_logits", None)
+        )
+        if any(g is not None for g in grad_outputs.values()):
+            self._add_dense(self.gradients, rows, GradOutputs(**grad_outputs), student, teacher, hidden, tiles)
 
     def _project(self, rows: slice | Tensor) -> tuple[Tensor, Tensor, Tiles]:
         hidden = self.inputs[0][rows].to(self.student.weight.dtype)
@@ -124,46 +128,50 @@ class ChunkedStatistics:
 
     # Backward
 
-    def backward(self, own: Tensor | None, **upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Gradients of hidden states, weight and bias. `upstream` are derivatives by the statistics of all tokens."""
-        gradients = HeadGradients(*self.inputs, self.needs) if own is None else self._take_loss_gradients(own)
-        topk_logits = upstream.pop("topk_logits")
+    def backward(self, own: Tensor | None, **grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Gradients of hidden states, weight and bias. `grad_outputs` are derivatives by the statistics of all tokens."""
+        gradients = (
+            HeadGradients(*self.inputs, self.needs_input_grad) if own is None else self._take_loss_gradients(own)
+        )
+        topk_logits = grad_outputs.pop("topk_logits")
         # most of the entropies have no gradient: the others' logits are not projected again
         of_top, of_others = _nonzero_indices(
-            _nonzero_grad_mask([topk_logits]), _nonzero_grad_mask(list(upstream.values()))
+            _nonzero_grad_mask([topk_logits]), _nonzero_grad_mask(list(grad_outputs.values()))
         )
         if topk_logits is not None and of_top is not None:
             self._backward_topk(gradients, of_top, topk_logits)
         if of_others is not None:
             for rows in of_others.split(_chunk_size(len(of_others), self.chunk)):
-                self._backward_chunk(gradients, rows, upstream)
+                self._backward_chunk(gradients, rows, grad_outputs)
         return gradients.pop_grads(*self.inputs)
 
-    def _take_loss_gradients(self, upstream: Tensor) -> HeadGradients:
+    def _take_loss_gradients(self, grad_outputs: Tensor) -> HeadGradients:
         gradients, self.gradients = self.gradients, None
         if gradients is None:
             raise RuntimeError(
                 "the own-token losses were differentiated in the forward pass, which serves one backward pass; make "
                 "the head with loss_in_forward=False to differentiate them again"
             )
-        gradients.scale_(upstream)
+        gradients.scale_(grad_outputs)
         return gradients
 
-    def _backward_chunk(self, gradients: HeadGradients, rows: Tensor, upstream: dict[str, Tensor | None]) -> None:
+    def _backward_chunk(self, gradients: HeadGradients, rows: Tensor, grad_outputs: dict[str, Tensor | None]) -> None:
         hidden, logits, tiles = self._project(rows)
         teacher = None
-        if upstream["divergence"] is not None:
-            teacher = SoftmaxRows(self._project_teacher(rows), self.table[_TEACHER, rows])
-        here = GradOutputs(**{name: None if g is None else g[rows] for name, g in upstream.items()})
-        student = SoftmaxRows(logits, self.table[_STUDENT, rows])
-        self._add_dense(gradients, rows, here, student, teacher, hidden, tiles)
+        if grad_outputs["divergence"] is not None:
+            teacher = SoftmaxRows(self._project_teacher(rows), self.row_statistics[_TEACHER, rows])
+        chunk_grad_outputs = GradOutputs(**{name: None if g is None else g[rows] for name, g in grad_outputs.items()})
+        student = SoftmaxRows(logits, self.row_statistics[_STUDENT, rows])
+        self._add_dense(gradients, rows, chunk_grad_outputs, student, teacher, hidden, tiles)
 
-    def _backward_topk(self, gradients: HeadGradients, touched: Tensor, upstream: Tensor) -> None:
+    def _backward_topk(self, gradients: HeadGradients, index: Tensor, grad_outputs: Tensor) -> None:
         """Only k logits of a few tokens: their rows of the weight are gathered instead of a projection."""
         # as many as make two [C, k, H] tensors about as large as a chunk's logits
-        size = max(1, self.chunk * self.student.weight.shape[0] // (2 * upstream.shape[-1] * self.inputs[0].shape[-1]))
-        for rows in touched.split(size):
-            self._add_sparse(gradients, rows, self.topk_ids[rows], self.topk_logits[rows], upstream[rows])
+        size = max(
+            1, self.chunk * self.student.weight.shape[0] // (2 * grad_outputs.shape[-1] * self.inputs[0].shape[-1])
+        )
+        for rows in index.split(size):
+            self._add_sparse(gradients, rows, self.topk_ids[rows], self.topk_logits[rows], grad_outputs[rows])
 
     # Both
 
@@ -180,11 +188,11 @@ class ChunkedStatistics:
         rows: slice | Tensor,
         ids: Tensor | None,
         logits: Tensor | None,
-        upstream: Tensor | None,
+        grad_outputs: Tensor | None,
     ) -> None:
-        if upstream is None or ids is None or logits is None:
+        if grad_outputs is None or ids is None or logits is None:
             return
-        values = upstream * self._logit_scale
+        values = grad_outputs * self._logit_scale
         if self.student.softcap is not None:
             values = values * self._softcap_grad(logits)
         gradients.add_sparse(rows, ids, values, self.inputs[0][rows], self.student)
@@ -193,22 +201,22 @@ class ChunkedStatistics:
         self,
         gradients: HeadGradients,
         rows: slice | Tensor,
-        upstream: GradOutputs,
+        grad_outputs: GradOutputs,
         student: SoftmaxRows,
         teacher: SoftmaxRows | None,
         hidden: Tensor,
         tiles: Tiles,
     ) -> None:
         """Overwrite the chunk's logits by their gradient, and project it back."""
-        upstream = upstream.times(self._logit_scale)
+        grad_outputs = grad_outputs.times(self._logit_scale)
         largest = None
         if hidden.dtype == torch.float16:  # a loss scale comes too late for what has already become zero
-            largest = upstream.abs_max()
-            upstream = upstream.times(1.0 / largest)
+            largest = grad_outputs.abs_max()
+            grad_outputs = grad_outputs.times(1.0 / largest)
         slope = None if self.student.softcap is None else self._softcap_grad
         ids = None if self.request.ids is None else self.request.ids[rows]
-        known = (self.request.divergence, self.table[_KL, rows], self.table[_RATIO, rows])
-        gradient = logits_grad_(student, teacher, *known, ids, upstream, slope, tiles)
+        saved = (self.request.divergence, self.row_statistics[_KL, rows], self.row_statistics[_RATIO, rows])
+        gradient = logits_grad_(student, teacher, *saved, ids, grad_outputs, slope, tiles)
         gradients.add(rows, gradient, hidden, self.student, largest)
 
 
@@ -218,9 +226,9 @@ def _chunk_size(count: int, limit: int) -> int:
     return max(1, -(-count // chunks))
 
 
-def _nonzero_grad_mask(upstream: list[Tensor | None]) -> Tensor | None:
+def _nonzero_grad_mask(grad_outputs: list[Tensor | None]) -> Tensor | None:
     """`[N]` bool, the tokens with a derivative that isn't zero; None where there are no derivatives."""
-    given = [g for g in upstream if g is not None]
+    given = [g for g in grad_outputs if g is not None]
     return (
         torch.stack([(g != 0).flatten(1).any(-1) if g.ndim > 1 else g != 0 for g in given]).any(0) if given else None
     )

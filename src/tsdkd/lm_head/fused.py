@@ -68,23 +68,23 @@ class FusedHead:
         validate_request(request, len(self.hidden), self.teacher is not None)
         inputs = (self.hidden, self.projection.weight, self.projection.bias)
         has_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-        in_forward = own if has_gradient and self.loss_in_forward else None
-        scan = ChunkedStatistics(self.student, self.teacher, self.temperature, self.chunk, request, in_forward)
-        answer = TokenStatistics()
-        own_loss, *statistics = _ChunkedStatisticsFunction.apply(scan, answer, *inputs)
+        forward_loss = own if has_gradient and self.loss_in_forward else None
+        scan = ChunkedStatistics(self.student, self.teacher, self.temperature, self.chunk, request, forward_loss)
+        result = TokenStatistics()
+        own_loss, *statistics = _ChunkedStatisticsFunction.apply(scan, result, *inputs)
         for name, value in zip(DIFFERENTIABLE, statistics, strict=True):
-            setattr(answer, name, value)
-        if in_forward is not None:
-            answer.loss = own_loss
+            setattr(result, name, value)
+        if forward_loss is not None:
+            result.loss = own_loss
         elif own is not None:
-            answer.loss_terms, answer.loss = own.sums(answer)
-        return answer
+            result.loss_terms, result.loss = own.sums(result)
+        return result
 
     def _check_shapes(self) -> None:
-        pairs = {"student": (self.student, self.hidden)}
+        heads = {"student": (self.student, self.hidden)}
         if self.teacher is not None:
-            pairs["teacher"] = self.teacher
-        for name, (head, hidden) in pairs.items():
+            heads["teacher"] = self.teacher
+        for name, (head, hidden) in heads.items():
             if hidden.ndim != 2 or hidden.shape[1] != head.weight.shape[1]:
                 raise ValueError(
                     f"{name}: hidden states must be [N, {head.weight.shape[1]}], found {tuple(hidden.shape)}"
@@ -114,13 +114,13 @@ class _ChunkedStatisticsFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, scan: ChunkedStatistics, answer: TokenStatistics, hidden: Tensor, weight: Tensor, bias: Tensor | None
+        ctx: Any, scan: ChunkedStatistics, result: TokenStatistics, hidden: Tensor, weight: Tensor, bias: Tensor | None
     ) -> tuple[Any, ...]:
         ctx.scan = scan
         ctx.set_materialize_grads(False)
         with torch.autocast(hidden.device.type, enabled=False):
             found = scan.forward(hidden, weight, bias, ctx.needs_input_grad[2:])
-        vars(answer).update(vars(found))
+        vars(result).update(vars(found))
         return found.loss, *(getattr(found, name) for name in DIFFERENTIABLE)
 
     @staticmethod

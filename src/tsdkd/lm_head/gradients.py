@@ -10,13 +10,15 @@ from .softmax import accumulation_dtype
 class HeadGradients:
     """Gradients of hidden states `[N, H]`, weight `[V, H]` and bias `[V]`; those not needed are None."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, bool, bool]) -> None:
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs_input_grad: tuple[bool, bool, bool]
+    ) -> None:
         def zeros(like: Tensor) -> Tensor:
             return torch.zeros(like.shape, dtype=accumulation_dtype(like.dtype), device=like.device)
 
-        self.hidden = zeros(hidden) if needs[0] else None
-        self.weight = zeros(weight) if needs[1] else None
-        self.bias = zeros(bias) if needs[2] and bias is not None else None
+        self.hidden = zeros(hidden) if needs_input_grad[0] else None
+        self.weight = zeros(weight) if needs_input_grad[1] else None
+        self.bias = zeros(bias) if needs_input_grad[2] and bias is not None else None
 
     def add(
         self, rows: slice | Tensor, logits_gradient: Tensor, hidden: Tensor, head: Projection, scale: Tensor | None

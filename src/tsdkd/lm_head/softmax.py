@@ -58,7 +58,7 @@ class SoftmaxRows:
     """
 
     logits: Tensor
-    sums: Tensor
+    row_statistics: Tensor
 
     @classmethod
     def of(cls, logits: Tensor, tiles: Tiles) -> "SoftmaxRows":
@@ -75,17 +75,17 @@ class SoftmaxRows:
     @property
     def maximum(self) -> Tensor:
         """`[C]`."""
-        return self.sums[0]
+        return self.row_statistics[0]
 
     @property
     def log_normalizer(self) -> Tensor:
         """`[C]`, relative to the maximum: with logits of 1e4 float32 has no digits left for their sum."""
-        return self.sums[1]
+        return self.row_statistics[1]
 
     @property
     def entropy(self) -> Tensor:
         """`[C]`, nats."""
-        return self.sums[2]
+        return self.row_statistics[2]
 
     def logps(self, rows: slice, columns: slice, out: Tensor) -> Tensor:
         """Log-probabilities of a tile, written to `out`."""
@@ -104,17 +104,17 @@ def _mixture(student_p: Tensor, teacher_p: Tensor, share: float, out: Tensor) ->
     return out.clamp_(min=torch.finfo(out.dtype).tiny)
 
 
-def _ratio_weight(kind: Divergence) -> float:
+def _ratio_weight(divergence: Divergence) -> float:
     """The factor of `p / m` in a divergence's derivative by q, where `p / m` isn't the same for all v; a JSD has
     none."""
-    if kind.mixture in (0.0, 1.0):
+    if divergence.mixture in (0.0, 1.0):
         return 0.0
-    weight = kind.mixture * kind.student - (1.0 - kind.mixture) * kind.teacher
+    weight = divergence.mixture * divergence.student - (1.0 - divergence.mixture) * divergence.teacher
     return weight if abs(weight) > 1e-12 else 0.0
 
 
 def compute_divergence(
-    student: SoftmaxRows, teacher: SoftmaxRows, kind: Divergence, tiles: Tiles
+    student: SoftmaxRows, teacher: SoftmaxRows, divergence: Divergence, tiles: Tiles
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A divergence, and what its gradient needs.
 
@@ -125,17 +125,17 @@ def compute_divergence(
     for rows, columns, (logq, logp, q, p, mixture) in tiles:
         torch.exp(student.logps(rows, columns, logq), out=q)
         torch.exp(teacher.logps(rows, columns, logp), out=p)
-        log_mixture = {0.0: logq, 1.0: logp}.get(kind.mixture)
+        log_mixture = {0.0: logq, 1.0: logp}.get(divergence.mixture)
         if log_mixture is None:
-            _mixture(q, p, kind.mixture, mixture)
-            if _ratio_weight(kind):
+            _mixture(q, p, divergence.mixture, mixture)
+            if _ratio_weight(divergence):
                 ratio[rows] += (q * p).div_(mixture).sum(-1)
             log_mixture = mixture.log_()
-        if kind.teacher and kind.mixture < 1.0:
+        if divergence.teacher and divergence.mixture < 1.0:
             of_teacher[rows] += torch.linalg.vecdot(p, logp.sub_(log_mixture))
-        if kind.student and kind.mixture > 0.0:
+        if divergence.student and divergence.mixture > 0.0:
             of_student[rows] += torch.linalg.vecdot(q, logq.sub_(log_mixture))
-    return kind.teacher * of_teacher + kind.student * of_student, of_student, ratio
+    return divergence.teacher * of_teacher + divergence.student * of_student, of_student, ratio
 
 
 @dataclass
@@ -160,12 +160,12 @@ class GradOutputs:
 def logits_grad_(
     student: SoftmaxRows,
     teacher: SoftmaxRows | None,
-    kind: Divergence | None,
+    divergence: Divergence | None,
     student_kl: Tensor,
     ratio: Tensor,
     ids: Tensor | None,
-    upstream: GradOutputs,
-    slope: Callable[[Tensor], Tensor] | None,
+    grad_outputs: GradOutputs,
+    softcap_grad: Callable[[Tensor], Tensor] | None,
     tiles: Tiles,
 ) -> Tensor:
     """Overwrite the student's logits by the loss's gradient with respect to them.
@@ -182,43 +182,45 @@ def logits_grad_(
         slope: logits -> derivative of a cap on them, or None.
         tiles: columns and scratch.
     """
-    at_ids = _grad_at_ids(student, ids, upstream.logps, slope)
-    entropy, up = upstream.entropy, upstream.divergence
-    forward = kind is not None and kind.mixture == 0.0
-    ratio_weight = 0.0 if kind is None else _ratio_weight(kind)
+    at_ids = _grad_at_ids(student, ids, grad_outputs.logps, softcap_grad)
+    entropy, divergence_grad = grad_outputs.entropy, grad_outputs.divergence
+    forward = divergence is not None and divergence.mixture == 0.0
+    ratio_weight = 0.0 if divergence is None else _ratio_weight(divergence)
     constant = torch.zeros_like(student.maximum)  # terms of dz / q that are the same for all v
-    if upstream.logps is not None:
-        constant -= upstream.logps.sum(-1)
+    if grad_outputs.logps is not None:
+        constant -= grad_outputs.logps.sum(-1)
     if entropy is not None:
         constant -= entropy * student.entropy
-    if up is not None and kind is not None:
-        of_ratio = up * ratio_weight
-        up = up * (kind.teacher if forward else kind.student)
+    if divergence_grad is not None and divergence is not None:
+        of_ratio = divergence_grad * ratio_weight
+        divergence_grad = divergence_grad * (divergence.teacher if forward else divergence.student)
         if forward:
-            constant += up
+            constant += divergence_grad
 
     for rows, columns, (logq, logp, q, p, gradient) in tiles:
         torch.exp(student.logps(rows, columns, logq), out=q)
-        if up is not None and teacher is not None and kind is not None:
+        if divergence_grad is not None and teacher is not None and divergence is not None:
             teacher.logps(rows, columns, logp)
-            if kind.mixture != 1.0:
+            if divergence.mixture != 1.0:
                 torch.exp(logp, out=p)
         gradient.copy_(constant[rows].unsqueeze(-1).expand_as(gradient))
         if entropy is not None:
             gradient.addcmul_(logq, entropy[rows].unsqueeze(-1), value=-1.0)
-        if up is not None and kind is not None and not forward:
-            if kind.mixture != 1.0:
-                _mixture(q, p, kind.mixture, logp)
+        if divergence_grad is not None and divergence is not None and not forward:
+            if divergence.mixture != 1.0:
+                _mixture(q, p, divergence.mixture, logp)
                 if ratio_weight:
                     gradient.addcmul_(p.div_(logp).sub_(ratio[rows].unsqueeze(-1)), of_ratio[rows].unsqueeze(-1))
                 logp.log_()
             # the KL comes off before the factor: where one token has all the mass the two must cancel exactly
-            gradient.addcmul_(logq.sub_(logp).sub_(student_kl[rows].unsqueeze(-1)), up[rows].unsqueeze(-1))
+            gradient.addcmul_(
+                logq.sub_(logp).sub_(student_kl[rows].unsqueeze(-1)), divergence_grad[rows].unsqueeze(-1)
+            )
         gradient.mul_(q)
-        if up is not None and forward:
-            gradient.addcmul_(p, up[rows].unsqueeze(-1), value=-1.0)
-        if slope is not None:
-            gradient.mul_(slope(logp.copy_(student.logits[rows, columns])))
+        if divergence_grad is not None and forward:
+            gradient.addcmul_(p, divergence_grad[rows].unsqueeze(-1), value=-1.0)
+        if softcap_grad is not None:
+            gradient.mul_(softcap_grad(logp.copy_(student.logits[rows, columns])))
         if at_ids is not None and ids is not None:
             inside = (ids[rows] >= columns.start) & (ids[rows] < columns.stop)
             gradient.scatter_add_(-1, (ids[rows] - columns.start).where(inside, 0), at_ids[rows].where(inside, 0))
@@ -227,9 +229,12 @@ def logits_grad_(
 
 
 def _grad_at_ids(
-    student: SoftmaxRows, ids: Tensor | None, upstream: Tensor | None, slope: Callable[[Tensor], Tensor] | None
+    student: SoftmaxRows,
+    ids: Tensor | None,
+    grad_outputs: Tensor | None,
+    softcap_grad: Callable[[Tensor], Tensor] | None,
 ) -> Tensor | None:
     """What reaches the logits at the ids directly, `[C, K]`."""
-    if upstream is None or ids is None or slope is None:
-        return upstream
-    return upstream * slope(student.logits.gather(-1, ids).to(upstream.dtype))
+    if grad_outputs is None or ids is None or softcap_grad is None:
+        return grad_outputs
+    return grad_outputs * softcap_grad(student.logits.gather(-1, ids).to(grad_outputs.dtype))

@@ -77,11 +77,11 @@ class PerTokenLoss:
     """
 
     weights: dict[str, float]
-    losses: Callable[[TokenStatistics, slice], dict[str, Tensor]]
+    loss_fn: Callable[[TokenStatistics, slice], dict[str, Tensor]]
 
     def sums(self, statistics: TokenStatistics, rows: slice = slice(None)) -> tuple[dict[str, Tensor], Tensor]:
         """The terms' sums over the tokens `rows`, whose statistics are given, and their weighted sum."""
-        terms = {name: losses.sum() for name, losses in self.losses(statistics, rows).items()}
+        terms = {name: loss_fn.sum() for name, loss_fn in self.loss_fn(statistics, rows).items()}
         return terms, torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
 
 

@@ -56,7 +56,7 @@ class DistiLLMConfig(DistiLLMOptions, TSDKDDefaults):
 class DistiLLMObjective(DistiLLMOptions, DivergenceObjective):
     """A mean over tokens."""
 
-    term = "skew_kl"
+    term_name = "skew_kl"
 
     @property
     def divergence(self) -> Divergence:
@@ -73,10 +73,10 @@ class DistiLLMTrainer(TokenSelectiveTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.own_share: float = self.args.own_share
-        self.replay: deque[tuple[list[int], list[int]]] = deque(
+        self.replay_buffer: deque[tuple[list[int], list[int]]] = deque(
             maxlen=-(-self.args.replay_capacity // self.accelerator.num_processes)
         )
-        self._last_loss: float | None = None
+        self._last_eval_loss: float | None = None
 
     def _select_completions(
         self, model: nn.Module, rows: list[Batch], step: int, mode: str
@@ -89,15 +89,15 @@ class DistiLLMTrainer(TokenSelectiveTrainer):
             return prompts, [Completion(ids, True) for batch in rows for ids in batch["completion_ids"]]
         if coin < self.own_share * (1 - step / self.state.max_steps) or not self._is_replay_buffer_full():
             completions = self._generate(model, rows, prompts, step, mode)
-            self.replay.extend((prompt, c.ids) for prompt, c in zip(prompts, completions, strict=True))
+            self.replay_buffer.extend((prompt, c.ids) for prompt, c in zip(prompts, completions, strict=True))
             return prompts, completions
         generator = prompt_generator(self.args.seed, step, self.accelerator.process_index, REPLAY_STREAM)
-        chosen = torch.randint(len(self.replay), (len(prompts),), generator=generator).tolist()
-        return [self.replay[i][0] for i in chosen], [Completion(self.replay[i][1], True) for i in chosen]
+        chosen = torch.randint(len(self.replay_buffer), (len(prompts),), generator=generator).tolist()
+        return [self.replay_buffer[i][0] for i in chosen], [Completion(self.replay_buffer[i][1], True) for i in chosen]
 
     def _is_replay_buffer_full(self) -> bool:
         """On all processes alike: generating is a matter of all of them."""
-        stored = torch.tensor(len(self.replay), device=self.accelerator.device)
+        stored = torch.tensor(len(self.replay_buffer), device=self.accelerator.device)
         return int(self.accelerator.reduce(stored, reduction="sum")) >= self.args.replay_capacity
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -105,11 +105,11 @@ class DistiLLMTrainer(TokenSelectiveTrainer):
         metrics = super().evaluate(*args, **kwargs)
         loss = metrics.get("eval_loss")
         if self.is_in_train and loss is not None:
-            if self._last_loss is None:
-                self._last_loss = loss
-            elif loss >= self._last_loss + self.args.loss_tolerance:
+            if self._last_eval_loss is None:
+                self._last_eval_loss = loss
+            elif loss >= self._last_eval_loss + self.args.loss_tolerance:
                 self.own_share = min(1.0, self.own_share + self.args.own_share_step)
-                self._last_loss = loss
+                self._last_eval_loss = loss
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -119,11 +119,11 @@ class DistiLLMTrainer(TokenSelectiveTrainer):
         super().log(logs, start_time)
 
     def _get_extra_state(self) -> dict[str, Any]:
-        replay = [[torch.tensor(ids) for ids in pair] for pair in self.replay]
-        own = {"own_share": self.own_share, "last_loss": self._last_loss, "replay": replay}
+        replay_buffer = [[torch.tensor(ids) for ids in pair] for pair in self.replay_buffer]
+        own = {"own_share": self.own_share, "last_loss": self._last_eval_loss, "replay": replay_buffer}
         return {**super()._get_extra_state(), **own}
 
     def _set_extra_state(self, state: dict[str, Any]) -> None:
         super()._set_extra_state(state)
-        self.own_share, self._last_loss = state["own_share"], state["last_loss"]
-        self.replay.extend((prompt.tolist(), completion.tolist()) for prompt, completion in state["replay"])
+        self.own_share, self._last_eval_loss = state["own_share"], state["last_loss"]
+        self.replay_buffer.extend((prompt.tolist(), completion.tolist()) for prompt, completion in state["replay"])

@@ -8,24 +8,24 @@ from ..objective import CompletionBatch, Objective, ObjectiveOutput, common_metr
 
 
 class DivergenceObjective(Objective):
-    """A mean of `divergence` over tokens, or over responses of their means; `term` is its name in the log."""
+    """A mean of `divergence` over tokens, or over completions of their means; `term_name` is its name in the log."""
 
-    term: ClassVar[str]
+    term_name: ClassVar[str]
 
     @property
     def divergence(self) -> Divergence:
         """Between student and teacher."""
         raise NotImplementedError
 
-    def __call__(self, head: Head, responses: CompletionBatch) -> ObjectiveOutput:
+    def __call__(self, head: Head, completions: CompletionBatch) -> ObjectiveOutput:
         """See `Objective`."""
-        shares = responses.shares
-        weights = shares if self.unit == "responses" else shares.new_ones(shares.shape)
+        shares = completions.token_weights
+        weights = shares if self.unit == "completions" else shares.new_ones(shares.shape)
         own = PerTokenLoss(
-            {self.term: 1.0}, lambda t, rows: {self.term: weights[rows].to(t.divergence) * t.divergence}
+            {self.term_name: 1.0}, lambda t, rows: {self.term_name: weights[rows].to(t.divergence) * t.divergence}
         )
         request = StatisticsRequest(
-            entropy=True, teacher_entropy=True, divergence=self.divergence, ids=responses.logged_ids
+            entropy=True, teacher_entropy=True, divergence=self.divergence, ids=completions.logged_ids
         )
         tokens = head(request, own)
-        return ObjectiveOutput(tokens.loss, tokens.loss_terms, own.weights, common_metrics(tokens, responses))
+        return ObjectiveOutput(tokens.loss, tokens.loss_terms, own.weights, common_metrics(tokens, completions))

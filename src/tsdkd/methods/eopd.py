@@ -35,9 +35,9 @@ class EOPDObjective(EOPDOptions, EOPDFullObjective):
         """What the log calls uncertain."""
         return self.entropy_threshold
 
-    def forward_kl_mask(self, answers: RolloutScores) -> Tensor:
+    def forward_kl_mask(self, scores: RolloutScores) -> Tensor:
         """Strictly above the threshold."""
-        return answers.teacher_entropy > self.entropy_threshold
+        return scores.teacher_entropy > self.entropy_threshold
 
 
 class EOPDTrainer(ScoredRolloutTrainer):

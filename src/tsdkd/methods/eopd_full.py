@@ -42,14 +42,14 @@ class EOPDFullObjective(EOPDFullOptions, OPDObjective):
         """See `OPDObjective`."""
         return {**super().term_weights, "forward_kl": 1.0}
 
-    def compute_terms(self, tokens: TokenStatistics, answers: RolloutScores) -> dict[str, Tensor]:
+    def compute_terms(self, tokens: TokenStatistics, scores: RolloutScores) -> dict[str, Tensor]:
         """See `OPDObjective`."""
-        forward_kl = forward_kl_on(tokens.logps[:, 1:], answers.teacher_topk_logps)
-        return {**super().compute_terms(tokens, answers), "forward_kl": forward_kl * self.forward_kl_mask(answers)}
+        forward_kl = forward_kl_on(tokens.logps[:, 1:], scores.teacher_topk_logps)
+        return {**super().compute_terms(tokens, scores), "forward_kl": forward_kl * self.forward_kl_mask(scores)}
 
-    def forward_kl_mask(self, answers: RolloutScores) -> Tensor:
+    def forward_kl_mask(self, scores: RolloutScores) -> Tensor:
         """`[N]` bool, where forward KL acts."""
-        return torch.ones_like(answers.teacher_entropy, dtype=torch.bool)
+        return torch.ones_like(scores.teacher_entropy, dtype=torch.bool)
 
 
 class EOPDFullTrainer(ScoredRolloutTrainer):

@@ -30,10 +30,10 @@ class EOPDRandomConfig(EOPDRandomOptions, OPDConfig):
 class EOPDRandomObjective(EOPDRandomOptions, EOPDFullObjective):
     """Eq. 9 with a coin as its trigger."""
 
-    def forward_kl_mask(self, answers: RolloutScores) -> Tensor:
+    def forward_kl_mask(self, scores: RolloutScores) -> Tensor:
         """The same for a token in every step that its rollout serves."""
-        assert answers.random_uniform is not None
-        return answers.random_uniform < self.forward_kl_random_ratio
+        assert scores.random_uniform is not None
+        return scores.random_uniform < self.forward_kl_random_ratio
 
 
 class EOPDRandomTrainer(ScoredRolloutTrainer):

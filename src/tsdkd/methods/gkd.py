@@ -27,10 +27,10 @@ class GKDConfig(GKDOptions, TSDKDDefaults):
 
 @dataclass
 class GKDObjective(GKDOptions, DivergenceObjective):
-    """TSD-KD Eq. 2: a mean over a response, and over responses."""
+    """TSD-KD Eq. 2: a mean over a response, and over completions."""
 
-    unit = "responses"
-    term = "jsd"
+    unit = "completions"
+    term_name = "jsd"
 
     @property
     def divergence(self) -> Divergence:

@@ -96,7 +96,7 @@ class GRPOTrainer(CheckpointMixin, trl.GRPOTrainer):
         _require_math_verify()
         pair = resolve_pair(model, model, args, processing_class, processing_class)
         rows = [
-            None if d is None else _prepare_prompts(d, pair.template, args, pair.context)
+            None if d is None else _prepare_prompts(d, pair.template_tokenizer, args, pair.context_length)
             for d in (train_dataset, eval_dataset)
         ]
         super().__init__(

@@ -49,20 +49,20 @@ class KDObjective(KDOptions, Objective):
         """How many of the teacher's tokens are kept."""
         return self.forward_kl_top_k
 
-    def __call__(self, head: Head, responses: CompletionBatch) -> ObjectiveOutput:
+    def __call__(self, head: Head, completions: CompletionBatch) -> ObjectiveOutput:
         """See `Objective`."""
-        answers, sampled = responses.answers, responses.ids
-        assert answers is not None and sampled is not None
+        scores, sampled = completions.scores, completions.ids
+        assert scores is not None and sampled is not None
 
         def losses(tokens: TokenStatistics, rows: slice) -> dict[str, torch.Tensor]:
-            forward_kl = forward_kl_on(tokens.logps[:, 1:], answers.teacher_topk_logps[rows])
+            forward_kl = forward_kl_on(tokens.logps[:, 1:], scores.teacher_topk_logps[rows])
             return {"cross_entropy": -tokens.logps[:, 0], "forward_kl": forward_kl}
 
         weights = {"cross_entropy": self.cross_entropy_weight, "forward_kl": self.forward_kl_weight}
         own = PerTokenLoss(weights, losses)
-        ids = torch.cat([sampled.unsqueeze(-1), answers.teacher_topk_ids], dim=-1)
+        ids = torch.cat([sampled.unsqueeze(-1), scores.teacher_topk_ids], dim=-1)
         tokens = head(StatisticsRequest(entropy=True, ids=ids), own)
-        return ObjectiveOutput(tokens.loss, tokens.loss_terms, weights, common_metrics(tokens, responses))
+        return ObjectiveOutput(tokens.loss, tokens.loss_terms, weights, common_metrics(tokens, completions))
 
 
 class KDTrainer(ScoredRolloutTrainer):

@@ -63,13 +63,13 @@ class MiniLLMObjective(MiniLLMOptions, Objective):
     needs_rollout_scores = True
     needs_old_per_token_logps = True
 
-    def __call__(self, head: Head, responses: CompletionBatch) -> ObjectiveOutput:
-        """See `Objective`. The answers' `old_logps` are of the mixture, `advantages` of `compute_returns`, whitened."""
-        answers, sampled = responses.answers, responses.ids
-        assert answers is not None and sampled is not None
+    def __call__(self, head: Head, completions: CompletionBatch) -> ObjectiveOutput:
+        """See `Objective`. The scores' `old_logps` are of the mixture, `advantages` of `compute_returns`, whitened."""
+        scores, sampled = completions.scores, completions.ids
+        assert scores is not None and sampled is not None
 
         def losses(tokens: TokenStatistics, rows: slice) -> dict[str, Tensor]:
-            some = answers.of(rows)
+            some = scores.of(rows)
             assert some.old_per_token_logps is not None and some.advantages is not None
             policy = clipped_policy_loss(
                 tokens.logps[:, 0], some.old_per_token_logps, some.advantages, self.clip_epsilon
@@ -81,9 +81,9 @@ class MiniLLMObjective(MiniLLMOptions, Objective):
             entropy=True, teacher_entropy=True, divergence=REVERSE_KL, ids=sampled.unsqueeze(-1)
         )
         tokens = head(request, own)
-        assert answers.old_per_token_logps is not None
-        log_ratio = tokens.logps[:, 0].detach() - answers.old_per_token_logps
-        metrics = common_metrics(tokens, responses)
+        assert scores.old_per_token_logps is not None
+        log_ratio = tokens.logps[:, 0].detach() - scores.old_per_token_logps
+        metrics = common_metrics(tokens, completions)
         metrics |= {"policy/ratio": mean_metric(log_ratio.exp()), "policy/approx_kl": approx_kl(log_ratio)}
         return ObjectiveOutput(tokens.loss, tokens.loss_terms, own.weights, metrics)
 
@@ -120,17 +120,17 @@ class MiniLLMTrainer(ScoredRolloutTrainer):
     objective: MiniLLMObjective
 
     def _make_sampler(self) -> Sampler:
-        sampling = SamplingConfig(frozenset(self.stop_ids), self.pair.shared_vocab_size)
+        sampling = SamplingConfig(frozenset(self.stop_token_ids), self.pair.shared_vocab_size)
         choose = mixed(self.args.teacher_mixture, self.args.temperature)
         return MixedSampler(self.accelerator, self.args, sampling, self.teacher_model, choose)
 
     def _postprocess_micro_batch(self, model: nn.Module, batch: Batch, step: int, mode: str) -> None:
         """Also the mixture's log-probabilities, in place of the student's, and the returns."""
         super()._postprocess_micro_batch(model, batch, step, mode)
-        answers = batch["answers"]
-        logps = (answers["old_per_token_logps"], answers["teacher_per_token_logps"])
-        answers["advantages"] = self.objective.compute_returns(*logps, completion_mask(batch))
-        answers["old_per_token_logps"] = self.objective.compute_mixture_logps(*logps)
+        scores = batch["scores"]
+        logps = (scores["old_per_token_logps"], scores["teacher_per_token_logps"])
+        scores["advantages"] = self.objective.compute_returns(*logps, completion_mask(batch))
+        scores["old_per_token_logps"] = self.objective.compute_mixture_logps(*logps)
 
     def _roll_out(self, model: nn.Module, rows: list[Batch], step: int, mode: str) -> list[Batch]:
         batches = super()._roll_out(model, rows, step, mode)
@@ -139,14 +139,14 @@ class MiniLLMTrainer(ScoredRolloutTrainer):
 
     def _whiten_advantages(self, batches: list[Batch]) -> None:
         """Mean 0 and variance 1 over the tokens of all processes' rollouts: any split gives the same advantages."""
-        values = [batch["answers"]["advantages"].double() for batch in batches]
+        values = [batch["scores"]["advantages"].double() for batch in batches]
         own = torch.cat([*values, torch.zeros(0, dtype=torch.float64, device=self.accelerator.device)])
         sums = torch.stack([own.new_tensor(len(own)), own.sum(), own.square().sum()])
         count, total, squares = self.accelerator.reduce(sums, reduction="sum")
         mean = total / count.clamp(min=1)
         scale = (squares / count.clamp(min=1) - mean.square()).clamp(min=0).add(1e-8).rsqrt()
         for batch, value in zip(batches, values, strict=True):
-            batch["answers"]["advantages"] = ((value - mean) * scale).float()
+            batch["scores"]["advantages"] = ((value - mean) * scale).float()
 
 
 def mixed(teacher_share: float, temperature: float) -> TokenChoice:

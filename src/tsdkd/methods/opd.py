@@ -52,14 +52,14 @@ class OPDObjective(OPDOptions, Objective):
     needs_old_per_token_logps = True
     uncertainty_threshold: ClassVar[float] = 0.8  # nats; for the log (EOPD Fig. 5)
 
-    def __call__(self, head: Head, responses: CompletionBatch) -> ObjectiveOutput:
+    def __call__(self, head: Head, completions: CompletionBatch) -> ObjectiveOutput:
         """See `Objective`."""
-        answers, sampled = responses.answers, responses.ids
-        assert answers is not None and sampled is not None
-        own = PerTokenLoss(self.term_weights, lambda tokens, rows: self.compute_terms(tokens, answers.of(rows)))
-        ids = torch.cat([sampled.unsqueeze(-1), answers.teacher_topk_ids], dim=-1)
+        scores, sampled = completions.scores, completions.ids
+        assert scores is not None and sampled is not None
+        own = PerTokenLoss(self.term_weights, lambda tokens, rows: self.compute_terms(tokens, scores.of(rows)))
+        ids = torch.cat([sampled.unsqueeze(-1), scores.teacher_topk_ids], dim=-1)
         tokens = head(StatisticsRequest(entropy=True, ids=ids), own)
-        metrics = common_metrics(tokens, responses) | self._metrics(tokens, answers)
+        metrics = common_metrics(tokens, completions) | self._metrics(tokens, scores)
         return ObjectiveOutput(tokens.loss, tokens.loss_terms, own.weights, metrics)
 
     @property
@@ -67,37 +67,39 @@ class OPDObjective(OPDOptions, Objective):
         """Each term's factor in the loss."""
         return {"reverse_kl": 1.0}
 
-    def compute_terms(self, tokens: TokenStatistics, answers: RolloutScores) -> dict[str, Tensor]:
+    def compute_terms(self, tokens: TokenStatistics, scores: RolloutScores) -> dict[str, Tensor]:
         """Each term of each token: all of them depend on a token's own statistics only."""
-        assert answers.old_per_token_logps is not None
-        compute_advantages = self.compute_advantages(tokens, answers)
+        assert scores.old_per_token_logps is not None
+        compute_advantages = self.compute_advantages(tokens, scores)
         loss = clipped_policy_loss(
-            tokens.logps[:, 0], answers.old_per_token_logps, compute_advantages, self.clip_epsilon
+            tokens.logps[:, 0], scores.old_per_token_logps, compute_advantages, self.clip_epsilon
         )
-        return {"reverse_kl": loss if answers.importance is None else loss * answers.importance}
+        return {
+            "reverse_kl": loss if scores.importance_sampling_ratio is None else loss * scores.importance_sampling_ratio
+        }
 
-    def compute_advantages(self, tokens: TokenStatistics, answers: RolloutScores) -> Tensor:
+    def compute_advantages(self, tokens: TokenStatistics, scores: RolloutScores) -> Tensor:
         """`[N]`, Eq. 6 with the policy that sampled; no gradient."""
-        assert answers.old_per_token_logps is not None
-        return answers.teacher_per_token_logps - answers.old_per_token_logps
+        assert scores.old_per_token_logps is not None
+        return scores.teacher_per_token_logps - scores.old_per_token_logps
 
     @torch.no_grad()
-    def _metrics(self, tokens: TokenStatistics, answers: RolloutScores) -> dict[str, tuple[Tensor, Tensor]]:
-        compute_advantages = self.compute_advantages(tokens, answers)
-        assert answers.old_per_token_logps is not None
-        log_ratio = tokens.logps[:, 0] - answers.old_per_token_logps
+    def _metrics(self, tokens: TokenStatistics, scores: RolloutScores) -> dict[str, tuple[Tensor, Tensor]]:
+        compute_advantages = self.compute_advantages(tokens, scores)
+        assert scores.old_per_token_logps is not None
+        log_ratio = tokens.logps[:, 0] - scores.old_per_token_logps
         ratio = log_ratio.exp()
         too_high = (ratio > 1 + self.clip_epsilon) & (compute_advantages > 0)
         too_low = (ratio < 1 - self.clip_epsilon) & (compute_advantages < 0)
-        uncertain = answers.teacher_entropy > self.uncertainty_threshold
-        forward_kl = forward_kl_on(tokens.logps[:, 1:], answers.teacher_topk_logps)
+        uncertain = scores.teacher_entropy > self.uncertainty_threshold
+        forward_kl = forward_kl_on(tokens.logps[:, 1:], scores.teacher_topk_logps)
         return {
             "policy/clip_fraction": mean_metric(too_high | too_low),
             "policy/ratio": mean_metric(ratio),
             "policy/approx_kl": approx_kl(log_ratio),
             "uncertain/share": mean_metric(uncertain),
             "uncertain/forward_kl": mean_metric(forward_kl[uncertain]),
-            "entropy/teacher": mean_metric(answers.teacher_entropy),
+            "entropy/teacher": mean_metric(scores.teacher_entropy),
         }
 
 

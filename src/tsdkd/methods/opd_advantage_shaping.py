@@ -33,9 +33,9 @@ class OPDAdvantageShapingConfig(OPDAdvantageShapingOptions, OPDConfig):
 class OPDAdvantageShapingObjective(OPDAdvantageShapingOptions, OPDObjective):
     """Uncertain tokens are favoured, without turning an advantage's sign."""
 
-    def compute_advantages(self, tokens: TokenStatistics, answers: RolloutScores) -> Tensor:
+    def compute_advantages(self, tokens: TokenStatistics, scores: RolloutScores) -> Tensor:
         """Eq. 11."""
-        advantages = super().compute_advantages(tokens, answers)
+        advantages = super().compute_advantages(tokens, scores)
         return advantages + torch.minimum(self.advantage_shaping * tokens.entropy.detach(), advantages.abs() / _KAPPA)
 
 

@@ -35,9 +35,9 @@ class OPDEntropyBonusObjective(OPDEntropyBonusOptions, OPDObjective):
         """See `OPDObjective`."""
         return {**super().term_weights, "entropy": -self.entropy_bonus}
 
-    def compute_terms(self, tokens: TokenStatistics, answers: RolloutScores) -> dict[str, Tensor]:
+    def compute_terms(self, tokens: TokenStatistics, scores: RolloutScores) -> dict[str, Tensor]:
         """See `OPDObjective`."""
-        return {**super().compute_terms(tokens, answers), "entropy": tokens.entropy}
+        return {**super().compute_terms(tokens, scores), "entropy": tokens.entropy}
 
 
 class OPDEntropyBonusTrainer(ScoredRolloutTrainer):

@@ -30,12 +30,12 @@ class SeqKDObjective(Objective):
 
     needs_teacher_distribution = False
 
-    def __call__(self, head: Head, responses: CompletionBatch) -> ObjectiveOutput:
+    def __call__(self, head: Head, completions: CompletionBatch) -> ObjectiveOutput:
         """See `Objective`."""
-        assert responses.ids is not None
+        assert completions.ids is not None
         own = PerTokenLoss({"cross_entropy": 1.0}, lambda tokens, rows: {"cross_entropy": -tokens.logps[:, 0]})
-        tokens = head(StatisticsRequest(entropy=True, ids=responses.ids.unsqueeze(-1)), own)
-        return ObjectiveOutput(tokens.loss, tokens.loss_terms, own.weights, common_metrics(tokens, responses))
+        tokens = head(StatisticsRequest(entropy=True, ids=completions.ids.unsqueeze(-1)), own)
+        return ObjectiveOutput(tokens.loss, tokens.loss_terms, own.weights, common_metrics(tokens, completions))
 
 
 class SeqKDTrainer(TokenSelectiveTrainer):

@@ -42,9 +42,9 @@ class SpeculativeKDConfig(SpeculativeKDOptions, TSDKDDefaults):
 
 @dataclass
 class SpeculativeKDObjective(SupervisedKDObjective):
-    """A mean over responses, as in the paper's public code."""
+    """A mean over completions, as in the paper's public code."""
 
-    unit = "responses"
+    unit = "completions"
 
 
 class SpeculativeKDTrainer(TokenSelectiveTrainer):
@@ -54,7 +54,7 @@ class SpeculativeKDTrainer(TokenSelectiveTrainer):
     objective_class = SpeculativeKDObjective
 
     def _make_sampler(self) -> Sampler:
-        sampling = SamplingConfig(frozenset(self.stop_ids), self.pair.shared_vocab_size)
+        sampling = SamplingConfig(frozenset(self.stop_token_ids), self.pair.shared_vocab_size)
         return MixedSampler(self.accelerator, self.args, sampling, self.teacher_model, speculative_choice(self.args))
 
 

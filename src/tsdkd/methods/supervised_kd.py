@@ -25,7 +25,7 @@ class SupervisedKDConfig(TSDKDDefaults):
 class SupervisedKDObjective(DivergenceObjective):
     """A mean over tokens."""
 
-    term = "forward_kl"
+    term_name = "forward_kl"
 
     @property
     def divergence(self) -> Divergence:

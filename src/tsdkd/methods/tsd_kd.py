@@ -1,4 +1,4 @@
-"""TSD-KD: `alpha L_Indirect + L_Direct + L_EM` (Eq. 13), each term a mean over the responses of the global batch."""
+"""TSD-KD: `alpha L_Indirect + L_Direct + L_EM` (Eq. 13), each term a mean over the completions of the global batch."""
 
 from collections import deque
 from dataclasses import dataclass, field
@@ -28,7 +28,7 @@ class TSDKDOptions:
         beta: of the generalised JSD (Eq. 1).
         indirect_top_k: number of candidates that the student proposes.
         opener_ratio: c, the opener's share of a response's entropy.
-        adaptive_opener: choose c by the difficulty of the last five responses (A.7).
+        adaptive_opener: choose c by the difficulty of the last five completions (A.7).
         gate: weigh direct distillation by the entropy gap (Eq. 11).
         gate_temperature: tau of the gate, nats.
         entropy_weight: weight of entropy minimisation (1 in the paper); 0 turns it off.
@@ -48,7 +48,7 @@ class TSDKDOptions:
         (lambda v: v["alpha"] == 0 or v["adaptive_opener"], "alpha is 0 or adaptive_opener is true"),
     )
     adaptive_opener: bool = option(
-        False, "Choose the opener's share by the difficulty of recent responses.", pointless=_ALPHA_IS_ZERO
+        False, "Choose the opener's share by the difficulty of recent completions.", no_effect=_ALPHA_IS_ZERO
     )
     gate: bool = option(True, "Weigh direct distillation by the entropy gap.")
     gate_temperature: float = option(
@@ -62,7 +62,7 @@ class TSDKDOptions:
         (lambda v: v["entropy_weight"] == 0, "entropy_weight is 0"),
     )
     indirect_reduction: Literal["mean", "sum", "length"] = option(
-        "mean", "Reduction over the opener's positions.", pointless=_ALPHA_IS_ZERO
+        "mean", "Reduction over the opener's positions.", no_effect=_ALPHA_IS_ZERO
     )
 
 
@@ -79,16 +79,16 @@ class TSDKDConfig(TSDKDOptions, TSDKDDefaults):
 class TSDKDObjective(TSDKDOptions, Objective):
     """The objective of TSD-KD. All three special terms off (`gate=False`, `alpha=0`, `entropy_weight=0`) is GKD.
 
-    `window` holds the difficulty of the last five responses that this process trained on (A.7); it is the only state.
+    `difficulties` holds the difficulty of the last five completions that this process trained on (A.7); it is the only state.
     """
 
-    window: deque[float] = field(default_factory=lambda: deque(maxlen=5), init=False)
+    difficulties: deque[float] = field(default_factory=lambda: deque(maxlen=5), init=False)
 
-    unit = "responses"
+    unit = "completions"
 
-    def __call__(self, head: Head, responses: CompletionBatch) -> ObjectiveOutput:
+    def __call__(self, head: Head, completions: CompletionBatch) -> ObjectiveOutput:
         """See `Objective`."""
-        mask, share = responses.mask, responses.shares
+        mask, share = completions.mask, completions.token_weights
         direct = PerTokenLoss(
             {"direct": 1.0},
             lambda t, rows: {
@@ -101,42 +101,47 @@ class TSDKDObjective(TSDKDOptions, Objective):
                 teacher_entropy=True,
                 divergence=jsd(self.beta),
                 top_k=self.indirect_top_k if self.alpha != 0 else 0,
-                ids=responses.logged_ids,
+                ids=completions.logged_ids,
             ),
             direct,
         )
         loss, terms, weights = tokens.loss, dict(tokens.loss_terms), dict(direct.weights)
         entropy = tokens.entropy.new_zeros(mask.shape).masked_scatter(mask, tokens.entropy.detach())
-        opener = opener_mask(entropy, mask, self._resolve_opener_ratio(tokens, mask, responses.training))
-        inside = responses.at(opener).nonzero().squeeze(-1)
+        opener = opener_mask(entropy, mask, self._resolve_opener_ratio(tokens, mask, completions.is_training))
+        opener_index = completions.at(opener).nonzero().squeeze(-1)
         if self.alpha != 0:
-            terms["indirect"], weights["indirect"] = self._indirect_loss(tokens, responses, opener, inside), self.alpha
+            terms["indirect"], weights["indirect"] = (
+                self._indirect_loss(tokens, completions, opener, opener_index),
+                self.alpha,
+            )
             loss = loss + self.alpha * terms["indirect"]
         if self.entropy_weight != 0:
             uncertain = top_entropy_mask(entropy, mask, self.entropy_ratio)
-            per_response = responses.at(uncertain.double() / uncertain.sum(-1, keepdim=True).clamp(min=1))
+            per_response = completions.at(uncertain.double() / uncertain.sum(-1, keepdim=True).clamp(min=1))
             terms["entropy"] = (per_response.to(tokens.entropy) * tokens.entropy).sum()
             weights["entropy"] = self.entropy_weight
             loss = loss + self.entropy_weight * terms["entropy"]
-        metrics = common_metrics(tokens, responses) | self._metrics(tokens, mask, opener, inside)
+        metrics = common_metrics(tokens, completions) | self._metrics(tokens, mask, opener, opener_index)
         return ObjectiveOutput(loss, terms, weights, metrics)
 
     def _compute_gate(self, tokens: TokenStatistics) -> Tensor:
         return entropy_gap_gate(tokens.entropy, tokens.teacher_entropy, self.gate_temperature)
 
     def _indirect_loss(
-        self, tokens: TokenStatistics, responses: CompletionBatch, opener: Tensor, inside: Tensor
+        self, tokens: TokenStatistics, completions: CompletionBatch, opener: Tensor, opener_index: Tensor
     ) -> Tensor:
-        """Eq. 5 summed over responses; a response's positions are averaged, summed, or divided by its length.
-        `inside`: which of the N tokens are in an opener."""
-        nll = plackett_luce_nll(tokens.topk_logits[inside], tokens.teacher_topk_logits[inside], self.indirect_top_k)
+        """Eq. 5 summed over completions; a response's positions are averaged, summed, or divided by its length.
+        `opener_index`: which of the N tokens are in an opener."""
+        nll = plackett_luce_nll(
+            tokens.topk_logits[opener_index], tokens.teacher_topk_logits[opener_index], self.indirect_top_k
+        )
         divisor = {
             "mean": opener.sum(-1),
             "sum": torch.ones_like(opener[:, 0], dtype=torch.long),
-            "length": responses.mask.sum(-1),
+            "length": completions.mask.sum(-1),
         }
         per_row = divisor[self.indirect_reduction].clamp(min=1).unsqueeze(-1).expand_as(opener)
-        return (nll / responses.at(per_row)[inside]).sum()
+        return (nll / completions.at(per_row)[opener_index]).sum()
 
     def _resolve_opener_ratio(self, tokens: TokenStatistics, mask: Tensor, training: bool) -> float | Tensor:
         if not self.adaptive_opener:
@@ -145,37 +150,39 @@ class TSDKDObjective(TSDKDOptions, Objective):
         gap = difference.new_zeros(mask.shape).masked_scatter(mask, difference)
         lengths = mask.sum(-1)
         difficulty = torch.sigmoid(gap.double().sum(-1) / lengths.clamp(min=1))
-        window = self.window if training else self.window.copy()
+        difficulties = self.difficulties if training else self.difficulties.copy()
         ratios = []
         for value, length in torch.stack([difficulty, lengths.double()], dim=-1).tolist():
             if length > 0:
-                window.append(value)
-            ratios.append(adaptive_opener_ratio(sum(window) / len(window)) if window else self.opener_ratio)
+                difficulties.append(value)
+            ratios.append(
+                adaptive_opener_ratio(sum(difficulties) / len(difficulties)) if difficulties else self.opener_ratio
+            )
         return torch.tensor(ratios, dtype=torch.float64, device=mask.device)
 
     @torch.no_grad()
     def _metrics(
-        self, tokens: TokenStatistics, mask: Tensor, opener: Tensor, inside: Tensor
+        self, tokens: TokenStatistics, mask: Tensor, opener: Tensor, opener_index: Tensor
     ) -> dict[str, tuple[Tensor, Tensor]]:
-        lengths, responses = opener.sum(-1), mask.any(-1).sum()
+        lengths, completions = opener.sum(-1), mask.any(-1).sum()
         metrics = {
-            "opener/length": (lengths.sum(), responses),
-            "opener/share": ((lengths / mask.sum(-1).clamp(min=1)).sum(), responses),
+            "opener/length": (lengths.sum(), completions),
+            "opener/share": ((lengths / mask.sum(-1).clamp(min=1)).sum(), completions),
             "gate": mean_metric(self._compute_gate(tokens)),
         }
         if self.alpha != 0:
             # candidates are sorted: the student's favourite is the first
-            favourite = tokens.teacher_topk_logits[inside].argmax(-1)
-            metrics["opener/top1_agreement"] = mean_metric(favourite == 0)
+            teacher_choice = tokens.teacher_topk_logits[opener_index].argmax(-1)
+            metrics["opener/top1_agreement"] = mean_metric(teacher_choice == 0)
         return metrics
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs to continue."""
-        return {"window": list(self.window)}
+        return {"window": list(self.difficulties)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict()`."""
-        self.window = deque(state["window"], maxlen=5)
+        self.difficulties = deque(state["window"], maxlen=5)
 
 
 class TSDKDTrainer(TokenSelectiveTrainer):

@@ -43,30 +43,32 @@ class TSDKDReleasedConfig(TSDKDReleasedOptions, TSDKDDefaults):
 
 @dataclass
 class TSDKDReleasedObjective(TSDKDReleasedOptions, Objective):
-    """`Responses.mask` is a rectangle of completions and padding, `trained` what isn't padding (or end-of-sequence,
+    """`Completions.mask` is a rectangle of completions and padding, `trained` what isn't padding (or end-of-sequence,
     which is padding there)."""
 
     unit = "micro-batches"
 
-    def __call__(self, head: Head, responses: CompletionBatch) -> ObjectiveOutput:
+    def __call__(self, head: Head, completions: CompletionBatch) -> ObjectiveOutput:
         """See `Objective`."""
-        mask = responses.mask
-        trained = mask if responses.trained is None else responses.trained
-        inside = responses.at(trained)
-        valid_at = inside.nonzero().squeeze(-1)
-        kind = jsd(self.beta)
-        tokens = head(StatisticsRequest(entropy=True, teacher_entropy=True, divergence=kind, top_k=_NUM_CANDIDATES))
+        mask = completions.mask
+        trained = mask if completions.loss_mask is None else completions.loss_mask
+        in_sequence = completions.at(trained)
+        valid_at = in_sequence.nonzero().squeeze(-1)
+        divergence = jsd(self.beta)
+        tokens = head(
+            StatisticsRequest(entropy=True, teacher_entropy=True, divergence=divergence, top_k=_NUM_CANDIDATES)
+        )
         gate = entropy_gap_gate(tokens.entropy, tokens.teacher_entropy)
-        count = inside.sum().clamp(min=1)
+        count = in_sequence.sum().clamp(min=1)
         terms = {"direct": (gate * tokens.divergence)[valid_at].sum() / count}
         valid = tokens.entropy.detach()[valid_at].float()
-        opener = (responses.at(self._opener_columns(valid, mask)) & inside).nonzero().squeeze(-1)
+        opener = (completions.at(self._opener_columns(valid, mask)) & in_sequence).nonzero().squeeze(-1)
         terms["indirect"] = _reversed_plackett_luce_nll(tokens, opener).sum() / max(len(opener), 1)
         high = tokens.entropy.detach() >= (torch.quantile(valid, self.threshold) if len(valid) else torch.inf)
         terms["entropy"] = tokens.entropy.where(high, 0.0).sum() / high.sum().clamp(min=1)
         weights = {"direct": 1.0, "indirect": self.alpha, "entropy": 1.0}
         loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
-        return ObjectiveOutput(loss, terms, weights, common_metrics(tokens, responses))
+        return ObjectiveOutput(loss, terms, weights, common_metrics(tokens, completions))
 
     def _opener_columns(self, valid: Tensor, mask: Tensor) -> Tensor:
         """`[B, T]`: the first columns of the completions, as many as tokens of the flattened micro-batch stay below
@@ -96,19 +98,22 @@ class TSDKDReleasedTrainer(TokenSelectiveTrainer):
         width = int(batch["prompt_lengths"].max() + batch["completion_lengths"].max())
         ids = nn.functional.pad(batch["input_ids"], (0, width - batch["input_ids"].shape[1]))
         lengths = batch["prompt_lengths"] + batch["completion_lengths"]
-        inside = torch.arange(width, device=ids.device) < lengths.unsqueeze(-1)
-        batch["input_ids"], batch["attention_mask"] = ids.masked_fill(~inside, self._eos_token_id), inside.long()
+        in_sequence = torch.arange(width, device=ids.device) < lengths.unsqueeze(-1)
+        batch["input_ids"], batch["attention_mask"] = (
+            ids.masked_fill(~in_sequence, self._eos_token_id),
+            in_sequence.long(),
+        )
 
     def _position_mask(self, batch: Batch) -> Tensor:
         longest = batch["completion_lengths"].max()
         return completion_mask({**batch, "completion_lengths": longest.expand_as(batch["completion_lengths"])})
 
     def _completion_batch(self, batch: Batch, mask: Tensor, mode: str) -> CompletionBatch:
-        responses = super()._completion_batch(batch, mask, mode)
-        responses.trained = completion_mask(batch) & (batch["input_ids"][:, 1:] != self._eos_token_id)
-        return responses
+        completions = super()._completion_batch(batch, mask, mode)
+        completions.loss_mask = completion_mask(batch) & (batch["input_ids"][:, 1:] != self._eos_token_id)
+        return completions
 
     @property
     def _eos_token_id(self) -> int:
         end: int = self.pair.tokenizer.eos_token_id
-        return end if end is not None else min(self.stop_ids, default=0)
+        return end if end is not None else min(self.stop_token_ids, default=0)

@@ -49,10 +49,10 @@ class ModelPair:
     teacher_config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
     teacher_tokenizer: PreTrainedTokenizerBase
-    template: PreTrainedTokenizerBase
+    template_tokenizer: PreTrainedTokenizerBase
 
     @property
-    def context(self) -> int:
+    def context_length(self) -> int:
         """The longest sequence, tokens, that both models take."""
         configs = (self.student_config.get_text_config(), self.teacher_config.get_text_config())
         limits = [getattr(c, "max_position_embeddings", None) for c in configs]
@@ -83,23 +83,23 @@ def resolve_pair(
         ModelError: one of them can't be loaded.
         TokenizerMismatchError: the tokenizers differ.
     """
-    ours = ("model_name_or_path", _hub_kwargs(args, args.model_init_kwargs))
-    theirs = ("teacher_model_name_or_path", _hub_kwargs(args, args.teacher_model_init_kwargs))
+    student_source = ("model_name_or_path", _hub_kwargs(args, args.model_init_kwargs))
+    teacher_source = ("teacher_model_name_or_path", _hub_kwargs(args, args.teacher_model_init_kwargs))
     student_config, teacher_config = (
         load_config(model, field, **kwargs) if isinstance(model, str) else model.config
-        for model, (field, kwargs) in ((student, ours), (teacher, theirs))
+        for model, (field, kwargs) in ((student, student_source), (teacher, teacher_source))
     )
     if tokenizer is None:
-        tokenizer = load_tokenizer(get_model_id(student), ours[0], **ours[1])
+        tokenizer = load_tokenizer(get_model_id(student), student_source[0], **student_source[1])
     if teacher_tokenizer is None:
         # a teacher built in memory has no tokenizer of its own to compare with
         name = get_model_id(teacher)
-        teacher_tokenizer = load_tokenizer(name, theirs[0], **theirs[1]) if name else tokenizer
+        teacher_tokenizer = load_tokenizer(name, teacher_source[0], **teacher_source[1]) if name else tokenizer
     check_same_tokenizer(tokenizer, teacher_tokenizer)
-    _check_vocab_fits(tokenizer, student_config, ours[0])
-    _check_vocab_fits(teacher_tokenizer, teacher_config, theirs[0])
-    template = teacher_tokenizer if args.chat_template_source == "teacher" else tokenizer
-    return ModelPair(student_config, teacher_config, tokenizer, teacher_tokenizer, template)
+    _check_vocab_fits(tokenizer, student_config, student_source[0])
+    _check_vocab_fits(teacher_tokenizer, teacher_config, teacher_source[0])
+    template_tokenizer = teacher_tokenizer if args.chat_template_source == "teacher" else tokenizer
+    return ModelPair(student_config, teacher_config, tokenizer, teacher_tokenizer, template_tokenizer)
 
 
 def load_config(name: str, field: str, **kwargs: Any) -> PretrainedConfig:
@@ -171,10 +171,10 @@ def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTo
     Raises:
         TokenizerMismatchError: naming the first id that differs.
     """
-    ours, theirs = student.get_vocab(), teacher.get_vocab()
-    if ours == theirs:
+    student_source, teacher_source = student.get_vocab(), teacher.get_vocab()
+    if student_source == teacher_source:
         return
-    ours_by_id, theirs_by_id = ({i: t for t, i in vocab.items()} for vocab in (ours, theirs))
+    ours_by_id, theirs_by_id = ({i: t for t, i in vocab.items()} for vocab in (student_source, teacher_source))
     first = min(i for i in ours_by_id.keys() | theirs_by_id.keys() if ours_by_id.get(i) != theirs_by_id.get(i))
     raise TokenizerMismatchError(
         f"teacher_model_name_or_path: its tokenizer is not the student's: id {first} is {ours_by_id.get(first)!r} for "
@@ -202,7 +202,7 @@ def _hub_kwargs(args: TokenSelectiveConfig, init_kwargs: dict[str, Any] | None) 
 
 
 def _from_pretrained(
-    load: Callable[..., Any], name: str, field: str, what: str, shown: Any = None, **kwargs: Any
+    load: Callable[..., Any], name: str, field: str, what: str, init_kwargs: Any = None, **kwargs: Any
 ) -> Any:
     """`load(name)`, its many exceptions turned into one line that names the setting."""
     offline = None if os.path.exists(name) else offline_reason()
@@ -214,7 +214,9 @@ def _from_pretrained(
         elif not os.path.isdir(name) and _is_hub_error(error):
             reason = "no such folder here, and " + (f"no copy; {offline}" if offline else "the hub doesn't have it")
         else:
-            reason = " ".join(str(error).split())[:300] + (f" (with {_INIT_KWARGS[field]} {shown})" if shown else "")
+            reason = " ".join(str(error).split())[:300] + (
+                f" (with {_INIT_KWARGS[field]} {init_kwargs})" if init_kwargs else ""
+            )
         raise ModelError(f"{field}: no {what} in {name!r}: {reason}") from error
 
 

@@ -87,11 +87,11 @@ def _zero3_config(config: PretrainedConfig, dtype: torch.dtype, args: TokenSelec
 def _override_hf_deepspeed_config(config: dict[str, Any] | None, args: TokenSelectiveConfig) -> Iterator[None]:
     """`from_pretrained` shards what it loads by a global configuration, which is the student's: lend it another."""
     unset_hf_deepspeed_config()
-    lent = HfDeepSpeedConfig(config) if config else None  # alive until the model is loaded
+    hf_config = HfDeepSpeedConfig(config) if config else None  # alive until the model is loaded
     try:
         yield
     finally:
-        del lent
+        del hf_config
         unset_hf_deepspeed_config()
         own = getattr(args, "hf_deepspeed_config", None)  # of the argument `deepspeed`
         if own is not None:

@@ -51,11 +51,11 @@ def subsample_records(records: Sequence[StepRecord]) -> list[StepRecord]:
 
 def _pack_record(record: StepRecord, place: dict[int, int]) -> dict[str, Any]:
     columns = record.columns
-    look = np.vectorize(place.__getitem__, otypes=[np.uint32])
+    to_position = np.vectorize(place.__getitem__, otypes=[np.uint32])
     theirs = columns["candidate_teacher_logps"]
     parts: dict[str, np.ndarray] = {
-        "token": look(columns["token"]),
-        "candidates": look(columns["candidates"]),
+        "token": to_position(columns["token"]),
+        "candidates": to_position(columns["candidates"]),
         "student_share": np.round(1000 * np.exp(columns["candidate_logps"])).astype(np.uint16),
         "teacher_share": np.round(1000 * np.exp(theirs)).astype(np.uint16),
         "teacher_rank": np.argsort(np.argsort(-theirs, axis=1), axis=1).astype(np.uint8),

@@ -65,8 +65,8 @@ def reproduce(folder: Path, seeds: int, learning_rate: float, steps: int) -> Non
     table = Table(title=f"Top-1 changes in {steps} steps, learning rate {learning_rate}")
     for column in ("teacher", "temperature", "paper, 3 seeds", f"here, {seeds} seed{'s' if seeds > 1 else ''}"):
         table.add_column(column)
-    for name, found in runs.items():
-        counts = [toy.top1_changes for toy in found]
+    for name, results in runs.items():
+        counts = [toy.top1_changes for toy in results]
         spread = f" ± {np.std(counts, ddof=1):.1f}" if seeds > 1 else ""
         table.add_row(
             name, str(SCENARIO_TEMPERATURES[name]), PAPER_TOP1_CHANGES[name], f"{np.mean(counts):.1f}{spread}"
@@ -95,8 +95,8 @@ def _plot_rates(runs: dict[str, list[ToyResult]], folder: Path) -> Path:
 
     figure, axis = plt.subplots(figsize=(6, 3.2), layout="constrained")
     kernel = np.ones(_WINDOW) / _WINDOW
-    for (name, found), color in zip(runs.items(), _COLORS, strict=True):
-        curves = np.array([np.convolve(toy.top10_rates, kernel, mode="valid") for toy in found])
+    for (name, results), color in zip(runs.items(), _COLORS, strict=True):
+        curves = np.array([np.convolve(toy.top10_rates, kernel, mode="valid") for toy in results])
         steps = np.arange(curves.shape[1]) + _WINDOW
         axis.plot(steps, curves.mean(0), color=color, label=name)
         axis.fill_between(steps, curves.min(0), curves.max(0), color=color, alpha=0.15, lw=0)
@@ -115,10 +115,10 @@ def _plot_distributions(runs: dict[str, list[ToyResult]], folder: Path) -> Path:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    for axis, (name, found), color in zip(axes, runs.items(), _COLORS, strict=True):
-        order = np.argsort(-found[0].teacher)
-        axis.bar(range(VOCAB_SIZE), found[0].teacher[order], color="#c8d0d8", width=1.0, label="teacher")
-        axis.plot(range(VOCAB_SIZE), found[0].student[order], ".", color=color, label="student")
+    for axis, (name, results), color in zip(axes, runs.items(), _COLORS, strict=True):
+        order = np.argsort(-results[0].teacher)
+        axis.bar(range(VOCAB_SIZE), results[0].teacher[order], color="#c8d0d8", width=1.0, label="teacher")
+        axis.plot(range(VOCAB_SIZE), results[0].student[order], ".", color=color, label="student")
         axis.set_title(name, fontsize="medium")
         axis.set_xlabel("index, by the teacher's probability")
         axis.spines[["top", "right"]].set_visible(False)

@@ -51,8 +51,8 @@ class Sampler(Protocol):
 
     needs_weight_check: bool
 
-    def update(self, weights: Hashable) -> bool:
-        """Take over the student's weights, unless the last ones had the same `weights`, a name for them.
+    def update(self, weights_version: Hashable) -> bool:
+        """Take over the student's weights, unless the last ones had the same `weights_version`, a name for them.
 
         Returns:
             Whether weights were copied.
@@ -60,7 +60,7 @@ class Sampler(Protocol):
         ...
 
     def generate(
-        self, model: Any, prompts: Sequence[Sequence[int]], limits: Sequence[int], keys: Sequence[Key]
+        self, model: Any, prompts: Sequence[Sequence[int]], limits: Sequence[int], seed_keys: Sequence[Key]
     ) -> list[Completion]:
         """One completion for each prompt, in their order.
 

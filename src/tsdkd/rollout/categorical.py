@@ -29,8 +29,8 @@ def sample_tokens(logits: Tensor, uniform: Tensor, top_p: float = 1.0) -> tuple[
     block, share = _inverse_cdf(sums, uniform)
     places = block * _BLOCK + torch.arange(_BLOCK, device=probs.device)
     inside = probs.gather(-1, places.clamp(max=probs.shape[-1] - 1)).double() * (places < probs.shape[-1])
-    place, _ = _inverse_cdf(inside, share)
-    ids = (block * _BLOCK + place).clamp(max=probs.shape[-1] - 1)  # beyond it for logits that aren't finite
+    position, _ = _inverse_cdf(inside, share)
+    ids = (block * _BLOCK + position).clamp(max=probs.shape[-1] - 1)  # beyond it for logits that aren't finite
     return ids.squeeze(-1), (probs.gather(-1, ids).double() / sums.sum(-1, True)).log().squeeze(-1)
 
 
@@ -38,6 +38,6 @@ def _inverse_cdf(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """Where `uniform` of the total is passed, `[B, 1]`, and what share of that place's weight it is, `[B]`."""
     cumulative = weights.cumsum(-1)
     target = uniform.clamp(max=1 - 2**-52).unsqueeze(-1) * cumulative[:, -1:]  # always below the total
-    place = torch.searchsorted(cumulative, target, right=True).clamp(max=weights.shape[-1] - 1)
-    weight = weights.gather(-1, place)
-    return place, ((target - cumulative.gather(-1, place)) / weight + 1).clamp(min=0).squeeze(-1)
+    position = torch.searchsorted(cumulative, target, right=True).clamp(max=weights.shape[-1] - 1)
+    weight = weights.gather(-1, position)
+    return position, ((target - cumulative.gather(-1, position)) / weight + 1).clamp(min=0).squeeze(-1)

@@ -134,8 +134,8 @@ def sample_from_models(
     uniform = None
     if generators is not None:
         # drawn beforehand, each number from its own stream: the same on every device, whatever else is in the batch
-        drawn = [[torch.rand(longest, dtype=torch.float64, generator=g) for g in streams] for streams in generators]
-        uniform = torch.stack([torch.stack(numbers, dim=-1) for numbers in drawn]).to(device, non_blocking=True)
+        uniforms = [[torch.rand(longest, dtype=torch.float64, generator=g) for g in streams] for streams in generators]
+        uniform = torch.stack([torch.stack(numbers, dim=-1) for numbers in uniforms]).to(device, non_blocking=True)
     stop = frozenset(stop_ids)
     completions = [Completion([], False) for _ in prompts]
     rows = list(range(len(prompts)))  # the prompts that are still in the batch
@@ -144,7 +144,7 @@ def sample_from_models(
     caches: list[Any] = [None] * len(models)
     unread: list[Tensor] = []  # tokens that the host hasn't looked at
     every = 1 if device.type == "cpu" else _TOKENS_PER_SYNC
-    look = min(every, longest)
+    next_sync = min(every, longest)
     # without padding there is no mask: transformers would wait for the device to find that out
     padded = min(len(prompts[row]) for row in rows) < width
     for t in range(longest):
@@ -165,18 +165,18 @@ def sample_from_models(
         next_ids = choose(logits, None if uniform is None else uniform[:, t])
         unread.append(next_ids)
         input_ids = next_ids.unsqueeze(-1)
-        if t + 1 < look:
+        if t + 1 < next_sync:
             continue
         # the only place where the host waits for the device
-        growing = _append_tokens(torch.stack(unread, dim=-1).tolist(), rows, completions, limits, stop)
+        unfinished = _append_tokens(torch.stack(unread, dim=-1).tolist(), rows, completions, limits, stop)
         unread.clear()
-        if not growing:
+        if not unfinished:
             break
-        look = min(t + 1 + every, max(limits[rows[place]] for place in growing))
-        if len(growing) <= 0.875 * len(rows):  # not at every finish: selecting copies the whole cache
-            rows = [rows[place] for place in growing]
+        next_sync = min(t + 1 + every, max(limits[rows[position]] for position in unfinished))
+        if len(unfinished) <= 0.875 * len(rows):  # not at every finish: selecting copies the whole cache
+            rows = [rows[position] for position in unfinished]
             padded = min(len(prompts[row]) for row in rows) < width
-            keep = torch.tensor(growing).to(device, non_blocking=True)
+            keep = torch.tensor(unfinished).to(device, non_blocking=True)
             input_ids, attention_mask, position_ids = (x[keep] for x in (input_ids, attention_mask, position_ids))
             uniform = None if uniform is None else uniform[keep]
             for cache in caches:
@@ -193,17 +193,17 @@ def _append_tokens(
 ) -> list[int]:
     """Append the next tokens of `rows` to their completions, up to the end of each; the places of those that haven't
     ended."""
-    growing = []
-    for place, row in enumerate(rows):
+    unfinished = []
+    for position, row in enumerate(rows):
         completion = completions[row]
-        for token in tokens[place]:
+        for token in tokens[position]:
             if completion.stopped or len(completion.ids) == limits[row]:
                 break
             completion.ids.append(token)
             completion.stopped = token in stop
         if not completion.stopped and len(completion.ids) < limits[row]:
-            growing.append(place)
-    return growing
+            unfinished.append(position)
+    return unfinished
 
 
 def _mark_compileable(cache: Any) -> Any:

@@ -50,18 +50,18 @@ class RunArguments:
     notes: list[str]
 
 
-def parse_arguments(config: str | None, flags: Sequence[str], trains: bool = True) -> RunArguments:
+def parse_arguments(config: str | None, flags: Sequence[str], do_train: bool = True) -> RunArguments:
     """The run that a YAML file and flags ask for; one that isn't trained may want a GPU that isn't here. Raises
     `ConfigError`."""
     if config is None and not flags:
         raise ConfigError(["--config: missing; name a YAML file or a shipped preset (`tsdkd configs` lists them)"])
-    arguments = parse_args_and_config(config, flags, trains)
+    arguments = parse_args_and_config(config, flags, do_train)
     for note in arguments.notes:
         print_rank_0(note)
     return arguments
 
 
-def parse_args_and_config(config: str | None, flag_names: Sequence[str], trains: bool = True) -> RunArguments:
+def parse_args_and_config(config: str | None, flag_names: Sequence[str], do_train: bool = True) -> RunArguments:
     """Read `config` (a path or a preset's name) and the flags that override it.
 
     Args:
@@ -75,7 +75,7 @@ def parse_args_and_config(config: str | None, flag_names: Sequence[str], trains:
     bf16 = [name for name in ("bf16", "bf16_full_eval") if values[name]]
     if not bf16 or values["use_cpu"] or is_torch_bf16_gpu_available():
         return _build_run_arguments(method, values, explicit_values, flag_names, notes)
-    if trains:
+    if do_train:
         here = "this GPU has none" if torch.accelerator.is_available() else "no GPU is visible"
         on_cpu = "--use_cpu true --bf16 false"
         raise ConfigError([f"{', '.join(bf16)}: needs a GPU with bfloat16, and {here}; on a CPU: {on_cpu}"])
@@ -128,8 +128,8 @@ def resolve_run_values(
 def _build_run_arguments(
     method: str, values: dict[str, Any], explicit_values: dict[str, Any], flag_names: Sequence[str], notes: list[str]
 ) -> RunArguments:
-    def build(cls: type, left_out: str = "") -> Any:
-        return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in explicit_values and f.name != left_out})
+    def build(cls: type, excluded: str = "") -> Any:
+        return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in explicit_values and f.name != excluded})
 
     classes = (METHODS[method].config_class, ModelConfig, DataArguments, LaunchArguments)
     try:
@@ -195,9 +195,9 @@ def _drop_unused_vllm_options(
     if not from_flags.keys() & {"use_vllm", "vllm_mode", "lmbda", "method"}:
         return []
     of_file = [key for key in explicit_values if key.removeprefix("use_").startswith("vllm") and key not in from_flags]
-    pointless, dropped = get_rules(cls)[1], []
+    no_effect_rules, dropped = get_rules(cls)[1], []
     for key in sorted(of_file):  # use_vllm comes first, on which the others depend
-        if not values["use_vllm"] or (key in pointless and pointless[key][0](values)):
+        if not values["use_vllm"] or (key in no_effect_rules and no_effect_rules[key][0](values)):
             del explicit_values[key]
             values[key] = get_default(cls, key)
             dropped.append(key)

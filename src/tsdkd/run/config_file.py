@@ -60,19 +60,19 @@ _UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG,
 
 def read_flags(flags: Sequence[str], problems: list[str]) -> dict[str, Any]:
     """`--key value`, `--key=value`, `--key` (true), `--key a b` (a list); dashes in keys count as underscores."""
-    given: dict[str, Any] = {}
+    flag_values: dict[str, Any] = {}
     current: str | None = None
     for token in flags:
         if token.startswith("--"):
             name, equals, value = token[2:].partition("=")
             current = name.replace("-", "_")
-            given[current] = [value] if equals else []
+            flag_values[current] = [value] if equals else []
         elif current is None:
             hint = f"; did you mean --config {token}?" if token.endswith((".yaml", ".yml")) else ""
             problems.append(f"{token!r}: expected a --key before it{hint}")
         else:
-            given[current].append(token)
-    return {k: True if not v else v[0] if len(v) == 1 else v for k, v in given.items()}
+            flag_values[current].append(token)
+    return {k: True if not v else v[0] if len(v) == 1 else v for k, v in flag_values.items()}
 
 
 def resolve_path(value: Any) -> Any:

@@ -38,7 +38,7 @@ def dry_run(arguments: RunArguments, processes: int | None = None) -> None:
         console.print(_summary_table(known))  # what can be said without the hub
         raise
     console.print(_summary_table({**known, **_summarize_datasets(arguments, processes, pair, prepared)}))
-    example = pair.template.decode(prepared["train"][0]["prompt_ids"])
+    example = pair.template_tokenizer.decode(prepared["train"][0]["prompt_ids"])
     console.print("first prompt, as the student sees it:", example, sep="\n", markup=False, highlight=False)
 
 
@@ -48,7 +48,7 @@ def _prepare_datasets(arguments: RunArguments) -> tuple[ModelPair, dict[str, Dat
     set_model_init_kwargs(arguments)
     pair = resolve_pair(str(arguments.model_args.model_name_or_path), teacher_name_or_path(arguments), training)
     prepared = {
-        name: prepare_dataset(rows, pair.template, training, pair.context, training.needs_completions)
+        name: prepare_dataset(rows, pair.template_tokenizer, training, pair.context_length, training.needs_completions)
         for name, rows in (("train", train_rows), ("eval", eval_rows))
         if rows is not None
     }
@@ -62,7 +62,7 @@ def _summarize_config(arguments: RunArguments, processes: int, checkpoint: str |
         "method": arguments.method,
         "global batch": f"{training.per_device_train_batch_size} x {training.gradient_accumulation_steps} accumulated "
         f"x {processes} processes = {_global_batch_size(training, processes)}",
-        "completions": training.completions,
+        "completions": training.completions_source,
         **_summarize_rollouts(training, processes),
         "output": f"{training.output_dir}{f', resuming from {checkpoint}' if checkpoint else ''}",
     }

@@ -66,14 +66,14 @@ def require_empty_dir(folder: Path) -> None:
 
 
 @contextmanager
-def wrap_os_errors(path: Path, field: str = "output_dir", done: str = "written or read") -> Iterator[None]:
+def wrap_os_errors(path: Path, field: str = "output_dir", action: str = "written or read") -> Iterator[None]:
     """What the system says of a file, or of a disk that is full, in one line. Raises `OutputDirError`."""
     try:
         yield
     except TSDKDError:  # some are an OSError too
         raise
     except OSError as error:
-        raise OutputDirError(f"{field}: {path} can't be {done}: {error.strerror or error}") from error
+        raise OutputDirError(f"{field}: {path} can't be {action}: {error.strerror or error}") from error
 
 
 def _validate_dir(folder: Path) -> None:
@@ -91,24 +91,24 @@ def resolve_resume(arguments: RunArguments) -> str | None:
         ResumeError: there is nothing to resume from, or a run of another configuration.
     """
     training = arguments.training_args
-    folder, asked = Path(str(training.output_dir)), _resume_setting(arguments)
+    folder, resume_setting = Path(str(training.output_dir)), _resume_setting(arguments)
     _validate_dir(folder)
     present = {path.name for path in folder.iterdir()} - {_TMP_RUN_CONFIG_NAME} if folder.is_dir() else set()
     if present and RUN_CONFIG_NAME not in present:
         raise OutputDirError(
             f"output_dir: {folder} holds files that aren't tsdkd's ({min(present)}, …); choose another"
         )
-    resumes = _is_resuming(arguments)
-    if present and not resumes:
+    is_resuming = _is_resuming(arguments)
+    if present and not is_resuming:
         raise OutputDirError(
             f"output_dir: {folder} holds an earlier run; continue it with --resume true, or choose another"
         )
     if changes := _describe_changes(arguments, folder) if present else "":
         raise OutputDirError(f"output_dir: {folder} holds another run: {changes}; choose another directory")
-    if not resumes:
+    if not is_resuming:
         return None
-    if asked.lower() not in ("true", "false"):
-        return _resolve_checkpoint(arguments, Path(asked), folder)
+    if resume_setting.lower() not in ("true", "false"):
+        return _resolve_checkpoint(arguments, Path(resume_setting), folder)
     if training.resume and not checkpoint.list_checkpoints(folder):
         if has_final_model(folder):
             raise OutputDirError(

@@ -19,11 +19,11 @@ def train(arguments: RunArguments) -> TokenSelectiveTrainer:
         NonFiniteError, CheckpointError, EngineError: in mid-run; the last checkpoint is as it was.
         TSDKDError: before anything is written.
     """
-    started = int(os.environ.get(LAUNCHED) or arguments.training_args.world_size)
-    if started != arguments.training_args.world_size:
+    num_launched = int(os.environ.get(LAUNCHED) or arguments.training_args.world_size)
+    if num_launched != arguments.training_args.world_size:
         raise ConfigError(
             [
-                f"num_processes: {started} were started, yet this one knows of {arguments.training_args.world_size}: each "
+                f"num_processes: {num_launched} were started, yet this one knows of {arguments.training_args.world_size}: each "
                 "would train alone; without a GPU set use_cpu: true"
             ]
         )
@@ -33,7 +33,7 @@ def train(arguments: RunArguments) -> TokenSelectiveTrainer:
         trainer.accelerator.wait_for_everyone()  # the run's first file says that all of them are watching
         write_run_config(arguments)
         trainer.train(resume_from_checkpoint=checkpoint)
-    if trainer.preemption.stopped:
+    if trainer.preemption.is_preempted:
         raise PreemptedError(
             f"stopped by a signal after step {trainer.state.global_step}, the checkpoint is saved; continue with "
             "--resume true"

@@ -18,7 +18,7 @@ from ..lm_head.fused import FusedHead, compute_dtype
 from ..lm_head.projection import Projection
 from ..lm_head.statistics import Head, StatisticsRequest, TokenStatistics
 
-Answer = TypeVar("Answer")
+Output = TypeVar("Output")
 _FUSED_HEAD_HINT = "set fused_head: false, which computes whole logits"
 
 
@@ -34,7 +34,7 @@ class HeadForward:
     def __init__(self, accelerator: Accelerator, args: TokenSelectiveConfig, vocab_size: int) -> None:
         self.accelerator, self.args, self.vocab_size = accelerator, args, vocab_size
         self._redirect = _ForwardRedirection()
-        self._proven: WeakSet[nn.Module] = WeakSet()
+        self._checked: WeakSet[nn.Module] = WeakSet()
 
     @torch.no_grad()
     def teacher_forward(self, model: nn.Module, batch: dict[str, Tensor], index: Tensor) -> "TeacherOutput":
@@ -49,11 +49,11 @@ class HeadForward:
         model: nn.Module,
         batch: dict[str, Tensor],
         index: Tensor,
-        question: Callable[[Head], Answer],
+        head_fn: Callable[[Head], Output],
         teacher: "TeacherOutput | None" = None,
         loss_in_forward: bool = True,
-    ) -> Answer:
-        """`question` of the head over the model's predictions at N positions.
+    ) -> Output:
+        """`head_fn` of the head over the model's predictions at N positions.
 
         Args:
             model: as it is wrapped for training.
@@ -68,24 +68,24 @@ class HeadForward:
         """
         if not self.args.fused_head:
             states = None if teacher is None else teacher.states
-            return question(DenseHead(self._logits(model, batch, index), states))
+            return head_fn(DenseHead(self._logits(model, batch, index), states))
         unwrapped = self.accelerator.unwrap_model(model)
-        kind: list[type[Answer]] = []
+        kind: list[type[Output]] = []
 
         def run_head(hidden: Tensor) -> dict[str, Any]:
             with ExitStack() as stack:
-                answer = question(self._make_fused_head(stack, unwrapped, hidden, teacher, loss_in_forward))
-            kind.append(type(answer))
-            return vars(answer)  # DDP and DeepSpeed look for tensors in plain containers only
+                output = head_fn(self._make_fused_head(stack, unwrapped, hidden, teacher, loss_in_forward))
+            kind.append(type(output))
+            return vars(output)  # DDP and DeepSpeed look for tensors in plain containers only
 
-        def inside(input_ids: Tensor) -> dict[str, Any]:
+        def forward_fn(input_ids: Tensor) -> dict[str, Any]:
             hidden = self._hidden(unwrapped, {**batch, "input_ids": input_ids}, index)
             with self.accelerator.autocast():
                 return self._forward_as_output_layer(unwrapped, run_head, hidden)
 
         # as the wrapper's forward: DDP arms its gradient reduction there. On CUDA it moves what it is given to its
         # device first, and fails where it is given nothing.
-        fields = self._redirect(model, unwrapped, inside, batch["input_ids"])
+        fields = self._redirect(model, unwrapped, forward_fn, batch["input_ids"])
         return kind[0](**fields)
 
     @torch.no_grad()
@@ -95,9 +95,9 @@ class HeadForward:
         """`request` of a model in eval mode, without gradients; `forward` says what the arguments are."""
         was_training = model.training
         model.eval()
-        answer = self.forward(model, batch, index, lambda head: head(request))
+        output = self.forward(model, batch, index, lambda head: head(request))
         model.train(was_training)
-        return answer
+        return output
 
     def _make_fused_head(
         self,
@@ -138,10 +138,10 @@ class HeadForward:
     def _hidden(self, model: PreTrainedModel, batch: dict[str, Tensor], index: Tensor) -> Tensor:
         """`[N, H]`, the last hidden states."""
         with self.accelerator.autocast():
-            if model not in self._proven:
+            if model not in self._checked:
                 self._check_logits(model, batch["input_ids"][:1, :8])
                 torch.clear_autocast_cache()  # older torches keep casts of weights that were made without a gradient
-                self._proven.add(model)
+                self._checked.add(model)
             return _select_positions(index, _forward_backbone(model, batch["input_ids"], batch.get("attention_mask")))
 
     @torch.no_grad()

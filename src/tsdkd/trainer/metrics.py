@@ -17,7 +17,7 @@ class _TimedBlock:
 
     tokens: float
     ends: tuple[Any, Any]
-    without: "list[_TimedBlock]"
+    excluded: "list[_TimedBlock]"
 
     @property
     def seconds(self) -> float:
@@ -27,7 +27,7 @@ class _TimedBlock:
         else:
             end.synchronize()
             whole = start.elapsed_time(end) / 1000
-        return whole - sum(span.seconds for span in self.without)
+        return whole - sum(span.seconds for span in self.excluded)
 
 
 class MetricAccumulator:
@@ -36,13 +36,13 @@ class MetricAccumulator:
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
         self._sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-        self._peaks: dict[str, float] = {}
+        self._maxima: dict[str, float] = {}
         self._spans: dict[str, list[_TimedBlock]] = defaultdict(list)
 
     def add(self, name: str, total: float, count: float) -> None:
         """Add to a metric's sum and count."""
         if name.endswith("/max"):
-            self._peaks[name] = max(total, self._peaks.get(name, total))
+            self._maxima[name] = max(total, self._maxima.get(name, total))
             return
         sums = self._sums[name]
         sums[0] += total
@@ -71,7 +71,7 @@ class MetricAccumulator:
             for span in spans:
                 self.add(name, span.tokens, span.seconds)
         self._spans.clear()
-        names, peaks = sorted(self._sums), sorted(self._peaks)
+        names, peaks = sorted(self._sums), sorted(self._maxima)
         if not names:
             return {}
         device = self._accelerator.device
@@ -79,8 +79,8 @@ class MetricAccumulator:
         sums = self._accelerator.reduce(local, reduction="sum").tolist()
         found = {name: total / count for name, (total, count) in zip(names, sums, strict=True) if count > 0}
         if peaks:
-            largest = self._accelerator.gather(torch.tensor([[self._peaks[n] for n in peaks]], device=device))
+            largest = self._accelerator.gather(torch.tensor([[self._maxima[n] for n in peaks]], device=device))
             found |= dict(zip(peaks, largest.amax(0).tolist(), strict=True))
         self._sums.clear()
-        self._peaks.clear()
+        self._maxima.clear()
         return found

@@ -17,7 +17,7 @@ class NonFiniteGuard:
 
     Args:
         accelerator: the run's.
-        folder: where the responses of a bad step are written.
+        folder: where the completions of a bad step are written.
         allowed: how many bad steps are left out before the run stops.
         decode: token ids -> text.
 
@@ -25,14 +25,21 @@ class NonFiniteGuard:
         skipped: how many have been left out.
     """
 
-    def __init__(self, accelerator: Accelerator, folder: Path, allowed: int, decode: Callable[[Any], str]) -> None:
-        self.accelerator, self.folder, self.allowed, self.decode = accelerator, folder, allowed, decode
-        self.skipped = 0
-        self._seen: list[tuple[dict[str, Any], Tensor]] = []
+    def __init__(
+        self, accelerator: Accelerator, output_dir: Path, max_nonfinite_steps: int, decode: Callable[[Any], str]
+    ) -> None:
+        self.accelerator, self.output_dir, self.max_nonfinite_steps, self.decode = (
+            accelerator,
+            output_dir,
+            max_nonfinite_steps,
+            decode,
+        )
+        self.num_skipped = 0
+        self._micro_batches: list[tuple[dict[str, Any], Tensor]] = []
 
     def add_micro_batch(self, batch: dict[str, Any], loss: Tensor) -> None:
         """Remember a micro-batch and its loss until the step ends; nothing waits for the device."""
-        self._seen.append((batch, loss.detach().isfinite()))
+        self._micro_batches.append((batch, loss.detach().isfinite()))
 
     def is_step_finite(self, grad_norm: float | Tensor, step: int) -> bool:
         """Whether the step may be taken; all processes must ask.
@@ -44,7 +51,7 @@ class NonFiniteGuard:
         Raises:
             NonFiniteError: it may not, and no more are allowed.
         """
-        seen, self._seen = self._seen, []
+        seen, self._micro_batches = self._micro_batches, []
         flags = torch.stack(
             [ok for _, ok in seen] + [torch.as_tensor(grad_norm, device=self.accelerator.device).isfinite()]
         )
@@ -52,25 +59,25 @@ class NonFiniteGuard:
         counts = self.accelerator.reduce(torch.stack([bad_losses, bad_norms]), reduction="sum").tolist()
         if not any(counts):
             return True
-        path = self.folder / f"nonfinite_step_{step}_process_{self.accelerator.process_index}.jsonl"
+        path = self.output_dir / f"nonfinite_step_{step}_process_{self.accelerator.process_index}.jsonl"
         # with finite losses, any response of the step may have the gradient that isn't
         suspects = [batch for (batch, _), ok in zip(seen, flags[:-1].tolist(), strict=True) if not (ok and counts[0])]
         if suspects:
             self._write(path, suspects)
-        self.skipped += 1
+        self.num_skipped += 1
         what = f"the loss of {counts[0]} micro-batches" if counts[0] else "the gradient"
-        text = f"step {step}: {what} is not finite; the responses are in {path.parent}/nonfinite_step_{step}_*.jsonl"
-        if self.skipped > self.allowed:
+        text = f"step {step}: {what} is not finite; the completions are in {path.parent}/nonfinite_step_{step}_*.jsonl"
+        if self.num_skipped > self.max_nonfinite_steps:
             raise NonFiniteError(
                 f"{text}; the step was not taken. Resume with max_nonfinite_steps to leave such steps out, or start "
                 "from the last checkpoint's weights, in a new output_dir, with a lower learning_rate"
             )
-        self.accelerator.print(f"{text}; left out ({self.skipped} of {self.allowed})", flush=True)
+        self.accelerator.print(f"{text}; left out ({self.num_skipped} of {self.max_nonfinite_steps})", flush=True)
         return False
 
     def _write(self, path: Path, batches: list[dict[str, Any]]) -> None:
         """A row a response: its place in the data set, prompt and completion."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.output_dir.mkdir(parents=True, exist_ok=True)
         with path.open("w", encoding="utf-8") as file:
             for batch in batches:
                 columns = (batch[k].tolist() for k in ("input_ids", "prompt_lengths"))

@@ -26,9 +26,9 @@ class ScoredRolloutTrainer(TokenSelectiveTrainer):
             self._score_policy(model, batch, index, sampled) if self.objective.needs_old_per_token_logps else {}
         )
         with self._time_teacher(batch, mode):
-            wanted = StatisticsRequest(entropy=True, top_k=self.objective.teacher_top_k, ids=sampled)
-            teacher = self.heads.compute_statistics(self.teacher_model, batch, index, wanted)
-        batch["answers"] = vars(
+            request = StatisticsRequest(entropy=True, top_k=self.objective.teacher_top_k, ids=sampled)
+            teacher = self.head_forward.compute_statistics(self.teacher_model, batch, index, request)
+        batch["scores"] = vars(
             RolloutScores(
                 teacher_entropy=teacher.entropy,
                 teacher_per_token_logps=teacher.logps.squeeze(-1),
@@ -45,11 +45,13 @@ class ScoredRolloutTrainer(TokenSelectiveTrainer):
         An engine has told them, unless it samples from a nucleus: no forward pass is needed.
         """
         sampling_per_token_logps = batch.get("sampling_per_token_logps")
-        corrected = getattr(self.args, "vllm_importance_sampling_correction", False)
-        if sampling_per_token_logps is not None and not corrected and self.args.top_p == 1.0:
+        corrects_sampling = getattr(self.args, "vllm_importance_sampling_correction", False)
+        if sampling_per_token_logps is not None and not corrects_sampling and self.args.top_p == 1.0:
             return {"old_per_token_logps": sampling_per_token_logps}
-        logps = self.heads.compute_statistics(model, batch, index, StatisticsRequest(ids=sampled)).logps.squeeze(-1)
-        if sampling_per_token_logps is None or not corrected:
+        logps = self.head_forward.compute_statistics(
+            model, batch, index, StatisticsRequest(ids=sampled)
+        ).logps.squeeze(-1)
+        if sampling_per_token_logps is None or not corrects_sampling:
             return {"old_per_token_logps": logps}
         weights = (logps - sampling_per_token_logps).exp().clamp(max=self.args.vllm_importance_sampling_clip_max)
         return {"old_per_token_logps": logps, "importance": weights}

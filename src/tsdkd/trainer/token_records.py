@@ -44,7 +44,7 @@ class RecordedCompletion:
 
 @torch.no_grad()
 def compute_token_records(
-    heads: HeadForward, student: nn.Module, teacher: nn.Module, batch: dict[str, Tensor], kind: Divergence
+    heads: HeadForward, student: nn.Module, teacher: nn.Module, batch: dict[str, Tensor], divergence: Divergence
 ) -> dict[str, Tensor]:
     """What both models say at the N completion tokens of a batch, on the CPU.
 
@@ -61,25 +61,33 @@ def compute_token_records(
     sampled = target_ids(batch, index).unsqueeze(-1)
     was_training = student.training
     student.eval()
-    both = StatisticsRequest(entropy=True, teacher_entropy=True, divergence=kind, top_k=NUM_CANDIDATES, ids=sampled)
-    ours = heads.forward(student, batch, index, lambda head: head(both), heads.teacher_forward(teacher, batch, index))
-    ids = torch.cat([sampled, ours.topk_ids], dim=-1)
-    theirs = heads.compute_statistics(teacher, batch, index, StatisticsRequest(top_k=MASS_TOP_K[-1], ids=ids))
-    top = theirs.topk_ids[:, :FORWARD_KL_TOP_K]
-    at_theirs = heads.compute_statistics(student, batch, index, StatisticsRequest(ids=top)).logps
+    both = StatisticsRequest(
+        entropy=True, teacher_entropy=True, divergence=divergence, top_k=NUM_CANDIDATES, ids=sampled
+    )
+    student_statistics = heads.forward(
+        student, batch, index, lambda head: head(both), heads.teacher_forward(teacher, batch, index)
+    )
+    ids = torch.cat([sampled, student_statistics.topk_ids], dim=-1)
+    teacher_statistics = heads.compute_statistics(
+        teacher, batch, index, StatisticsRequest(top_k=MASS_TOP_K[-1], ids=ids)
+    )
+    top = teacher_statistics.topk_ids[:, :FORWARD_KL_TOP_K]
+    student_logps_at_teacher_topk = heads.compute_statistics(student, batch, index, StatisticsRequest(ids=top)).logps
     student.train(was_training)
-    masses = theirs.topk_logps.exp().cumsum(-1)
+    masses = teacher_statistics.topk_logps.exp().cumsum(-1)
     columns = {
         "token": sampled[:, 0],
-        "student_entropy": ours.entropy,
-        "teacher_entropy": ours.teacher_entropy,
-        "student_logp": ours.logps[:, 0],
-        "teacher_logp": theirs.logps[:, 0],
-        "divergence": ours.divergence,
-        "forward_kl": forward_kl_on(at_theirs, theirs.topk_logps[:, :FORWARD_KL_TOP_K]),
-        "candidates": ours.topk_ids,
-        "candidate_logps": ours.topk_logps,
-        "candidate_teacher_logps": theirs.logps[:, 1:],
+        "student_entropy": student_statistics.entropy,
+        "teacher_entropy": student_statistics.teacher_entropy,
+        "student_logp": student_statistics.logps[:, 0],
+        "teacher_logp": teacher_statistics.logps[:, 0],
+        "divergence": student_statistics.divergence,
+        "forward_kl": forward_kl_on(
+            student_logps_at_teacher_topk, teacher_statistics.topk_logps[:, :FORWARD_KL_TOP_K]
+        ),
+        "candidates": student_statistics.topk_ids,
+        "candidate_logps": student_statistics.topk_logps,
+        "candidate_teacher_logps": teacher_statistics.logps[:, 1:],
         "teacher_mass": torch.stack([masses[:, min(k, masses.shape[1]) - 1] for k in MASS_TOP_K], dim=-1),
     }
     return {name: values.detach().cpu() for name, values in columns.items()}
@@ -106,12 +114,12 @@ def write_token_records(
     arrays |= {name: _to_arrow(values) for name, values in columns.items()}
     ids = {i for sample in samples for i in (*sample.prompt, *sample.completion)}
     ids |= set(columns["candidates"].flatten().tolist())
-    about = {
+    metadata = {
         "step": step,
         "samples": [{"index": s.index, "prompt": s.prompt} for s in samples],
         "texts": {i: _decode_in_context(i, decode) for i in sorted(ids)},  # so that nobody needs the tokenizer
     }
-    table = pa.table(arrays).replace_schema_metadata({"tsdkd": json.dumps(about)})
+    table = pa.table(arrays).replace_schema_metadata({"tsdkd": json.dumps(metadata)})
     path = folder / RECORDS_DIR / f"step-{step:08d}.parquet"
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_suffix(".new")
@@ -156,10 +164,10 @@ class TokenRecorder:
 
 def _to_arrow(values: Tensor) -> pa.Array:
     """Ids as int32, everything else as float32; lists of a fixed size as float16 where nobody needs more."""
-    kind = pa.float32() if values.is_floating_point() else pa.int32()
+    divergence = pa.float32() if values.is_floating_point() else pa.int32()
     numbers = values.float() if values.is_floating_point() else values.int()
     if values.ndim == 1:
-        return pa.array(numbers.numpy(), kind)
+        return pa.array(numbers.numpy(), divergence)
     if values.is_floating_point():
-        kind, numbers = pa.float16(), numbers.half()
-    return pa.FixedSizeListArray.from_arrays(pa.array(numbers.flatten().numpy(), kind), values.shape[1])
+        divergence, numbers = pa.float16(), numbers.half()
+    return pa.FixedSizeListArray.from_arrays(pa.array(numbers.flatten().numpy(), divergence), values.shape[1])

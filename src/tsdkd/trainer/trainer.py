@@ -104,8 +104,8 @@ class TokenSelectiveTrainer(CheckpointMixin, GKDTrainer):
             eval_dataset = self._tokenize_dataset(eval_dataset, args)
         if isinstance(model, str):
             model = load_student(model, args)
-        asked = self.objective.needs_teacher_distribution or self.objective.needs_rollout_scores
-        if isinstance(teacher_model, str) and asked:
+        needs_teacher = self.objective.needs_teacher_distribution or self.objective.needs_rollout_scores
+        if isinstance(teacher_model, str) and needs_teacher:
             teacher_model = load_teacher(teacher_model, self.pair.teacher_config, args)
 
         # `GKDTrainer.__init__` would refuse differently padded vocabularies: its parent's is called, and what it does
@@ -125,25 +125,25 @@ class TokenSelectiveTrainer(CheckpointMixin, GKDTrainer):
         self.model_accepts_loss_kwargs = True  # the loss is divided by the global count, never by accumulation too
         if args.disable_dropout:
             disable_dropout_in_model(self.model)
-        self.stop_ids = self._set_stop_token_ids(teacher_model)
+        self.stop_token_ids = self._set_stop_token_ids(teacher_model)
         self.teacher_name = get_model_id(teacher_model)
-        if asked:
+        if needs_teacher:
             self.teacher_model = prepare_teacher(teacher_model, self.accelerator, args)
 
-        self.heads = HeadForward(self.accelerator, args, self.pair.shared_vocab_size)
-        self.recorder = TokenRecorder(self.heads, args, self.pair.tokenizer.decode)
+        self.head_forward = HeadForward(self.accelerator, args, self.pair.shared_vocab_size)
+        self.token_recorder = TokenRecorder(self.head_forward, args, self.pair.tokenizer.decode)
         self.sampler = self._make_sampler()
-        self.guard = NonFiniteGuard(
+        self.nonfinite_guard = NonFiniteGuard(
             self.accelerator, Path(args.output_dir), args.max_nonfinite_steps, self.pair.tokenizer.decode
         )
         self.preemption = PreemptionCallback(self.accelerator)
         self.add_callback(self.preemption)
-        self.means = {mode: MetricAccumulator(self.accelerator) for mode in ("train", "eval")}
-        self._windows: deque[list[Batch]] = deque()  # rolled out, not yet trained on
-        self._already_rolled_out = 0  # batches that the data loader will yield again after a resume
-        self._first_of_step = False
-        self._loads = 0  # how often the weights changed otherwise than by a step
-        self._samples: list[CompletionSample] = []
+        self.metric_accumulators = {mode: MetricAccumulator(self.accelerator) for mode in ("train", "eval")}
+        self._rollout_buffer: deque[list[Batch]] = deque()  # rolled out, not yet trained on
+        self._batches_to_skip = 0  # batches that the data loader will yield again after a resume
+        self._is_first_micro_batch = False
+        self._load_count = 0  # how often the weights changed otherwise than by a step
+        self._completion_samples: list[CompletionSample] = []
 
     # What a trainer of a method may decide
 
@@ -156,13 +156,13 @@ class TokenSelectiveTrainer(CheckpointMixin, GKDTrainer):
 
     def _completion_batch(self, batch: Batch, mask: Tensor, mode: str) -> CompletionBatch:
         """A micro-batch as the objective sees it."""
-        answers, index = batch.get("answers"), token_index(mask)
+        scores, index = batch.get("scores"), token_index(mask)
         return CompletionBatch(
             mask,
             ids=target_ids(batch, index),
-            training=mode == "train",
+            is_training=mode == "train",
             sampling_per_token_logps=batch.get("sampling_per_token_logps"),
-            answers=None if answers is None else RolloutScores(**answers),
+            scores=None if scores is None else RolloutScores(**scores),
             index=index,
         )
 
@@ -187,7 +187,9 @@ class TokenSelectiveTrainer(CheckpointMixin, GKDTrainer):
             return {name: self._tokenize_dataset(part, args) for name, part in rows.items()}
         if "prompt_ids" in rows.column_names:
             return rows
-        return prepare_dataset(rows, self.pair.template, args, self.pair.context, args.needs_completions)
+        return prepare_dataset(
+            rows, self.pair.template_tokenizer, args, self.pair.context_length, args.needs_completions
+        )
 
     def _set_stop_token_ids(self, teacher: str | PreTrainedModel) -> set[int]:
         """Where a completion ends. The saved student gets them, and the template it was trained with, too."""
@@ -205,12 +207,14 @@ class TokenSelectiveTrainer(CheckpointMixin, GKDTrainer):
 
     def _make_sampler(self) -> Sampler:
         args = self.args
-        sampling = SamplingConfig(frozenset(self.stop_ids), self.pair.shared_vocab_size, args.temperature, args.top_p)
+        sampling = SamplingConfig(
+            frozenset(self.stop_token_ids), self.pair.shared_vocab_size, args.temperature, args.top_p
+        )
         if not args.use_vllm:
             return HuggingFaceSampler(self.accelerator, sampling, args.gradient_checkpointing_kwargs)
         from ..rollout.vllm.sampler import VLLMSampler  # vLLM is an extra
 
-        longest = max_sequence_length(args, self.pair.context)
+        longest = max_sequence_length(args, self.pair.context_length)
         if args.vllm_mode == "colocate":
             self.accelerator.print("starting vLLM's engine, which takes a minute or two", flush=True)
         return VLLMSampler(self.model, self.accelerator, args, sampling, self.pair.tokenizer, longest)
@@ -220,13 +224,13 @@ class TokenSelectiveTrainer(CheckpointMixin, GKDTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], Tensor | None]:
-        """The next accumulation window, rolled out, and the number of responses or tokens in the global batch."""
+        """The next accumulation window, rolled out, and the number of completions or tokens in the global batch."""
         if self.state.global_step >= self.state.max_steps:  # resumed at its end; `Trainer` would take a step more
             self.control.should_training_stop = True
             return [], None
-        deque(islice(epoch_iterator, self._already_rolled_out), maxlen=0)
-        self._already_rolled_out = 0
-        if not self._windows:
+        deque(islice(epoch_iterator, self._batches_to_skip), maxlen=0)
+        self._batches_to_skip = 0
+        if not self._rollout_buffer:
             steps = max(1, min(self.steps_per_rollout, self.state.max_steps - self.state.global_step))
             size = self.args.gradient_accumulation_steps
             rows = list(islice(epoch_iterator, num_batches if steps == 1 else size * steps))
@@ -236,13 +240,13 @@ class TokenSelectiveTrainer(CheckpointMixin, GKDTrainer):
             some = rows[: size * -(-len(sizes) // epochs)]
             batches = self._roll_out(self.model_wrapped, some, self.state.global_step, "train")
             windows = [batches[i : i + size] for i in range(0, len(batches), size)] * epochs
-            self._windows.extend(window[:n] for window, n in zip(windows, sizes, strict=False))
+            self._rollout_buffer.extend(window[:n] for window, n in zip(windows, sizes, strict=False))
             for batch in batches[size:]:
                 batch.pop("sampling_per_token_logps", None)  # the student will have moved on from them
-        if not self._windows:
+        if not self._rollout_buffer:
             return [], None
-        window = self._windows.popleft()
-        self._first_of_step = True
+        window = self._rollout_buffer.popleft()
+        self._is_first_micro_batch = True
         count = torch.tensor(sum(self._count_units(batch) for batch in window)).to(device, non_blocking=True)
         return window, self.accelerator.reduce(count, reduction="sum")
 
@@ -251,11 +255,13 @@ class TokenSelectiveTrainer(CheckpointMixin, GKDTrainer):
         if not rows:
             return []
         prompts, completions = self._select_completions(model, rows, step, mode)
-        self.means[mode].add("completions/mean_length", sum(len(c.ids) for c in completions), len(completions))
-        if self.recorder.is_due(step, mode):
+        self.metric_accumulators[mode].add(
+            "completions/mean_length", sum(len(c.ids) for c in completions), len(completions)
+        )
+        if self.token_recorder.is_due(step, mode):
             indices = [i for batch in rows for i in batch["index"]]
             samples = [RecordedCompletion(i, p, c.ids) for i, p, c in zip(indices, prompts, completions, strict=True)]
-            self.recorder.record(model, self.teacher_model, samples, step)
+            self.token_recorder.record(model, self.teacher_model, samples, step)
 
         batches, position = [], 0
         for batch in rows:
@@ -277,17 +283,19 @@ class TokenSelectiveTrainer(CheckpointMixin, GKDTrainer):
     ) -> list[Completion]:
         indices = [i for batch in rows for i in batch["index"]]
         limits = [limit for batch in rows for limit in batch["limit"]]
-        means = self.means[mode]
+        metric_accumulators = self.metric_accumulators[mode]
         start = time.perf_counter()
-        if self.sampler.update((self.state.global_step, self._loads)):
-            means.add("speed/weight_sync_seconds", time.perf_counter() - start, 1)
+        if self.sampler.update((self.state.global_step, self._load_count)):
+            metric_accumulators.add("speed/weight_sync_seconds", time.perf_counter() - start, 1)
         start = time.perf_counter()
         completions = self.sampler.generate(model, prompts, limits, [(self.args.seed, step, i) for i in indices])
-        means.add("speed/rollout_tokens_per_second", sum(len(c.ids) for c in completions), time.perf_counter() - start)
+        metric_accumulators.add(
+            "speed/rollout_tokens_per_second", sum(len(c.ids) for c in completions), time.perf_counter() - start
+        )
         if self.sampler.needs_weight_check:
-            check_engine_weights(self.heads, self.accelerator, model, prompts, completions, self.args.top_p)
+            check_engine_weights(self.head_forward, self.accelerator, model, prompts, completions, self.args.top_p)
             self.sampler.needs_weight_check = False
-        means.add("completions/eos_share", sum(c.stopped for c in completions), len(completions))
+        metric_accumulators.add("completions/eos_share", sum(c.stopped for c in completions), len(completions))
         self._log_completions(prompts, completions, [a for b in rows for a in b.get("answer", [])], mode)
         return completions
 
@@ -295,21 +303,23 @@ class TokenSelectiveTrainer(CheckpointMixin, GKDTrainer):
         self, prompts: list[list[int]], completions: list[Completion], answers: list[str], mode: str
     ) -> None:
         """Accuracy (evaluation only: decoding costs) and the table of completions."""
-        wanted = completions if mode == "eval" and answers else completions[:5] if self.args.log_completions else []
+        to_decode = completions if mode == "eval" and answers else completions[:5] if self.args.log_completions else []
         decode = self.pair.tokenizer.decode
-        texts = [decode(c.ids, skip_special_tokens=True) for c in wanted]
+        texts = [decode(c.ids, skip_special_tokens=True) for c in to_decode]
         if mode == "eval" and answers:
             right = sum(is_exact_match(text, str(answer)) for text, answer in zip(texts, answers, strict=True))
-            self.means[mode].add("accuracy", right, len(answers))
+            self.metric_accumulators[mode].add("accuracy", right, len(answers))
         if self.args.log_completions:
-            shown = list(zip(prompts, wanted, texts, strict=False))[:5]
-            self._samples = [CompletionSample(decode(p), text, len(c.ids), c.stopped) for p, c, text in shown]
+            shown = list(zip(prompts, to_decode, texts, strict=False))[:5]
+            self._completion_samples = [
+                CompletionSample(decode(p), text, len(c.ids), c.stopped) for p, c, text in shown
+            ]
 
     # Loss
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | None = None) -> Tensor:
         """One micro-batch, forward and backward. `GKDTrainer`'s own would roll out again."""
-        with self.means["train"].track_throughput(
+        with self.metric_accumulators["train"].track_throughput(
             "speed/student_tokens_per_second", inputs["num_tokens"], excluding="speed/teacher_tokens_per_second"
         ):
             return super(GKDTrainer, self).training_step(model, inputs, num_items_in_batch)
@@ -319,58 +329,61 @@ class TokenSelectiveTrainer(CheckpointMixin, GKDTrainer):
     ) -> Tensor:
         """This process's share of the global mean, times the number of processes (DDP and ZeRO average gradients)."""
         mode = "eval" if num_items_in_batch is None else "train"
-        responses = self._completion_batch(inputs, self._position_mask(inputs), mode)
+        completions = self._completion_batch(inputs, self._position_mask(inputs), mode)
         log_terms = mode == "train" and self._should_log_term_gradients()
-        output = self._compute_objective(model, inputs, responses, mode, loss_in_forward=not log_terms)
+        output = self._compute_objective(model, inputs, completions, mode, loss_in_forward=not log_terms)
         units = self._count_units(inputs)
         # one transfer to the host for all of them: each would wait for the device
         sums = [value for pair in output.metrics.values() for value in pair]
         sums += [term.detach() for term in (*output.terms.values(), output.loss)]
         numbers = iter(torch.stack([value.double() for value in sums]).tolist())
         for name in output.metrics:
-            self.means[mode].add(name, next(numbers), next(numbers))
+            self.metric_accumulators[mode].add(name, next(numbers), next(numbers))
         for name in output.terms:
-            self.means[mode].add(f"loss/{name}", next(numbers), units)
+            self.metric_accumulators[mode].add(f"loss/{name}", next(numbers), units)
         if num_items_in_batch is None:
-            self.means[mode].add("loss", next(numbers), units)
+            self.metric_accumulators[mode].add("loss", next(numbers), units)
             return output.loss / max(units, 1)
-        self.guard.add_micro_batch(inputs, output.loss)
+        self.nonfinite_guard.add_micro_batch(inputs, output.loss)
         if log_terms:
             self._log_term_gradients(model, output, units)
         return output.loss * (self.accelerator.num_processes / num_items_in_batch.clamp(min=1))
 
     def _compute_objective(
-        self, model: nn.Module, batch: Batch, responses: CompletionBatch, mode: str, loss_in_forward: bool
+        self, model: nn.Module, batch: Batch, completions: CompletionBatch, mode: str, loss_in_forward: bool
     ) -> ObjectiveOutput:
-        teacher, index = None, responses.index
+        teacher, index = None, completions.index
         assert index is not None
         if self.objective.needs_teacher_distribution:
             with self._time_teacher(batch, mode):
-                teacher = self.heads.teacher_forward(self.teacher_model, batch, index)
-        return self.heads.forward(
-            model, batch, index, lambda head: self.objective(head, responses), teacher, loss_in_forward
+                teacher = self.head_forward.teacher_forward(self.teacher_model, batch, index)
+        return self.head_forward.forward(
+            model, batch, index, lambda head: self.objective(head, completions), teacher, loss_in_forward
         )
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Trainer's last call before the optimizer's step. DeepSpeed has then left out a step that isn't finite."""
         grad_norm = super()._get_grad_norm(model, grad_norm)
         scaled = self.accelerator.mixed_precision == "fp16"  # overflows belong to it, its scaler leaves them out
-        if not self.guard.is_step_finite(0.0 if scaled else grad_norm, self.state.global_step + 1) and not scaled:
+        if (
+            not self.nonfinite_guard.is_step_finite(0.0 if scaled else grad_norm, self.state.global_step + 1)
+            and not scaled
+        ):
             self.optimizer.zero_grad()
         return grad_norm
 
     def _count_units(self, batch: Batch) -> int:
         lengths: list[int] = batch["lengths"]
-        responses = sum(length > 0 for length in lengths)
-        counts = {"responses": responses, "tokens": sum(lengths), "micro-batches": min(responses, 1)}
+        completions = sum(length > 0 for length in lengths)
+        counts = {"completions": completions, "tokens": sum(lengths), "micro-batches": min(completions, 1)}
         return counts[self.objective.unit]
 
     def _time_teacher(self, batch: Batch, mode: str) -> AbstractContextManager[None]:
-        return self.means[mode].track_throughput("speed/teacher_tokens_per_second", batch["num_tokens"])
+        return self.metric_accumulators[mode].track_throughput("speed/teacher_tokens_per_second", batch["num_tokens"])
 
     def _should_log_term_gradients(self) -> bool:
         every = self.args.log_term_gradients
-        first, self._first_of_step = self._first_of_step, False
+        first, self._is_first_micro_batch = self._is_first_micro_batch, False
         sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled  # no whole gradient to look at
         return not sharded and first and every > 0 and self.state.global_step % every == 0
 
@@ -382,7 +395,9 @@ class TokenSelectiveTrainer(CheckpointMixin, GKDTrainer):
             gradients = torch.autograd.grad(weighted, parameters, retain_graph=True, allow_unused=True)
             norms = [g.float().norm() for g in gradients if g is not None]
             del gradients  # as large as the student: the next term's must not come beside them
-            self.means["train"].add(f"grad_norm/{name}", float(torch.stack(norms).norm()) if norms else 0.0, 1)
+            self.metric_accumulators["train"].add(
+                f"grad_norm/{name}", float(torch.stack(norms).norm()) if norms else 0.0, 1
+            )
 
     # Evaluation and logging
 
@@ -401,7 +416,7 @@ class TokenSelectiveTrainer(CheckpointMixin, GKDTrainer):
         """Trainer's loop; its metrics become sums over all processes, divided once."""
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         output.metrics.update(
-            {f"{metric_key_prefix}_{k}": v for k, v in self.means["eval"].reduce_and_reset().items()}
+            {f"{metric_key_prefix}_{k}": v for k, v in self.metric_accumulators["eval"].reduce_and_reset().items()}
         )
         return output
 
@@ -416,35 +431,35 @@ class TokenSelectiveTrainer(CheckpointMixin, GKDTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the method's metrics to a training log line."""
         if "loss" in logs:
-            logs.update(self.means["train"].reduce_and_reset())
-            if self._samples and self.accelerator.is_main_process:
-                print_completions(self._samples, self.state.global_step)
+            logs.update(self.metric_accumulators["train"].reduce_and_reset())
+            if self._completion_samples and self.accelerator.is_main_process:
+                print_completions(self._completion_samples, self.state.global_step)
         super().log(logs, start_time)
 
     # Checkpoints
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """See `Resumable.train`."""
-        self._loads += 1  # steps are counted from 0 again, or from a checkpoint's
+        self._load_count += 1  # steps are counted from 0 again, or from a checkpoint's
         return super().train(*args, **kwargs)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        self._loads += 1
+        self._load_count += 1
 
     def _get_extra_state(self) -> dict[str, Any]:
-        state = {"objective": self.objective.state_dict(), "windows": list(self._windows)}
-        return {"rows": self._train_dataset_hash, "skipped": self.guard.skipped, **state}
+        state = {"objective": self.objective.state_dict(), "windows": list(self._rollout_buffer)}
+        return {"rows": self._train_dataset_hash, "skipped": self.nonfinite_guard.num_skipped, **state}
 
     def _set_extra_state(self, state: dict[str, Any]) -> None:
         if state["rows"] != self._train_dataset_hash:
             raise ResumeError(
                 "resume: train_dataset (dataset_name) has other rows, or other tokens of them, than at the checkpoint"
             )
-        self.guard.skipped = state["skipped"]
+        self.nonfinite_guard.num_skipped = state["skipped"]
         self.objective.load_state_dict(state["objective"])
-        self._windows = deque(state["windows"])
-        self._already_rolled_out = sum(len(window) for window in self._windows)
+        self._rollout_buffer = deque(state["windows"])
+        self._batches_to_skip = sum(len(window) for window in self._rollout_buffer)
 
     @cached_property
     def _train_dataset_hash(self) -> str:

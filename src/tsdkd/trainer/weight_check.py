@@ -40,12 +40,12 @@ def check_engine_weights(
     batch = {name: value.to(accelerator.device) for name, value in batch.items()}
     index = token_index(completion_mask(batch))
     sampled = target_ids(batch, index).unsqueeze(-1)
-    ours = heads.compute_statistics(model, batch, index, StatisticsRequest(ids=sampled, top_k=1))
-    theirs = torch.tensor([logp for _, c in chosen for logp in c.logps or []], device=index.device)
-    difference = (ours.logps.squeeze(-1) - theirs).abs().mean()
-    tolerance = 2 * 2**-7 * ours.topk_logits.abs().mean() - math.log(top_p)
-    found = torch.stack([difference, tolerance]).float() if len(theirs) else torch.tensor([0.0, 1.0])
-    for difference, tolerance in accelerator.gather(found.to(index.device)).view(-1, 2).tolist():
+    student_statistics = heads.compute_statistics(model, batch, index, StatisticsRequest(ids=sampled, top_k=1))
+    engine_logps = torch.tensor([logp for _, c in chosen for logp in c.logps or []], device=index.device)
+    difference = (student_statistics.logps.squeeze(-1) - engine_logps).abs().mean()
+    tolerance = 2 * 2**-7 * student_statistics.topk_logits.abs().mean() - math.log(top_p)
+    gathered = torch.stack([difference, tolerance]).float() if len(engine_logps) else torch.tensor([0.0, 1.0])
+    for difference, tolerance in accelerator.gather(gathered.to(index.device)).view(-1, 2).tolist():
         if not difference <= tolerance:
             raise EngineError(
                 "the engine doesn't sample from the student's weights: its log-probabilities differ by "

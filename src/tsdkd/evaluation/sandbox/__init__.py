@@ -62,29 +62,35 @@ def run_program(program: str, limits: ResourceLimits = ResourceLimits()) -> Prog
     Raises:
         SandboxError: the machine doesn't allow it to be locked in; the program wasn't run.
     """
-    word = secrets.token_hex(16)
-    program += f'\n\nimport os as _os\n_os.write(3, b"{word}")\n'  # an early exit(0) isn't success
-    with tempfile.TemporaryDirectory() as root, tempfile.TemporaryFile() as said, tempfile.TemporaryFile() as errors:
+    end_marker = secrets.token_hex(16)
+    program += f'\n\nimport os as _os\n_os.write(3, b"{end_marker}")\n'  # an early exit(0) isn't success
+    with (
+        tempfile.TemporaryDirectory() as root,
+        tempfile.TemporaryFile() as stdout_file,
+        tempfile.TemporaryFile() as stderr_file,
+    ):
         command = [sys.executable, "-I", "-S", str(_JAIL_SCRIPT)]
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=said, stderr=errors, env={}, cwd="/")
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=stdout_file, stderr=stderr_file, env={}, cwd="/"
+        )
         try:
             process.communicate(
                 json.dumps(_build_jail_spec(program, root, limits)).encode(), timeout=limits.timeout_seconds
             )
-            stopped = ""
+            stop_reason = ""
         except subprocess.TimeoutExpired:
             process.kill()  # and with it all that it has started
             process.wait()
-            stopped = f"stopped after {limits.timeout_seconds} s"
-        said.seek(0)
-        locked_in, _, end = said.read(100).decode(errors="replace").partition("\n")
-        errors.seek(max(0, errors.seek(0, os.SEEK_END) - 4096))
-        lines = errors.read().decode(errors="replace").strip().splitlines()
+            stop_reason = f"stopped after {limits.timeout_seconds} s"
+        stdout_file.seek(0)
+        locked_in, _, end = stdout_file.read(100).decode(errors="replace").partition("\n")
+        stderr_file.seek(max(0, stderr_file.seek(0, os.SEEK_END) - 4096))
+        lines = stderr_file.read().decode(errors="replace").strip().splitlines()
     last_line = lines[-1] if lines else f"exit code {process.returncode}"
-    if locked_in != "locked in" and not stopped:
+    if locked_in != "locked in" and not stop_reason:
         raise SandboxError(f"programs can't be locked in on this machine: {last_line}")
-    passed = end == word and process.returncode == 0 and not stopped
-    return ProgramResult(passed, "" if passed else stopped or last_line[:200])
+    passed = end == end_marker and process.returncode == 0 and not stop_reason
+    return ProgramResult(passed, "" if passed else stop_reason or last_line[:200])
 
 
 def _build_jail_spec(program: str, root: str, limits: ResourceLimits) -> dict[str, Any]:

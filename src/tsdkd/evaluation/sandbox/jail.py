@@ -99,11 +99,11 @@ def _die_with_parent() -> None:
 
 def _enter_namespaces() -> None:
     """Root makes the namespaces as root; anyone else in a user namespace, in which nobody is he himself."""
-    spaces = sum(_NAMESPACE_FLAGS.values())
+    namespaces = sum(_NAMESPACE_FLAGS.values())
     uid, gid = os.geteuid(), os.getegid()
-    if uid == 0 and _libc.unshare(spaces) == 0:
+    if uid == 0 and _libc.unshare(namespaces) == 0:
         return
-    _call_libc("unshare", spaces | _CLONE_NEWUSER)  # also root of a container, who may not do the other
+    _call_libc("unshare", namespaces | _CLONE_NEWUSER)  # also root of a container, who may not do the other
     for name, text in (("setgroups", "deny"), ("uid_map", f"{NOBODY} {uid} 1"), ("gid_map", f"{NOBODY} {gid} 1")):
         with open(f"/proc/self/{name}", "w") as file:
             file.write(text)
@@ -149,20 +149,20 @@ def _pivot_root(root: str, interpreter: str, disk: int) -> None:
     os.chdir("/")
 
 
-def _bind_mount(path: str, inside: str) -> None:
+def _bind_mount(path: str, target: str) -> None:
     """The same path, read-only."""
-    os.makedirs(os.path.dirname(inside), exist_ok=True)
+    os.makedirs(os.path.dirname(target), exist_ok=True)
     if os.path.islink(path):
-        os.symlink(os.readlink(path), inside)
+        os.symlink(os.readlink(path), target)
         return
     if os.path.isdir(path):
-        os.mkdir(inside)
+        os.mkdir(target)
     else:
-        open(inside, "w").close()
-    _mount(path, inside, None, _BIND | _REC)
-    kept = sum(flag for bit, flag in _STATVFS_TO_MOUNT.items() if os.statvfs(inside).f_flag & bit)
+        open(target, "w").close()
+    _mount(path, target, None, _BIND | _REC)
+    kept = sum(flag for bit, flag in _STATVFS_TO_MOUNT.items() if os.statvfs(target).f_flag & bit)
     device = path.startswith("/dev/")
-    _mount(None, inside, None, _BIND | _REMOUNT | _NOSUID | kept | (0 if device else _RDONLY | _NODEV))
+    _mount(None, target, None, _BIND | _REMOUNT | _NOSUID | kept | (0 if device else _RDONLY | _NODEV))
 
 
 def _mount(source: str | None, target: str, kind: str | None, flags: int, data: str | None = None) -> None:

@@ -20,7 +20,7 @@ from vllm.sampling_params import RequestOutputKind
 from .cpu_draw import SeededLogitsProcessor, pop_logps, seeded_sampling_params
 
 _MAX_LOGIT_BIASES = 1024  # vLLM's limit for a request
-_tickets = itertools.count()
+_draw_ids = itertools.count()
 
 
 def extra_engine_args() -> dict[str, Any]:
@@ -28,7 +28,7 @@ def extra_engine_args() -> dict[str, Any]:
     return {"logits_processors": [SeededLogitsProcessor]} if current_platform.is_cpu() else {}
 
 
-def start_engine(name: str, revision: str | None, args: TokenSelectiveConfig, longest: int) -> LLM:
+def start_engine(name: str, revision: str | None, args: TokenSelectiveConfig, max_model_length: int) -> LLM:
     """An engine that holds a model of its own. Raises `EngineError`."""
     with wrap_engine_errors("vLLM can't start", args):
         return LLM(
@@ -36,7 +36,7 @@ def start_engine(name: str, revision: str | None, args: TokenSelectiveConfig, lo
             revision=revision,
             tensor_parallel_size=args.vllm_tensor_parallel_size,
             gpu_memory_utilization=args.vllm_gpu_memory_utilization,
-            max_model_len=longest,
+            max_model_len=max_model_length,
             model_impl=args.vllm_model_impl,
             trust_remote_code=args.trust_remote_code,
             logprobs_mode="processed_logprobs",
@@ -56,26 +56,26 @@ def iter_completions(
         requests: `prompt` (token ids), `max_tokens` and `seed`.
         sampling: how completions are drawn.
     """
-    engine, tickets = llm.llm_engine, [f"{next(_tickets)}" for _ in requests]
+    engine, draw_ids = llm.llm_engine, [f"{next(_draw_ids)}" for _ in requests]
     with wrap_engine_errors("vLLM failed in a rollout"):
-        for position, (request, ticket) in enumerate(zip(requests, tickets, strict=True)):
+        for position, (request, draw_id) in enumerate(zip(requests, draw_ids, strict=True)):
             prompt = {"prompt_token_ids": request["prompt"]}
-            engine.add_request(str(position), prompt, _sampling_params(request, ticket, llm, sampling))
+            engine.add_request(str(position), prompt, _sampling_params(request, draw_id, llm, sampling))
         while engine.has_unfinished_requests():
             for finished in engine.step():
                 position, (output,) = int(finished.request_id), finished.outputs
                 ids = list(output.token_ids)
                 if output.logprobs is None:
-                    logps = pop_logps(tickets[position], len(ids))
+                    logps = pop_logps(draw_ids[position], len(ids))
                 else:
                     logps = [at[i].logprob for i, at in zip(ids, output.logprobs, strict=True)]
                 yield position, Completion(ids, output.finish_reason == "stop", logps)
 
 
-def _sampling_params(request: dict[str, Any], ticket: str, llm: LLM, sampling: SamplingConfig) -> SamplingParams:
+def _sampling_params(request: dict[str, Any], draw_id: str, llm: LLM, sampling: SamplingConfig) -> SamplingParams:
     common: dict[str, Any] = {"detokenize": False, "output_kind": RequestOutputKind.FINAL_ONLY}
     if current_platform.is_cpu():
-        return seeded_sampling_params(ticket, request["seed"], request["max_tokens"], sampling, **common)
+        return seeded_sampling_params(draw_id, request["seed"], request["max_tokens"], sampling, **common)
     parameters = shared_sampling_params(sampling, llm.model_config.get_vocab_size())
     own = {"max_tokens": request["max_tokens"], "seed": request["seed"]}
     return SamplingParams(logprobs=0, **own, **parameters, **common)

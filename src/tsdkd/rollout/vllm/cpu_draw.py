@@ -73,11 +73,11 @@ class SeededLogitsProcessor(LogitsProcessor):
         requests = [self.requests[place] for place in places]
         positions = [len(request.output_ids) for request in requests]
         uniform = [request.uniform[position] for request, position in zip(requests, positions, strict=True)]
-        some = logits if len(places) == len(logits) else logits[places]
-        some = some[:, : self.sampling.vocab_size]
+        active_logits = logits if len(places) == len(logits) else logits[places]
+        active_logits = active_logits[:, : self.sampling.vocab_size]
         if self.sampling.temperature != 1.0:
-            some = some / self.sampling.temperature
-        ids, logps = sample_tokens(some, torch.tensor(uniform, dtype=torch.float64), self.sampling.top_p)
+            active_logits = active_logits / self.sampling.temperature
+        ids, logps = sample_tokens(active_logits, torch.tensor(uniform, dtype=torch.float64), self.sampling.top_p)
         for request, position, logp in zip(requests, positions, logps.tolist(), strict=True):
             _logps[request.ticket][position] = logp
         logits[places, ids] = torch.inf

@@ -61,8 +61,8 @@ class VLLMSampler(vllm_generation.VLLMGeneration):
         self.sampling = sampling
         self.args = args
         self.needs_weight_check = False
-        self._weights: Hashable = None  # those that the engine holds
-        self._syncs = 0
+        self._synced_version: Hashable = None  # those that the engine holds
+        self._sync_count = 0
         self._llm_weights_sleeping = False  # TRL's, which sets it where an engine can sleep
         super().__init__(
             model=model,
@@ -126,13 +126,13 @@ class VLLMSampler(vllm_generation.VLLMGeneration):
     def update(self, weights: Hashable) -> bool:
         """See `Sampler`. A sleeping engine has lost its weights and takes the same ones again."""
         asleep = self.mode == "colocate" and self._llm_weights_sleeping
-        if weights == self._weights and not asleep:
+        if weights == self._synced_version and not asleep:
             return False
         self.sync_weights()
-        if weights != self._weights:
-            self.needs_weight_check = self._syncs % self.args.vllm_check_every == 0
-            self._syncs += 1
-        self._weights = weights
+        if weights != self._synced_version:
+            self.needs_weight_check = self._sync_count % self.args.vllm_check_every == 0
+            self._sync_count += 1
+        self._synced_version = weights
         return True
 
     def sync_weights(self) -> None:
@@ -200,27 +200,27 @@ class VLLMSampler(vllm_generation.VLLMGeneration):
     def _generate_server(self, requests: list[dict[str, Any]]) -> list[Completion]:
         counts = gather_object([len(requests)])
         parameters = shared_sampling_params(self.sampling, self.model.config.get_text_config().vocab_size)
-        everyones = gather_object([request | parameters for request in requests])
+        all_requests = gather_object([request | parameters for request in requests])
         completions: list[Completion] = self._run_on_main_process(
-            lambda: _sort_by_position(self.vllm_client.complete(everyones))
+            lambda: _sort_by_position(self.vllm_client.complete(all_requests))
         )
         before = sum(counts[: self.accelerator.process_index])
         return completions[before : before + len(requests)]
 
     def _generate_colocate(self, requests: list[dict[str, Any]]) -> list[Completion]:
-        mine = slice(None)
+        local_slice = slice(None)
         if self.tensor_parallel_size > 1:  # the engines of a group work on the requests of all its processes
             gathered: list[Any] = [None] * self.tensor_parallel_size
             torch.distributed.all_gather_object(gathered, requests, group=self.tp_group)
             before = sum(len(part) for part in gathered[: torch.distributed.get_rank(group=self.tp_group)])
-            mine = slice(before, before + len(requests))
+            local_slice = slice(before, before + len(requests))
             requests = [request for part in gathered for request in part]
             if is_peft_model(self.model) and self.accelerator.device.type == "cuda":
                 # as in TRL: the small all-reduce of the adapters' gradients may still be under way
                 torch.distributed.barrier(device_ids=[self.accelerator.local_process_index])
         if self.enable_sleep_mode:
             self.llm.wake_up(tags=["kv_cache"])
-        completions = _sort_by_position(iter_completions(self.llm, requests, self.sampling))[mine]
+        completions = _sort_by_position(iter_completions(self.llm, requests, self.sampling))[local_slice]
         if self.enable_sleep_mode:
             self.llm.sleep(level=2)
             self._llm_weights_sleeping = True

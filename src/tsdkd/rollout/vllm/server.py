@@ -17,8 +17,8 @@ from ..base import Completion
 _CONNECTIONS = 256  # requests in flight: vLLM's usual batch
 
 
-def connect_to_server(args: TokenSelectiveConfig, longest: int, name: str | None = None) -> "RolloutClient":
-    """The client of the server that the `vllm_server_…` settings name, which must take `longest` tokens.
+def connect_to_server(args: TokenSelectiveConfig, max_model_length: int, name: str | None = None) -> "RolloutClient":
+    """The client of the server that the `vllm_server_…` settings name, which must take `max_model_length` tokens.
 
     Args:
         name: the model that it must serve, where its weights aren't replaced.
@@ -30,10 +30,10 @@ def connect_to_server(args: TokenSelectiveConfig, longest: int, name: str | None
     client = RolloutClient(base_url, args.vllm_group_port, args.vllm_server_timeout, args.vllm_request_timeout)
     served = client._get(f"{base_url}/v1/models")["data"][0]
     context, root = served.get("max_model_len"), str(served.get("root") or served["id"])
-    if context is not None and context < longest:
+    if context is not None and context < max_model_length:
         raise EngineError(
-            f"max_length: a prompt and its completion may have {longest} tokens, the vLLM server at {base_url} takes "
-            f"{context}; start it with --max-model-len {longest}, or set vllm_max_model_length: {context}"
+            f"max_length: a prompt and its completion may have {max_model_length} tokens, the vLLM server at {base_url} takes "
+            f"{context}; start it with --max-model-len {max_model_length}, or set vllm_max_model_length: {context}"
         )
     if name is not None and Path(root).name != Path(name).name:
         raise EngineError(f"vllm_server_base_url: the server at {base_url} serves {root}, not {name}")
@@ -64,14 +64,14 @@ class RolloutClient(VLLMClient):
         EngineError: here and in every method: no server, no answer, or one that isn't a success.
     """
 
-    def __init__(self, base_url: str, group_port: int, patience: float, deadline: float) -> None:
-        self.deadline = deadline
-        super().__init__(base_url=base_url, group_port=group_port, connection_timeout=patience)
+    def __init__(self, base_url: str, group_port: int, connection_timeout: float, request_timeout: float) -> None:
+        self.request_timeout = request_timeout
+        super().__init__(base_url=base_url, group_port=group_port, connection_timeout=connection_timeout)
 
     def check_server(self, total_timeout: float = 0.0, retry_interval: float = 1.0) -> None:
         """Wait until the server is up. TRL's constructor calls this between making its session and using it."""
         for scheme in ("http://", "https://"):
-            self.session.mount(scheme, _TimeoutAdapter(self.deadline))
+            self.session.mount(scheme, _TimeoutAdapter(self.request_timeout))
         end = time.monotonic() + total_timeout
         while True:
             try:
@@ -98,7 +98,7 @@ class RolloutClient(VLLMClient):
             response = self.session.request(method, url, **kwargs)
         except requests.Timeout as error:
             raise EngineError(
-                f"the vLLM server at {self.base_url} didn't answer {path} in {self.deadline:g} s "
+                f"the vLLM server at {self.base_url} didn't answer {path} in {self.request_timeout:g} s "
                 "(vllm_request_timeout)"
             ) from error
         except requests.RequestException as error:
