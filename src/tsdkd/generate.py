@@ -18,6 +18,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from .config.base import TokenSelectiveConfig
 from .data import prepare_dataset, resolve_columns, split_prompt_completion
 from .errors import ConfigError, OutputDirError
+from .files import wrap_os_errors
 from .models.loading import (
     ModelPair,
     collect_stop_token_ids,
@@ -31,7 +32,6 @@ from .rollout.seeding import prompt_generator, prompt_seed
 from .rollout.vllm import require_vllm
 from .run.arguments import RunArguments
 from .run.build import load_datasets, set_model_init_kwargs
-from .run.output_dir import wrap_os_errors
 
 ROLES = {"teacher": "teacher_model_name_or_path", "student": "model_name_or_path"}
 _PROGRESS_INTERVAL = 10.0  # seconds

@@ -8,13 +8,13 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 
 from ..data import pad_sequences, prepare_dataset
+from ..files import require_empty_dir, wrap_os_errors
 from ..losses import jsd
 from ..models.loading import collect_stop_token_ids, load_frozen_model, resolve_pair
 from ..rollout.hf import sample_completions
 from ..rollout.seeding import prompt_generator
 from ..run.arguments import RunArguments
 from ..run.build import load_datasets, set_model_init_kwargs
-from ..run.output_dir import require_empty_dir, wrap_os_errors
 from ..trainer.forward import HeadForward
 from ..trainer.token_records import RecordedCompletion, compute_token_records, write_token_records
 

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from ..errors import DataError
 from ..evaluation.results import find_results
-from ..run.output_dir import ensure_dir
+from ..files import ensure_dir
 from ..trainer.token_records import RECORDS_DIR
 from . import pass_at_k
 from .figures import FIGURES, plot_figure

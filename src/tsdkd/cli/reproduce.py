@@ -38,8 +38,8 @@ def main(argv: Sequence[str]) -> int:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise ConfigError(["eopd-toy's plots need matplotlib; pip install 'tsdkd[report]'"]) from error
+    from ..files import ensure_dir
     from ..reproduce import eopd_toy
-    from ..run.output_dir import ensure_dir
 
     ensure_dir(args.output_dir)
     eopd_toy.reproduce(args.output_dir, args.seeds, args.learning_rate, args.steps)

@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
     args, flags = parser.parse_known_args(argv)
 
     from ..launch.slurm import build_sbatch_script
-    from ..run.output_dir import wrap_os_errors  # torch from here on
+    from ..files import wrap_os_errors
 
     settings = vars(args)
     script = settings.pop("script")

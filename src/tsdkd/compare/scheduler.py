@@ -10,8 +10,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from ..errors import PreemptedError, TSDKDError
+from ..files import ensure_dir
 from ..launch.slurm import render_job_script
-from ..run.output_dir import ensure_dir
 from .config import Comparison, ComparisonTask
 from .task import load_problems, read_result
 

@@ -20,12 +20,13 @@ from transformers import AutoModelForCausalLM
 from ..data import load_split, prepare_dataset
 from ..errors import DataError, EngineError, OutputDirError, PreemptedError
 from ..evaluation import ProblemSet, evaluate
+from ..files import ensure_dir
 from ..launch.accelerate import launch_processes
 from ..launch.processes import LaunchSpec
 from ..models.loading import ModelPair, collect_stop_token_ids, resolve_pair
 from ..run.arguments import RunArguments
 from ..run.config_file import read_yaml
-from ..run.output_dir import ensure_dir, has_final_model
+from ..run.output_dir import has_final_model
 from ..run.train import train
 from .config import Comparison, ComparisonTask
 

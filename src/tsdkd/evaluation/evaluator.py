@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..errors import ConfigError, DataError
+from ..files import ensure_dir, wrap_os_errors
 from ..run.arguments import resolve_path
-from ..run.output_dir import ensure_dir, wrap_os_errors
 from . import harness
 from .items import ItemResults
 from .prompt_format import ENABLE_THINKING, PromptFormat, resolve_prompt_format

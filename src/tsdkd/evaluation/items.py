@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import OutputDirError
-from ..run.output_dir import wrap_os_errors
+from ..files import wrap_os_errors
 
 
 @dataclass

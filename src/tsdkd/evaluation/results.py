@@ -12,7 +12,8 @@ import numpy as np
 import yaml
 
 from ..errors import DataError
-from ..run.output_dir import RUN_CONFIG_NAME, ensure_dir, read_run_config, wrap_os_errors
+from ..files import ensure_dir, wrap_os_errors
+from ..run.output_dir import RUN_CONFIG_NAME, read_run_config
 from .scores import NUM_RESAMPLES, bootstrap_interval, paired_bootstrap, pass_at_k
 from .suites import Benchmark
 

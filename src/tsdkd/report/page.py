@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from ..analysis.write_figures import name_folders
 from ..errors import OutputDirError
-from ..run.output_dir import ensure_dir, wrap_os_errors
+from ..files import ensure_dir, wrap_os_errors
 from . import charts
 from .findings import find_notable
 from .load import RunReport, load_run

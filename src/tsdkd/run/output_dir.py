@@ -1,8 +1,6 @@
 """The output directory of a run: whose it is, of which configuration, and whether there is something to continue."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,8 @@ from ..checkpointing import checkpoint
 from ..config.base import DataArguments
 from ..config.options import enum_value
 from ..config.validation import declared_fields, get_default
-from ..errors import DataError, OutputDirError, ResumeError, TSDKDError
+from ..errors import DataError, OutputDirError, ResumeError
+from ..files import ensure_dir, require_dir_path
 from ..methods import METHODS
 from .arguments import RunArguments
 
@@ -52,36 +51,6 @@ _MUTABLE_KEYS = {
 _LENGTH_KEYS = {"max_steps", "num_train_epochs"}  # a run may be made longer
 
 
-def ensure_dir(folder: Path, field: str = "output_dir") -> None:
-    """Raises `OutputDirError`."""
-    with wrap_os_errors(folder, field, "made"):
-        folder.mkdir(parents=True, exist_ok=True)
-
-
-def require_empty_dir(folder: Path) -> None:
-    """Raises `OutputDirError` where there is something already."""
-    _validate_dir(folder)
-    if folder.is_dir() and (present := sorted(path.name for path in folder.iterdir())):
-        raise OutputDirError(f"output_dir: {folder} holds files already ({present[0]}, …); choose another")
-
-
-@contextmanager
-def wrap_os_errors(path: Path, field: str = "output_dir", action: str = "written or read") -> Iterator[None]:
-    """What the system says of a file, or of a disk that is full, in one line. Raises `OutputDirError`."""
-    try:
-        yield
-    except TSDKDError:  # some are an OSError too
-        raise
-    except OSError as error:
-        raise OutputDirError(f"{field}: {path} can't be {action}: {error.strerror or error}") from error
-
-
-def _validate_dir(folder: Path) -> None:
-    for place in (folder, *folder.parents):
-        if place.exists() and not place.is_dir():
-            raise OutputDirError(f"output_dir: {place} is a file, expected a folder")
-
-
 def resolve_resume(arguments: RunArguments) -> str | None:
     """The checkpoint that the run is resumed from, or None to start. All processes must call it.
 
@@ -92,7 +61,7 @@ def resolve_resume(arguments: RunArguments) -> str | None:
     """
     training = arguments.training_args
     folder, resume_setting = Path(str(training.output_dir)), _resume_setting(arguments)
-    _validate_dir(folder)
+    require_dir_path(folder)
     present = {path.name for path in folder.iterdir()} - {_TMP_RUN_CONFIG_NAME} if folder.is_dir() else set()
     if present and RUN_CONFIG_NAME not in present:
         raise OutputDirError(

@@ -1,0 +1,38 @@
+"""Folders and files that are written: one place, one error for what the system says."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .errors import OutputDirError, TSDKDError
+
+
+def ensure_dir(folder: Path, field: str = "output_dir") -> None:
+    """Raises `OutputDirError`."""
+    with wrap_os_errors(folder, field, "made"):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+def require_empty_dir(folder: Path) -> None:
+    """Raises `OutputDirError` where there is something already."""
+    require_dir_path(folder)
+    if folder.is_dir() and (present := sorted(path.name for path in folder.iterdir())):
+        raise OutputDirError(f"output_dir: {folder} holds files already ({present[0]}, …); choose another")
+
+
+@contextmanager
+def wrap_os_errors(path: Path, field: str = "output_dir", action: str = "written or read") -> Iterator[None]:
+    """What the system says of a file, or of a disk that is full, in one line. Raises `OutputDirError`."""
+    try:
+        yield
+    except TSDKDError:  # some are an OSError too
+        raise
+    except OSError as error:
+        raise OutputDirError(f"{field}: {path} can't be {action}: {error.strerror or error}") from error
+
+
+def require_dir_path(folder: Path) -> None:
+    """Raises `OutputDirError` where it, or what it would be in, is a file."""
+    for place in (folder, *folder.parents):
+        if place.exists() and not place.is_dir():
+            raise OutputDirError(f"output_dir: {place} is a file, expected a folder")
