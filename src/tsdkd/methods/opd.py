@@ -26,7 +26,7 @@ from .defaults import RolloutConfig
 class OPDOptions:
     """Options of on-policy distillation."""
 
-    clip_epsilon: float = option(0.2, "PPO's clip.", OPEN_FRACTION)
+    epsilon: float = option(0.2, "PPO's clip.", OPEN_FRACTION)
 
 
 @dataclass
@@ -36,11 +36,20 @@ class OPDConfig(OPDOptions, RolloutConfig):
     method = "opd"
     paper: ClassVar[str] = "Lu and Lab 2025; EOPD Sec. 2.3, arXiv 2603.07079"
 
-    learning_rate: float = option(3e-6, "Initial learning rate of AdamW.")
-    max_new_tokens: int = option(4096, "Completion limit, tokens.")
-    max_length: int | None = option(None, "Limit of prompt plus completion, tokens; none: the models' context.")
-    vllm_importance_sampling_correction: bool = option(False, "Weigh tokens by student / engine probability.")
-    vllm_importance_sampling_clip_max: float = option(3.0, "Where that weight is truncated.", AT_LEAST_ONE)
+    learning_rate: float = option(3e-6)
+    max_completion_length: int = option(4096)
+    max_length: int | None = option(None)
+    vllm_importance_sampling_correction: bool = option(
+        False,
+        "Weigh tokens by student / engine probability.",
+        no_effect=(lambda v: not v["use_vllm"], "use_vllm is false"),
+    )
+    vllm_importance_sampling_clip_max: float = option(
+        3.0,
+        "Where that weight is truncated.",
+        AT_LEAST_ONE,
+        (lambda v: not v["vllm_importance_sampling_correction"], "vllm_importance_sampling_correction is false"),
+    )
 
 
 @dataclass
@@ -71,9 +80,7 @@ class OPDObjective(OPDOptions, Objective):
         """Each term of each token: all of them depend on a token's own statistics only."""
         assert scores.old_per_token_logps is not None
         compute_advantages = self.compute_advantages(tokens, scores)
-        loss = clipped_policy_loss(
-            tokens.logps[:, 0], scores.old_per_token_logps, compute_advantages, self.clip_epsilon
-        )
+        loss = clipped_policy_loss(tokens.logps[:, 0], scores.old_per_token_logps, compute_advantages, self.epsilon)
         return {
             "reverse_kl": loss if scores.importance_sampling_ratio is None else loss * scores.importance_sampling_ratio
         }
@@ -89,8 +96,8 @@ class OPDObjective(OPDOptions, Objective):
         assert scores.old_per_token_logps is not None
         log_ratio = tokens.logps[:, 0] - scores.old_per_token_logps
         ratio = log_ratio.exp()
-        too_high = (ratio > 1 + self.clip_epsilon) & (compute_advantages > 0)
-        too_low = (ratio < 1 - self.clip_epsilon) & (compute_advantages < 0)
+        too_high = (ratio > 1 + self.epsilon) & (compute_advantages > 0)
+        too_low = (ratio < 1 - self.epsilon) & (compute_advantages < 0)
         uncertain = scores.teacher_entropy > self.uncertainty_threshold
         forward_kl = forward_kl_on(tokens.logps[:, 1:], scores.teacher_topk_logps)
         return {

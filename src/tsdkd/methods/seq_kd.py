@@ -14,7 +14,7 @@ class SeqKDConfig(TSDKDDefaults):
     """Cross-entropy on the data set's completions, which are the teacher's; it isn't loaded again."""
 
     method = "seq-kd"
-    completions = "the data set's"
+    completions_source = "the data set's"
     paper = "Kim and Rush 2016, arXiv 1606.07947"
     unsupported_options = {
         **OFF_POLICY,

@@ -236,7 +236,7 @@ class TokenSelectiveTrainer(CheckpointMixin, GKDTrainer):
             rows = list(islice(epoch_iterator, num_batches if steps == 1 else size * steps))
             sizes = [len(rows[i : i + size]) for i in range(0, len(rows), size)]  # the last of an epoch may be smaller
             # whole windows are rolled out; the rows that are left out belong to the steps of a rollout's other epochs
-            epochs = getattr(self.args, "epochs_per_rollout", 1)
+            epochs = getattr(self.args, "num_iterations", 1)
             some = rows[: size * -(-len(sizes) // epochs)]
             batches = self._roll_out(self.model_wrapped, some, self.state.global_step, "train")
             windows = [batches[i : i + size] for i in range(0, len(batches), size)] * epochs
@@ -483,7 +483,7 @@ class TokenSelectiveTrainer(CheckpointMixin, GKDTrainer):
             return
         names = [n for n in self.args.method_options() if n not in ("max_length", "warmup_steps")]
         names += ["learning_rate", "lr_scheduler_type", "num_train_epochs", "temperature", "top_p", "lmbda"]
-        names = list(dict.fromkeys([*names, "max_new_tokens"]))
+        names = list(dict.fromkeys([*names, "max_completion_length"]))
         model_card.write_model_card(
             Path(self.args.output_dir) / "README.md",
             method=self.args.method,
