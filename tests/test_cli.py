@@ -1,6 +1,7 @@
 """The command line end to end, on tiny models: invariance, resume, processes, presets, what is printed."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import torch
 
 from conftest import DDP, flags, launch, make_rows, weights, write_jsonl
 from tsdkd.cli import main
+from tsdkd.cli.logs import log_to_streams, set_log_level
 from tsdkd.run.presets import preset_paths
 
 METHODS = ["tsd-kd", "eopd"]
@@ -182,6 +184,7 @@ class Finder(PathFinder):  # as in an environment without the extras
 
 sys.meta_path[:] = [finder for finder in sys.meta_path if finder is not PathFinder] + [Finder]
 from tsdkd.cli import main
+from tsdkd.cli.logs import log_to_streams, set_log_level
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -194,3 +197,47 @@ def test_nothing_needs_an_extra(saved_model, rows_file, tmp_path):
     command += ["--resume", "true", "--teacher_placement", "zero3"]
     result = subprocess.run([sys.executable, "-c", WITHOUT, *command], capture_output=True, text=True)
     assert result.returncode == 2 and "tsdkd[deepspeed]" in result.stderr
+
+
+# what the command line does with words and messages
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("train", "--learning-rate", "1e-6", "--num-processes", "1", "--dry-run"),
+        ("plan", "--learning-rate", "1e-6", "--num-processes", "1", "--gpu-gib", "80"),
+        ("slurm", "--learning-rate", "1e-6", "--gpus-per-node", "2", "--time", "1:00:00"),
+        ("generate", "--learning-rate", "1e-6", "--num-processes", "1", "--output-file", "{}/rows.jsonl"),
+        ("analyze", "--config", "demo", "--learning-rate", "1e-6", "--num-processes", "1", "--num-prompts", "1"),
+    ],
+    ids=lambda argv: argv[0],
+)
+def test_every_flag_may_be_written_with_dashes(argv, saved_model, rows_file, tmp_path):
+    run = run_flags(saved_model, rows_file, tmp_path / "out", max_new_tokens=4)[1:]
+    run = [word.replace("_", "-") if word.startswith("--") else word for word in run]
+    assert main([argv[0], *(word.format(tmp_path) for word in argv[1:]), *run]) == 0
+
+
+def test_analyze_takes_a_method_that_never_generates(saved_model, rows_file, tmp_path):
+    run = run_flags(saved_model, rows_file, tmp_path / "out", max_new_tokens=4, method="supervised-kd")[1:]
+    (tmp_path / "run.yaml").write_text("method: supervised-kd")
+    assert main(["analyze", "--config", str(tmp_path / "run.yaml"), "--num_prompts", "1", *run]) == 0
+    assert list((tmp_path / "out").rglob("*.parquet"))
+
+
+@pytest.mark.parametrize(("rank", "shown"), [("0", "progress\n"), ("1", "")])
+def test_what_the_library_logs_is_shown_while_a_command_runs(rank, shown, monkeypatch, capsys):
+    logger = logging.getLogger("tsdkd.some.module")
+    monkeypatch.setenv("RANK", rank)
+    logger.info("before")
+    with log_to_streams():
+        logger.info("progress")
+        logger.warning("a warning")
+        logger.debug("a detail")
+        set_log_level("passive")
+        set_log_level("error")
+        logger.warning("not shown")
+    logger.info("after")
+    output = capsys.readouterr()
+    assert (output.out, output.err) == (shown, "a warning\n")

@@ -82,7 +82,7 @@ def test_a_run_goes_on_however_it_is_launched(config, tmp_path):
 # what is started --------------------------------------------------------------------------------------------------
 
 
-GPUS = "import sys, tsdkd.launch.processes as p; p.visible_gpus = lambda: {gpus}\nfrom tsdkd.cli import main\n"
+GPUS = "import sys, tsdkd.launch.processes as p; p.num_visible_gpus = lambda: {gpus}\nfrom tsdkd.cli import main\n"
 GPUS += "sys.exit(main(sys.argv[1:]))"
 
 
