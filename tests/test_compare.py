@@ -180,7 +180,7 @@ def test_the_models_themselves_are_of_these_settings_too(comparison: Any, capsys
     do(name, range(1))
     comparison(settings={"max_new_tokens": 4})
     assert main(["compare", "--config", name, "--report"]) == 2
-    assert "max_new_tokens was 8, now 4" in capsys.readouterr().err
+    assert "max_completion_length was 8, now 4" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["", "null", "{}", '{"run": "pl'])

@@ -17,6 +17,7 @@ from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
+from ..config.names import modernize_names
 from ..data import load_split, prepare_dataset
 from ..errors import DataError, EngineError, OutputDirError, PreemptedError
 from ..evaluation import ProblemSet, evaluate
@@ -43,7 +44,7 @@ def read_result(comparison: Comparison, task: ComparisonTask) -> dict[str, Any] 
     path = task.folder / RESULT_NAME
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        before = dict(found["settings"])
+        before = modernize_names(dict(found["settings"]))
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, KeyError) as error:
@@ -226,7 +227,7 @@ def _result_settings(comparison: Comparison, task: ComparisonTask) -> dict[str, 
     own = {} if task.seed is None else {**comparison.runs[task.run], "seed": task.seed}
     names = ("config", "eval_dataset_name", "eval_problems", "eval_samples", "teacher_completions")
     measured = {name: getattr(comparison, name) for name in names}
-    return {**read_yaml(comparison.config), **comparison.settings, **own, **measured}
+    return modernize_names({**read_yaml(comparison.config), **comparison.settings, **own, **measured})
 
 
 def _write_atomically(path: Path, text: str) -> None:
