@@ -208,7 +208,9 @@ def test_processes_that_do_not_know_of_each_other(config, monkeypatch, tmp_path,
 @pytest.mark.parametrize("text", ["just a string", "", "a: [b", "- 1"])
 def test_a_launch_configuration_that_is_none(text, config, tmp_path, capsys):
     (tmp_path / "launch.yaml").write_text(text)
-    assert main(["train", "--config", config(num_processes=2), "--accelerate_config", f"{tmp_path}/launch.yaml"]) == 2
+    file = config(num_processes=2)
+    capsys.readouterr()  # the models that are saved show a bar
+    assert main(["train", "--config", file, "--accelerate_config", f"{tmp_path}/launch.yaml"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "accelerate_config" in error and "launch.yaml" in error
 
