@@ -15,7 +15,7 @@ from datasets import Dataset
 from torch import Tensor
 
 import reference as ref
-from conftest import QUIET, build_model, build_tokenizer, flags, make_rows, weights
+from conftest import QUIET, build_model, build_tokenizer, completions_of, flags, make_rows, policy_scores, weights
 from crash import run, run_ranks
 from tsdkd.cli import main
 from tsdkd.errors import DataError
@@ -26,7 +26,7 @@ from tsdkd.lm_head.statistics import Head, StatisticsRequest
 from tsdkd.methods import METHODS
 from tsdkd.methods.minillm import mixed
 from tsdkd.methods.speculative_kd import SpeculativeKDOptions, speculative_choice
-from tsdkd.objective import CompletionBatch, Objective, RolloutScores
+from tsdkd.objective import CompletionBatch, Objective, PolicyScores
 from tsdkd.rollout.hf import sample_completions, sample_from_models
 from tsdkd.rollout.seeding import prompt_generator
 
@@ -61,16 +61,13 @@ class Case:
     def tokens(self) -> list[list[int]]:
         return [part.tolist() for part in self.ids.split(LENGTHS)]
 
-    def answers(self, objective: Objective) -> RolloutScores:
+    def answers(self, objective: Objective) -> PolicyScores:
         """What a trainer would have asked for at the rollout."""
         teacher = DenseHead(self.teacher)(
             StatisticsRequest(entropy=True, top_k=objective.teacher_top_k, ids=self.ids.unsqueeze(-1))
         )
         old = DenseHead(self.old)(StatisticsRequest(ids=self.ids.unsqueeze(-1))).logps[:, 0]
-        uniform = torch.linspace(0.0, 0.99, len(self.ids))
-        answers = RolloutScores(
-            teacher.entropy, teacher.logps[:, 0], teacher.topk_ids, teacher.topk_logps, old, uniform
-        )
+        answers = policy_scores(teacher.entropy, teacher.logps[:, 0], teacher.topk_logps, teacher.topk_ids, old)
         if hasattr(objective, "compute_returns"):
             advantages = objective.compute_returns(old, answers.teacher_per_token_logps, self.mask)
             spread = advantages.var(correction=0)
@@ -80,7 +77,7 @@ class Case:
 
     def loss(self, objective: Objective, head: Head) -> Tensor:
         """Divided as the trainer does."""
-        answers = self.answers(objective) if objective.needs_rollout_scores else None
+        answers = self.answers(objective) if objective.scores_class else None
         output = objective(head, CompletionBatch(self.mask, self.ids, scores=answers))
         for name, term in output.terms.items():
             assert math.isfinite(term), name
@@ -193,7 +190,7 @@ def test_the_released_loss_has_the_values_of_the_released_code() -> None:
         heads = DenseHead(logits, teacher.flatten(0, 1)), FusedHead(logits, identity, teacher.flatten(0, 1), identity)
         gradients = []
         for head in heads:
-            responses = CompletionBatch(torch.ones_like(trained), loss_mask=trained)
+            responses = completions_of(torch.ones_like(trained), loss_mask=trained)
             output = METHODS["tsd-kd-released"].objective_class()(head, responses)
             assert output.loss.item() == pytest.approx(expected, abs=2e-6)
             gradients += torch.autograd.grad(output.loss, logits)
