@@ -1,6 +1,7 @@
 """Both trainers on real tiny models: what is logged and what is learned equals the papers' equations."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import reference
 from conftest import QUIET, build_model, build_tokenizer, make_rows, policy_scores
-from tsdkd import EOPDConfig, EOPDTrainer, TokenizerMismatchError, TSDKDConfig, TSDKDTrainer
+from tsdkd import ConfigError, EOPDConfig, EOPDTrainer, TokenizerMismatchError, TSDKDConfig, TSDKDTrainer
 from tsdkd.lm_head.dense import DenseHead
 from tsdkd.methods.eopd import EOPDObjective
 from tsdkd.objective import CompletionBatch

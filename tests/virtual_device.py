@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 from transformers import PreTrainedModel, training_args
 
-from tsdkd.run.train import arguments as parsing
+from tsdkd.run import arguments as parsing
 
 NAME = "virtual"
 DEVICE = f"{NAME}:0"

@@ -23,7 +23,13 @@ class OPDOptions:
 
 @dataclass
 class OPDConfig(OPDOptions, RolloutConfig):
-    """Clipped reverse KL on the sampled tokens: on-policy distillation (EOPD's Table 8)."""
+    """Clipped reverse KL on the sampled tokens: on-policy distillation (EOPD's Table 8).
+
+    Args:
+        vllm_importance_sampling_correction: weigh the policy's loss by the student's probability of a token over the
+            engine's, truncated. Without it the engine is the policy that sampled (Q_old).
+        vllm_importance_sampling_clip_max: where that weight is truncated.
+    """
 
     method = "opd"
     paper: ClassVar[str] = "Lu and Lab 2025; EOPD Sec. 2.3, arXiv 2603.07079"

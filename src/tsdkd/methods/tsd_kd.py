@@ -68,7 +68,7 @@ class TSDKDOptions:
 
 @dataclass
 class TSDKDConfig(TSDKDOptions, TSDKDDefaults):
-    """Token-selective dual distillation: ranking of the opener, gated JSD, entropy of the most uncertain statistics."""
+    """Token-selective dual distillation: ranking of the opener, gated JSD, entropy of the most uncertain tokens."""
 
     method = "tsd-kd"
     paper = "Kim and Baek 2026 (ICLR)"
@@ -79,7 +79,7 @@ class TSDKDConfig(TSDKDOptions, TSDKDDefaults):
 class TSDKDObjective(TSDKDOptions, Objective):
     """The objective of TSD-KD. All three special terms off (`gate=False`, `alpha=0`, `entropy_weight=0`) is GKD.
 
-    `difficulties` holds the difficulty of the last five completions that this process trained on (A.7), the only state.
+    `difficulties` holds those of the last five completions that this process trained on (A.7); it is the only state.
     """
 
     difficulties: deque[float] = field(default_factory=lambda: deque(maxlen=5), init=False)
@@ -110,7 +110,7 @@ class TSDKDObjective(TSDKDOptions, Objective):
         return {"direct": completions.token_weights[rows].to(divergence) * divergence * gate}
 
     def loss(self, statistics: TokenStatistics, completions: CompletionBatch) -> ObjectiveOutput:
-        """Eq. 13: the direct term, plus the ranking of the opener and the entropy of the most uncertain statistics."""
+        """Eq. 13: the direct term, the ranking of the opener, and the entropy of the most uncertain tokens."""
         loss, terms, weights = statistics.loss, dict(statistics.loss_terms), self.term_weights
         entropy = completions.scatter(statistics.entropy.detach())
         opener = opener_mask(entropy, completions.mask, self._resolve_opener_ratio(statistics, completions))
@@ -147,7 +147,7 @@ class TSDKDObjective(TSDKDOptions, Objective):
         return (nll / completions.gather(per_row)[opener_index]).sum()
 
     def _entropy_loss(self, statistics: TokenStatistics, completions: CompletionBatch, entropy: Tensor) -> Tensor:
-        """Eq. 12 summed over completions: the mean entropy of each one's most uncertain statistics."""
+        """Eq. 12 summed over completions: the mean entropy of each one's most uncertain tokens."""
         uncertain = top_entropy_mask(entropy, completions.mask, self.entropy_ratio)
         weights = completions.gather(uncertain.double() / uncertain.sum(-1, keepdim=True).clamp(min=1))
         return (weights.to(statistics.entropy) * statistics.entropy).sum()

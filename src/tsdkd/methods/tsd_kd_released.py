@@ -43,8 +43,8 @@ class TSDKDReleasedConfig(TSDKDReleasedOptions, TSDKDDefaults):
 
 @dataclass
 class TSDKDReleasedObjective(TSDKDReleasedOptions, Objective):
-    """`CompletionBatch.mask` is a rectangle of completions and padding, `loss_mask` what isn't padding (or end-of-sequence,
-    which is padding there)."""
+    """`CompletionBatch.mask` is a rectangle of completions and padding, `loss_mask` what isn't padding, as
+    end-of-sequence tokens are there."""
 
     unit = "micro-batches"
 
@@ -53,7 +53,7 @@ class TSDKDReleasedObjective(TSDKDReleasedOptions, Objective):
         return StatisticsRequest(entropy=True, teacher_entropy=True, divergence=jsd(self.beta), top_k=_NUM_CANDIDATES)
 
     def per_token_loss(self, completions: CompletionBatch) -> None:
-        """See `Objective`: every term depends on the other statistics."""
+        """See `Objective`: every term depends on the other tokens."""
 
     def loss(self, statistics: TokenStatistics, completions: CompletionBatch) -> ObjectiveOutput:
         """See `Objective`."""

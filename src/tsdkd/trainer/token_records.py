@@ -52,7 +52,7 @@ def compute_token_records(
         heads: of the pair.
         student, teacher: as they are wrapped for training.
         batch: as `tsdkd.data.pad_sequences` makes it.
-        kind: the divergence that is recorded.
+        divergence: the divergence that is recorded.
 
     Returns:
         Columns `[N]` or `[N, K]`; entropies, log-probabilities and divergences in nats.
