@@ -24,7 +24,7 @@ from tsdkd.lm_head.fused import FusedHead
 from tsdkd.lm_head.projection import Projection
 from tsdkd.lm_head.statistics import Head, StatisticsRequest
 from tsdkd.methods import METHODS
-from tsdkd.methods.minillm import mixed
+from tsdkd.methods.minillm import mixture_choice
 from tsdkd.methods.speculative_kd import SpeculativeKDOptions, speculative_choice
 from tsdkd.objective import CompletionBatch, Objective, PolicyScores
 from tsdkd.rollout.hf import sample_completions, sample_from_models
@@ -265,7 +265,7 @@ def test_interleaved_sampling_replaces_what_the_teacher_finds_unlikely() -> None
 
 def test_the_mixture_is_sampled_from() -> None:
     student, teacher = next_probs(build_model("qwen3", 0)), next_probs(build_model("llama", 1))
-    shares = first_token_shares(mixed(0.3, 1.0))
+    shares = first_token_shares(mixture_choice(0.3, 1.0))
     for v in range(64):
         expected = 0.3 * teacher[v] + 0.7 * student[v]
         assert shares.get(v, 0.0) == pytest.approx(expected, abs=5 * math.sqrt(expected / 4000) + 1e-3)

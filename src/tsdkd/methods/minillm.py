@@ -122,7 +122,7 @@ class MiniLLMTrainer(ScoredRolloutTrainer):
 
     def _make_sampler(self) -> Sampler:
         sampling = SamplingConfig(frozenset(self.stop_token_ids), self.pair.shared_vocab_size)
-        choose = mixed(self.args.teacher_mixture, self.args.temperature)
+        choose = mixture_choice(self.args.teacher_mixture, self.args.temperature)
         return MixedSampler(self.accelerator, self.args, sampling, self.teacher_model, choose)
 
     def _postprocess_micro_batch(self, model: nn.Module, batch: Batch, step: int, mode: str) -> None:
@@ -150,7 +150,7 @@ class MiniLLMTrainer(ScoredRolloutTrainer):
             batch["scores"]["advantages"] = ((value - mean) * scale).float()
 
 
-def mixed(teacher_share: float, temperature: float) -> TokenChoice:
+def mixture_choice(teacher_share: float, temperature: float) -> TokenChoice:
     """MiniLLM, Eq. 5: from `teacher_share P + (1 - teacher_share) Q`."""
 
     def choose(logits: list[Tensor], uniform: Tensor | None) -> Tensor:
