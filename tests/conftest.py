@@ -25,6 +25,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from fast_set import mark_slow
 from tsdkd.objective import CompletionBatch, PolicyScores
 
 torch.set_num_threads(1)
@@ -32,6 +33,17 @@ torch.set_num_threads(1)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="run the reliability campaigns whole (hours)")
+    parser.addoption("--shuffle", type=int, metavar="SEED", help="run files, and the tests of each, in a random order")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    mark_slow(items)
+    seed = config.getoption("--shuffle")
+    if seed is not None:
+        rng, files = random.Random(seed), sorted({item.path for item in items})
+        rng.shuffle(files)
+        rng.shuffle(items)
+        items.sort(key=lambda item: files.index(item.path))
 
 
 @pytest.fixture(scope="session")
