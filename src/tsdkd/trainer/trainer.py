@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from trl.experimental.gkd import GKDTrainer
-from trl.trainer.utils import disable_dropout_in_model
+from trl.trainer.utils import disable_dropout_in_model, print_prompt_completions_sample
 
 from ..checkpointing.preemption import PreemptionCallback
 from ..checkpointing.trainer_mixin import CheckpointMixin
@@ -39,7 +39,6 @@ from ..rollout.seeding import prompt_generator
 from ..rollout.vllm import require_vllm
 from ..selection import token_index
 from . import model_card
-from .completions import CompletionSample, print_completions
 from .forward import HeadForward
 from .metrics import MetricAccumulator
 from .nonfinite import NonFiniteGuard
@@ -143,7 +142,7 @@ class TokenSelectiveTrainer(CheckpointMixin, GKDTrainer):
         self._batches_to_skip = 0  # batches that the data loader will yield again after a resume
         self._is_first_micro_batch = False
         self._load_count = 0  # how often the weights changed otherwise than by a step
-        self._completion_samples: list[CompletionSample] = []
+        self._completion_samples: list[tuple[str, str, int, str]] = []  # prompt, completion, tokens, how it ended
 
     # What a trainer of a method may decide
 
@@ -312,7 +311,7 @@ class TokenSelectiveTrainer(CheckpointMixin, GKDTrainer):
         if self.args.log_completions:
             shown = list(zip(prompts, to_decode, texts, strict=False))[:5]
             self._completion_samples = [
-                CompletionSample(decode(p), text, len(c.ids), c.stopped) for p, c, text in shown
+                (decode(p), text, len(c.ids), "stop token" if c.stopped else "limit") for p, c, text in shown
             ]
 
     # Loss
@@ -433,7 +432,9 @@ class TokenSelectiveTrainer(CheckpointMixin, GKDTrainer):
         if "loss" in logs:
             logs.update(self.metric_accumulators["train"].reduce_and_reset())
             if self._completion_samples and self.accelerator.is_main_process:
-                print_completions(self._completion_samples, self.state.global_step)
+                prompts, completions, lengths, endings = map(list, zip(*self._completion_samples, strict=True))
+                columns = {"Tokens": lengths, "Ended": endings}
+                print_prompt_completions_sample(prompts, completions, {}, None, self.state.global_step, extra=columns)
         super().log(logs, start_time)
 
     # Checkpoints
@@ -478,7 +479,7 @@ class TokenSelectiveTrainer(CheckpointMixin, GKDTrainer):
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
-        """Write README.md into the output directory: method, teacher, data, both papers."""
+        """Write README.md into the output directory: method, teacher, data, the method's papers."""
         if not self.is_world_process_zero():
             return
         names = [n for n in self.args.method_options() if n not in ("max_length", "warmup_steps")]
@@ -487,6 +488,7 @@ class TokenSelectiveTrainer(CheckpointMixin, GKDTrainer):
         model_card.write_model_card(
             Path(self.args.output_dir) / "README.md",
             method=self.args.method,
+            paper=self.args.paper,
             model_name=model_name or Path(self.args.output_dir).name,
             student=get_model_id(self.model),
             teacher=self.teacher_name,
