@@ -287,7 +287,7 @@ def test_the_demo_ends_with_a_report(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With its evaluation in it, and tokens."""
-    monkeypatch.setattr("tsdkd.demo.run_demo.PROBLEMS", 8)
+    monkeypatch.setattr("tsdkd.demo.run_demo.NUM_PROBLEMS", 8)
     assert main(["demo", "--max_steps", "1", "--output_dir", str(tmp_path / "run"), "--report_to", "none"]) == 0
     path = Path(capsys.readouterr().out.strip().splitlines()[-1].removeprefix("report: "))
     page = path.read_text(encoding="utf-8")

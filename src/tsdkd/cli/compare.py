@@ -64,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
     table = _import_results()
     if not args.report:
         runner.run_tasks(comparison, args.config, args.jobs)
-    path = table.write_summary(comparison)
+    path = table.write_results(comparison)
     if path is None:
         print("tsdkd compare: nothing is finished yet")
         return 0
@@ -76,7 +76,7 @@ def main(argv: Sequence[str]) -> int:
 def _import_results():  # type: ignore[no-untyped-def]
     """Before the first run: what writes its table is an extra."""
     try:
-        from ..compare import summary as table
+        from ..compare import results as table
     except ImportError as error:
         raise ConfigError([f"compare needs {error.name}; pip install 'tsdkd[report]'"]) from error
     return table

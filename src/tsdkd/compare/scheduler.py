@@ -13,6 +13,7 @@ from ..errors import PreemptedError, TSDKDError
 from ..files import ensure_dir
 from ..launch.slurm import render_job_script
 from .config import Comparison, ComparisonTask
+from .signals import SignalForwarder
 from .task import load_problems, read_result
 
 
@@ -34,7 +35,7 @@ def run_tasks(comparison: Comparison, name: str, jobs: int) -> None:
     tasks = list(enumerate(comparison.tasks))
     todo = [(i, task) for i, task in tasks if read_result(comparison, task) is None]
     _print_progress(f"{len(tasks) - len(todo)} of {len(tasks)} tasks are done, {len(todo)} to go")
-    running: dict[int, subprocess.Popen[bytes]] = {}
+    running: list[subprocess.Popen[bytes]] = []
     signals = SignalForwarder(running)
 
     def run_in_subprocess(number: int, task: ComparisonTask) -> tuple[ComparisonTask, int, float] | None:
@@ -45,7 +46,7 @@ def run_tasks(comparison: Comparison, name: str, jobs: int) -> None:
         command = [sys.executable, "-m", "tsdkd", "compare", "--config", name, "--task", str(number)]
         with log.open("ab") as file:
             process = subprocess.Popen(command, stdout=file, stderr=file, env=_subprocess_env(jobs))
-        running[number] = process
+        running.append(process)
         if signals.has_received_signal:  # meanwhile
             process.send_signal(signal.SIGTERM)
         return task, process.wait(), time.perf_counter() - start
@@ -70,30 +71,6 @@ def run_tasks(comparison: Comparison, name: str, jobs: int) -> None:
     if failed:
         logs = "\n".join(f"{task.title}: failed, see {_log_path(task)}" for task in failed)
         raise TasksFailedError(logs)
-
-
-class SignalForwarder:
-    """Within it, SIGTERM and SIGUSR1 go to the running tasks, which save and stop.
-
-    Attributes:
-        received: whether one came.
-    """
-
-    def __init__(self, running: dict[int, "subprocess.Popen[bytes]"]) -> None:
-        self.running, self.has_received_signal = running, False
-
-    def __enter__(self) -> None:
-        self.previous_handlers = {n: signal.signal(n, self._forward) for n in (signal.SIGTERM, signal.SIGUSR1)}
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.previous_handlers.items():
-            signal.signal(number, handler)
-
-    def _forward(self, number: int, frame: object) -> None:
-        self.has_received_signal = True
-        for process in list(self.running.values()):
-            if process.poll() is None:
-                process.send_signal(number)
 
 
 def _subprocess_env(jobs: int) -> dict[str, str]:

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from ..data import load_split, prepare_dataset
 from ..errors import DataError, EngineError, OutputDirError, PreemptedError
 from ..evaluation import ProblemSet, evaluate
-from ..files import ensure_dir
+from ..files import ensure_dir, write_atomically
 from ..launch.accelerate import launch_processes
 from ..launch.processes import LaunchSpec
 from ..models.loading import ModelPair, collect_stop_token_ids, resolve_pair
@@ -29,6 +29,7 @@ from ..run.config_file import read_yaml
 from ..run.output_dir import has_final_model
 from ..run.train import train
 from .config import Comparison, ComparisonTask
+from .signals import FORWARDED_SIGNALS, SignalForwarder
 
 RESULT_NAME = "result.json"
 _SECONDS_SUFFIX = "seconds"  # how long each attempt trained, a line each
@@ -98,7 +99,7 @@ def _run_task(comparison: Comparison, task: ComparisonTask) -> dict[str, Any]:
         **timing,
         "settings": settings,
     }
-    _write_atomically(task.folder / RESULT_NAME, json.dumps(result))
+    write_atomically(task.folder / RESULT_NAME, json.dumps(result))
     return result
 
 
@@ -121,15 +122,9 @@ def _generate_in_subprocess(comparison: Comparison, output: Path, lock: TextIO) 
     on_gpu = comparison.parse_shared_arguments().training_args.device.type == "cuda"
     command = [sys.executable, "-m", "tsdkd", "generate", "--config", comparison.config]
     command += [*comparison.generate_flags(on_gpu), "--output_file", str(output)]
-    stops = (signal.SIGTERM, signal.SIGUSR1)
-    with subprocess.Popen(command, pass_fds=[lock.fileno()]) as process:
-        before = {n: signal.signal(n, lambda number, _: process.send_signal(number)) for n in stops}
-        try:
-            code = process.wait()
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-    if -code in stops:
+    with subprocess.Popen(command, pass_fds=[lock.fileno()]) as process, SignalForwarder([process]):
+        code = process.wait()
+    if -code in FORWARDED_SIGNALS:
         raise PreemptedError("stopped by a signal; the same command goes on from here")
     if code < 0:
         raise EngineError(f"tsdkd generate was killed by signal {-code} ({signal.Signals(-code).name})")
@@ -227,14 +222,6 @@ def _result_settings(comparison: Comparison, task: ComparisonTask) -> dict[str, 
     names = ("config", "eval_dataset_name", "eval_problems", "eval_samples", "teacher_completions")
     measured = {name: getattr(comparison, name) for name in names}
     return {**read_yaml(comparison.config), **comparison.settings, **own, **measured}
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    """In one go: a result is whole or isn't there."""
-    ensure_dir(path.parent)
-    new = path.with_name(f".{path.name}.new")
-    new.write_text(text, encoding="utf-8")
-    os.replace(new, path)
 
 
 @contextmanager

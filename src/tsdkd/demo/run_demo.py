@@ -92,7 +92,6 @@ def evaluate_demo(
         stop_ids=collect_stop_token_ids(tokenizer, model.generation_config),
         vocab_size=model.config.vocab_size,
         decode=lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
-        grader=task.is_demo_correct,
     )
     return evaluate(model, problems)
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..errors import ConfigError, DataError
-from ..files import ensure_dir, wrap_os_errors
+from ..files import ensure_dir, write_atomically
 from ..run.arguments import resolve_path
 from . import harness
 from .items import ItemResults
@@ -227,16 +227,10 @@ def _evaluate_missing(
                 before = len(files[name].results)
                 items, prompt = harness.evaluate_docs(lm, task, docs, benchmark, rendering.applies_chat_template, seed)
                 if (task.task_name, docs[0]) == wanted[name][0]:
-                    _write_text(eval_args.prompt_file(model, benchmark), prompt)
+                    write_atomically(eval_args.prompt_file(model, benchmark), prompt)
                 files[name].add(items)
                 progress.advance(bar, len(files[name].results) - before)
     harness.release_memory(lm)
-
-
-def _write_text(path: Path, text: str) -> None:
-    with wrap_os_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
 
 
 def _validate_context_length(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import OutputDirError
-from ..files import wrap_os_errors
+from ..files import open_for_append, wrap_os_errors
 
 
 @dataclass
@@ -52,10 +52,8 @@ class ItemResults:
         """Append those that aren't there. Raises `OutputDirError`."""
         new = [item for item in items if (item.task, item.doc) not in self.results]
         lines = [json.dumps(asdict(item) | self.metadata, ensure_ascii=False) + "\n" for item in new]
-        with wrap_os_errors(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write("".join(lines))
+        with open_for_append(self.path) as file:
+            file.write("".join(lines))
         self.results |= {(item.task, item.doc): item for item in new}
 
     def stack_scores(self, wanted: Iterable[tuple[str, int]]) -> np.ndarray:

@@ -14,7 +14,7 @@ import yaml
 from ..errors import DataError
 from ..files import ensure_dir, wrap_os_errors
 from ..run.output_dir import RUN_CONFIG_NAME, read_run_config
-from .scores import NUM_RESAMPLES, bootstrap_interval, paired_bootstrap, pass_at_k
+from .scores import NUM_RESAMPLES, bootstrap_interval, format_p_value, paired_permutation_test, pass_at_k
 from .suites import Benchmark
 
 
@@ -104,8 +104,7 @@ def _build_entries(results: BenchmarkResult, base: BenchmarkResult) -> list[dict
             low, high = bootstrap_interval(values - theirs)
             entry |= {"baseline": base.model, "difference": 100 * float((values - theirs).mean())}
             entry |= {"difference_low": 100 * low, "difference_high": 100 * high}
-            share = paired_bootstrap(values, theirs)
-            entry |= {"p": 2 * min(share, 1 - share)}
+            entry |= {"p": paired_permutation_test(values, theirs)}
         entries.append(entry)
     return entries
 
@@ -134,18 +133,15 @@ def _format_markdown(
         parts.append(_format_table([f"against {baseline}", *heads], tests))
     parts += [_format_published(pair, [b.name for b in benchmarks]) for pair in _find_published(models)]
     items = ", ".join(f"{b.title} {len(_find_result(results, baseline, b).scores)}" for b in benchmarks)
-    test = (
-        f" p: two-sided, of {NUM_RESAMPLES:,} paired bootstrap resamples, twice the share in which the difference has the "
-        "other sign, ties counting half."
-    )
+    test = f" p: two-sided, of a paired permutation test ({NUM_RESAMPLES:,} sign flips of the items' differences)."
     parts.append(f"Percent, with 95 % bootstrap intervals over items ({items}).{test if others else ''}\n")
     return "\n".join(part for part in parts if part)
 
 
 def format_difference(entry: dict[str, Any]) -> str:
     """In points, with interval and p."""
-    low, high, p = entry["difference_low"], entry["difference_high"], entry["p"]
-    return f"{entry['difference']:+.1f} [{low:+.1f}, {high:+.1f}] (p {f'{p:.3f}' if p >= 0.001 else '< 0.001'})"
+    low, high = entry["difference_low"], entry["difference_high"]
+    return f"{entry['difference']:+.1f} [{low:+.1f}, {high:+.1f}] ({format_p_value(entry['p'])})"
 
 
 def _format_table(heads: list[str], rows: list[list[str]]) -> str:

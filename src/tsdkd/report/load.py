@@ -7,15 +7,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from transformers.trainer import TRAINER_STATE_NAME
+
 from ..analysis.load import StepRecord, read_records
 from ..config.base import TokenSelectiveConfig
 from ..errors import DataError
-from ..evaluation.results import find_results
-from ..evaluation.results import read_results as read_results
+from ..evaluation.results import find_results, read_results
 from ..run.output_dir import RUN_CONFIG_NAME, read_run_config
 from ..trainer.token_records import RECORDS_DIR
-
-TRAINER_STATE_NAME = "trainer_state.json"
 
 
 @dataclass

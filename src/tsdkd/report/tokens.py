@@ -2,7 +2,6 @@
 
 import base64
 import gzip
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -81,8 +80,3 @@ def _pack_column(values: np.ndarray) -> dict[str, Any]:
     little = values.astype(values.dtype.newbyteorder("<")).ravel()
     raw = little.view(np.uint8).reshape(-1, values.dtype.itemsize).T.tobytes()
     return {"size": values.dtype.itemsize, "data": base64.b64encode(gzip.compress(raw, 9, mtime=0)).decode()}
-
-
-def json_size(packed: dict[str, Any]) -> int:
-    """Bytes in the page."""
-    return len(json.dumps(packed))

@@ -371,7 +371,7 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
-        """Write README.md into the output directory: method, teacher, data, both papers."""
+        """Write README.md into the output directory: method, teacher, data, the method's papers."""
         if not self.is_world_process_zero():
             return
         names = [n for n in self.args.method_options() if n not in ("max_length", "warmup_steps")]
@@ -380,6 +380,7 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
         model_card.write_model_card(
             Path(self.args.output_dir) / "README.md",
             method=self.args.method,
+            paper=self.args.paper,
             model_name=model_name or Path(self.args.output_dir).name,
             student=get_model_id(self.model),
             teacher=self.teacher_name,
