@@ -160,8 +160,8 @@ def unwrapped(saved_model, rows_file, tmp_path_factory):
 # Every method --------------------------------------------------------------------------------------------------------
 
 OWN: dict[str, dict[str, Any]] = {
-    "minillm": {"epochs_per_rollout": 2},
-    "distillm": {"own_share": 0.9},
+    "minillm": {"num_iterations": 2},
+    "distillm": {"on_policy_share": 0.9},
     **{name: {"rollout_batch_size": 8} for name in METHODS if "opd" in name},  # resumed in the middle of a rollout
 }
 

@@ -138,7 +138,7 @@ OBJECTIVES: dict[str, tuple[str, dict[str, Any], Callable[[Rows, Case], float]]]
         lambda q, case: ref.kd_loss(q, by_response(case.teacher), case.tokens, 0.2, 3.0, 4),
     ),
     "opd": ("opd", {}, policy(placement="none")),
-    "opd, clip": ("opd", {"clip_epsilon": 0.05}, policy(placement="none", clip_epsilon=0.05)),
+    "opd, clip": ("opd", {"epsilon": 0.05}, policy(placement="none", clip_epsilon=0.05)),
     "eopd": ("eopd", {"entropy_threshold": 2.0}, policy(entropy_threshold=2.0)),
     "eopd-full": ("eopd-full", {"forward_kl_top_k": 5}, policy(placement="all", top_k=5)),
     "eopd-random": ("eopd-random", {"forward_kl_random_ratio": 0.3}, policy(placement=random_places())),
@@ -278,8 +278,8 @@ STEP |= {"max_grad_norm": 0.0, "lr_scheduler_type": "constant", "learning_rate":
 STEP |= {"max_new_tokens": 12}
 DISTILLING = [name for name in METHODS if name != "grpo"]
 OWN: dict[str, dict[str, Any]] = {
-    "minillm": {"rollout_batch_size": 12, "epochs_per_rollout": 2, "max_steps": 4},
-    "distillm": {"own_share": 0.9, "replay_capacity": 6, "max_steps": 6},
+    "minillm": {"rollout_batch_size": 12, "num_iterations": 2, "max_steps": 4},
+    "distillm": {"on_policy_share": 0.9, "replay_capacity": 6, "max_steps": 6},
     "speculative-kd": {"max_length": 16},  # completions of different limits
     **{name: {"rollout_batch_size": 12} for name in METHODS if "opd" in name},
 }
@@ -374,7 +374,7 @@ def test_minillm_trains_on_a_rollout_several_times(tmp_path: Any) -> None:
 def test_minillm_steps_as_often_as_there_are_windows(tmp_path: Any) -> None:
     """An epoch ends within a rollout: 10 windows of 4 micro-batches, 8 from the first rollout, 2 from the second."""
     split = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "rollout_batch_size": 8}
-    trainer = train("minillm", tmp_path, rows=40, epochs_per_rollout=4, max_steps=-1, num_train_epochs=1, **split)
+    trainer = train("minillm", tmp_path, rows=40, num_iterations=4, max_steps=-1, num_train_epochs=1, **split)
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert ["speed/rollout_tokens_per_second" in log for log in logs] == [True, *7 * [False], True, False]
     assert trainer.state.global_step == trainer.state.max_steps == 10
@@ -382,13 +382,24 @@ def test_minillm_steps_as_often_as_there_are_windows(tmp_path: Any) -> None:
 
 def test_distillm_replays_and_asks_for_more_when_the_validation_loss_rises(tmp_path: Any) -> None:
     """Ascent instead of descent, so that the loss rises at every evaluation."""
-    evaluated = {"eval_strategy": "steps", "eval_steps": 4, "max_steps": 40, "learning_rate": 0.5, "own_share": 0.0}
-    options = {"loss_tolerance": 0.0, "own_share_step": 0.4, "replay_capacity": 8, "per_device_train_batch_size": 4}
+    evaluated = {
+        "eval_strategy": "steps",
+        "eval_steps": 4,
+        "max_steps": 40,
+        "learning_rate": 0.5,
+        "on_policy_share": 0.0,
+    }
+    options = {
+        "loss_tolerance": 0.0,
+        "on_policy_share_step": 0.4,
+        "replay_capacity": 8,
+        "per_device_train_batch_size": 4,
+    }
     student = build_model("llama", 0)
     for p in student.parameters():
         p.register_hook(torch.neg)
     trainer = train("distillm", tmp_path, rows=24, models=(student, build_model("qwen3", 1)), **evaluated, **options)
-    shares = [log["replay/own_share"] for log in trainer.state.log_history if "replay/own_share" in log]
+    shares = [log["replay/on_policy_share"] for log in trainer.state.log_history if "replay/on_policy_share" in log]
     assert shares[0] == 0.0 and shares == sorted(shares) and shares[-1] == 1.0
     fresh = ["completions/eos_share" in log for log in trainer.state.log_history if "loss" in log]
     assert not any(fresh[:4]) and 2 <= sum(fresh) < 30
@@ -401,10 +412,10 @@ def test_distillm_compares_with_the_loss_before_training(on_start: bool, tmp_pat
     student = build_model("llama", 0)
     for p in student.parameters():
         p.register_hook(torch.neg)
-    options = {"eval_strategy": "steps", "eval_steps": 2, "max_steps": 3, "learning_rate": 0.5, "own_share": 0.0}
+    options = {"eval_strategy": "steps", "eval_steps": 2, "max_steps": 3, "learning_rate": 0.5, "on_policy_share": 0.0}
     models = (student, build_model("qwen3", 1))
     trainer = train("distillm", tmp_path, models=models, loss_tolerance=0.0, eval_on_start=on_start, **options)
-    assert trainer.own_share == (0.2 if on_start else 0.1)
+    assert trainer.on_policy_share == (0.2 if on_start else 0.1)
 
 
 def test_sequence_kd_loads_no_teacher(saved_model: Any, tmp_path: Any) -> None:

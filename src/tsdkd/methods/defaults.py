@@ -17,8 +17,6 @@ NO_VLLM = {"use_vllm": "the teacher takes part in every token, and an engine hol
 class TSDKDDefaults(TokenSelectiveConfig):
     """What the runs in TSD-KD's tables share (Table 10)."""
 
-    max_new_tokens: int = option(1024, "Completion limit, tokens; prompt and completion together obey max_length.")
-    max_length: int | None = option(1024, "Limit of prompt plus completion, tokens.")
     warmup_steps: float = option(0.1, "Warmup steps; below 1 a share of all steps.")
 
 

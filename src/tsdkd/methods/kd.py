@@ -33,9 +33,9 @@ class KDConfig(KDOptions, TokenSelectiveConfig):
     unsupported_options = OFF_POLICY
 
     lmbda: float = option(0.0, "The method never generates.")
-    learning_rate: float = option(1e-5, "Initial learning rate of AdamW.")
-    max_new_tokens: int = option(4096, "Completion limit, tokens.")
-    max_length: int | None = option(4096, "Limit of prompt plus completion, tokens.")
+    learning_rate: float = option(1e-5)
+    max_completion_length: int = option(4096)
+    max_length: int | None = option(4096)
 
 
 @dataclass

@@ -27,13 +27,13 @@ from .defaults import NO_VLLM, OWN_ROLLOUTS, RolloutConfig
 class MiniLLMOptions:
     """Options of MiniLLM, as in its public code."""
 
-    clip_epsilon: float = option(0.2, "PPO's clip.", OPEN_FRACTION)
+    epsilon: float = option(0.2, "PPO's clip.", OPEN_FRACTION)
     teacher_mixture: float = option(
         0.2, "The teacher's share of the distribution that completions are sampled from.", FRACTION
     )
     reward_scaling: float = option(0.5, "Divides the rewards.", POSITIVE)
     reward_clip: float = option(100.0, "Largest magnitude of a scaled reward.", POSITIVE)
-    discount: float = option(0.95, "How much less the next token's reward counts.", FRACTION)
+    gamma: float = option(0.95, "How much less the next token's reward counts.", FRACTION)
 
 
 @dataclass
@@ -41,19 +41,17 @@ class MiniLLMConfig(MiniLLMOptions, RolloutConfig):
     """Reverse KL by policy gradient, on completions from a mixture of teacher and student."""
 
     method = "minillm"
-    completions_source = "from a mixture of teacher and student; each serves epochs_per_rollout epochs"
+    completions_source = "from a mixture of teacher and student; each serves num_iterations epochs"
     paper = "Gu et al. 2023, arXiv 2306.08543"
     unsupported_options = {**OWN_ROLLOUTS, **NO_VLLM}
 
-    max_new_tokens: int = option(1024, "Completion limit, tokens; prompt and completion together obey max_length.")
-    max_length: int | None = option(1024, "Limit of prompt plus completion, tokens.")
     warmup_steps: float = option(0.1, "Warmup steps; below 1 a share of all steps.")
-    rollout_batch_size: int = option(256, "Prompts in one rollout, over all processes.", AT_LEAST_ONE)
-    epochs_per_rollout: int = option(4, "How often a rollout's completions are trained on.", AT_LEAST_ONE)
+    rollout_batch_size: int = option(256)
+    num_iterations: int = option(4, "How often a rollout's completions are trained on.", AT_LEAST_ONE)
 
     def steps_per_rollout(self, processes: int | None = None) -> int:
         """With every epoch over it."""
-        return super().steps_per_rollout(processes) * self.epochs_per_rollout
+        return super().steps_per_rollout(processes) * self.num_iterations
 
 
 @dataclass
@@ -79,7 +77,7 @@ class MiniLLMObjective(MiniLLMOptions, Objective):
         """See `Objective`. `old_per_token_logps` are of the mixture, `advantages` of `compute_returns`, whitened."""
         scores = completions.scores.select(rows)
         logps, old_logps = statistics.logps[:, 0], scores.old_per_token_logps
-        policy = clipped_policy_loss(logps, old_logps, scores.advantages, self.clip_epsilon)
+        policy = clipped_policy_loss(logps, old_logps, scores.advantages, self.epsilon)
         return {"policy": policy, "reverse_kl": statistics.divergence}
 
     def metrics(self, statistics: TokenStatistics, completions: CompletionBatch) -> Metrics:
@@ -107,7 +105,7 @@ class MiniLLMObjective(MiniLLMOptions, Objective):
         rewards = reward.new_zeros(mask.shape).masked_scatter(mask, reward)
         total, sums = torch.zeros_like(rewards[:, 0]), []
         for t in reversed(range(mask.shape[1])):
-            total = rewards[:, t] + self.discount * total
+            total = rewards[:, t] + self.gamma * total
             sums.append(total)
         left = mask.flip(-1).cumsum(-1).flip(-1).clamp(min=1)
         return (torch.stack(sums[::-1], dim=-1) / left)[mask]

@@ -18,7 +18,7 @@ from .defaults import RolloutConfig
 class OPDOptions:
     """Options of on-policy distillation."""
 
-    clip_epsilon: float = option(0.2, "PPO's clip.", OPEN_FRACTION)
+    epsilon: float = option(0.2, "PPO's clip.", OPEN_FRACTION)
 
 
 @dataclass
@@ -34,11 +34,20 @@ class OPDConfig(OPDOptions, RolloutConfig):
     method = "opd"
     paper: ClassVar[str] = "Lu and Lab 2025; EOPD Sec. 2.3, arXiv 2603.07079"
 
-    learning_rate: float = option(3e-6, "Initial learning rate of AdamW.")
-    max_new_tokens: int = option(4096, "Completion limit, tokens.")
-    max_length: int | None = option(None, "Limit of prompt plus completion, tokens; none: the models' context.")
-    vllm_importance_sampling_correction: bool = option(False, "Weigh tokens by student / engine probability.")
-    vllm_importance_sampling_clip_max: float = option(3.0, "Where that weight is truncated.", AT_LEAST_ONE)
+    learning_rate: float = option(3e-6)
+    max_completion_length: int = option(4096)
+    max_length: int | None = option(None)
+    vllm_importance_sampling_correction: bool = option(
+        False,
+        "Weigh tokens by student / engine probability.",
+        no_effect=(lambda v: not v["use_vllm"], "use_vllm is false"),
+    )
+    vllm_importance_sampling_clip_max: float = option(
+        3.0,
+        "Where that weight is truncated.",
+        AT_LEAST_ONE,
+        (lambda v: not v["vllm_importance_sampling_correction"], "vllm_importance_sampling_correction is false"),
+    )
 
 
 @dataclass
@@ -66,7 +75,7 @@ class OPDObjective(OPDOptions, Objective):
         scores = completions.scores.select(rows)
         advantages = self.compute_advantages(statistics, scores)
         logps, old_logps = statistics.logps[:, 0], scores.old_per_token_logps
-        loss = clipped_policy_loss(logps, old_logps, advantages, self.clip_epsilon)
+        loss = clipped_policy_loss(logps, old_logps, advantages, self.epsilon)
         return {"reverse_kl": loss * scores.importance_sampling_ratio}
 
     def compute_advantages(self, statistics: TokenStatistics, scores: PolicyScores) -> Tensor:
@@ -80,8 +89,8 @@ class OPDObjective(OPDOptions, Objective):
         advantages = self.compute_advantages(statistics, scores)
         log_ratio = statistics.logps[:, 0] - scores.old_per_token_logps
         ratio = log_ratio.exp()
-        too_high = (ratio > 1 + self.clip_epsilon) & (advantages > 0)
-        too_low = (ratio < 1 - self.clip_epsilon) & (advantages < 0)
+        too_high = (ratio > 1 + self.epsilon) & (advantages > 0)
+        too_low = (ratio < 1 - self.epsilon) & (advantages < 0)
         uncertain = scores.teacher_entropy > self.uncertainty_threshold
         forward_kl = forward_kl_on(statistics.logps[:, 1:], scores.teacher_topk_logps)
         return {

@@ -86,7 +86,7 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
         self._tag_names = ["tsdkd", args.method]
         self.objective = self._make_objective(args)
         self.rollout_buffer = RolloutBuffer(
-            args.gradient_accumulation_steps, args.steps_per_rollout(), getattr(args, "epochs_per_rollout", 1)
+            args.gradient_accumulation_steps, args.steps_per_rollout(), getattr(args, "num_iterations", 1)
         )
         self.pair = resolve_pair(model, teacher_model, args, processing_class, teacher_processing_class)
         train_dataset = self._tokenize_dataset(train_dataset, args)
@@ -376,7 +376,7 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
             return
         names = [n for n in self.args.method_options() if n not in ("max_length", "warmup_steps")]
         names += ["learning_rate", "lr_scheduler_type", "num_train_epochs", "temperature", "top_p", "lmbda"]
-        names = list(dict.fromkeys([*names, "max_new_tokens"]))
+        names = list(dict.fromkeys([*names, "max_completion_length"]))
         model_card.write_model_card(
             Path(self.args.output_dir) / "README.md",
             method=self.args.method,
