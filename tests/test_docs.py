@@ -17,6 +17,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from fast_set import EVERY_NTH, SLOW_FILES, SLOW_TESTS
 from tsdkd.cli import main
 from tsdkd.methods import METHODS
 
@@ -214,5 +215,7 @@ def test_every_test_that_is_named_exists() -> None:
     text = (ROOT / "docs/from-paper-to-code.md").read_text(encoding="utf-8")
     named = set(re.findall(r"(test_\w+\.py)::(test_\w+)", text))
     assert len(named) > 30
+    named |= {tuple(test.split("::")) for test in SLOW_TESTS | EVERY_NTH.keys()}
     for file, test in named:
         assert f"def {test}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), f"{file}::{test}"
+    assert all((ROOT / "tests" / file).is_file() for file in SLOW_FILES)
