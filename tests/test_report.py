@@ -126,7 +126,7 @@ def test_numbers_are_the_records(run: Path, browser: Any) -> None:
         found = row.text.split(" %")[0].split()
         assert float(found[-1]) == pytest.approx(share, abs=0.1) and ("<" in found) == (share < 0.05)
 
-    Select(browser.find_element(By.ID, "quantity")).select_by_value("is_opener")
+    Select(browser.find_element(By.ID, "metric")).select_by_value("is_opener")
     own = record.columns["sample"] == 0
     inside = record.is_opener[own].tolist()
     colours = [token.value_of_css_property("background-color") for token in tokens(browser)]

@@ -1,4 +1,4 @@
-"""A record of any two models: the student answers some prompts, and both say what they make of each token."""
+"""A record of any two models: the student completes some prompts, and both score each token."""
 
 from pathlib import Path
 from typing import Any

@@ -78,8 +78,8 @@ def main(argv: Sequence[str]) -> int:
 
     benchmarks = args.benchmarks.split(",") if args.benchmarks else None
     select_benchmarks(args.suite, benchmarks, args.allow_code_execution)
-    runner, table = _import_evaluation()
-    evaluation = runner.EvalArguments(
+    evaluator, results = _import_evaluation()
+    eval_args = evaluator.EvalArguments(
         models,
         suite=args.suite,
         output_dir=args.output_dir,
@@ -96,11 +96,10 @@ def main(argv: Sequence[str]) -> int:
         allow_code_execution=args.allow_code_execution,
         seed=args.seed,
     )
-    path = table.write_results(
-        runner.run_evaluation(evaluation), models, baseline, args.output_dir, args.suite, evaluation.settings
-    )
+    measured = evaluator.run_evaluation(eval_args)
+    path = results.write_results(measured, models, baseline, args.output_dir, args.suite, eval_args.settings)
     print(path.read_text(encoding="utf-8"))
-    _print_prompts(runner.read_first_prompts(evaluation))
+    _print_prompts(evaluator.read_first_prompts(eval_args))
     print(f"written to {path}, with {path.with_suffix('.json').name} and every item beside it")
     return 0
 
@@ -158,8 +157,7 @@ def _parse_model_args(text: str) -> dict[str, object]:
 
 def _import_evaluation():  # type: ignore[no-untyped-def]
     try:
-        from ..evaluation import evaluator as runner
-        from ..evaluation import results as table
+        from ..evaluation import evaluator, results
     except ImportError as error:
         raise ConfigError([f"eval needs {error.name}; pip install 'tsdkd[eval]'"]) from error
-    return runner, table
+    return evaluator, results

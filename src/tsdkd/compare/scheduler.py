@@ -31,7 +31,7 @@ def run_tasks(comparison: Comparison, name: str, jobs: int) -> None:
         PreemptedError: a signal stopped them.
     """
     ensure_dir(comparison.folder)
-    load_problems(comparison)  # what is wrong with them is told before hours of training
+    load_problems(comparison)  # raises for bad problems before hours of training
     tasks = list(enumerate(comparison.tasks))
     todo = [(i, task) for i, task in tasks if read_result(comparison, task) is None]
     _print_progress(f"{len(tasks) - len(todo)} of {len(tasks)} tasks are done, {len(todo)} to go")
@@ -79,7 +79,7 @@ def _subprocess_env(jobs: int) -> dict[str, str]:
 
 
 def _log_path(task: ComparisonTask) -> Path:
-    """Beside the folder, which is the run's own."""
+    """Beside the run's folder, in which only the run writes."""
     return task.folder.parent / f"{task.folder.name}.log"
 
 
@@ -89,8 +89,8 @@ def _print_task_result(comparison: Comparison, task: ComparisonTask, code: int, 
         _print_progress(f"{task.title}: exit code {code} after {seconds:.0f} s, see {_log_path(task)}")
         return
     k = comparison.eval_samples
-    shown = ", ".join(f"{metric} {result[metric]:.1f}" for metric in ("greedy", f"avg@{k}", f"pass@{k}"))
-    _print_progress(f"{task.title}: {shown} ({seconds:.0f} s)")
+    scores = ", ".join(f"{metric} {result[metric]:.1f}" for metric in ("greedy", f"avg@{k}", f"pass@{k}"))
+    _print_progress(f"{task.title}: {scores} ({seconds:.0f} s)")
 
 
 def _print_progress(text: str) -> None:
@@ -99,5 +99,5 @@ def _print_progress(text: str) -> None:
 
 def build_array_script(comparison: Comparison, name: str, **settings: object) -> str:
     """An sbatch script with a job for every task. Raises `ConfigError`."""
-    own = {"last": len(comparison.tasks) - 1, "config": shlex.quote(name)}
-    return render_job_script("compare/slurm.sh.j2", comparison.folder, settings, [name], **own)
+    variables = {"last": len(comparison.tasks) - 1, "config": shlex.quote(name)}
+    return render_job_script("compare/slurm.sh.j2", comparison.folder, settings, [name], **variables)

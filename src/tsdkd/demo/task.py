@@ -100,7 +100,7 @@ def _connective(rng: random.Random) -> str:
 
 
 def assign_split(prompt: str) -> Split:
-    """The split that owns a prompt, a function of its text alone: no seed can draw a held-out prompt for training."""
+    """The split of a prompt, a function of its text alone: no seed puts a held-out prompt into training."""
     return "held_out" if crc32(prompt.encode()) % 8 == 0 else "train"
 
 

@@ -24,9 +24,9 @@ class BenchmarkResult:
 
     Attributes:
         model: its name.
-        benchmark: of `suites`.
+        benchmark: one of a suite's.
         scores: `[items, samples]`.
-        ks: of pass@k in the Markdown table, each at most the number of samples; none: that number.
+        pass_at_ks: the k of pass@k in the Markdown table, each at most the number of samples; none: that number.
     """
 
     model: str
@@ -84,22 +84,22 @@ def find_results(folder: Path) -> dict[str, Path]:
 def read_results(path: Path) -> tuple[dict[str, str], list[dict[str, Any]]]:
     """Models and entries of a `results-<suite>.json`. Raises `DataError`."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        for entry in found["results"]:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        for entry in content["results"]:
             _ = entry["model"], entry["benchmark"], entry["metric"], entry["mean"] + 0.0
             _ = (entry["baseline"], entry["p"] + 0.0, entry["difference"] + 0.0) if "difference" in entry else None
-        return dict(found["models"]), list(found["results"])
+        return dict(content["models"]), list(content["results"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} isn't from tsdkd eval: {' '.join(repr(error).split())[:200]}") from error
 
 
-def _build_entries(results: BenchmarkResult, base: BenchmarkResult) -> list[dict[str, Any]]:
+def _build_entries(result: BenchmarkResult, base: BenchmarkResult) -> list[dict[str, Any]]:
     entries = []
-    for metric, values in results.item_metrics.items():
+    for metric, values in result.item_metrics.items():
         low, high = bootstrap_interval(values)
-        entry: dict[str, Any] = {"model": results.model, "benchmark": results.benchmark.name, "metric": metric}
+        entry: dict[str, Any] = {"model": result.model, "benchmark": result.benchmark.name, "metric": metric}
         entry |= {"items": len(values), "mean": 100 * float(values.mean()), "low": 100 * low, "high": 100 * high}
-        if base.model != results.model:
+        if base.model != result.model:
             theirs = base.item_metrics[metric]
             low, high = bootstrap_interval(values - theirs)
             entry |= {"baseline": base.model, "difference": 100 * float((values - theirs).mean())}

@@ -11,7 +11,7 @@ from ..analysis.load import StepRecord
 
 _MAX_COMPLETIONS = 50
 
-# name in the page, kind, what it is; of each the smallest and the largest value stand beside its bytes
+# name in the page, title
 TOKEN_METRICS = (
     ("student_entropy", "Student's entropy, nats"),
     ("teacher_entropy", "Teacher's entropy, nats"),
@@ -33,7 +33,7 @@ def pack_records(records: Sequence[StepRecord]) -> dict[str, Any]:
     text_of = {i: text for record in chosen for i, text in record.texts.items()}
     return {
         "texts": [text_of[i] for i in texts],
-        "quantities": [{"name": name, "title": title} for name, title in TOKEN_METRICS],
+        "metrics": [{"name": name, "title": title} for name, title in TOKEN_METRICS],
         "records": [_pack_record(record, place) for record in chosen],
     }
 
