@@ -15,7 +15,7 @@ from datasets import Dataset
 from torch import Tensor
 
 import reference as ref
-from conftest import QUIET, build_model, build_tokenizer, flags, make_rows, weights
+from conftest import QUIET, build_model, build_tokenizer, completions_of, flags, make_rows, policy_scores, weights
 from crash import run, run_ranks
 from tsdkd.cli import main
 from tsdkd.errors import DataError
@@ -24,9 +24,9 @@ from tsdkd.lm_head.fused import FusedHead
 from tsdkd.lm_head.projection import Projection
 from tsdkd.lm_head.statistics import Head, StatisticsRequest
 from tsdkd.methods import METHODS
-from tsdkd.methods.minillm import mixed
+from tsdkd.methods.minillm import mixture_choice
 from tsdkd.methods.speculative_kd import SpeculativeKDOptions, speculative_choice
-from tsdkd.objective import CompletionBatch, Objective, RolloutScores
+from tsdkd.objective import CompletionBatch, Objective, PolicyScores
 from tsdkd.rollout.hf import sample_completions, sample_from_models
 from tsdkd.rollout.seeding import prompt_generator
 
@@ -61,16 +61,13 @@ class Case:
     def tokens(self) -> list[list[int]]:
         return [part.tolist() for part in self.ids.split(LENGTHS)]
 
-    def answers(self, objective: Objective) -> RolloutScores:
+    def answers(self, objective: Objective) -> PolicyScores:
         """What a trainer would have asked for at the rollout."""
         teacher = DenseHead(self.teacher)(
             StatisticsRequest(entropy=True, top_k=objective.teacher_top_k, ids=self.ids.unsqueeze(-1))
         )
         old = DenseHead(self.old)(StatisticsRequest(ids=self.ids.unsqueeze(-1))).logps[:, 0]
-        uniform = torch.linspace(0.0, 0.99, len(self.ids))
-        answers = RolloutScores(
-            teacher.entropy, teacher.logps[:, 0], teacher.topk_ids, teacher.topk_logps, old, uniform
-        )
+        answers = policy_scores(teacher.entropy, teacher.logps[:, 0], teacher.topk_logps, teacher.topk_ids, old)
         if hasattr(objective, "compute_returns"):
             advantages = objective.compute_returns(old, answers.teacher_per_token_logps, self.mask)
             spread = advantages.var(correction=0)
@@ -80,7 +77,7 @@ class Case:
 
     def loss(self, objective: Objective, head: Head) -> Tensor:
         """Divided as the trainer does."""
-        answers = self.answers(objective) if objective.needs_rollout_scores else None
+        answers = self.answers(objective) if objective.scores_class else None
         output = objective(head, CompletionBatch(self.mask, self.ids, scores=answers))
         for name, term in output.terms.items():
             assert math.isfinite(term), name
@@ -193,7 +190,7 @@ def test_the_released_loss_has_the_values_of_the_released_code() -> None:
         heads = DenseHead(logits, teacher.flatten(0, 1)), FusedHead(logits, identity, teacher.flatten(0, 1), identity)
         gradients = []
         for head in heads:
-            responses = CompletionBatch(torch.ones_like(trained), loss_mask=trained)
+            responses = completions_of(torch.ones_like(trained), loss_mask=trained)
             output = METHODS["tsd-kd-released"].objective_class()(head, responses)
             assert output.loss.item() == pytest.approx(expected, abs=2e-6)
             gradients += torch.autograd.grad(output.loss, logits)
@@ -268,7 +265,7 @@ def test_interleaved_sampling_replaces_what_the_teacher_finds_unlikely() -> None
 
 def test_the_mixture_is_sampled_from() -> None:
     student, teacher = next_probs(build_model("qwen3", 0)), next_probs(build_model("llama", 1))
-    shares = first_token_shares(mixed(0.3, 1.0))
+    shares = first_token_shares(mixture_choice(0.3, 1.0))
     for v in range(64):
         expected = 0.3 * teacher[v] + 0.7 * student[v]
         assert shares.get(v, 0.0) == pytest.approx(expected, abs=5 * math.sqrt(expected / 4000) + 1e-3)
@@ -385,8 +382,19 @@ def test_minillm_steps_as_often_as_there_are_windows(tmp_path: Any) -> None:
 
 def test_distillm_replays_and_asks_for_more_when_the_validation_loss_rises(tmp_path: Any) -> None:
     """Ascent instead of descent, so that the loss rises at every evaluation."""
-    evaluated = {"eval_strategy": "steps", "eval_steps": 4, "max_steps": 40, "learning_rate": 0.5, "on_policy_share": 0.0}
-    options = {"loss_tolerance": 0.0, "on_policy_share_step": 0.4, "replay_capacity": 8, "per_device_train_batch_size": 4}
+    evaluated = {
+        "eval_strategy": "steps",
+        "eval_steps": 4,
+        "max_steps": 40,
+        "learning_rate": 0.5,
+        "on_policy_share": 0.0,
+    }
+    options = {
+        "loss_tolerance": 0.0,
+        "on_policy_share_step": 0.4,
+        "replay_capacity": 8,
+        "per_device_train_batch_size": 4,
+    }
     student = build_model("llama", 0)
     for p in student.parameters():
         p.register_hook(torch.neg)

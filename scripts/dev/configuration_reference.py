@@ -59,7 +59,10 @@ def main() -> None:
     parts.append(table(Comparison, [f.name for f in dataclasses.fields(Comparison)]))
     parts += ["## Refused\n", "Options of TRL and transformers that would have no effect, or a wrong one.\n"]
     parts.append(rows(("key", "why"), [(f"`{key}`", why) for key, why in sorted(UNSUPPORTED_OPTIONS.items())]))
-    parts += ["## Other names\n", "Each is accepted as the key that it stands for. A key that was renamed is refused with its new name.\n"]
+    parts += [
+        "## Other names\n",
+        "Each is accepted as the key that it stands for. A key that was renamed is refused with its new name.\n",
+    ]
     parts.append(rows(("key", "the same as"), [(f"`{key}`", f"`{name}`") for key, name in sorted(ALIASES.items())]))
     print("\n".join(parts), end="")
 

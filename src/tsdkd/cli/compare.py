@@ -59,10 +59,10 @@ def main(argv: Sequence[str]) -> int:
             raise ConfigError([f"--task: there are {len(comparison.tasks)} tasks, from 0, found {args.task}"])
         task.run_task(comparison, comparison.tasks[args.task])
         return 0
-    summary = _import_summary()
+    results = _import_results()
     if not args.report:
         scheduler.run_tasks(comparison, args.config, args.jobs)
-    path = summary.write_summary(comparison)
+    path = results.write_results(comparison)
     if path is None:
         print("tsdkd compare: nothing is finished yet")
         return 0
@@ -71,10 +71,10 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _import_summary():  # type: ignore[no-untyped-def]
+def _import_results():  # type: ignore[no-untyped-def]
     """Before the first run: the table's dependencies are an extra."""
     try:
-        from ..compare import summary
+        from ..compare import results
     except ImportError as error:
         raise ConfigError([f"compare needs {error.name}; pip install 'tsdkd[report]'"]) from error
-    return summary
+    return results

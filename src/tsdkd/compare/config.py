@@ -154,14 +154,14 @@ def read_comparison(name: str) -> Comparison:
     Raises:
         ConfigError: with every problem found, one line each, of the comparison and of its runs.
     """
-    found = read_yaml(str(_find_comparison(name)))
-    problems = _unknown_keys(found)
+    raw = read_yaml(str(_find_comparison(name)))
+    problems = _unknown_keys(raw)
     hints, values = get_type_hints(Comparison), {}
-    if "seeds" in found and not isinstance(found["seeds"], list):
-        problems.append(f"seeds: must be a list, such as [1, 2, 3], found {found.pop('seeds')!r}")
-    for key in found.keys() & hints.keys():
+    if "seeds" in raw and not isinstance(raw["seeds"], list):
+        problems.append(f"seeds: must be a list, such as [1, 2, 3], found {raw.pop('seeds')!r}")
+    for key in raw.keys() & hints.keys():
         try:
-            values[key] = coerce(found[key], hints[key])
+            values[key] = coerce(raw[key], hints[key])
         except ValueError as error:
             problems.append(f"{key}: {error}")
             continue
@@ -169,7 +169,7 @@ def read_comparison(name: str) -> Comparison:
         if rule and values[key] is not None and not rule[0](values[key]):
             problems.append(f"{key}: {rule[1]}, found {values[key]!r}")
     problems += [
-        f"{key}: missing" for key in ("config", "output_dir", "runs") if not values.get(key) and key not in found
+        f"{key}: missing" for key in ("config", "output_dir", "runs") if not values.get(key) and key not in raw
     ]
     if problems:
         raise ConfigError(problems)
@@ -191,15 +191,15 @@ def _find_comparison(name: str) -> Path:
             return path
     raise ConfigError(
         [
-            f"--config: no file and no shipped comparison is called {name!r}{did_you_mean(name, comparison_names())}; see "
-            "`tsdkd compare --list`"
+            f"--config: no file and no shipped comparison is called {name!r}{did_you_mean(name, comparison_names())}; "
+            "see `tsdkd compare --list`"
         ]
     )
 
 
-def _unknown_keys(found: Mapping[str, Any]) -> list[str]:
+def _unknown_keys(raw: Mapping[str, Any]) -> list[str]:
     known = [f.name for f in fields(Comparison)]
-    return [f"{key}: unknown key{did_you_mean(key, known)}" for key in found if key not in known]
+    return [f"{key}: unknown key{did_you_mean(key, known)}" for key in raw if key not in known]
 
 
 def _validate_comparison(comparison: Comparison) -> None:

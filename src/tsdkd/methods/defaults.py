@@ -27,9 +27,6 @@ class RolloutConfig(TokenSelectiveConfig):
     Args:
         rollout_batch_size: prompts in one rollout, over all processes; it serves
             `rollout_batch_size / (per-device batch x accumulation x processes)` optimizer steps.
-        vllm_importance_sampling_correction: weigh the policy's loss by what the student's probability of a token is of
-            the engine's, truncated. Without it the engine's is the policy that sampled (Q_old).
-        vllm_importance_sampling_clip_max: where that weight is truncated.
     """
 
     rollout_batch_size: int = option(128, "Prompts in one rollout, over all processes.", AT_LEAST_ONE)

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from ..config.options import AT_LEAST_ONE, FRACTION, OPEN_FRACTION, POSITIVE, option
 from ..data import completion_mask
-from ..lm_head.statistics import Head, PerTokenLoss, StatisticsRequest, TokenStatistics
+from ..lm_head.statistics import StatisticsRequest, TokenStatistics
 from ..losses import REVERSE_KL, clipped_policy_loss
-from ..objective import CompletionBatch, Objective, ObjectiveOutput, approx_kl, common_metrics, mean_metric
+from ..objective import CompletionBatch, Metrics, Objective, PolicyScores, approx_kl, mean_metric
 from ..rollout.base import Sampler, SamplingConfig
 from ..rollout.categorical import sample_tokens
 from ..rollout.mixed import MixedSampler, TokenChoice
@@ -58,30 +58,33 @@ class MiniLLMConfig(MiniLLMOptions, RolloutConfig):
 class MiniLLMObjective(MiniLLMOptions, Objective):
     """A mean over tokens of both terms."""
 
-    needs_rollout_scores = True
-    needs_old_per_token_logps = True
+    scores_class = PolicyScores
 
-    def __call__(self, head: Head, completions: CompletionBatch) -> ObjectiveOutput:
-        """See `Objective`. The scores' `old_logps` are of the mixture, `advantages` of `compute_returns`, whitened."""
-        scores, sampled = completions.scores, completions.ids
-        assert scores is not None and sampled is not None
+    @property
+    def term_weights(self) -> dict[str, float]:
+        """See `Objective`."""
+        return {"policy": 1.0, "reverse_kl": 1.0}
 
-        def losses(tokens: TokenStatistics, rows: slice) -> dict[str, Tensor]:
-            some = scores.of(rows)
-            assert some.old_per_token_logps is not None and some.advantages is not None
-            policy = clipped_policy_loss(tokens.logps[:, 0], some.old_per_token_logps, some.advantages, self.epsilon)
-            return {"policy": policy, "reverse_kl": tokens.divergence}
-
-        own = PerTokenLoss({"policy": 1.0, "reverse_kl": 1.0}, losses)
-        request = StatisticsRequest(
-            entropy=True, teacher_entropy=True, divergence=REVERSE_KL, ids=sampled.unsqueeze(-1)
+    def request(self, completions: CompletionBatch) -> StatisticsRequest:
+        """See `Objective`."""
+        return StatisticsRequest(
+            entropy=True, teacher_entropy=True, divergence=REVERSE_KL, ids=completions.ids.unsqueeze(-1)
         )
-        tokens = head(request, own)
-        assert scores.old_per_token_logps is not None
-        log_ratio = tokens.logps[:, 0].detach() - scores.old_per_token_logps
-        metrics = common_metrics(tokens, completions)
-        metrics |= {"policy/ratio": mean_metric(log_ratio.exp()), "policy/approx_kl": approx_kl(log_ratio)}
-        return ObjectiveOutput(tokens.loss, tokens.loss_terms, own.weights, metrics)
+
+    def per_token_terms(
+        self, completions: CompletionBatch, statistics: TokenStatistics, rows: slice
+    ) -> dict[str, Tensor]:
+        """See `Objective`. `old_per_token_logps` are of the mixture, `advantages` of `compute_returns`, whitened."""
+        scores = completions.scores.select(rows)
+        logps, old_logps = statistics.logps[:, 0], scores.old_per_token_logps
+        policy = clipped_policy_loss(logps, old_logps, scores.advantages, self.epsilon)
+        return {"policy": policy, "reverse_kl": statistics.divergence}
+
+    def metrics(self, statistics: TokenStatistics, completions: CompletionBatch) -> Metrics:
+        """See `Objective`."""
+        log_ratio = statistics.logps[:, 0].detach() - completions.scores.old_per_token_logps
+        policy = {"policy/ratio": mean_metric(log_ratio.exp()), "policy/approx_kl": approx_kl(log_ratio)}
+        return super().metrics(statistics, completions) | policy
 
     def compute_mixture_logps(self, student_logps: Tensor, teacher_logps: Tensor) -> Tensor:
         """Log-probabilities of tokens under the distribution that they were sampled from, nats."""
@@ -117,7 +120,7 @@ class MiniLLMTrainer(ScoredRolloutTrainer):
 
     def _make_sampler(self) -> Sampler:
         sampling = SamplingConfig(frozenset(self.stop_token_ids), self.pair.shared_vocab_size)
-        choose = mixed(self.args.teacher_mixture, self.args.temperature)
+        choose = mixture_choice(self.args.teacher_mixture, self.args.temperature)
         return MixedSampler(self.accelerator, self.args, sampling, self.teacher_model, choose)
 
     def _postprocess_micro_batch(self, model: nn.Module, batch: Batch, step: int, mode: str) -> None:
@@ -145,7 +148,7 @@ class MiniLLMTrainer(ScoredRolloutTrainer):
             batch["scores"]["advantages"] = ((value - mean) * scale).float()
 
 
-def mixed(teacher_share: float, temperature: float) -> TokenChoice:
+def mixture_choice(teacher_share: float, temperature: float) -> TokenChoice:
     """MiniLLM, Eq. 5: from `teacher_share P + (1 - teacher_share) Q`."""
 
     def choose(logits: list[Tensor], uniform: Tensor | None) -> Tensor:

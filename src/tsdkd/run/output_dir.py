@@ -1,6 +1,5 @@
 """The output directory of a run: whose it is, of which configuration, and whether there is something to continue."""
 
-import os
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -16,14 +15,14 @@ from ..config.names import modernize_names
 from ..config.options import enum_value, get_default
 from ..config.validation import declared_fields
 from ..errors import DataError, OutputDirError, ResumeError
-from ..files import ensure_dir, require_dir_path
+from ..files import require_dir_path, write_atomically
 from ..methods import METHODS
 from .arguments import RunArguments
 
 logger = get_logger(__name__)
 
 RUN_CONFIG_NAME = "tsdkd_config.yaml"  # the resolved configuration; marks an output directory as ours
-_TMP_RUN_CONFIG_NAME = f".{RUN_CONFIG_NAME}.new"
+_TMP_RUN_CONFIG_NAME = f".{RUN_CONFIG_NAME}.new"  # what `write_atomically` leaves when it is killed
 
 # What may differ when a run goes on: it decides what is reported, kept, and how fast it goes, not what is learnt.
 _MUTABLE_PREFIXES = ("logging_", "log_", "record_", "save_", "eval_", "hub_", "push_to_", "ddp_", "vllm_", "resume")
@@ -125,12 +124,10 @@ def write_run_config(arguments: RunArguments) -> None:
     """
     if arguments.training_args.process_index == 0:
         folder = Path(str(arguments.training_args.output_dir))
-        ensure_dir(folder)
         if (folder / RUN_CONFIG_NAME).exists() and not _is_resuming(arguments):
             raise OutputDirError(f"output_dir: another run has begun in {folder}; choose another")
         text = yaml.safe_dump(build_run_config(arguments), sort_keys=True, allow_unicode=True)
-        (folder / _TMP_RUN_CONFIG_NAME).write_text(text, encoding="utf-8")
-        os.replace(folder / _TMP_RUN_CONFIG_NAME, folder / RUN_CONFIG_NAME)
+        write_atomically(folder / RUN_CONFIG_NAME, text)
 
 
 def read_run_config(folder: Path) -> dict[str, Any]:
