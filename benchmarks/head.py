@@ -1,12 +1,15 @@
 """The fused head against its peers: one loss and its backward pass, time and extra peak memory, side by side.
 
     python benchmarks/head.py [--sizes qwen2.5 gemma2 small tiny] [--tokens 512 1024] [--dtypes float32 bfloat16]
+        [--without WORD ...]
 
-Inputs are random hidden states and heads of two models, responses of 512 tokens. `TSD-KD` is the complete loss, its
+Inputs are random hidden states and heads of two models, completions of 512 tokens. `TSD-KD` is the complete loss, its
 three terms on; the peers compute only a JSD with beta 0.9. The floor is four bare matrix products: both projections
 and the two gradients of the student's. Contestants take turns in one process, the time is the median of the turns; on
 a GPU one follows the other, and the time is milliseconds between its events. Extra peak memory (gradients included,
 inputs not) is measured in a process of its own, on a GPU by its allocator in the same one. `nan`: it failed.
+`checkpointed N` is the plain alternative to the fused head (`checkpointed.py`), in chunks of N tokens. Before
+anything is measured, the heads' TSD-KD must have the loss and the gradients of whole logits.
 """
 
 import argparse
@@ -14,19 +17,23 @@ import gc
 import importlib.util
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
+from checkpointed import CheckpointedHead
 
 from tsdkd.lm_head.dense import DenseHead
 from tsdkd.lm_head.fused import FusedHead
 from tsdkd.lm_head.projection import Projection
+from tsdkd.lm_head.statistics import Head
 from tsdkd.methods.tsd_kd import TSDKDObjective
 from tsdkd.objective import CompletionBatch
 
@@ -36,8 +43,9 @@ SIZES = {  # vocabulary, student's and teacher's hidden size
     "small": (32768, 512, 1024),
     "tiny": (2048, 64, 96),  # shows that it runs
 }
-RESPONSE = 512
+COMPLETION = 512
 BETA = 0.9
+CHUNKS = (64, 256)  # tokens, of the checkpointed head
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -56,12 +64,14 @@ class Contest:
         self.weight, self.teacher_weight = (normal(vocabulary, h, std=1.5 * h**-0.5) for h in (hidden, teacher_hidden))
         self.hidden.requires_grad_()
         self.weight.requires_grad_()
-        self.mask = torch.ones(max(1, tokens // RESPONSE), min(tokens, RESPONSE), dtype=torch.bool, device=DEVICE)
+        mask = torch.ones(max(1, tokens // COMPLETION), min(tokens, COMPLETION), dtype=torch.bool, device=DEVICE)
+        self.completions = CompletionBatch(mask)
 
     def contestants(self) -> dict[str, Callable[[], None]]:
         """Name -> one loss with its backward pass."""
         found = {
             "TSD-KD, fused head": self.fused,
+            **{f"TSD-KD, checkpointed {c}": partial(self.checkpointed, c) for c in CHUNKS},
             "TSD-KD, whole logits": self.whole,
             "JSD, TRL's chunked": self.trl_chunked,  # in Triton where that is
             "JSD, TRL's GKDTrainer": self.trl_gkd,
@@ -73,13 +83,23 @@ class Contest:
 
     def fused(self) -> None:
         head = FusedHead(self.hidden, Projection(self.weight), self.teacher_hidden, Projection(self.teacher_weight))
-        TSDKDObjective()(head, CompletionBatch(self.mask)).loss.backward()
+        self.tsd_kd(head)
+
+    def checkpointed(self, chunk: int) -> None:
+        heads = [lambda h, weight=w: h @ weight.t() for w in (self.weight, self.teacher_weight)]
+        head = CheckpointedHead(self.hidden, heads[0], self.teacher_hidden, heads[1], chunk)
+        self.tsd_kd(head)
+
+    def tsd_kd(self, head: Head) -> None:
+        """The complete loss and its backward pass."""
+        self.loss = TSDKDObjective()(head, self.completions).loss
+        self.loss.backward()
 
     def logits(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.hidden @ self.weight.t(), self.teacher_hidden @ self.teacher_weight.t()
 
     def whole(self) -> None:
-        TSDKDObjective()(DenseHead(*self.logits()), CompletionBatch(self.mask)).loss.backward()
+        self.tsd_kd(DenseHead(*self.logits()))
 
     def trl_chunked(self) -> None:
         from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
@@ -114,6 +134,21 @@ class Contest:
         gc.collect()
 
 
+def check_same() -> None:
+    """Raises `AssertionError` where a head's TSD-KD isn't that of whole logits (float64, a short last chunk)."""
+    found = {}
+    contest = Contest("tiny", 300, "float64")
+    for name, work in contest.contestants().items():
+        if name.startswith("TSD-KD"):
+            work()
+            found[name] = contest.loss.detach(), contest.hidden.grad, contest.weight.grad
+            contest.forget()
+    for name, values in found.items():
+        torch.testing.assert_close(
+            values, found["TSD-KD, whole logits"], rtol=1e-9, atol=1e-12, msg=partial("{}: {}".format, name)
+        )
+
+
 def seconds(work: Callable[[], None]) -> float:
     """Wall time; on a GPU between two of its events."""
     if DEVICE == "cpu":
@@ -128,9 +163,8 @@ def seconds(work: Callable[[], None]) -> float:
     return first.elapsed_time(last) / 1000
 
 
-def times(contest: Contest, repeats: int) -> dict[str, float]:
+def times(contestants: dict[str, Callable[[], None]], forget: Callable[[], None], repeats: int) -> dict[str, float]:
     """The median seconds of each contestant, after one turn that isn't counted; nan of one that can't."""
-    contestants = contest.contestants()
     turns = [(name, turn) for turn in range(repeats + 1) for name in contestants]
     if DEVICE == "cuda":  # its speed doesn't drift, and what the one's memory leaves free isn't the other's
         turns = [(name, turn) for name in contestants for turn in range(repeats + 1)]
@@ -145,7 +179,7 @@ def times(contest: Contest, repeats: int) -> dict[str, float]:
         except Exception as error:  # the others go on: out of memory, or a peer's kernel that isn't for this GPU
             print(f"{name}, turn {turn}: {type(error).__name__}: {error}", file=sys.stderr)
             taken[name].append(math.nan)
-        contest.forget()
+        forget()
     return {name: statistics.median(values[1:] or values) for name, values in taken.items()}
 
 
@@ -158,6 +192,8 @@ def resident_peak() -> float:
 def extra_gib(contest: Contest, name: str) -> float:
     """Peak memory of one turn above what the inputs take."""
     work = contest.contestants()[name]
+    if DEVICE == "cpu":
+        Contest("tiny", 1, "float32").contestants()[name]()  # what it imports isn't counted
     if DEVICE == "cuda":  # where it has run before
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -174,19 +210,22 @@ def extra_gib(contest: Contest, name: str) -> float:
 def alone(*arguments: str) -> float:
     """`extra_gib` in a process of its own."""
     command = [sys.executable, __file__, "--memory-of", *arguments]
-    return float(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+    # glibc would keep freed tensors of up to 32 MiB, and small chunks would look larger than they are
+    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
+    return float(json.loads(subprocess.run(command, check=True, capture_output=True, text=True, env=env).stdout))
 
 
-def table(size: str, tokens: int, dtype: str, repeats: int) -> None:
-    """Measure and print one size."""
+def table(size: str, tokens: int, dtype: str, repeats: int, without: list[str]) -> None:
+    """Measure and print one size; without contestants whose names have one of these words."""
     print(f"\n### {size}: V {SIZES[size][0]}, H {SIZES[size][1]}/{SIZES[size][2]}, {tokens} tokens, {dtype}\n")
     unit, factor = ("ms", 1000) if DEVICE == "cuda" else ("seconds", 1)
     print(f"| | {unit} | ours / its | GiB | ours / its | over the floor |\n|---|---|---|---|---|---|")
     contest = Contest(size, tokens, dtype)
-    taken = times(contest, repeats)
+    contestants = {n: work for n, work in contest.contestants().items() if not any(word in n for word in without)}
+    taken = times(contestants, contest.forget, repeats)
     if DEVICE == "cuda":
         memory = {name: math.nan if math.isnan(taken[name]) else extra_gib(contest, name) for name in taken}
-    del contest
+    del contest, contestants
     if DEVICE == "cpu":
         memory = {name: alone(size, str(tokens), dtype, name) for name in taken}
     ours = next(iter(taken))
@@ -202,18 +241,20 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=[512, 1024])
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--without", nargs="+", default=[], help="words in the names of contestants to leave out")
     parser.add_argument("--memory-of", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.memory_of:
         size, tokens, dtype, name = arguments.memory_of
         print(json.dumps(extra_gib(Contest(size, int(tokens), dtype), name)))
         return
+    check_same()
     machine = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"torch {torch.__version__}, {machine}")
     for size in arguments.sizes:
         for dtype in arguments.dtypes:
             for tokens in arguments.tokens:
-                table(size, tokens, dtype, arguments.repeats)
+                table(size, tokens, dtype, arguments.repeats, arguments.without)
 
 
 if __name__ == "__main__":

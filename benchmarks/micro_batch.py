@@ -59,9 +59,9 @@ def make(config: PretrainedConfig, dtype: torch.dtype) -> Any:
 def estimated(args: TSDKDConfig, student: PretrainedConfig, teacher: PretrainedConfig) -> dict[str, float]:
     """GiB, by what takes it."""
     given = {"dtype": "float32", "attn_implementation": None, "teacher_model_init_kwargs": {"dtype": "bfloat16"}}
-    work = build_workload(TSDKDConfig, {**vars(args), **given}, [student, teacher], gpus=1, gpu_gib=80.0)
+    workload = build_workload(TSDKDConfig, {**vars(args), **given}, [student, teacher], gpus=1, gpu_gib=80.0)
     return estimate_memory(
-        compute_model_size(student), compute_model_size(teacher), work, Sharding(zero_stage=0), "replica", gpus=1
+        compute_model_size(student), compute_model_size(teacher), workload, Sharding(zero_stage=0), "replica", gpus=1
     )
 
 

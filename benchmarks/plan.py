@@ -93,8 +93,8 @@ def measure(folder: str, case: dict[str, Any]) -> None:
     measured = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else resident("VmHWM") - before
     configs = [AutoConfig.from_pretrained(folder) for folder in (student, teacher)]
     values = {**vars(args), "dtype": case.get("dtype", "float32"), "attn_implementation": None, "head_chunk_gib": 0.25}
-    work = build_workload(TSDKDConfig, values, configs, gpus=1, gpu_gib=1.0)
-    parts = estimate_memory(*map(compute_model_size, configs), work, Sharding(zero_stage=0), "replica", gpus=1)
+    workload = build_workload(TSDKDConfig, values, configs, gpus=1, gpu_gib=1.0)
+    parts = estimate_memory(*map(compute_model_size, configs), workload, Sharding(zero_stage=0), "replica", gpus=1)
     print(json.dumps({"estimate": sum(parts.values()), "measured": measured, "parts": parts}))
 
 

@@ -3,8 +3,8 @@
     python benchmarks/step.py [--pairs demo large] [--repeats 3] [--steps 4] [--threads N] [--vllm]
 
 Our step is TSD-KD with its three terms, the peers' is a JSD with beta 0.9: same pair, prompts, batch, limits, float32.
-`demo` is the embedded pair (32 responses); `large` has random weights, 60M and 250M parameters, the Qwen2.5 vocabulary
-(8 responses of 64 tokens). The trainers take turns, each turn's first step isn't counted; figures are medians of the
+`demo` is the embedded pair (32 completions); `large` has random weights, 60M and 250M parameters, the Qwen2.5 vocabulary
+(8 completions of 64 tokens). The trainers take turns, each turn's first step isn't counted; figures are medians of the
 turns, in seconds a step. `head` is from the student's last hidden states to their gradient: projections, loss, and the
 way back. `--vllm` adds our trainer with rollouts on vLLM; `sync`, a part of the rollout, copies the weights. On a GPU
 the device is waited for wherever a part begins or ends.
@@ -51,7 +51,7 @@ COMMON: dict[str, Any] = {
     "temperature": 1.0,
     "beta": 0.9,
 }
-SHAPES = {"demo": (32, 64), "large": (8, 64)}  # responses, their limit in tokens
+SHAPES = {"demo": (32, 64), "large": (8, 64)}  # completions, their limit in tokens
 
 
 def save_random(folder: str, hidden: int, layers: int) -> None:
@@ -168,8 +168,8 @@ class Clock(TrainerCallback):
 
 def trainers(pair: str, rows: Dataset, folder: str, names: tuple[str, str], steps: int, vllm: bool) -> dict[str, Any]:
     """Name -> a function that makes the trainer and the object whose method is its rollout."""
-    responses, limit = SHAPES[pair]
-    common = {**COMMON, "output_dir": folder, "max_steps": steps + 1, "per_device_train_batch_size": responses}
+    completions, limit = SHAPES[pair]
+    common = {**COMMON, "output_dir": folder, "max_steps": steps + 1, "per_device_train_batch_size": completions}
     tokenizer = AutoTokenizer.from_pretrained(STUDENT)
     chats = [[{"role": "user", "content": row["prompt"]}] for row in rows]
     answers = [[{"role": "assistant", "content": row["completion"]}] for row in rows]
@@ -221,7 +221,7 @@ def table(pair: str, rows: Dataset, repeats: int, steps: int, vllm: bool) -> Non
                 found[name].append(clock.result())
     medians = {name: {key: statistics.median(r[key] for r in runs) for key in runs[0]} for name, runs in found.items()}
     ours = next(iter(medians.values()))["step"]
-    print(f"\n### {pair} pair: {SHAPES[pair][0]} responses of at most {SHAPES[pair][1]} tokens\n")
+    print(f"\n### {pair} pair: {SHAPES[pair][0]} completions of at most {SHAPES[pair][1]} tokens\n")
     print(f"| | step | ours / its | {' | '.join(PARTS)} |\n|{'---|' * (3 + len(PARTS))}")
     for name, parts in medians.items():
         print(f"| {name} | {parts['step']:.3f} | {ours / parts['step']:.2f} |", end="")

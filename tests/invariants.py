@@ -1,12 +1,14 @@
-"""Short runs of every method whose losses, gradient norms and weights are on record in `invariants.json`.
+"""Short runs of every method. Their losses, gradient norms and final weights are on record in `invariants.json`.
 
-A change that shouldn't alter numbers leaves the record as it is. A change that should alter them writes a new one, and
-its commit says why:
+A change that shouldn't alter numbers leaves the record as it is: on a machine like the one that wrote it the runs must
+repeat it bit by bit, on others up to rounding. A change that should alter numbers writes a new record, and its commit
+says why:
 
     python tests/invariants.py --write "one process" "two processes"
     python tests/invariants.py --write vllm                             where vLLM is installed
 """
 
+import argparse
 import hashlib
 import json
 import os
@@ -31,8 +33,11 @@ from conftest import DDP, QUIET, build_model, build_tokenizer, flags, make_rows,
 from tsdkd.cli import main
 from tsdkd.methods import METHODS
 
+Runs = dict[str, tuple[str, dict[str, Any]]]
+"""Case -> method and options."""
+
 RECORD = Path(__file__).with_suffix(".json")
-STEP = {
+COMMON_OPTIONS = {
     "max_steps": 4,
     "per_device_train_batch_size": 3,
     "per_device_eval_batch_size": 4,
@@ -40,20 +45,20 @@ STEP = {
     "learning_rate": 0.01,
     "logging_steps": 1,
     "max_length": 64,
-    "max_new_tokens": 12,
+    "max_completion_length": 12,
     "eval_strategy": "steps",
     "eval_steps": 2,
 }
-OWN: dict[str, dict[str, Any]] = {
-    "minillm": {"epochs_per_rollout": 2},
+METHOD_OPTIONS: dict[str, dict[str, Any]] = {
+    "minillm": {"num_iterations": 2},
     "grpo": {"max_length": None, "num_generations": 3, "per_device_eval_batch_size": 3, "eval_strategy": "no"},
 }
-"""What a method needs beside `STEP`; None takes an option away."""
+"""What a method needs beside `COMMON_OPTIONS`; None removes an option."""
 
-_WHOLE = {f"{method}, dense": (method, {"fused_head": False}) for method in METHODS if method != "grpo"}
-ONE_PROCESS: dict[str, tuple[str, dict[str, Any]]] = {
+_DENSE: Runs = {f"{method}, dense": (method, {"fused_head": False}) for method in METHODS if method != "grpo"}
+ONE_PROCESS: Runs = {
     **{method: (method, {}) for method in METHODS},
-    **_WHOLE,
+    **_DENSE,
     "tsd-kd, adaptive opener": ("tsd-kd", {"adaptive_opener": True, "gradient_checkpointing": True}),
     "tsd-kd, bfloat16": ("tsd-kd", {"bf16": True}),
     "eopd, bfloat16": ("eopd", {"bf16": True}),
@@ -63,15 +68,15 @@ ONE_PROCESS: dict[str, tuple[str, dict[str, Any]]] = {
     "tsd-kd, term gradients": ("tsd-kd", {"log_term_gradients": 2}),
     "tsd-kd, continued": ("tsd-kd", {"save_strategy": "steps", "save_steps": 2}),
     "eopd, continued": ("eopd", {"save_strategy": "steps", "save_steps": 1}),
-    "distillm, continued": ("distillm", {"save_strategy": "steps", "save_steps": 2, "own_share": 0.5}),
+    "distillm, continued": ("distillm", {"save_strategy": "steps", "save_steps": 2, "on_policy_share": 0.5}),
     "minillm, continued": ("minillm", {"save_strategy": "steps", "save_steps": 1}),
 }
-TWO_PROCESSES: dict[str, tuple[str, dict[str, Any]]] = {
+TWO_PROCESSES: Runs = {
     **{method: (method, {}) for method in METHODS},
-    **{case: _WHOLE[case] for case in ("tsd-kd, dense", "eopd, dense")},
+    **{case: _DENSE[case] for case in ("tsd-kd, dense", "eopd, dense")},
 }
-VLLM: dict[str, tuple[str, dict[str, Any]]] = {method: (method, {"use_vllm": True}) for method in ("tsd-kd", "eopd")}
-_TIMES = ("speed", "runtime", "per_second", "flos", "time")
+VLLM: Runs = {method: (method, {"use_vllm": True}) for method in ("tsd-kd", "eopd")}
+_TIMING_WORDS = ("speed", "runtime", "per_second", "flos", "time")
 
 
 def machine() -> dict[str, str]:
@@ -87,122 +92,150 @@ def machine() -> dict[str, str]:
     }
 
 
-def measure(case: str, method: str, options: dict[str, Any], folder: Path, processes: int = 1) -> dict[str, Any]:
-    """Train, and look at what was saved: the log without times, and a hash of the weights."""
-    pair = folder / "pair"
-    rank = int(os.environ.get("RANK", "0"))
-    if not pair.exists() and rank == 0:
-        for name, model in {
-            "teacher": build_model("qwen3", 1, rows=70, hidden=48, head_dim=32),
-            "student": _student(),
-        }.items():
-            model.save_pretrained(pair / name)
-            build_tokenizer().save_pretrained(pair / name)
-        write_jsonl(pair / "train.jsonl", make_rows(24))
-        write_jsonl(pair / "eval.jsonl", make_rows(5, seed=3))
-        (folder / "ready").touch()
-    while not (folder / "ready").exists():
-        pass
-    output = folder / case.replace(", ", "-").replace(" ", "-")
-    step = {**STEP, "per_device_train_batch_size": 3 if processes == 1 else 2}
-    fields = METHODS[method].config_class.__dataclass_fields__
-    rollout = {"rollout_batch_size": 2 * 2 * step["per_device_train_batch_size"] * processes}
-    own = rollout if "rollout_batch_size" in fields else {}
-    values = {**QUIET, **step, **own, **OWN.get(method, {}), **options}
-    values |= {"method": method, "model_name_or_path": pair / "student", "output_dir": output}
-    values |= {"dataset_name": pair / "train.jsonl", "eval_dataset_name": pair / "eval.jsonl"}
-    if "teacher_model_name_or_path" not in METHODS[method].config_class.unsupported_options:
-        values["teacher_model_name_or_path"] = pair / "teacher"
+def write_inputs(folder: Path) -> None:
+    """The pair and the data of all runs."""
+    models = {
+        "teacher": build_model("qwen3", 1, rows=70, hidden=48, head_dim=32),
+        "student": build_model("gemma2", 0, head_dim=32),
+    }
+    for name, model in models.items():
+        model.save_pretrained(folder / name)
+        build_tokenizer().save_pretrained(folder / name)
+    write_jsonl(folder / "train.jsonl", make_rows(24))
+    write_jsonl(folder / "eval.jsonl", make_rows(5, seed=3))
+
+
+def train_command(method: str, options: dict[str, Any], inputs: Path, output: Path, processes: int) -> list[str]:
+    """The arguments of `tsdkd`."""
+    config = METHODS[method].config_class
+    batch = 3 if processes == 1 else 2
+    values = {**QUIET, **COMMON_OPTIONS, "per_device_train_batch_size": batch}
+    if "rollout_batch_size" in config.__dataclass_fields__:
+        values["rollout_batch_size"] = 2 * COMMON_OPTIONS["gradient_accumulation_steps"] * batch * processes
+    values |= {**METHOD_OPTIONS.get(method, {}), **options}
+    values |= {"method": method, "model_name_or_path": inputs / "student", "output_dir": output}
+    values |= {"dataset_name": inputs / "train.jsonl", "eval_dataset_name": inputs / "eval.jsonl"}
+    if "teacher_model_name_or_path" not in config.unsupported_options:
+        values["teacher_model_name_or_path"] = inputs / "teacher"
     if values["eval_strategy"] == "no":
         del values["eval_dataset_name"], values["eval_steps"]
-    command = ["train", *flags(**{key: value for key, value in values.items() if value is not None})]
+    return ["train", *flags(**{key: value for key, value in values.items() if value is not None})]
+
+
+def read_run(output: Path) -> dict[str, Any]:
+    """What a run leaves: the log without times, hashes of weights and of token records."""
+    state = load_file(output / "model.safetensors")
+    weights = b"".join(weight.contiguous().numpy().tobytes() for _, weight in sorted(state.items()))
+    log = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    rows = [{k: v for k, v in row.items() if not any(word in k for word in _TIMING_WORDS)} for row in log]
+    result = {"weights": hashlib.sha256(weights).hexdigest(), "log": rows}
+    records = sorted(output.glob("records/*.parquet"))
+    if records:
+        import pyarrow.parquet as pq
+
+        columns = [pq.read_table(path).to_pydict() for path in records]
+        result["records"] = hashlib.sha256(json.dumps(columns).encode()).hexdigest()
+    return result
+
+
+def measure(case: str, command: list[str], output: Path) -> dict[str, Any]:
+    """Train, and read what was saved; {} in all processes but the first.
+
+    A case that ends in "continued" loses its last checkpoint and its result, and is resumed.
+    """
     assert main(command) == 0, case
     if case.endswith("continued"):
         shutil.rmtree(output / "checkpoint-4")
         for name in ("model.safetensors", "trainer_state.json"):
             (output / name).unlink()
         assert main([*command, "--resume", "true"]) == 0, case
-    if rank:
-        return {}
-    weights = b"".join(
-        w.contiguous().numpy().tobytes() for _, w in sorted(load_file(output / "model.safetensors").items())
-    )
-    log = json.loads((output / "trainer_state.json").read_text())["log_history"]
-    rows = [{k: v for k, v in row.items() if not any(word in k for word in _TIMES)} for row in log]
-    found = {"weights": hashlib.sha256(weights).hexdigest(), "log": rows}
-    recorded = sorted(output.glob("records/*.parquet"))
-    if recorded:
-        import pyarrow.parquet as pq
-
-        columns = [pq.read_table(path).to_pydict() for path in recorded]
-        found["records"] = hashlib.sha256(json.dumps(columns).encode()).hexdigest()
-    return found
+    return read_run(output) if int(os.environ.get("RANK", "0")) == 0 else {}
 
 
-def _student() -> Any:
-    return build_model("gemma2", 0, head_dim=32)
+def measure_all(runs: Runs, folder: Path, processes: int = 1) -> dict[str, Any]:
+    """All runs in this process, one after the other. `folder` has `inputs`."""
+    results = {}
+    for case, (method, options) in runs.items():
+        output = folder / case.replace(", ", "-").replace(" ", "-")
+        command = train_command(method, options, folder / "inputs", output, processes)
+        results[case] = measure(case, command, output)
+    return results
 
 
-def measure_all(cases: dict[str, tuple[str, dict[str, Any]]], processes: int = 1) -> dict[str, Any]:
-    """All cases in this process, one after the other."""
+def measure_one_process(runs: Runs) -> dict[str, Any]:
+    """In this process."""
     with tempfile.TemporaryDirectory() as folder:
-        shared = Path(os.environ.get("INVARIANTS_FOLDER", folder))
-        return {case: measure(case, *what, shared, processes) for case, what in cases.items()}
+        write_inputs(Path(folder, "inputs"))
+        return measure_all(runs, Path(folder))
 
 
-def measure_two() -> dict[str, Any]:
-    """`TWO_PROCESSES`, started by accelerate."""
+def measure_two_processes() -> dict[str, Any]:
+    """`TWO_PROCESSES`, in processes that accelerate starts."""
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder, "out.json")
-        command = [sys.executable, "-m", "accelerate.commands.launch", *DDP, __file__, "--two", str(out)]
-        result = subprocess.run(
-            command, env={**on_cpus(), "INVARIANTS_FOLDER": folder}, capture_output=True, text=True, timeout=900
-        )
+        write_inputs(Path(folder, "inputs"))
+        command = [sys.executable, "-m", "accelerate.commands.launch", *DDP, __file__, "--rank-of", folder]
+        result = subprocess.run(command, env=on_cpus(), capture_output=True, text=True, timeout=900)
         assert result.returncode == 0, result.stderr[-3000:]
-        return json.loads(out.read_text())
+        return json.loads(Path(folder, "results.json").read_text())
 
 
-def differences(found: dict[str, Any], expected: dict[str, Any], exact: bool) -> list[str]:
-    """What differs between two measurements of one case; without `exact`, what differs by more than rounding does."""
+def list_differences(measured: dict[str, Any], recorded: dict[str, Any], exact: bool) -> list[str]:
+    """What differs between two results of one case; without `exact`, what differs by more than rounding."""
+    pairs = list(zip(measured["log"], recorded["log"], strict=False))
     if exact:
-        if found == expected:
+        if measured == recorded:
             return []
-        rows = zip(found["log"], expected["log"], strict=False)
-        first = next((f"{a} instead of {b}" for a, b in rows if a != b), "weights or records")
-        return [first]
-    problems = []
-    if len(found["log"]) != len(expected["log"]):
-        problems.append(f"{len(found['log'])} lines of log instead of {len(expected['log'])}")
-    for a, b in zip(found["log"], expected["log"], strict=False):
-        if a.keys() != b.keys():
-            problems.append(f"step {b['step']}: names {sorted(a.keys() ^ b.keys())}")
-        for name in a.keys() & b.keys():
-            if abs(a[name] - b[name]) > 2e-3 * abs(b[name]) + 2e-4:
-                problems.append(f"step {b['step']}: {name} is {a[name]} instead of {b[name]}")
-    return problems
+        return [
+            next((f"{ours} instead of {theirs}" for ours, theirs in pairs if ours != theirs), "weights or records")
+        ]
+    differences = []
+    if len(measured["log"]) != len(recorded["log"]):
+        differences.append(f"{len(measured['log'])} log lines instead of {len(recorded['log'])}")
+    for ours, theirs in pairs:
+        if ours.keys() != theirs.keys():
+            differences.append(f"step {theirs['step']}: names {sorted(ours.keys() ^ theirs.keys())}")
+        for name in ours.keys() & theirs.keys():
+            if abs(ours[name] - theirs[name]) > 2e-3 * abs(theirs[name]) + 2e-4:
+                differences.append(f"step {theirs['step']}: {name} is {ours[name]} instead of {theirs[name]}")
+    return differences
 
 
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {
-    "one process": lambda: measure_all(ONE_PROCESS),
-    "two processes": measure_two,
-    "vllm": lambda: measure_all(VLLM),
+    "one process": lambda: measure_one_process(ONE_PROCESS),
+    "two processes": measure_two_processes,
+    "vllm": lambda: measure_one_process(VLLM),
 }
 
 
 def compare(part: str) -> list[str]:
-    """Measure a part again; what differs from the record, bit by bit on the machine that wrote it."""
-    expected, found = json.loads(RECORD.read_text())[part], PARTS[part]()
-    exact = expected["machine"] == machine()
-    problems = {case: differences(found[case], expected["runs"][case], exact) for case in expected["runs"]}
-    return [f"{case}: {problem}" for case, several in problems.items() for problem in several]
+    """Measure a part again; what differs from the record, bit by bit on a machine like the one that wrote it."""
+    recorded, measured = json.loads(RECORD.read_text())[part], PARTS[part]()
+    exact = recorded["machine"] == machine()
+    differences = {case: list_differences(measured[case], run, exact) for case, run in recorded["runs"].items()}
+    return [f"{case}: {text}" for case, texts in differences.items() for text in texts]
+
+
+def write(parts: list[str]) -> None:
+    """Put parts on record."""
+    record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    record |= {part: {"machine": machine(), "runs": PARTS[part]()} for part in parts}
+    RECORD.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def run_rank(folder: Path) -> None:
+    """One of several processes; the first one writes the results."""
+    results = measure_all(TWO_PROCESSES, folder, processes=2)
+    if int(os.environ["RANK"]) == 0:
+        (folder / "results.json").write_text(json.dumps(results))
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "--two":
-        measured = measure_all(TWO_PROCESSES, processes=2)
-        if int(os.environ["RANK"]) == 0:
-            Path(sys.argv[2]).write_text(json.dumps(measured))
-    elif sys.argv[1] == "--write":
-        record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
-        record |= {part: {"machine": machine(), "runs": PARTS[part]()} for part in sys.argv[2:]}
-        RECORD.write_text(json.dumps(record, indent=1) + "\n")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    group = parser.add_mutually_exclusive_group(required=True)
+    group.add_argument("--write", nargs="+", choices=PARTS, metavar="PART", help=", ".join(PARTS))
+    group.add_argument("--rank-of", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.rank_of:
+        run_rank(arguments.rank_of)
+    else:
+        write(arguments.write)

@@ -1,8 +1,10 @@
 """README and docs: links lead somewhere, commands run, the reference is the code's."""
 
+import importlib
 import importlib.metadata
 import json
 import os
+import pkgutil
 import re
 import shlex
 import shutil
@@ -15,7 +17,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from fast_set import EVERY_NTH, SLOW_FILES, SLOW_TESTS
 from tsdkd.cli import main
+from tsdkd.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -124,7 +128,28 @@ def test_python_runs(page: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -
     for block in blocks(page, "python"):
         block = block.replace('"Qwen/Qwen2.5-1.5B-Instruct"', repr(str(demo / "student")))
         block = block.replace('"Qwen/Qwen2.5-14B-Instruct"', repr(str(demo / "teacher")))
-        exec(block.replace("Config(", "Config(use_cpu=True, bf16=False, max_steps=1, "), dict(known))
+        exec(
+            block.replace("args=TSDKDConfig(", "args=TSDKDConfig(use_cpu=True, bf16=False, max_steps=1, "), dict(known)
+        )
+
+
+def test_the_recipe_of_a_method_is_one_file_and_one_line(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)
+    (recipe,) = blocks(ROOT / "docs/methods.md", "python")
+    (tmp_path / "uncertain_kl.py").write_text(recipe, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    trainer = importlib.import_module("uncertain_kl").UncertainKLTrainer
+    monkeypatch.setitem(METHODS, trainer.config_class.method, trainer)
+    options = ["--teacher_threshold", "0", "--max_steps", "1", "--max_new_tokens", "4", "--logging_steps", "1"]
+    command = ["train", "--method", "uncertain-kl", *DEMO, *options, "--output_dir", str(tmp_path / "out")]
+    assert main(command) == 0
+    (log,) = (
+        row for row in json.loads((tmp_path / "out/trainer_state.json").read_text())["log_history"] if "loss" in row
+    )
+    assert log["loss"] == pytest.approx(log["loss/forward_kl"]) and log["loss"] > 0
+    assert main([*command, "--beta", "0.5"]) == 2
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -158,9 +183,39 @@ def test_the_reference_is_the_dataclasses() -> None:
     assert (ROOT / "docs/configuration.md").read_text(encoding="utf-8") == written
 
 
+def names(page: Path) -> set[str]:
+    """Names of ours: `tsdkd.losses.jsd` in any page, `losses.jsd` in those that leave the package out.
+
+    `completions` is what an objective gets, no module."""
+    text = page.read_text(encoding="utf-8")
+    found = set(re.findall(r"\btsdkd((?:\.[A-Za-z_]\w*)+)", text))
+    if page.name in ("from-paper-to-code.md", "methods.md"):
+        prose = FENCE.sub("", text)
+        found |= {
+            f".{name}" for name in re.findall(r"`(?!tsdkd\.|completions\.)([a-z_]\w*(?:\.[A-Za-z_]\w*)+)`", prose)
+        }
+    files = (".yaml", ".py", ".md", ".png", ".html", ".jsonl")
+    return {name for name in found if not name.endswith(files)}
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if names(page)], ids=lambda page: page.name)
+def test_every_name_of_ours_exists(page: Path) -> None:
+    for name in names(page):
+        pkgutil.resolve_name(f"tsdkd{name}")
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+def test_every_file_of_ours_exists(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for name in re.findall(r"(?<![\w/.-])(?:src|scripts|tests|benchmarks|docs)/[\w./-]*\w", text):
+        assert (ROOT / name).exists(), name
+
+
 def test_every_test_that_is_named_exists() -> None:
     text = (ROOT / "docs/from-paper-to-code.md").read_text(encoding="utf-8")
     named = set(re.findall(r"(test_\w+\.py)::(test_\w+)", text))
     assert len(named) > 30
+    named |= {tuple(test.split("::")) for test in SLOW_TESTS | EVERY_NTH.keys()}
     for file, test in named:
         assert f"def {test}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), f"{file}::{test}"
+    assert all((ROOT / "tests" / file).is_file() for file in SLOW_FILES)

@@ -137,14 +137,12 @@ def outside(tmp_path_factory: pytest.TempPathFactory):
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_program(name: str, outside: dict) -> None:
     before = _descendants()
-    start = time.monotonic()
     program = (
         textwrap.dedent(HOSTILE[name]).format(**outside) if "{" in HOSTILE[name] else textwrap.dedent(HOSTILE[name])
     )
     verdict = run_program(program, LIMITS)
     assert not verdict.passed, f"{name}: it ran through"
     assert len(verdict.reason) <= 200
-    assert time.monotonic() - start < LIMITS.timeout_seconds + 10
     assert _descendants() <= before
 
 

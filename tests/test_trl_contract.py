@@ -44,7 +44,7 @@ CALLED = {
         "_get_grad_norm(model",
     ],
     "training_step": ["self.model_accepts_loss_kwargs", "num_items_in_batch=num_items_in_batch", "scale_wrt_gas"],
-    # what `Resumable` writes instead
+    # what `CheckpointMixin` writes instead
     "_save_checkpoint": [
         "self._save_optimizer_and_scheduler(output_dir)",
         "self._save_scaler(output_dir)",

@@ -185,8 +185,6 @@ def test_a_server_that_never_answers(command, tmp_path, capsys):
 
         kept: list[socket.socket] = []
         threading.Thread(target=serve, daemon=True).start()
-        start = time.monotonic()
         assert main(command("train", port, output_dir=tmp_path / "run", vllm_request_timeout=2)) == 2
-        assert time.monotonic() - start < 60
     (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("tsdkd train:"))
-    assert "vllm_request_timeout" in line
+    assert "vllm_request_timeout" in line and " 2 s" in line

@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 from transformers import PreTrainedModel, training_args
 
-from tsdkd.run.train import arguments as parsing
+from tsdkd.run import arguments
 
 NAME = "virtual"
 DEVICE = f"{NAME}:0"
@@ -329,6 +329,6 @@ def install() -> None:
     torch.clear_autocast_cache = lambda: (_casts.clear(), forget())
     save = PreTrainedModel.save_pretrained
     PreTrainedModel.save_pretrained = lambda *args, **kwargs: _save_pretrained(save, *args, **kwargs)
-    parsing.is_torch_bf16_gpu_available = training_args.is_torch_bf16_gpu_available = lambda: True
+    arguments.is_torch_bf16_gpu_available = training_args.is_torch_bf16_gpu_available = lambda: True
     torch.autograd.set_multithreading_enabled(False)  # Python in the device's thread of autograd can abort
     _Everywhere().__enter__()

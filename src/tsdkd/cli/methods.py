@@ -22,7 +22,7 @@ def _print_methods() -> None:
     from rich.padding import Padding
 
     from ..config.base import TokenSelectiveConfig
-    from ..config.validation import get_default
+    from ..config.options import get_default
     from ..methods import METHODS
 
     console = Console(highlight=False)

@@ -88,10 +88,9 @@ def _parser() -> argparse.ArgumentParser:
     about = "Distil a student from a teacher. Several visible GPUs: one process each, which it starts by itself."
     usage = "[--dry_run] [--accelerate_config NAME --num_processes N] "
     parser = build_run_parser("train", about, _EPILOG, usage)
-    parser.add_argument("--dry_run", "--dry-run", action="store_true", help="print configuration and plan, and stop")
+    parser.add_argument("--dry_run", action="store_true", help="print configuration and plan, and stop")
     parser.add_argument("--help_keys", action="store_true", help="list tsdkd's own keys, and stop")
     group = parser.add_argument_group("several processes, by accelerate")
     for name, (metavar, kind, text) in _LAUNCH_FLAGS.items():
-        names = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
-        group.add_argument(*names, metavar=metavar, type=kind, help=text or "as in `accelerate launch`")
+        group.add_argument(f"--{name}", metavar=metavar, type=kind, help=text or "as in `accelerate launch`")
     return parser

@@ -184,7 +184,7 @@ def load_problems(comparison: Comparison) -> Dataset:
 def _evaluate(comparison: Comparison, arguments: RunArguments, rows: Dataset, model: str | None) -> dict[str, Any]:
     """Evaluate a model with the comparison's limits and the run's chat template."""
     training, shared = arguments.training_args, comparison.parse_shared_arguments().training_args
-    training.max_new_tokens, training.max_length = shared.max_new_tokens, shared.max_length
+    training.max_completion_length, training.max_length = shared.max_completion_length, shared.max_length
     student, teacher = str(arguments.model_args.model_name_or_path), _teacher_name_or_path(arguments)
     pair = resolve_pair(student, teacher, training)
     prepared = prepare_dataset(rows, pair.template_tokenizer, training, pair.context_length, needs_completion=False)

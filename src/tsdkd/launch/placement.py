@@ -64,7 +64,7 @@ def print_plan(config: str | None, flags: Sequence[str], gpus: int | None, gpu_g
     Raises:
         ConfigError, ModelError: there is nothing to estimate.
     """
-    method, values, _, _ = resolve_run_values(config, flags)
+    method, values = resolve_run_values(config, flags)[:2]
     cls = METHODS[method].config_class
     if "teacher_model_name_or_path" in cls.unsupported_options:
         raise ConfigError([f"method: {method} isn't a distillation; plan estimates those only"])
@@ -156,12 +156,12 @@ def build_workload(
     """What a GPU does in a step, by a method and a configuration's values; `models`: student's and teacher's."""
     samples_per_step = values["per_device_train_batch_size"] * values["gradient_accumulation_steps"]
     rollout = max(samples_per_step, -(-values.get("rollout_batch_size", 0) // gpus))
-    steps_per_rollout = rollout / samples_per_step * values.get("epochs_per_rollout", 1)
+    steps_per_rollout = rollout / samples_per_step * values.get("num_iterations", 1)
     generates = values["lmbda"] > 0 or cls.always_needs_completions
     half = values["fp16"] or values["bf16"] is not False  # TRL's default is bf16
     weight_bytes = _itemsize(values["dtype"], values["model_init_kwargs"], models[0])
     longest = _max_sequence_length(values, models)
-    tokens = min(longest, values["max_new_tokens"] + _PROMPT_TOKENS)
+    tokens = min(longest, values["max_completion_length"] + _PROMPT_TOKENS)
     logits = values["per_device_train_batch_size"] * tokens * models[0].get_text_config().vocab_size
     chunk_gib = values["head_chunk_gib"] or 1.0
     return Workload(

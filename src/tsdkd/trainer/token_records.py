@@ -75,7 +75,7 @@ def compute_token_records(
         entropy=True, teacher_entropy=True, divergence=divergence, top_k=NUM_CANDIDATES, ids=sampled
     )
     student_statistics = heads.forward(
-        student, batch, index, lambda head: head(both), heads.teacher_forward(teacher, batch, index)
+        student, batch, index, both, teacher=heads.teacher_forward(teacher, batch, index)
     )
     ids = torch.cat([sampled, student_statistics.topk_ids], dim=-1)
     teacher_statistics = heads.compute_statistics(

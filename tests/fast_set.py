@@ -1,0 +1,72 @@
+"""The fast set, `scripts/test --fast`: which tests are left out of it, by the marker `slow`.
+
+Whole files: what starts several processes, compiles, builds, or drives another program. Single tests: those that take
+longest. Of matrices every n-th case stays.
+"""
+
+import re
+from collections import Counter
+
+import pytest
+
+SLOW_FILES = {
+    "test_gpu.py",
+    "test_gpu_check.py",
+    "test_invariants.py",
+    "test_reliability.py",
+    "test_report.py",
+    "test_sandbox.py",
+    "test_slurm.py",
+    "test_virtual_device.py",
+    "test_vllm.py",
+    "test_vllm_server.py",
+    "test_wheel.py",
+    "test_zero.py",
+}
+SLOW_TESTS = {
+    "test_bad_input.py::test_model_of_the_hub_that_needs_something_else",
+    "test_cli.py::test_an_error_that_the_first_process_does_not_have",
+    "test_cli.py::test_any_split_of_the_batch_gives_the_same_gradient_and_loss",
+    "test_cli.py::test_nothing_needs_an_extra",
+    "test_compare.py::test_a_comparison_from_end_to_end",
+    "test_compare.py::test_a_failed_task_is_named_and_the_others_are_kept",
+    "test_compare.py::test_a_signal_ends_the_teacher_s_process_too",
+    "test_compare.py::test_a_signal_stops_the_running_tasks_and_they_continue",
+    "test_compare.py::test_every_run_of_a_table_trains",
+    "test_compare.py::test_no_model_is_left_beside_another",
+    "test_compare.py::test_the_toy_gives_the_papers_table",
+    "test_compare.py::test_two_processes_do_a_task_once",
+    "test_docs.py::test_the_site_is_built",
+    "test_launch.py::test_a_comparison_launches_as_its_configuration_does",
+    "test_launch.py::test_a_hub_that_does_not_answer_is_asked_once",
+    "test_launch.py::test_a_run_goes_on_however_it_is_launched",
+    "test_launch.py::test_all_that_is_missing_is_told_before_a_process_starts",
+    "test_launch.py::test_one_process_of_a_file_of_ones_own",
+    "test_launch.py::test_several_gpus_are_taken_without_a_word",
+    "test_launch.py::test_the_file_says_how_many",
+    "test_methods.py::test_grpo_trains_and_resumes_bitwise",
+}
+EVERY_NTH = {
+    "test_cli.py::test_resume_in_the_middle_of_an_epoch_is_bitwise": 3,
+    "test_docs.py::test_commands_run": 3,
+    "test_evaluation.py::test_every_task_is_in_the_installed_harness": 5,
+    "test_evaluation.py::test_right_and_wrong_answers": 5,
+    "test_heads.py::test_a_step_is_that_of_whole_logits": 6,
+    "test_heads.py::test_with_the_options_of_a_run": 4,
+    "test_methods.py::test_any_split_into_micro_batches_gives_the_same_step": 5,
+    "test_methods.py::test_resumes_bitwise": 5,
+    "test_methods.py::test_trains_the_same_from_hidden_states_and_whole_logits": 4,
+}
+"""Test -> n, for tests with many cases."""
+
+
+def mark_slow(items: list[pytest.Item]) -> None:
+    """Mark what isn't in the fast set."""
+    seen: Counter[str] = Counter()
+    for item in items:
+        test = re.sub(r"\[.*", "", item.nodeid.rpartition("/")[2], flags=re.DOTALL)
+        file = test.partition("::")[0]
+        nth = seen[test] % EVERY_NTH.get(test, 1)
+        seen[test] += 1
+        if file in SLOW_FILES or test in SLOW_TESTS or nth:
+            item.add_marker(pytest.mark.slow)
