@@ -51,9 +51,8 @@ def main(argv: Sequence[str]) -> int:
 
     if args.slurm:
         names = ("time", "gpus_per_node", "cpus_per_task", "signal_seconds", "partition", "account")
-        sys.stdout.write(
-            scheduler.build_array_script(comparison, args.config, **{name: getattr(args, name) for name in names})
-        )
+        settings = {name: getattr(args, name) for name in names}
+        sys.stdout.write(scheduler.build_array_script(comparison, args.config, **settings))
         return 0
     if args.task is not None:
         if args.task >= len(comparison.tasks):
@@ -73,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _import_results():  # type: ignore[no-untyped-def]
-    """Before the first run: what writes its table is an extra."""
+    """Before the first run: the table's dependencies are an extra."""
     try:
         from ..compare import results
     except ImportError as error:

@@ -108,7 +108,7 @@ UNSUPPORTED_OPTIONS: dict[str, str] = {
     **dict.fromkeys(("fsdp", "fsdp_config", "parallelism_config"), "shard with DeepSpeed ZeRO, through accelerate"),
     **dict.fromkeys(
         ("load_in_8bit", "load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_quant_storage", "use_bnb_nested_quant"),
-        "quantised weights aren't trained here; use_peft saves memory",
+        "quantized weights aren't trained here; use_peft saves memory",
     ),
     "lora_task_type": "students are causal language models",
 }
