@@ -180,7 +180,7 @@ def test_many_at_once() -> None:
 
 def test_killed_grader_leaves_no_program() -> None:
     program = "import time; time.sleep(999)"
-    code = f"from tsdkd.evaluation.sandbox import run_program, Limits; run_program({program!r}, Limits(seconds=900))"
+    code = f"from tsdkd.evaluation.sandbox import *; run_program({program!r}, ResourceLimits(timeout_seconds=900))"
     grader = subprocess.Popen([sys.executable, "-c", code])
     deadline = time.monotonic() + 60
     while not (programs := _programs_of(grader.pid)) and time.monotonic() < deadline:

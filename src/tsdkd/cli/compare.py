@@ -38,10 +38,10 @@ def main(argv: Sequence[str]) -> int:
     group.add_argument("--account", default="")
     args = parser.parse_args(argv)
 
-    from ..compare.config import print_comparisons, read_comparison  # torch from here on
+    from ..compare.config import describe_comparisons, read_comparison  # torch from here on
 
     if args.list:
-        print_comparisons()
+        print(describe_comparisons())
         return 0
     if args.config is None:
         raise ConfigError(["--config: missing; name a comparison (`tsdkd compare --list` shows the shipped ones)"])

@@ -140,12 +140,12 @@ def comparison_names() -> list[str]:
     return sorted(path.name for path in _PRESETS_DIR.glob("*.yaml"))
 
 
-def print_comparisons() -> None:
-    """Names, and the first line of each."""
-    width = max(map(len, comparison_names()))
-    for name in comparison_names():
-        first = (_PRESETS_DIR / name).read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
-        print(f"{name:<{width}}  {first}")
+def describe_comparisons() -> str:
+    """The shipped comparisons, a line each: the name, and the first line of the file."""
+    names = comparison_names()
+    width = max(map(len, names))
+    first_lines = ((_PRESETS_DIR / name).read_text(encoding="utf-8").splitlines()[0].lstrip("# ") for name in names)
+    return "\n".join(f"{name:<{width}}  {line}" for name, line in zip(names, first_lines, strict=True))
 
 
 def read_comparison(name: str) -> Comparison:

@@ -1,5 +1,6 @@
 """All tasks of a comparison on this machine, each in a process of its own; or a SLURM array of them."""
 
+import logging
 import os
 import shlex
 import signal
@@ -15,6 +16,8 @@ from ..launch.slurm import render_job_script
 from .config import Comparison, ComparisonTask
 from .signals import SignalForwarder
 from .task import load_problems, read_result
+
+logger = logging.getLogger(__name__)
 
 
 class TasksFailedError(TSDKDError, RuntimeError):
@@ -34,7 +37,7 @@ def run_tasks(comparison: Comparison, name: str, jobs: int) -> None:
     load_problems(comparison)  # raises for bad problems before hours of training
     tasks = list(enumerate(comparison.tasks))
     todo = [(i, task) for i, task in tasks if read_result(comparison, task) is None]
-    _print_progress(f"{len(tasks) - len(todo)} of {len(tasks)} tasks are done, {len(todo)} to go")
+    _log_progress(f"{len(tasks) - len(todo)} of {len(tasks)} tasks are done, {len(todo)} to go")
     running: list[subprocess.Popen[bytes]] = []
     signals = SignalForwarder(running)
 
@@ -62,7 +65,7 @@ def run_tasks(comparison: Comparison, name: str, jobs: int) -> None:
                     finished, pending = wait(pending, return_when=FIRST_COMPLETED)
                     for task, code, seconds in filter(None, (future.result() for future in finished)):
                         failed += [task] if code else []
-                        _print_task_result(comparison, task, code, seconds)
+                        _log_task_result(comparison, task, code, seconds)
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -83,18 +86,18 @@ def _log_path(task: ComparisonTask) -> Path:
     return task.folder.parent / f"{task.folder.name}.log"
 
 
-def _print_task_result(comparison: Comparison, task: ComparisonTask, code: int, seconds: float) -> None:
+def _log_task_result(comparison: Comparison, task: ComparisonTask, code: int, seconds: float) -> None:
     result = read_result(comparison, task) if code == 0 else None
     if result is None:
-        _print_progress(f"{task.title}: exit code {code} after {seconds:.0f} s, see {_log_path(task)}")
+        _log_progress(f"{task.title}: exit code {code} after {seconds:.0f} s, see {_log_path(task)}")
         return
     k = comparison.eval_samples
     scores = ", ".join(f"{metric} {result[metric]:.1f}" for metric in ("greedy", f"avg@{k}", f"pass@{k}"))
-    _print_progress(f"{task.title}: {scores} ({seconds:.0f} s)")
+    _log_progress(f"{task.title}: {scores} ({seconds:.0f} s)")
 
 
-def _print_progress(text: str) -> None:
-    print(f"tsdkd compare: {text}", flush=True)
+def _log_progress(text: str) -> None:
+    logger.info("tsdkd compare: %s", text)
 
 
 def build_array_script(comparison: Comparison, name: str, **settings: object) -> str:

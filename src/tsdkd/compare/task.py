@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -31,6 +32,8 @@ from ..run.output_dir import has_final_model
 from ..run.train import train
 from .config import Comparison, ComparisonTask
 from .signals import FORWARDED_SIGNALS, SignalForwarder
+
+logger = logging.getLogger(__name__)
 
 RESULT_NAME = "result.json"
 _TIMING_SUFFIX = "seconds"  # how long each attempt trained, a line each
@@ -232,6 +235,6 @@ def _file_lock(path: Path) -> Iterator[TextIO]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"tsdkd compare: another process holds {path}, waiting for it", flush=True)
+            logger.info("tsdkd compare: another process holds %s, waiting for it", path)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield file

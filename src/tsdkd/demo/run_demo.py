@@ -1,5 +1,6 @@
 """The demo: accuracy of teacher and student, distillation, accuracy of the student on problems it never saw."""
 
+import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,8 @@ from ..run.output_dir import resolve_resume
 from ..run.train import train
 from . import task
 
+logger = logging.getLogger(__name__)
+
 NUM_PROBLEMS = 256
 _TABLE_METRICS = ("greedy", "avg@8", "pass@8")
 
@@ -28,9 +31,9 @@ def run_demo(arguments: RunArguments) -> None:
     torch.set_num_threads(2)  # more cost more than they give on matrices of 64 x 64, and change the bits of the run
     rows = list(load_split(str(arguments.data_args.eval_dataset_name), None, "train"))[:NUM_PROBLEMS]
     teacher = evaluate_saved(str(arguments.training_args.teacher_model_name_or_path), rows)
-    print(f"teacher         {_format_metrics(teacher)}", flush=True)
+    logger.info("teacher         %s", _format_metrics(teacher))
     before = evaluate_saved(str(arguments.model_args.model_name_or_path), rows)
-    print(f"student, before {_format_metrics(before)}", flush=True)
+    logger.info("student, before %s", _format_metrics(before))
     start = time.perf_counter()
     train(arguments)
     seconds = time.perf_counter() - start
@@ -54,7 +57,7 @@ def _write_report(arguments: RunArguments, eval_results: dict[str, EvalResult]) 
         from ..evaluation.suites import SUITES
         from ..report.page import write_report
     except ImportError as error:
-        print(f"no report: it needs {error.name}; pip install 'tsdkd[report]'")
+        logger.warning("no report: it needs %s; pip install 'tsdkd[report]'", error.name)
         return
     folder = Path(str(arguments.training_args.output_dir))
     models = {
@@ -70,7 +73,7 @@ def _write_report(arguments: RunArguments, eval_results: dict[str, EvalResult]) 
         measured.append(BenchmarkResult(name, greedy, np.array(result.is_greedy_correct, dtype=float)[:, None]))
         measured.append(BenchmarkResult(name, sampled, samples.astype(float)))
     write_results(measured, models, "before", folder / "eval", "demo")
-    print(f"report: {write_report([folder], folder / 'report.html')}")
+    logger.info("report: %s", write_report([folder], folder / "report.html"))
 
 
 def evaluate_saved(folder: str, rows: list[dict[str, str]]) -> EvalResult:

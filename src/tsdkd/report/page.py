@@ -1,6 +1,6 @@
 """The page: template, style and script, with everything in it."""
 
-import sys
+import logging
 from collections.abc import Sequence
 from importlib import resources
 from importlib.metadata import version
@@ -19,6 +19,7 @@ from .findings import find_notable
 from .load import RunReport, load_run
 from .tokens import pack_records
 
+logger = logging.getLogger(__name__)
 _REPORT_MARKER = "<footer>Written by tsdkd "
 
 
@@ -34,7 +35,7 @@ def write_report(folders: Sequence[Path], output: Path) -> Path:
             raise OutputDirError(f"--output: {output} isn't a report; choose another file")
     runs = [load_run(name, folder) for name, folder in name_folders(folders).items()]
     for reason in (reason for run in runs for reason in run.skipped):
-        print(f"left out: {reason}", file=sys.stderr)
+        logger.warning("left out: %s", reason)
     ensure_dir(output.parent, "--output")
     page = render_page(runs)
     with wrap_os_errors(output, "--output"):
