@@ -40,8 +40,9 @@ def pytest_configure(config: pytest.Config) -> None:
     """DeepSpeed compiles into this checkout: a lock that a killed compilation leaves would be waited for, forever."""
     folder = config.rootpath / ".pytest_cache" / f"torch_extensions-{torch.__version__}"
     os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
-    for lock in folder.glob("*/lock"):
-        lock.unlink()
+    if not hasattr(config, "workerinput"):  # pytest-xdist's; another may be compiling
+        for lock in folder.glob("*/lock"):
+            lock.unlink()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
