@@ -22,8 +22,9 @@ from step import DEVICE, STUDENT, Clock
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, Qwen2Config
 
 from tsdkd import TSDKDConfig, TSDKDTrainer
-from tsdkd.launch.memory import Sharding, compute_model_size, estimate_memory
-from tsdkd.launch.placement import build_workload
+from tsdkd.launch.memory import Sharding, estimate_memory
+from tsdkd.launch.model_size import compute_model_size
+from tsdkd.launch.workload import build_workload
 
 # vocabulary, hidden and intermediate size, layers, heads of queries and of keys, tied: of the student, of the teacher
 PAIRS = {

@@ -60,8 +60,9 @@ def measure(folder: str, case: dict[str, Any]) -> None:
     from transformers import AutoConfig, AutoTokenizer
 
     from tsdkd import TSDKDConfig, TSDKDTrainer
-    from tsdkd.launch.memory import Sharding, compute_model_size, estimate_memory
-    from tsdkd.launch.placement import build_workload
+    from tsdkd.launch.memory import Sharding, estimate_memory
+    from tsdkd.launch.model_size import compute_model_size
+    from tsdkd.launch.workload import build_workload
 
     on_gpu = torch.cuda.is_available()
     student, teacher = f"{folder}/student", f"{folder}/teacher"

@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from fast_set import mark_slow
+from tsdkd.objective import CompletionBatch, PolicyScores
 
 torch.set_num_threads(1)
 
@@ -149,6 +150,30 @@ def write_jsonl(path: Path, rows: list[dict]) -> str:
 def rows_file(tmp_path_factory: pytest.TempPathFactory) -> str:
     """24 rows as JSONL."""
     return write_jsonl(tmp_path_factory.mktemp("data") / "rows.jsonl", make_rows())
+
+
+def completions_of(mask: torch.Tensor, ids: torch.Tensor | None = None, **others: object) -> CompletionBatch:
+    """A `CompletionBatch` whose tokens matter only where they are given."""
+    ids = torch.zeros(int(mask.sum()), dtype=torch.long, device=mask.device) if ids is None else ids
+    return CompletionBatch(mask, ids, **others)
+
+
+def policy_scores(
+    teacher_entropy: torch.Tensor,
+    teacher_logps: torch.Tensor,
+    topk_logps: torch.Tensor,
+    topk_ids: torch.Tensor,
+    old_logps: torch.Tensor,
+    **others: torch.Tensor,
+) -> PolicyScores:
+    """Scores of a rollout as a trainer computes them; tensors `[N]` or `[N, K]`."""
+    defaults = {
+        "random_uniform": torch.linspace(0.0, 0.99, len(old_logps)),
+        "advantages": teacher_logps - old_logps,
+        "importance_sampling_ratio": torch.ones_like(old_logps),
+    }
+    given = (teacher_entropy, teacher_logps, topk_ids, topk_logps)
+    return PolicyScores(*given, old_per_token_logps=old_logps, **{**defaults, **others})
 
 
 QUIET = {

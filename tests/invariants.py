@@ -44,12 +44,12 @@ COMMON_OPTIONS = {
     "learning_rate": 0.01,
     "logging_steps": 1,
     "max_length": 64,
-    "max_new_tokens": 12,
+    "max_completion_length": 12,
     "eval_strategy": "steps",
     "eval_steps": 2,
 }
 METHOD_OPTIONS: dict[str, dict[str, Any]] = {
-    "minillm": {"epochs_per_rollout": 2},
+    "minillm": {"num_iterations": 2},
     "grpo": {"max_length": None, "num_generations": 3, "per_device_eval_batch_size": 3, "eval_strategy": "no"},
 }
 """What a method needs beside `COMMON_OPTIONS`; None removes an option."""
@@ -67,7 +67,7 @@ ONE_PROCESS: Runs = {
     "tsd-kd, term gradients": ("tsd-kd", {"log_term_gradients": 2}),
     "tsd-kd, continued": ("tsd-kd", {"save_strategy": "steps", "save_steps": 2}),
     "eopd, continued": ("eopd", {"save_strategy": "steps", "save_steps": 1}),
-    "distillm, continued": ("distillm", {"save_strategy": "steps", "save_steps": 2, "own_share": 0.5}),
+    "distillm, continued": ("distillm", {"save_strategy": "steps", "save_steps": 2, "on_policy_share": 0.5}),
     "minillm, continued": ("minillm", {"save_strategy": "steps", "save_steps": 1}),
 }
 TWO_PROCESSES: Runs = {

@@ -30,7 +30,7 @@ RUNS: list[tuple[str, dict[str, Any]]] = [
     ("tsd-kd", PURE | WHOLE | RECORDED),
     ("tsd-kd-released", BF16 | WHOLE),
     ("gkd", PURE | CHECKPOINTED | RECORDED),
-    ("distillm", BF16 | {"own_share": 0.9}),
+    ("distillm", BF16 | {"on_policy_share": 0.9}),
     ("speculative-kd", WHOLE | CHECKPOINTED | RECORDED),
     ("supervised-kd", PURE),
     ("seq-kd", BF16 | CHECKPOINTED),

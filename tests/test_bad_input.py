@@ -83,7 +83,7 @@ def place(
         "teacher_model_name_or_path": saved_model("qwen3", 1),
         "dataset_name": rows_file,
         "output_dir": "out",
-        "max_new_tokens": 4,
+        "max_completion_length": 4,
         "per_device_train_batch_size": 2,
         "max_steps": 1,
         **QUIET,
@@ -102,7 +102,7 @@ def earlier_run(
         "teacher_model_name_or_path": saved_model("qwen3", 1),
         "dataset_name": rows_file,
         "output_dir": str(folder),
-        "max_new_tokens": 4,
+        "max_completion_length": 4,
         "per_device_train_batch_size": 2,
         "max_steps": 1,
         **QUIET,
@@ -132,13 +132,49 @@ CONFIGS: dict[str, tuple[dict[str, Any], tuple[str, ...], list[Say]]] = {
     "unknown method": ({"method": "tsdkd"}, (), [("method", "tsdkd", "'tsd-kd'", "eopd")]),
     "method is a list": ({"method": ["eopd"]}, (), [("method", "eopd")]),
     "method is empty": ({"method": None}, (), [("method", "tsd-kd")]),
+    # an option with two names, and names that options had before
+    "two names, two values": (
+        {"max_new_tokens": 8},
+        (),
+        [("max_completion_length", "max_new_tokens", "4 and 8")],
+    ),
+    "two names, two values, by flags": (
+        {},
+        ("--max_new_tokens", "8", "--max-completion-length", "9"),
+        [("max_completion_length", "max_new_tokens", "'9' and '8'")],
+    ),
+    "checkpointing's other name": (
+        {"activation_checkpointing_kwargs": {"zzqx": 1}},
+        (),
+        [("gradient_checkpointing_kwargs", "zzqx", "use_reentrant")],
+    ),
+    "both names of checkpointing": (
+        {"gradient_checkpointing": True, "activation_checkpointing": False},
+        (),
+        [("gradient_checkpointing", "activation_checkpointing", "True and False")],
+    ),
+    "the other name, out of its range": (
+        {"max_completion_length": GONE, "max_new_tokens": 0},
+        (),
+        [("max_completion_length", "0", "at least 1")],
+    ),
+    **{
+        f"{old} is {new}": ({"method": method, old: 1}, (), [(f"{old}: is called {new}",)])
+        for method, old, new in [
+            ("opd", "clip_epsilon", "epsilon"),
+            ("minillm", "epochs_per_rollout", "num_iterations"),
+            ("minillm", "discount", "gamma"),
+            ("distillm", "own_share", "on_policy_share"),
+            ("distillm", "own_share_step", "on_policy_share_step"),
+        ]
+    },
     # types
     "number is a word": ({"learning_rate": "fast"}, (), [("learning_rate", "number", "fast")]),
     "number is a list": ({"alpha": [0.1]}, (), [("alpha", "number", "[0.1]")]),
     "number is a bool": ({"alpha": True}, (), [("alpha", "number", "True")]),
     "number is nothing": ({"temperature": None}, (), [("temperature", "number", "nothing")]),
     "number is a mapping": ({"beta": {"a": 1}}, (), [("beta", "number")]),
-    "integer is a fraction": ({"max_new_tokens": 1.5}, (), [("max_new_tokens", "whole number", "1.5")]),
+    "integer is a fraction": ({"max_completion_length": 1.5}, (), [("max_completion_length", "whole number", "1.5")]),
     "integer is a word": ({"indirect_top_k": "ten"}, (), [("indirect_top_k", "whole number", "ten")]),
     "integer is a bool": ({"seed": False}, (), [("seed", "whole number", "False")]),
     "bool is a word": ({"gate": "maybe"}, (), [("gate", "true or false", "maybe")]),
@@ -146,6 +182,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], tuple[str, ...], list[Say]]] = {
     "string is a list": ({"model_name_or_path": ["a"]}, (), [("model_name_or_path", "string", "['a']")]),
     "string is a mapping": ({"dataset_name": {"a": 1}}, (), [("dataset_name", "string")]),
     "folder is a mapping": ({"output_dir": {"a": 1}}, (), [("output_dir", "string")]),
+    "list of numbers": ({"use_peft": True, "lora_target_modules": [["a"]]}, (), [("lora_target_modules", "string")]),
     "list is a mapping": ({"use_peft": True, "lora_target_modules": {"a": 1}}, (), [("lora_target_modules", "list")]),
     "flag with a word": ({}, ("--learning_rate", "fast"), [("learning_rate", "number", "fast")]),
     "flag with a fraction": ({}, ("--max_steps=2.5",), [("max_steps", "whole number", "2.5")]),
@@ -190,7 +227,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], tuple[str, ...], list[Say]]] = {
     "infinite learning rate": ({}, ("--learning_rate", "inf"), [("learning_rate", "inf")]),
     "infinite alpha": ({"alpha": float("inf")}, (), [("alpha", "inf")]),
     "empty nucleus": ({**EOPD, "top_p": 0}, (), [("top_p", "0", "(0, 1]")]),
-    "no new tokens": ({"max_new_tokens": 0}, (), [("max_new_tokens", "0", "at least 1")]),
+    "no new tokens": ({"max_completion_length": 0}, (), [("max_completion_length", "0", "at least 1")]),
     "no room at all": ({"max_length": 1}, (), [("max_length", "1", "at least 2")]),
     "learning rate 0": ({"learning_rate": 0}, (), [("learning_rate", "0", "greater than 0")]),
     "learning rate is nan, by flag": ({}, ("--learning_rate", "nan"), [("learning_rate", "nan")]),
@@ -209,7 +246,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], tuple[str, ...], list[Say]]] = {
         [("head_chunk_gib", "0.5", "no effect", "fused_head")],
     ),
     "adam's beta": ({"adam_beta1": 1.5}, (), [("adam_beta1", "1.5")]),
-    "clip of 1": ({**EOPD, "clip_epsilon": 1.0}, (), [("clip_epsilon", "1.0", "(0, 1)")]),
+    "clip of 1": ({**EOPD, "epsilon": 1.0}, (), [("epsilon", "1.0", "(0, 1)")]),
     "negative threshold": ({**EOPD, "entropy_threshold": -0.5}, (), [("entropy_threshold", "-0.5", "at least 0")]),
     "no top-k": ({**EOPD, "forward_kl_top_k": 0}, (), [("forward_kl_top_k", "0", "at least 1")]),
     "random share of nothing": (
@@ -293,9 +330,9 @@ CONFIGS: dict[str, tuple[dict[str, Any], tuple[str, ...], list[Say]]] = {
         [("use_vllm", "minillm", "teacher")],
     ),
     "a growing share without a measure": (
-        {"method": "distillm", "own_share_step": 0.2},
+        {"method": "distillm", "on_policy_share_step": 0.2},
         (),
-        [("own_share_step", "eval_strategy")],
+        [("on_policy_share_step", "eval_strategy")],
     ),
     "best model without checkpoints": (
         {"load_best_model_at_end": True, "save_strategy": "no"},
@@ -348,7 +385,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], tuple[str, ...], list[Say]]] = {
         ]
     },
     # the other method's options
-    "eopd's option in tsd-kd": ({"clip_epsilon": 0.1}, (), [("clip_epsilon", "eopd")]),
+    "eopd's option in tsd-kd": ({"epsilon": 0.1}, (), [("epsilon", "eopd")]),
     "eopd's option by flag": ({"method": "tsd-kd"}, ("--forward_kl_top_k", "4"), [("forward_kl_top_k", "eopd")]),
     "tsd-kd's option in eopd": ({**EOPD, "alpha": 0.1}, (), [("alpha", "tsd-kd")]),
     "beta in eopd": ({**EOPD, "beta": 0.7}, (), [("beta", "eopd")]),
@@ -388,7 +425,7 @@ def test_configuration(name: str, place: Workplace) -> None:
 
 
 def test_all_problems_are_told_at_once(place: Workplace) -> None:
-    changes = {"learning_rat": 1, "alpha": -1, "gate": "maybe", "packing": True, "clip_epsilon": 0.1}
+    changes = {"learning_rat": 1, "alpha": -1, "gate": "maybe", "packing": True, "epsilon": 0.1}
     changes |= {"entropy_weight": 0, "entropy_ratio": 0.3, "dataset_name": GONE, "teacher_model_name_or_path": GONE}
     place.refuses_config(
         changes,
@@ -397,7 +434,7 @@ def test_all_problems_are_told_at_once(place: Workplace) -> None:
         ("alpha", "-1"),
         ("gate", "maybe"),
         ("packing",),
-        ("clip_epsilon", "eopd"),
+        ("epsilon", "eopd"),
         ("entropy_ratio", "entropy_weight"),
         ("dataset_name", "missing"),
         ("teacher_model_name_or_path", "missing"),
@@ -826,7 +863,13 @@ def test_train_without_a_configuration(place: Workplace) -> None:
 def test_python_configuration_lists_all_problems() -> None:
     with pytest.raises(ConfigError) as caught:
         TSDKDConfig(
-            output_dir="x", **QUIET, alpha=-1, beta=2, max_new_tokens=0, packing=True, gate_temperature=float("nan")
+            output_dir="x",
+            **QUIET,
+            alpha=-1,
+            beta=2,
+            max_completion_length=0,
+            packing=True,
+            gate_temperature=float("nan"),
         )
     error = caught.value
     assert isinstance(error, ValueError) and isinstance(error, TSDKDError) and error.exit_code == 2
@@ -834,7 +877,7 @@ def test_python_configuration_lists_all_problems() -> None:
     for name, found in (
         ("alpha", "-1"),
         ("beta", "2"),
-        ("max_new_tokens", "0"),
+        ("max_completion_length", "0"),
         ("packing", ""),
         ("gate_temp", "nan"),
     ):
@@ -851,7 +894,7 @@ def test_python_configuration_lists_all_problems() -> None:
         (TSDKDConfig, {"chat_template_source": "nobody"}, ("chat_template_source", "nobody", "teacher")),
         (TSDKDConfig, {"lr_scheduler_type": "cosin"}, ("cosin",)),
         (EOPDConfig, {"beta": 0.7}, ("beta", "eopd", "JSD")),
-        (EOPDConfig, {"clip_epsilon": 0}, ("clip_epsilon", "0")),
+        (EOPDConfig, {"epsilon": 0}, ("epsilon", "0")),
         (EOPDConfig, {"rollout_batch_size": 0}, ("rollout_batch_size", "0")),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",

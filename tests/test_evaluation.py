@@ -7,12 +7,13 @@ import random
 import shutil
 from collections.abc import Callable
 from importlib import resources
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from conftest import TEMPLATE, build_tokenizer
 from tsdkd.cli import main
@@ -23,7 +24,7 @@ from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 
 from tsdkd.evaluation import harness
-from tsdkd.evaluation.scores import bootstrap_interval, pass_at_k
+from tsdkd.evaluation.scores import bootstrap_interval, paired_permutation_test, pass_at_k
 from tsdkd.evaluation.suites import SUITES
 from tsdkd.evaluation.tasks import CUSTOM_TASKS, build_tasks, leaf_tasks
 from tsdkd.grading import is_math_equivalent
@@ -287,6 +288,35 @@ def test_intervals_cover_the_mean() -> None:
         covered += low <= 0.4 <= high
     assert 0.90 <= covered / 200 <= 0.99
     assert bootstrap_interval(np.ones(5)) == (1.0, 1.0)
+
+
+def test_right_and_wrong_items_are_tested_as_by_mcnemar() -> None:
+    """Against the exact binomial test of the items on which two models differ; the order doesn't matter."""
+    for wins, losses, both in [(0, 0, 9), (1, 0, 3), (6, 0, 10), (2, 9, 4), (12, 1, 0), (60, 35, 100), (80, 75, 900)]:
+        ours = np.array([1.0] * wins + [0.0] * losses + [1.0] * both)
+        theirs = np.array([0.0] * wins + [1.0] * losses + [1.0] * both)
+        expected = stats.binomtest(wins, wins + losses).pvalue if wins + losses else 1.0
+        p = paired_permutation_test(ours, theirs)
+        exact = wins + losses <= 13
+        assert p == pytest.approx(expected, abs=1e-9 if exact else 6 * (expected / 10_000) ** 0.5)
+        assert paired_permutation_test(theirs, ours) == pytest.approx(p, abs=1e-9 if exact else 0.02)
+
+
+def test_scores_in_between_are_tested_by_all_sign_patterns() -> None:
+    rng = random.Random(0)
+    for _ in range(5):
+        ours, theirs = ([rng.randrange(9) / 8 for _ in range(10)] for _ in range(2))
+        differences = [a - b for a, b in zip(ours, theirs, strict=True)]
+        sums = [sum(s * d for s, d in zip(signs, differences, strict=True)) for signs in product((1, -1), repeat=10)]
+        as_extreme = np.mean([abs(total) >= abs(sum(differences)) - 1e-9 for total in sums])
+        assert paired_permutation_test(np.array(ours), np.array(theirs)) == pytest.approx(as_extreme)
+
+
+def test_p_values_are_calibrated() -> None:
+    """Of models that are equally good, one in twenty pairs has p < 0.05."""
+    rng = np.random.default_rng(0)
+    pairs = (((rng.random(40) < 0.5) * 1.0, (rng.random(40) < 0.5) * 1.0) for _ in range(300))
+    assert 0.01 < np.mean([paired_permutation_test(*pair) < 0.05 for pair in pairs]) < 0.09
 
 
 # The command ---------------------------------------------------------------------------------------------------------
@@ -559,4 +589,5 @@ def test_items_of_other_settings_are_refused(tmp_path: Path, capsys: pytest.Capt
     os.utime(tmp_path / "copy/model.safetensors", (0, 0))  # other weights
     assert ran(tmp_path / "out", models=["a=" + str(tmp_path / "copy"), *one[1:]]) == 2
     assert "revision was" in capsys.readouterr().err
-    assert not math.isnan(len(rows(tmp_path / "student/demo.jsonl")))
+    assert len(rows(tmp_path / "student/demo.jsonl")) == 12
+    assert {row["seed"] for row in rows(tmp_path / "student/demo.jsonl")} == {0}

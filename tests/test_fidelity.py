@@ -9,7 +9,7 @@ from datasets import Dataset
 from torch import Tensor
 
 import reference
-from conftest import QUIET, build_model, build_tokenizer, flags, make_rows
+from conftest import QUIET, build_model, build_tokenizer, completions_of, flags, make_rows, policy_scores
 from tsdkd.compare.config import comparison_names, read_comparison
 from tsdkd.config.options import enum_value
 from tsdkd.lm_head.dense import DenseHead
@@ -25,7 +25,7 @@ from tsdkd.methods import (
 from tsdkd.methods.eopd import EOPDObjective
 from tsdkd.methods.tsd_kd import TSDKDObjective
 from tsdkd.methods.tsd_kd_released import TSDKDReleasedObjective
-from tsdkd.objective import CompletionBatch, RolloutScores
+from tsdkd.objective import CompletionBatch
 from tsdkd.run.arguments import parse_args_and_config, parse_arguments, resolve_run_values
 from tsdkd.run.presets import preset_names
 from tsdkd.run.train import train
@@ -48,7 +48,7 @@ def term_gradients(objective: Any, student: Tensor, teacher: Tensor, mask: Tenso
     logits = student.clone().requires_grad_()
     asked = torch.ones_like(mask) if released else mask
     head = DenseHead(logits[asked], teacher[asked])
-    output = objective(head, CompletionBatch(asked, loss_mask=mask if released else None))
+    output = objective(head, completions_of(asked, loss_mask=mask if released else None))
     return {
         name: torch.autograd.grad(term, logits, retain_graph=True)[0]
         for name, term in output.terms.items()
@@ -146,9 +146,8 @@ def test_end_of_sequence_is_trained_on(tmp_path: Any) -> None:
     ):
         trainer = made(config, kind, tmp_path / name)
         (batch,) = trainer._roll_out(trainer.model, [next(iter(trainer.get_train_dataloader()))], 0, "train")
-        responses = trainer._completion_batch(batch, trainer._position_mask(batch), "train")
-        inside = responses.mask if responses.loss_mask is None else responses.loss_mask
-        ends = batch["input_ids"][:, 1:][inside] == 1
+        responses = trainer._completion_batch(batch, "train")
+        ends = batch["input_ids"][:, 1:][responses.loss_mask] == 1
         shares[name] = int(ends.sum())
     assert shares == {"ours": 6, "theirs": 0}
 
@@ -218,11 +217,9 @@ def test_trigger_is_strict(above: bool) -> None:
     student, teacher = (torch.randn(1, VOCABULARY, generator=make, dtype=torch.float64) for _ in range(2))
     logps = teacher.log_softmax(-1)
     entropy = -(logps.exp() * logps).sum(-1)
-    answers = RolloutScores(
-        entropy, logps[:, 0], *reversed(logps.topk(16)), old_per_token_logps=student.log_softmax(-1)[:, 0]
-    )
+    scores = policy_scores(entropy, logps[:, 0], *logps.topk(16), student.log_softmax(-1)[:, 0])
     objective = EOPDObjective(entropy_threshold=float(entropy) - (1e-9 if above else 0.0))
-    output = objective(DenseHead(student), CompletionBatch(torch.ones(1, 1).bool(), torch.tensor([0]), scores=answers))
+    output = objective(DenseHead(student), CompletionBatch(torch.ones(1, 1).bool(), torch.tensor([0]), scores=scores))
     assert (float(output.terms["forward_kl"]) != 0) == above
 
 

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import reference as ref
+from conftest import completions_of, policy_scores
 from tsdkd import losses, selection
 from tsdkd.lm_head.dense import DenseHead
 from tsdkd.lm_head.fused import FusedHead
@@ -25,7 +26,7 @@ from tsdkd.lm_head.projection import Projection
 from tsdkd.lm_head.statistics import Head, PerTokenLoss, StatisticsRequest, TokenStatistics
 from tsdkd.methods.eopd import EOPDObjective
 from tsdkd.methods.tsd_kd import TSDKDObjective
-from tsdkd.objective import CompletionBatch, RolloutScores
+from tsdkd.objective import CompletionBatch, PolicyScores
 
 CHUNKS = (1, 7, 20, None)  # tokens, None: all
 SAME = {torch.float32: (1e-6, 1e-5), torch.float64: (1e-12, 1e-12)}  # values, gradients
@@ -690,22 +691,22 @@ def test_requests_without_an_answer(kind: str) -> None:
 every_objective = pytest.mark.parametrize("objective", ["tsd-kd", "eopd"])
 
 
-def ask_teacher(pair: Pair, **options: Any) -> RolloutScores:
+def ask_teacher(pair: Pair, **options: Any) -> PolicyScores:
     """As the student of a head of its own; the policy that sampled is near the student."""
     with torch.no_grad():
         teacher = replace(pair, student=pair.teacher).fused(teacher=False, **options)
         s = teacher(StatisticsRequest(entropy=True, top_k=16, ids=pair.ids(1)))
         old = pair.fused(teacher=False)(StatisticsRequest(ids=pair.ids(1))).logps[:, 0]
     old = old - torch.linspace(-0.1, 0.4, pair.count).to(old)
-    return RolloutScores(s.entropy, s.logps[:, 0], s.topk_ids, s.topk_logps, old)
+    return policy_scores(s.entropy, s.logps[:, 0], s.topk_logps, s.topk_ids, old)
 
 
 def objective_loss(
-    objective: str, pair: Pair, fused: bool, answers: RolloutScores, mask: Tensor, **options: Any
+    objective: str, pair: Pair, fused: bool, answers: PolicyScores, mask: Tensor, **options: Any
 ) -> Tensor:
     head = pair.fused(teacher=objective == "tsd-kd", **options) if fused else pair.whole(objective == "tsd-kd")
     if objective == "tsd-kd":
-        return TSDKDObjective()(head, CompletionBatch(mask)).loss / mask.any(-1).sum()
+        return TSDKDObjective()(head, completions_of(mask)).loss / mask.any(-1).sum()
     return EOPDObjective()(head, CompletionBatch(mask, pair.ids(1)[:, 0], scores=answers)).loss / pair.count
 
 

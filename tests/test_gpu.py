@@ -21,7 +21,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from conftest import QUIET, build_model, build_tokenizer, flags, make_rows, on_cpus, weights
+from conftest import QUIET, build_model, build_tokenizer, completions_of, flags, make_rows, on_cpus, weights
 from tsdkd import EOPDConfig, EOPDTrainer, TSDKDConfig, TSDKDTrainer
 from tsdkd.cli import main
 from tsdkd.lm_head.dense import DenseHead
@@ -29,7 +29,6 @@ from tsdkd.lm_head.fused import FusedHead
 from tsdkd.lm_head.projection import Projection
 from tsdkd.methods import METHODS
 from tsdkd.methods.tsd_kd import TSDKDObjective
-from tsdkd.objective import CompletionBatch
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -161,8 +160,8 @@ def unwrapped(saved_model, rows_file, tmp_path_factory):
 # Every method --------------------------------------------------------------------------------------------------------
 
 OWN: dict[str, dict[str, Any]] = {
-    "minillm": {"epochs_per_rollout": 2},
-    "distillm": {"own_share": 0.9},
+    "minillm": {"num_iterations": 2},
+    "distillm": {"on_policy_share": 0.9},
     **{name: {"rollout_batch_size": 8} for name in METHODS if "opd" in name},  # resumed in the middle of a rollout
 }
 
@@ -238,7 +237,7 @@ def loss_and_gradients(tensors: list[torch.Tensor], fused: bool, **options: floa
     else:
         head = DenseHead(hidden @ weight.t(), tensors[2] @ tensors[3].t())
     mask = torch.ones(len(hidden) // LENGTH, LENGTH, dtype=torch.bool, device=DEVICE)
-    loss = TSDKDObjective()(head, CompletionBatch(mask)).loss
+    loss = TSDKDObjective()(head, completions_of(mask)).loss
     loss.backward()
     return [x.detach().double() for x in (loss, hidden.grad, weight.grad)]
 
@@ -273,7 +272,7 @@ def test_peak_memory_keeps_to_the_budget(chunk_gib):
     hidden, weight = (x.clone().requires_grad_() for x in tensors[:2])
     head = FusedHead(hidden, Projection(weight), tensors[2], Projection(tensors[3]), chunk_gib=chunk_gib)
     mask = torch.ones(len(hidden) // LENGTH, LENGTH, dtype=torch.bool, device=DEVICE)
-    TSDKDObjective()(head, CompletionBatch(mask)).loss.backward()
+    TSDKDObjective()(head, completions_of(mask)).loss.backward()
     extra = torch.cuda.max_memory_allocated() - before
     leaves = (hidden.numel() + weight.numel()) * (2 + 4 + 2)
     assert extra <= (chunk_gib + 0.25) * 2**30 + leaves

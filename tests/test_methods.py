@@ -15,7 +15,7 @@ from datasets import Dataset
 from torch import Tensor
 
 import reference as ref
-from conftest import QUIET, build_model, build_tokenizer, flags, make_rows, weights
+from conftest import QUIET, build_model, build_tokenizer, completions_of, flags, make_rows, policy_scores, weights
 from crash import run, run_ranks
 from tsdkd.cli import main
 from tsdkd.errors import DataError
@@ -24,9 +24,9 @@ from tsdkd.lm_head.fused import FusedHead
 from tsdkd.lm_head.projection import Projection
 from tsdkd.lm_head.statistics import Head, StatisticsRequest
 from tsdkd.methods import METHODS
-from tsdkd.methods.minillm import mixed
+from tsdkd.methods.minillm import mixture_choice
 from tsdkd.methods.speculative_kd import SpeculativeKDOptions, speculative_choice
-from tsdkd.objective import CompletionBatch, Objective, RolloutScores
+from tsdkd.objective import CompletionBatch, Objective, PolicyScores
 from tsdkd.rollout.hf import sample_completions, sample_from_models
 from tsdkd.rollout.seeding import prompt_generator
 
@@ -61,16 +61,13 @@ class Case:
     def tokens(self) -> list[list[int]]:
         return [part.tolist() for part in self.ids.split(LENGTHS)]
 
-    def answers(self, objective: Objective) -> RolloutScores:
+    def answers(self, objective: Objective) -> PolicyScores:
         """What a trainer would have asked for at the rollout."""
         teacher = DenseHead(self.teacher)(
             StatisticsRequest(entropy=True, top_k=objective.teacher_top_k, ids=self.ids.unsqueeze(-1))
         )
         old = DenseHead(self.old)(StatisticsRequest(ids=self.ids.unsqueeze(-1))).logps[:, 0]
-        uniform = torch.linspace(0.0, 0.99, len(self.ids))
-        answers = RolloutScores(
-            teacher.entropy, teacher.logps[:, 0], teacher.topk_ids, teacher.topk_logps, old, uniform
-        )
+        answers = policy_scores(teacher.entropy, teacher.logps[:, 0], teacher.topk_logps, teacher.topk_ids, old)
         if hasattr(objective, "compute_returns"):
             advantages = objective.compute_returns(old, answers.teacher_per_token_logps, self.mask)
             spread = advantages.var(correction=0)
@@ -80,7 +77,7 @@ class Case:
 
     def loss(self, objective: Objective, head: Head) -> Tensor:
         """Divided as the trainer does."""
-        answers = self.answers(objective) if objective.needs_rollout_scores else None
+        answers = self.answers(objective) if objective.scores_class else None
         output = objective(head, CompletionBatch(self.mask, self.ids, scores=answers))
         for name, term in output.terms.items():
             assert math.isfinite(term), name
@@ -141,7 +138,7 @@ OBJECTIVES: dict[str, tuple[str, dict[str, Any], Callable[[Rows, Case], float]]]
         lambda q, case: ref.kd_loss(q, by_response(case.teacher), case.tokens, 0.2, 3.0, 4),
     ),
     "opd": ("opd", {}, policy(placement="none")),
-    "opd, clip": ("opd", {"clip_epsilon": 0.05}, policy(placement="none", clip_epsilon=0.05)),
+    "opd, clip": ("opd", {"epsilon": 0.05}, policy(placement="none", clip_epsilon=0.05)),
     "eopd": ("eopd", {"entropy_threshold": 2.0}, policy(entropy_threshold=2.0)),
     "eopd-full": ("eopd-full", {"forward_kl_top_k": 5}, policy(placement="all", top_k=5)),
     "eopd-random": ("eopd-random", {"forward_kl_random_ratio": 0.3}, policy(placement=random_places())),
@@ -193,7 +190,7 @@ def test_the_released_loss_has_the_values_of_the_released_code() -> None:
         heads = DenseHead(logits, teacher.flatten(0, 1)), FusedHead(logits, identity, teacher.flatten(0, 1), identity)
         gradients = []
         for head in heads:
-            responses = CompletionBatch(torch.ones_like(trained), loss_mask=trained)
+            responses = completions_of(torch.ones_like(trained), loss_mask=trained)
             output = METHODS["tsd-kd-released"].objective_class()(head, responses)
             assert output.loss.item() == pytest.approx(expected, abs=2e-6)
             gradients += torch.autograd.grad(output.loss, logits)
@@ -268,7 +265,7 @@ def test_interleaved_sampling_replaces_what_the_teacher_finds_unlikely() -> None
 
 def test_the_mixture_is_sampled_from() -> None:
     student, teacher = next_probs(build_model("qwen3", 0)), next_probs(build_model("llama", 1))
-    shares = first_token_shares(mixed(0.3, 1.0))
+    shares = first_token_shares(mixture_choice(0.3, 1.0))
     for v in range(64):
         expected = 0.3 * teacher[v] + 0.7 * student[v]
         assert shares.get(v, 0.0) == pytest.approx(expected, abs=5 * math.sqrt(expected / 4000) + 1e-3)
@@ -281,8 +278,8 @@ STEP |= {"max_grad_norm": 0.0, "lr_scheduler_type": "constant", "learning_rate":
 STEP |= {"max_new_tokens": 12}
 DISTILLING = [name for name in METHODS if name != "grpo"]
 OWN: dict[str, dict[str, Any]] = {
-    "minillm": {"rollout_batch_size": 12, "epochs_per_rollout": 2, "max_steps": 4},
-    "distillm": {"own_share": 0.9, "replay_capacity": 6, "max_steps": 6},
+    "minillm": {"rollout_batch_size": 12, "num_iterations": 2, "max_steps": 4},
+    "distillm": {"on_policy_share": 0.9, "replay_capacity": 6, "max_steps": 6},
     "speculative-kd": {"max_length": 16},  # completions of different limits
     **{name: {"rollout_batch_size": 12} for name in METHODS if "opd" in name},
 }
@@ -377,7 +374,7 @@ def test_minillm_trains_on_a_rollout_several_times(tmp_path: Any) -> None:
 def test_minillm_steps_as_often_as_there_are_windows(tmp_path: Any) -> None:
     """An epoch ends within a rollout: 10 windows of 4 micro-batches, 8 from the first rollout, 2 from the second."""
     split = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "rollout_batch_size": 8}
-    trainer = train("minillm", tmp_path, rows=40, epochs_per_rollout=4, max_steps=-1, num_train_epochs=1, **split)
+    trainer = train("minillm", tmp_path, rows=40, num_iterations=4, max_steps=-1, num_train_epochs=1, **split)
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert ["speed/rollout_tokens_per_second" in log for log in logs] == [True, *7 * [False], True, False]
     assert trainer.state.global_step == trainer.state.max_steps == 10
@@ -385,13 +382,24 @@ def test_minillm_steps_as_often_as_there_are_windows(tmp_path: Any) -> None:
 
 def test_distillm_replays_and_asks_for_more_when_the_validation_loss_rises(tmp_path: Any) -> None:
     """Ascent instead of descent, so that the loss rises at every evaluation."""
-    evaluated = {"eval_strategy": "steps", "eval_steps": 4, "max_steps": 40, "learning_rate": 0.5, "own_share": 0.0}
-    options = {"loss_tolerance": 0.0, "own_share_step": 0.4, "replay_capacity": 8, "per_device_train_batch_size": 4}
+    evaluated = {
+        "eval_strategy": "steps",
+        "eval_steps": 4,
+        "max_steps": 40,
+        "learning_rate": 0.5,
+        "on_policy_share": 0.0,
+    }
+    options = {
+        "loss_tolerance": 0.0,
+        "on_policy_share_step": 0.4,
+        "replay_capacity": 8,
+        "per_device_train_batch_size": 4,
+    }
     student = build_model("llama", 0)
     for p in student.parameters():
         p.register_hook(torch.neg)
     trainer = train("distillm", tmp_path, rows=24, models=(student, build_model("qwen3", 1)), **evaluated, **options)
-    shares = [log["replay/own_share"] for log in trainer.state.log_history if "replay/own_share" in log]
+    shares = [log["replay/on_policy_share"] for log in trainer.state.log_history if "replay/on_policy_share" in log]
     assert shares[0] == 0.0 and shares == sorted(shares) and shares[-1] == 1.0
     fresh = ["completions/eos_share" in log for log in trainer.state.log_history if "loss" in log]
     assert not any(fresh[:4]) and 2 <= sum(fresh) < 30
@@ -404,10 +412,10 @@ def test_distillm_compares_with_the_loss_before_training(on_start: bool, tmp_pat
     student = build_model("llama", 0)
     for p in student.parameters():
         p.register_hook(torch.neg)
-    options = {"eval_strategy": "steps", "eval_steps": 2, "max_steps": 3, "learning_rate": 0.5, "own_share": 0.0}
+    options = {"eval_strategy": "steps", "eval_steps": 2, "max_steps": 3, "learning_rate": 0.5, "on_policy_share": 0.0}
     models = (student, build_model("qwen3", 1))
     trainer = train("distillm", tmp_path, models=models, loss_tolerance=0.0, eval_on_start=on_start, **options)
-    assert trainer.own_share == (0.2 if on_start else 0.1)
+    assert trainer.on_policy_share == (0.2 if on_start else 0.1)
 
 
 def test_sequence_kd_loads_no_teacher(saved_model: Any, tmp_path: Any) -> None:

@@ -12,16 +12,11 @@ from conftest import build_model
 from model_configs import BILLIONS, CONFIGS, save_config
 from tsdkd.cli import main
 from tsdkd.errors import ConfigError
-from tsdkd.launch.memory import (
-    ModelSize,
-    Sharding,
-    VllmMemoryConfig,
-    Workload,
-    compute_model_size,
-    estimate_memory,
-    split_engine_memory,
-)
+from tsdkd.launch.memory import Sharding, estimate_memory
+from tsdkd.launch.model_size import ModelSize, compute_model_size
 from tsdkd.launch.placement import PLACEMENTS, read_sharding
+from tsdkd.launch.vllm_memory import split_engine_memory
+from tsdkd.launch.workload import VllmMemoryConfig, Workload
 from tsdkd.run.presets import find_preset, preset_names
 
 STUDENT, TEACHER = "Qwen/Qwen2.5-1.5B-Instruct", "Qwen/Qwen2.5-14B-Instruct"

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import reference as ref
-from conftest import QUIET, flags
+from conftest import QUIET, flags, weights
 from tsdkd.analysis.load import read_records
 from tsdkd.cli import main
 from tsdkd.evaluation.results import BenchmarkResult, write_results
@@ -30,7 +30,8 @@ def run(saved_model: Any, rows_file: str, tmp_path_factory: pytest.TempPathFacto
     values |= {"dataset_name": rows_file, "max_steps": 4, "max_new_tokens": 10, "per_device_train_batch_size": 4}
     values |= {"record_steps": 2, "record_completions": 3, "beta": 0.7, "opener_ratio": 0.3}
     assert main(["train", *flags(**values, output_dir=folder)]) == 0
-    return {"folder": folder, "student": values["model_name_or_path"], "teacher": values["teacher_model_name_or_path"]}
+    models = {"student": values["model_name_or_path"], "teacher": values["teacher_model_name_or_path"]}
+    return {"folder": folder, "values": values, **models}
 
 
 def logits(model: str, prompt: list[int], completion: list[int], size: int) -> list[list[float]]:
@@ -85,7 +86,37 @@ def test_what_the_method_makes_of_them(run: dict[str, Any]) -> None:
             assert record.kendall_tau[own][t] == pytest.approx(np.mean(pairs))
 
 
-def test_recording_changes_nothing_and_goes_on(run: dict[str, Any]) -> None:
+def test_recording_changes_nothing(run: dict[str, Any], tmp_path: Path) -> None:
+    """Bit by bit, the student is that of a run without records."""
+    values = {name: value for name, value in run["values"].items() if not name.startswith("record_")}
+    assert main(["train", *flags(**values, output_dir=tmp_path)]) == 0
+    assert not (tmp_path / "records").exists()
+    assert torch.equal(weights(tmp_path), weights(run["folder"]))
+
+
+@pytest.mark.parametrize(("method", "beta"), [("gkd", 0.7), ("opd", 0.9), ("distillm", 0.9)])
+def test_the_recorded_divergence_is_the_method_s(
+    method: str, beta: float, run: dict[str, Any], rows_file: str, tmp_path: Path
+) -> None:
+    """TSD-KD's where the method has none, whatever TRL's configuration has; in training and of any two models."""
+    values = {**run["values"], "method": method, "record_steps": 1, "max_steps": 1, "record_completions": 1}
+    values = {name: value for name, value in values.items() if name not in ("beta", "opener_ratio")}
+    values |= {"beta": beta} if method == "gkd" else {}
+    values |= {"rollout_batch_size": 4} if method == "opd" else {}
+    assert main(["train", *flags(**values, output_dir=tmp_path / "run")]) == 0
+    names = ("model_name_or_path", "teacher_model_name_or_path", "dataset_name", "max_new_tokens", "use_cpu", "bf16")
+    (tmp_path / "pair.yaml").write_text(json.dumps({n: values[n] for n in (*names, "method", "beta") if n in values}))
+    command = ["analyze", "--config", str(tmp_path / "pair.yaml"), "--output_dir", str(tmp_path / "look")]
+    assert main([*command, "--num_prompts", "1"]) == 0
+    for folder in ("run", "look"):
+        record = read_records(tmp_path / folder)[0]
+        prompt, completion = record.samples[0]["prompt"], record.columns["token"].tolist()
+        students, teachers = (logits(run[who], prompt, completion, 64) for who in ("student", "teacher"))
+        expected = [ref.generalized_jsd(q, p, beta=beta) for q, p in zip(students, teachers, strict=True)]
+        assert record.columns["divergence"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_records_are_of_every_second_step_and_small(run: dict[str, Any]) -> None:
     steps = [record.step for record in read_records(run["folder"])]
     assert steps == [0, 2]
     sizes = [path.stat().st_size for path in (run["folder"] / "records").glob("*.parquet")]

@@ -126,7 +126,7 @@ def test_numbers_are_the_records(run: Path, browser: Any) -> None:
         found = row.text.split(" %")[0].split()
         assert float(found[-1]) == pytest.approx(share, abs=0.1) and ("<" in found) == (share < 0.05)
 
-    Select(browser.find_element(By.ID, "quantity")).select_by_value("is_opener")
+    Select(browser.find_element(By.ID, "metric")).select_by_value("is_opener")
     own = record.columns["sample"] == 0
     inside = record.is_opener[own].tolist()
     colours = [token.value_of_css_property("background-color") for token in tokens(browser)]
@@ -287,7 +287,7 @@ def test_the_demo_ends_with_a_report(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With its evaluation in it, and tokens."""
-    monkeypatch.setattr("tsdkd.demo.run_demo.PROBLEMS", 8)
+    monkeypatch.setattr("tsdkd.demo.run_demo.NUM_PROBLEMS", 8)
     assert main(["demo", "--max_steps", "1", "--output_dir", str(tmp_path / "run"), "--report_to", "none"]) == 0
     path = Path(capsys.readouterr().out.strip().splitlines()[-1].removeprefix("report: "))
     page = path.read_text(encoding="utf-8")

@@ -1,6 +1,7 @@
 """Both trainers on real tiny models: what is logged and what is learned equals the papers' equations."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,11 +9,11 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import reference
-from conftest import QUIET, build_model, build_tokenizer, make_rows
-from tsdkd import EOPDConfig, EOPDTrainer, TokenizerMismatchError, TSDKDConfig, TSDKDTrainer
+from conftest import QUIET, build_model, build_tokenizer, make_rows, policy_scores
+from tsdkd import ConfigError, EOPDConfig, EOPDTrainer, TokenizerMismatchError, TSDKDConfig, TSDKDTrainer
 from tsdkd.lm_head.dense import DenseHead
 from tsdkd.methods.eopd import EOPDObjective
-from tsdkd.objective import CompletionBatch, RolloutScores
+from tsdkd.objective import CompletionBatch
 from tsdkd.rollout.hf import sample_completions
 from tsdkd.rollout.seeding import prompt_generator
 
@@ -347,8 +348,9 @@ def test_the_saved_student_is_a_plain_model(saved_model, tmp_path):
     assert tokenizer.chat_template == build_tokenizer().chat_template
     assert model.generation_config.eos_token_id in (1, [1])
     card = (Path(tmp_path) / "README.md").read_text()
-    for text in ("TSD-KD", saved_model("gemma2", 1), "2603.07079", "Explain in Your Own Words"):
+    for text in ("TSD-KD", saved_model("gemma2", 1), "Kim and Baek 2026", "Explain in Your Own Words"):
         assert text in card
+    assert "2603.07079" not in card  # EOPD's
 
 
 def test_gradient_checkpointing_and_term_gradients(saved_model, tmp_path):
@@ -377,7 +379,8 @@ def test_temperature_divides_the_logits_of_the_loss(saved_model, tmp_path):
 def test_log_completions_and_tensorboard(saved_model, tmp_path, capsys):
     args = config(TSDKDConfig, tmp_path, log_completions=True, report_to="tensorboard")
     train(TSDKDTrainer, args, saved_model("qwen3", 0), saved_model("qwen3", 1))
-    assert "Completions at step 1" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "Step 1" in printed and "Ended" in printed
     assert list(Path(tmp_path).rglob("events.out.tfevents*"))
 
 
@@ -405,16 +408,11 @@ def test_importance_weights_act_on_the_sampled_term_alone():
     weights = torch.rand(7, generator=make, dtype=torch.float64) * 3
     teacher_logps = teacher.log_softmax(-1)
     top = teacher_logps.topk(16)
-    answers = RolloutScores(
-        old_per_token_logps=old,
-        teacher_per_token_logps=teacher_logps[range(7), sampled],
-        teacher_entropy=-(teacher_logps.exp() * teacher_logps).sum(-1),
-        teacher_topk_ids=top.indices,
-        teacher_topk_logps=top.values,
-        importance_sampling_ratio=weights,
-    )
+    entropy = -(teacher_logps.exp() * teacher_logps).sum(-1)
+    at_sampled = teacher_logps[range(7), sampled]
+    scores = policy_scores(entropy, at_sampled, top.values, top.indices, old, importance_sampling_ratio=weights)
     logits = student.clone().requires_grad_()
-    output = EOPDObjective()(DenseHead(logits), CompletionBatch(torch.ones(1, 7).bool(), sampled, scores=answers))
+    output = EOPDObjective()(DenseHead(logits), CompletionBatch(torch.ones(1, 7).bool(), sampled, scores=scores))
     output.loss.backward()
 
     def expected(flat: list[float]) -> float:
@@ -425,3 +423,8 @@ def test_importance_weights_act_on_the_sampled_term_alone():
     assert float(output.loss.detach()) == pytest.approx(expected(student.flatten().tolist()), rel=1e-9)
     numeric = reference.central_difference(expected, student.flatten().tolist())
     torch.testing.assert_close(logits.grad.flatten(), torch.tensor(numeric, dtype=torch.float64), rtol=1e-5, atol=1e-7)
+
+
+def test_a_trainer_refuses_another_methods_configuration(tmp_path: Any) -> None:
+    with pytest.raises(ConfigError, match=r"args: TSDKDTrainer takes a TSDKDConfig, found a EOPDConfig"):
+        TSDKDTrainer("student", "teacher", EOPDConfig(str(tmp_path), **QUIET), train_dataset=None)

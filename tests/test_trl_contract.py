@@ -15,7 +15,7 @@ from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.models.utils import unwrap_model_for_generation
 from trl.trainer.sft_trainer import SFTTrainer
-from trl.trainer.utils import create_model_from_path
+from trl.trainer.utils import create_model_from_path, print_prompt_completions_sample
 
 from tsdkd.trainer.trainer import TokenSelectiveTrainer
 
@@ -112,6 +112,15 @@ def test_helpers_keep_their_arguments():
     assert {"model", "args", "data_collator", "peft_config", "processing_class"} <= set(
         inspect.signature(SFTTrainer.__init__).parameters
     )
+
+
+def test_the_table_of_completions_takes_our_columns(capsys):
+    """Without rewards and advantages, with brackets that rich would take for markup."""
+    print_prompt_completions_sample(["[red]1 + 1"], ["= 2"], {}, None, 7, extra={"Tokens": [3], "Ended": ["limit"]})
+    printed = capsys.readouterr().out
+    for text in ("Step 7", "Prompt", "Completion", "Tokens", "Ended", "[red]1 + 1", "= 2", "3", "limit"):
+        assert text in printed
+    assert "Advantage" not in printed
 
 
 ENGINE = {

@@ -12,8 +12,11 @@ from trl import ModelConfig
 
 from tsdkd.compare.config import Comparison
 from tsdkd.config.base import DataArguments, TokenSelectiveConfig
+from tsdkd.config.inherited import UNSUPPORTED_OPTIONS
 from tsdkd.config.launch import LaunchArguments
-from tsdkd.config.validation import UNSUPPORTED_OPTIONS, get_default, get_rules
+from tsdkd.config.names import ALIASES
+from tsdkd.config.options import get_default, get_help
+from tsdkd.config.validation import get_rules
 from tsdkd.methods import METHODS
 
 HEAD = """# Configuration
@@ -29,7 +32,13 @@ def main() -> None:
     """Print the page."""
     common = {f.name for f in dataclasses.fields(TokenSelectiveConfig)} - {"beta"}
     parts = [HEAD, "## Models\n", "TRL's `ModelConfig`; LoRA's keys need `use_peft: true`.\n"]
-    parts.append(table(ModelConfig, [f.name for f in dataclasses.fields(ModelConfig)], meanings=False))
+    parts.append(
+        table(
+            ModelConfig,
+            [f.name for f in dataclasses.fields(ModelConfig) if f.name not in UNSUPPORTED_OPTIONS],
+            meanings=False,
+        )
+    )
     parts += ["## Data\n", table(DataArguments, [f.name for f in dataclasses.fields(DataArguments)])]
     parts += ["## Processes\n", "How they are started, by accelerate ([clusters](cluster.md)).\n"]
     parts.append(table(LaunchArguments, [f.name for f in dataclasses.fields(LaunchArguments)]))
@@ -42,29 +51,34 @@ def main() -> None:
     for name, trainer in METHODS.items():
         cls = trainer.config_class
         parts.append(f"### `{name}`\n\n{(cls.__doc__ or '').splitlines()[0]} ({cls.paper})\n")
-        own = sorted(cls.own_options(), key=lambda option: option in common)
-        parts.append(table(cls, own))
+        options = sorted(cls.method_options(), key=lambda option: option in common)
+        parts.append(table(cls, options))
         if cls.unsupported_options:
             parts.append("".join(f"- no `{key}`: {why}\n" for key, why in sorted(cls.unsupported_options.items())))
     parts += ["## Comparisons\n", "The file of `tsdkd compare` ([guide](guide.md#comparisons)).\n"]
     parts.append(table(Comparison, [f.name for f in dataclasses.fields(Comparison)]))
     parts += ["## Refused\n", "Options of TRL and transformers that would have no effect, or a wrong one.\n"]
     parts.append(rows(("key", "why"), [(f"`{key}`", why) for key, why in sorted(UNSUPPORTED_OPTIONS.items())]))
+    parts += [
+        "## Other names\n",
+        "Each is accepted as the key that it stands for. A key that was renamed is refused with its new name.\n",
+    ]
+    parts.append(rows(("key", "the same as"), [(f"`{key}`", f"`{name}`") for key, name in sorted(ALIASES.items())]))
     print("\n".join(parts), end="")
 
 
 def table(cls: Any, names: Iterable[str], meanings: bool = True) -> str:
     """Keys with their types, defaults, meanings and rules."""
-    by_name, hints = {f.name: f for f in dataclasses.fields(cls)}, get_type_hints(cls)
-    ranges, pointless = get_rules(cls)
+    hints, rules = get_type_hints(cls), get_rules(cls)
     found = []
     for name in names:
         cells = [f"`{name}`", type_of(hints[name]), value(get_default(cls, name))]
         if meanings:
-            said = [by_name[name].metadata["help"]]
-            said += [f"M{ranges[name][1].removeprefix('m')}."] if name in ranges else []
-            said += [f"No effect if {pointless[name][1]}."] if name in pointless else []
-            cells.append(" ".join(said))
+            rule, no_effect = rules[name]
+            sentences = [get_help(cls, name)]
+            sentences += [f"M{rule[1].removeprefix('m')}."] if rule else []
+            sentences += [f"No effect if {no_effect[1]}."] if no_effect else []
+            cells.append(" ".join(sentences))
         found.append(cells)
     return rows(("key", "type", "default", "meaning")[: 4 if meanings else 3], found)
 

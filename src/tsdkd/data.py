@@ -94,7 +94,7 @@ def prepare_dataset(
             raise DataError(
                 f"row {index}: no completion, but {args.method} (lmbda {args.lmbda}) trains on the data set's"
             )
-        limit = min(args.max_new_tokens, total - len(prompt_ids))
+        limit = min(args.max_completion_length, total - len(prompt_ids))
         ids = [] if completion is None else _completion_ids(completion, template_tokenizer, row)
         return {"index": index, "prompt_ids": prompt_ids, "completion_ids": ids[: max(limit, 0)], "limit": limit}
 

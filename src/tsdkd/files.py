@@ -1,8 +1,10 @@
 """Folders and files that are written: one place, one error for what the system says."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from .errors import OutputDirError, TSDKDError
 
@@ -11,6 +13,34 @@ def ensure_dir(folder: Path, field: str = "output_dir") -> None:
     """Raises `OutputDirError`."""
     with wrap_os_errors(folder, field, "made"):
         folder.mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def open_for_append(path: Path, field: str = "output_dir") -> Iterator[TextIO]:
+    """A text file to append to; its folder is made. Raises `OutputDirError`, also for what fails while it is open."""
+    with wrap_os_errors(path, field, "written"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            yield file
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Where to write a file that is moved to `path` at the end, so that `path` is whole or as before.
+
+    Its folder is made. Raises `OutputDirError`.
+    """
+    with wrap_os_errors(path, action="written"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.new")
+        yield temporary
+        os.replace(temporary, path)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file that is whole or as before; its folder is made. Raises `OutputDirError`."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def require_empty_dir(folder: Path) -> None:

@@ -6,10 +6,9 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -18,7 +17,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from .config.base import TokenSelectiveConfig
 from .data import prepare_dataset, resolve_columns, split_prompt_completion
 from .errors import ConfigError, OutputDirError
-from .files import wrap_os_errors
+from .files import open_for_append
 from .models.loading import (
     ModelPair,
     collect_stop_token_ids,
@@ -136,7 +135,7 @@ def engine_memory_utilization(arguments: RunArguments, device: torch.device) -> 
 
 
 def _append_completions(setup: GenerationSetup, output: Path, num_completions: int) -> None:
-    with _open_for_append(output):
+    with open_for_append(output, "output_file"):
         done = _read_finished(output, setup)
     pending = [
         PendingCompletion(
@@ -155,7 +154,7 @@ def _append_completions(setup: GenerationSetup, output: Path, num_completions: i
     completions = (
         _generate_with_vllm(setup, pending) if setup.args.use_vllm else _generate_with_transformers(setup, pending)
     )
-    with _open_for_append(output) as file:
+    with open_for_append(output, "output_file") as file:
         for position, completion in _with_progress(completions, len(pending)):
             file.write(
                 json.dumps(_build_row(setup, pending[position], completion) | metadata, ensure_ascii=False) + "\n"
@@ -240,15 +239,6 @@ def _read_finished(output: Path, setup: GenerationSetup) -> set[tuple[int, int]]
     if whole < output.stat().st_size:
         os.truncate(output, whole)
     return done
-
-
-@contextmanager
-def _open_for_append(output: Path) -> Iterator[TextIO]:
-    """The file, open for more rows."""
-    with wrap_os_errors(output, "output_file", "written"):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with output.open("a", encoding="utf-8") as file:
-            yield file
 
 
 def _generate_with_vllm(setup: GenerationSetup, pending: list[PendingCompletion]) -> Iterator[tuple[int, Completion]]:

@@ -1,49 +1,61 @@
-"""What a method is: which terms it has and how they add up. One file a method, defaults from its paper.
+"""The contract between a method and the trainer: what an objective gets, and what it returns.
 
-An objective asks a head (`tsdkd.lm_head.statistics`) about the tokens of one micro-batch and returns *sums*. The
+An objective requests statistics of the tokens of one micro-batch (`tsdkd.lm_head.statistics`) and returns *sums*. The
 trainer divides once, by a count over the global batch: any split into micro-batches and processes gives the same
 update.
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from functools import cached_property, partial
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from .lm_head.statistics import Head, TokenStatistics
+from .lm_head.statistics import Head, PerTokenLoss, StatisticsRequest, TokenStatistics
 from .selection import token_index
+
+Metrics = dict[str, tuple[Tensor, Tensor]]
+"""Name -> (sum, count), scalars without gradient; what is logged is sum / count."""
 
 
 @dataclass
 class RolloutScores:
-    """What is asked once about the N tokens of a rollout (EOPD Alg. 1, line 9), before the student changes.
+    """What is computed once about the N tokens of a rollout, before the student changes (EOPD Alg. 1, line 9).
 
     Attributes:
         teacher_entropy: `[N]`, the teacher's, over the full vocabulary, nats.
-        teacher_per_token_logps: `[N]`, log-probabilities of the sampled tokens under the teacher, nats.
+        teacher_per_token_logps: `[N]`, log-probabilities of the tokens under the teacher, nats.
         teacher_topk_ids: `[N, K]`, the teacher's most probable tokens.
         teacher_topk_logps: `[N, K]`, their log-probabilities, nats.
-        old_per_token_logps: `[N]`, log-probabilities under the policy that sampled, nats; None where no method asks.
-        random_uniform: `[N]` in [0, 1), for random placements.
-        importance: `[N]`, weights of the policy's loss where an engine sampled from another distribution than
-            `old_per_token_logps`; None where it didn't.
-        advantages: `[N]`, where a method has others than the difference of teacher and old policy.
+        random_uniform: `[N]` in [0, 1), the same in every step that the rollout serves.
     """
 
     teacher_entropy: Tensor
     teacher_per_token_logps: Tensor
     teacher_topk_ids: Tensor
     teacher_topk_logps: Tensor
-    old_per_token_logps: Tensor | None = None
-    random_uniform: Tensor | None = None
-    importance_sampling_ratio: Tensor | None = None
-    advantages: Tensor | None = None
+    random_uniform: Tensor
 
-    def of(self, rows: slice) -> "RolloutScores":
-        """Those of some of the N tokens."""
-        sliced: dict[str, Any] = {name: None if all_ is None else all_[rows] for name, all_ in vars(self).items()}
-        return RolloutScores(**sliced)
+    def select(self, rows: slice) -> Self:
+        """The scores of some of the N tokens."""
+        return type(self)(**{name: values[rows] for name, values in vars(self).items()})
+
+
+@dataclass
+class PolicyScores(RolloutScores):
+    """Scores of a rollout for a policy gradient.
+
+    Attributes:
+        old_per_token_logps: `[N]`, log-probabilities of the tokens under the policy that sampled them, nats.
+        advantages: `[N]`, nats.
+        importance_sampling_ratio: `[N]`, weights of the policy's loss: 1, except where an engine sampled from another
+            distribution than `old_per_token_logps` is of.
+    """
+
+    old_per_token_logps: Tensor
+    advantages: Tensor
+    importance_sampling_ratio: Tensor
 
 
 @dataclass
@@ -51,39 +63,47 @@ class CompletionBatch:
     """The completions of a micro-batch, N tokens in B rows.
 
     Attributes:
-        mask: `[B, T]` bool with N true entries: where a head scores, in row order.
-        ids: `[N]`, the tokens; only objectives on sampled tokens, and the log, need them.
+        mask: `[B, T]` bool with N true entries: the positions that predict the tokens, in row order.
+        ids: `[N]`, the tokens.
         is_training: whether an objective's own state moves on.
         sampling_per_token_logps: `[N]`, log-probabilities under the engine that sampled, nats, for the log.
-        scores: of the rollout, for objectives that need them.
-        loss_mask: `[B, T]` bool, the part of `mask` that is trained on, where that isn't all of it.
-        index: `[N]`, where `mask` is true (`tsdkd.selection.token_index`); found here if it isn't given.
+        scores: of the objective's `scores_class`, where it has one.
+        loss_mask: `[B, T]` bool, the part of `mask` that is trained on; by default all of it.
+        index: `[N]`, where `mask` is true (`tsdkd.selection.token_index`); by default it is computed.
     """
 
     mask: Tensor
-    ids: Tensor | None = None
+    ids: Tensor
     is_training: bool = True
     sampling_per_token_logps: Tensor | None = None
-    scores: RolloutScores | None = None
-    loss_mask: Tensor | None = None
-    index: Tensor | None = None
+    scores: Any = None
+    loss_mask: Any = None
+    index: Any = None
 
-    def at(self, values: Tensor) -> Tensor:
-        """`[N]`: those of `values` `[B, T]` where `mask` is true."""
+    def __post_init__(self) -> None:
+        if self.loss_mask is None:
+            self.loss_mask = self.mask
         if self.index is None:
             self.index = token_index(self.mask)
+
+    def gather(self, values: Tensor) -> Tensor:
+        """`[N]`: `values` `[B, T]` where `mask` is true."""
         return values.flatten().index_select(0, self.index)
 
-    @property
+    def scatter(self, values: Tensor) -> Tensor:
+        """`[B, T]`: `values` `[N]` where `mask` is true, 0 elsewhere."""
+        return values.new_zeros(self.mask.shape).masked_scatter(self.mask, values)
+
+    @cached_property
     def token_weights(self) -> Tensor:
-        """`[N]`, each token's weight in the mean of its response, float64."""
+        """`[N]`, each token's weight in the mean over its completion, float64."""
         lengths = self.mask.sum(-1, keepdim=True).clamp(min=1)
-        return self.at(lengths.double().reciprocal().expand_as(self.mask))
+        return self.gather(lengths.double().reciprocal().expand_as(self.mask))
 
     @property
     def logged_ids(self) -> Tensor | None:
         """`[N, 1]`, the tokens whose log-probabilities only the log needs."""
-        return None if self.sampling_per_token_logps is None or self.ids is None else self.ids.unsqueeze(-1)
+        return None if self.sampling_per_token_logps is None else self.ids.unsqueeze(-1)
 
 
 @dataclass
@@ -93,7 +113,7 @@ class ObjectiveOutput:
     Attributes:
         loss: the weighted sum of the terms, scalar, differentiable.
         terms: each term's sum over the objective's unit, scalar; differentiable where the head doesn't differentiate
-            own-token losses by itself.
+            the per-token loss by itself.
         weights: each term's factor in the loss.
         metrics: name -> (sum, count), scalars without gradient; what is logged is sum / count.
     """
@@ -101,29 +121,58 @@ class ObjectiveOutput:
     loss: Tensor
     terms: dict[str, Tensor]
     weights: dict[str, float]
-    metrics: dict[str, tuple[Tensor, Tensor]]
+    metrics: Metrics
 
 
 class Objective:
     """Base of all objectives. Subclasses are dataclasses whose fields are the method's options.
 
+    A method whose terms all depend on a token's own statistics defines `term_weights`, `request` and
+    `per_token_terms`. A method that selects tokens by the statistics of others adds its terms in `loss`.
+
     Attributes:
         unit: what the loss is a mean of over the global batch: "completions", "tokens" or "micro-batches".
-        needs_teacher_distribution: whether the head must know the teacher's distributions.
-        needs_rollout_scores: whether it reads `Completions.scores`.
-        needs_old_per_token_logps: whether those need the policy that sampled.
+        needs_teacher_distribution: whether the head needs the teacher's distributions.
+        scores_class: which scores of a rollout it reads; None where it reads none.
         teacher_top_k: how many of the teacher's tokens those hold.
     """
 
     unit: ClassVar[str] = "tokens"
     needs_teacher_distribution: ClassVar[bool] = True
-    needs_rollout_scores: ClassVar[bool] = False
-    needs_old_per_token_logps: ClassVar[bool] = False
+    scores_class: ClassVar[type[RolloutScores] | None] = None
     teacher_top_k: int = 16
 
-    def __call__(self, head: Head, completions: CompletionBatch) -> ObjectiveOutput:
-        """Sums over a micro-batch."""
+    @property
+    def term_weights(self) -> dict[str, float]:
+        """Each per-token term's factor in the loss."""
         raise NotImplementedError
+
+    def request(self, completions: CompletionBatch) -> StatisticsRequest:
+        """The statistics that the terms need."""
+        raise NotImplementedError
+
+    def per_token_terms(
+        self, completions: CompletionBatch, statistics: TokenStatistics, rows: slice
+    ) -> dict[str, Tensor]:
+        """The terms of the tokens `rows`, whose statistics are given, `[n]` each."""
+        raise NotImplementedError
+
+    def per_token_loss(self, completions: CompletionBatch) -> PerTokenLoss | None:
+        """What a head may evaluate chunk by chunk."""
+        return PerTokenLoss(self.term_weights, partial(self.per_token_terms, completions))
+
+    def loss(self, statistics: TokenStatistics, completions: CompletionBatch) -> ObjectiveOutput:
+        """The sums of a micro-batch."""
+        metrics = self.metrics(statistics, completions)
+        return ObjectiveOutput(statistics.loss, statistics.loss_terms, self.term_weights, metrics)
+
+    def metrics(self, statistics: TokenStatistics, completions: CompletionBatch) -> Metrics:
+        """What is logged beside the terms."""
+        return common_metrics(statistics, completions)
+
+    def __call__(self, head: Head, completions: CompletionBatch) -> ObjectiveOutput:
+        """Request, head and loss in one, as the trainer does it."""
+        return self.loss(head(self.request(completions), self.per_token_loss(completions)), completions)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs to continue; most objectives have no state."""
@@ -148,13 +197,13 @@ def approx_kl(log_ratio: Tensor) -> tuple[Tensor, Tensor]:
     return mean_metric(log_ratio.expm1() - log_ratio)  # not exp() - 1, whose rounding is larger than the result
 
 
-def common_metrics(tokens: TokenStatistics, completions: CompletionBatch) -> dict[str, tuple[Tensor, Tensor]]:
+def common_metrics(statistics: TokenStatistics, completions: CompletionBatch) -> Metrics:
     """Entropies, and how far the engine that sampled is from the student; the latter's names are TRL's."""
-    metrics = {"entropy/student": mean_metric(tokens.entropy)}
-    if tokens.teacher_entropy is not None:
-        metrics["entropy/teacher"] = mean_metric(tokens.teacher_entropy)
+    metrics = {"entropy/student": mean_metric(statistics.entropy)}
+    if statistics.teacher_entropy is not None:
+        metrics["entropy/teacher"] = mean_metric(statistics.teacher_entropy)
     if completions.sampling_per_token_logps is not None:
-        difference = (tokens.logps[:, 0].detach() - completions.sampling_per_token_logps).abs()
+        difference = (statistics.logps[:, 0].detach() - completions.sampling_per_token_logps).abs()
         largest = difference.max() if len(difference) else difference.new_zeros(())
         metrics["sampling/sampling_logp_difference/mean"] = mean_metric(difference)
         metrics["sampling/sampling_logp_difference/max"] = (largest, torch.ones_like(largest))

@@ -1,4 +1,4 @@
 """The papers' figures from records of a run, or of any two models: `tsdkd analyze`.
 
-`load` reads records, `figures` says what each shows and draws it.
+`load` reads records, `figures` computes and plots, `write_figures` writes, `record_pair` makes records of two models.
 """

@@ -32,9 +32,9 @@ class FigureSpec:
     Attributes:
         name: of its file.
         title: what it shows.
-        source: the paper's figure.
-        numbers: of runs -> what is drawn, for JSON.
-        draw: the numbers on an axis.
+        paper: the paper's figure.
+        compute: records of runs -> the numbers, for JSON.
+        plot: the numbers on an axis.
     """
 
     name: str
@@ -44,17 +44,17 @@ class FigureSpec:
     plot: Callable[[Axes, FigureData], None]
 
 
-def plot_figure(analysis: FigureSpec, compute: FigureData) -> Figure:
-    """Drawn, for the caller to save and close."""
+def plot_figure(spec: FigureSpec, data: FigureData) -> Figure:
+    """The figure, for the caller to save and close."""
     figure, axis = plt.subplots(figsize=(6.4, 3.4), layout="constrained")
-    analysis.plot(axis, compute)
+    spec.plot(axis, data)
     axis.spines[["top", "right"]].set_visible(False)
     if axis.get_legend_handles_labels()[0]:
         axis.legend(frameon=False, fontsize="small")
     return figure
 
 
-# What is counted -----------------------------------------------------------------------------------------------------
+# The numbers --------------------------------------------------------------------------------------------------------
 
 
 def _entropy_by_position(runs: RecordsByRun) -> FigureData:
@@ -119,41 +119,41 @@ def _gate_histogram(runs: RecordsByRun) -> FigureData:
     return {run: (np.histogram(r[-1].gate, bins)[0] / len(r[-1].gate)).tolist() for run, r in runs.items()}
 
 
-# How it is drawn -----------------------------------------------------------------------------------------------------
+# The plots ----------------------------------------------------------------------------------------------------------
 
 
-def _plot_entropy_by_position(axis: Axes, compute: FigureData) -> None:
+def _plot_entropy_by_position(axis: Axes, data: FigureData) -> None:
     places = np.arange(20) * 5 + 2.5
-    for (run, data), color in zip(compute.items(), _color_cycle(), strict=False):
+    for (run, curve), color in zip(data.items(), _color_cycle(), strict=False):
         for who, style in (("student", "-"), ("teacher", ":")):
-            values = np.array(data[who], dtype=float)  # None, where no response has a token there, as NaN
+            values = np.array(curve[who], dtype=float)  # None, where no response has a token there, as NaN
             axis.plot(places, values, color=color, ls=style, label=f"{run}: {who}")
     axis.set(xlabel="position in the response, %", ylabel="mean entropy, nats")
 
 
-def _plot_entropy_histogram(axis: Axes, compute: FigureData) -> None:
-    for (run, data), color in zip(compute.items(), _color_cycle(), strict=False):
+def _plot_entropy_histogram(axis: Axes, data: FigureData) -> None:
+    for (run, curve), color in zip(data.items(), _color_cycle(), strict=False):
         for who, style in (("student", "-"), ("teacher", ":")):
-            label = f"{run}: {who}, {100 * data[who]['above']:.1f} % at {HIGH_ENTROPY} nat or more"
-            axis.stairs(data[who]["share"], ENTROPY_BINS, color=color, ls=style, label=label)
+            label = f"{run}: {who}, {100 * curve[who]['above']:.1f} % at {HIGH_ENTROPY} nat or more"
+            axis.stairs(curve[who]["share"], ENTROPY_BINS, color=color, ls=style, label=label)
     axis.set(xlabel="entropy of a token, nats", ylabel="share of tokens", yscale="log")
 
 
 def _plot_over_steps(label: str) -> Callable[[Axes, FigureData], None]:
-    def plot(axis: Axes, compute: FigureData) -> None:
-        for (run, data), color in zip(compute.items(), _color_cycle(), strict=False):
-            axis.plot(data["step"], np.array(data["value"], dtype=float), ".-", color=color, label=run)
+    def plot(axis: Axes, data: FigureData) -> None:
+        for (run, curve), color in zip(data.items(), _color_cycle(), strict=False):
+            axis.plot(curve["step"], np.array(curve["value"], dtype=float), ".-", color=color, label=run)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set(xlabel="optimizer step", ylabel=label)
 
     return plot
 
 
-def _plot_top_k_mass(axis: Axes, compute: FigureData) -> None:
-    for (run, mass), color in zip(compute["mass"].items(), _color_cycle(), strict=False):
-        axis.plot(compute["bytes"], mass, "o-", color=color, label=run)
-    for k, size in zip(compute["k"], compute["bytes"], strict=True):
-        lowest = min(m[compute["k"].index(k)] for m in compute["mass"].values())
+def _plot_top_k_mass(axis: Axes, data: FigureData) -> None:
+    for (run, mass), color in zip(data["mass"].items(), _color_cycle(), strict=False):
+        axis.plot(data["bytes"], mass, "o-", color=color, label=run)
+    for k, size in zip(data["k"], data["bytes"], strict=True):
+        lowest = min(m[data["k"].index(k)] for m in data["mass"].values())
         axis.annotate(
             f"k = {k}", (size, lowest), (0, -7), textcoords="offset points", fontsize=7, ha="center", va="top"
         )
@@ -161,17 +161,17 @@ def _plot_top_k_mass(axis: Axes, compute: FigureData) -> None:
     axis.set(xlabel="bytes a token", ylabel="the teacher's probability in its top k", xscale="log")
 
 
-def _plot_opener_lengths(axis: Axes, compute: FigureData) -> None:
-    for (run, data), color in zip(compute.items(), _color_cycle(), strict=False):
-        shares = 100 * np.array(data["length"]) / np.maximum(data["of"], 1)
+def _plot_opener_lengths(axis: Axes, data: FigureData) -> None:
+    for (run, lengths), color in zip(data.items(), _color_cycle(), strict=False):
+        shares = 100 * np.array(lengths["length"]) / np.maximum(lengths["of"], 1)
         axis.hist(
             shares, bins=20, range=(0, 100), histtype="step", color=color, label=f"{run}: {np.mean(shares):.1f} %"
         )
     axis.set(xlabel="the opener's share of a response's tokens, %", ylabel="responses")
 
 
-def _plot_gate_histogram(axis: Axes, compute: FigureData) -> None:
-    for (run, shares), color in zip(compute.items(), _color_cycle(), strict=False):
+def _plot_gate_histogram(axis: Axes, data: FigureData) -> None:
+    for (run, shares), color in zip(data.items(), _color_cycle(), strict=False):
         axis.stairs(shares, np.linspace(0.0, 1.0, 41), color=color, label=run)
     axis.set(xlabel="gate of a token", ylabel="share of tokens")
 

@@ -1,4 +1,4 @@
-"""Records of a run, read back, and what a method makes of them."""
+"""Records of a run, read back, and which tokens a method selects in them."""
 
 import json
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from ..trainer.token_records import RECORDS_DIR
 
 @dataclass(frozen=True)
 class SelectionOptions:
-    """What decides which tokens a method looks at; TSD-KD's and EOPD's defaults where a run has none."""
+    """Options that decide which tokens a method selects; TSD-KD's and EOPD's defaults where a run has none."""
 
     opener_ratio: float = 0.1
     entropy_ratio: float = 0.1
@@ -32,7 +32,7 @@ class StepRecord:
 
     Attributes:
         step: optimizer steps done.
-        columns: name -> `[N]` or `[N, K]`, as `tsdkd.trainer.token_records.describe` makes them, and `sample` and
+        columns: name -> `[N]` or `[N, K]`, of `tsdkd.trainer.token_records.compute_token_records`, and `sample` and
             `position`.
         samples: of each completion its row's `index` and its `prompt`'s ids.
         texts: id -> text.
@@ -92,7 +92,7 @@ def read_records(run: Path, skipped: list[str] | None = None) -> list[StepRecord
 
     Args:
         run: its directory.
-        left_out: takes the reasons why some can't be read, instead of an error.
+        skipped: takes the reasons why some can't be read, instead of an error.
 
     Raises:
         DataError: there are none, or one can't be read.
@@ -103,15 +103,15 @@ def read_records(run: Path, skipped: list[str] | None = None) -> list[StepRecord
             f"{run} has no records; training writes them with --record_steps N, and tsdkd analyze --config makes some"
         )
     options = _read_options(run)
-    found = []
+    records = []
     for path in paths:
         try:
-            found.append(_read_record(path, options))
+            records.append(_read_record(path, options))
         except DataError as error:
             if skipped is None:
                 raise
             skipped.append(str(error))
-    return found
+    return records
 
 
 def _read_record(path: Path, options: SelectionOptions) -> StepRecord:
@@ -137,9 +137,9 @@ def _to_numpy(column: Any) -> np.ndarray:
 
 def _read_options(run: Path) -> SelectionOptions:
     path = run / RUN_CONFIG_NAME
-    found = read_run_config(run) if path.is_file() else {}
-    given = {name: found[name] for name in SelectionOptions.__dataclass_fields__ if found.get(name) is not None}
+    config = read_run_config(run) if path.is_file() else {}
+    values = {name: config[name] for name in SelectionOptions.__dataclass_fields__ if config.get(name) is not None}
     try:
-        return SelectionOptions(**{name: float(value) for name, value in given.items()})
+        return SelectionOptions(**{name: float(value) for name, value in values.items()})
     except (ValueError, TypeError) as error:
-        raise DataError(f"{path}: one of {given} isn't a number") from error
+        raise DataError(f"{path}: one of {values} isn't a number") from error

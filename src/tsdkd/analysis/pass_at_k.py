@@ -21,17 +21,17 @@ def read_pass_at_k(files: dict[str, Path]) -> _Curves:
     Raises:
         DataError: a file isn't from `tsdkd eval`.
     """
-    found: _Curves = {}
+    curves: _Curves = {}
     for name, path in files.items():
         for entry in read_results(path)[1]:
             kind, _, k = entry["metric"].partition("@")
             if kind == "accuracy":
                 continue
             model = entry["model"] if len(files) == 1 else f"{name}: {entry['model']}"
-            curve = found.setdefault(entry["benchmark"], {}).setdefault(model, {"k": [], "percent": []})
+            curve = curves.setdefault(entry["benchmark"], {}).setdefault(model, {"k": [], "percent": []})
             curve["k"].append(int(k) if kind == "pass" else 1)  # avg@n is pass@1
             curve["percent"].append(entry["mean"])
-    return found
+    return curves
 
 
 def plot_pass_at_k(curves: _Curves) -> Figure:
@@ -40,13 +40,13 @@ def plot_pass_at_k(curves: _Curves) -> Figure:
     rows = math.ceil(len(curves) / columns)
     size = (6.4, 3.4) if len(curves) == 1 else (3.4 * columns, 2.9 * rows)
     figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
-    models = list(dict.fromkeys(model for of in curves.values() for model in of))
-    for axis, (benchmark, of) in zip(axes.flat, curves.items(), strict=False):
-        for model, curve in of.items():
+    models = list(dict.fromkeys(model for by_model in curves.values() for model in by_model))
+    for axis, (benchmark, by_model) in zip(axes.flat, curves.items(), strict=False):
+        for model, curve in by_model.items():
             color = COLORS[models.index(model) % len(COLORS)]
             axis.plot(curve["k"], curve["percent"], ".-", color=color, label=model)
         axis.set_xscale("log", base=2)
-        ticks = sorted({k for curve in of.values() for k in curve["k"]})
+        ticks = sorted({k for curve in by_model.values() for k in curve["k"]})
         axis.set_xticks(ticks, [str(k) for k in ticks])
         axis.set(title=benchmark_title(benchmark) if len(curves) > 1 else None, xlabel="k", ylabel="pass@k, %")
         axis.spines[["top", "right"]].set_visible(False)

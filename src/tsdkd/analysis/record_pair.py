@@ -1,4 +1,4 @@
-"""A record of any two models: the student answers some prompts, and both say what they make of each token."""
+"""A record of any two models: the student completes some prompts, and both score each token."""
 
 from pathlib import Path
 from typing import Any
@@ -9,14 +9,13 @@ from accelerate.utils import send_to_device
 
 from ..data import pad_sequences, prepare_dataset
 from ..files import require_empty_dir, wrap_os_errors
-from ..losses import jsd
 from ..models.loading import collect_stop_token_ids, load_frozen_model, resolve_pair
 from ..rollout.hf import sample_completions
 from ..rollout.seeding import prompt_generator
 from ..run.arguments import RunArguments
 from ..run.build import load_datasets, set_model_init_kwargs
 from ..trainer.forward import HeadForward
-from ..trainer.token_records import RecordedCompletion, compute_token_records, write_token_records
+from ..trainer.token_records import RecordedCompletion, compute_token_records, recorded_divergence, write_token_records
 
 _BATCH_SIZE = 8
 
@@ -54,7 +53,7 @@ def record_pair(arguments: RunArguments, count: int) -> Path:
         completions = sample_completions(student, prompts, limits, generators, **options)
         batch = pad_sequences(prompts, [c.ids for c in completions])
         batch = send_to_device(batch, training.device)
-        parts.append(compute_token_records(heads, student, teacher, batch, jsd(getattr(training, "beta", 0.9))))
+        parts.append(compute_token_records(heads, student, teacher, batch, recorded_divergence(training)))
         samples += [
             RecordedCompletion(i, p, c.ids) for i, p, c in zip(some["index"], prompts, completions, strict=True)
         ]

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from ..errors import DataError
 from ..evaluation.results import find_results
-from ..files import ensure_dir
+from ..files import ensure_dir, write_atomically
 from ..trainer.token_records import RECORDS_DIR
 from . import pass_at_k
 from .figures import FIGURES, plot_figure
@@ -26,25 +26,25 @@ def write_figures(folders: Sequence[Path], output: Path) -> None:
         DataError: a folder with neither records nor evaluations.
         OutputDirError: `output` can't be made.
     """
-    runs, evaluations = _load_runs(folders)
-    curves = pass_at_k.read_pass_at_k(evaluations)
+    runs, result_files = _load_runs(folders)
+    curves = pass_at_k.read_pass_at_k(result_files)
     ensure_dir(output, "--figures_dir")
-    found: dict[str, Any] = {}
+    numbers_by_figure: dict[str, Any] = {}
     table = Table("figure", "shows", "in the paper")
 
-    def save(name: str, numbers: Any, figure: Figure, title: str, source: str) -> None:
-        found[name] = numbers
+    def save(name: str, numbers: Any, figure: Figure, title: str, paper: str) -> None:
+        numbers_by_figure[name] = numbers
         figure.suptitle(title)
         figure.savefig(output / f"{name}.png", dpi=150)
         plt.close(figure)
-        table.add_row(f"{name}.png", title, source)
+        table.add_row(f"{name}.png", title, paper)
 
-    for analysis in FIGURES if runs else ():
-        numbers = analysis.compute(runs)
-        save(analysis.name, numbers, plot_figure(analysis, numbers), analysis.title, analysis.paper)
+    for spec in FIGURES if runs else ():
+        data = spec.compute(runs)
+        save(spec.name, data, plot_figure(spec, data), spec.title, spec.paper)
     if curves:
         save("pass_at_k", curves, pass_at_k.plot_pass_at_k(curves), pass_at_k.TITLE, pass_at_k.PAPER)
-    (output / "analysis.json").write_text(json.dumps(found, indent=1, allow_nan=False), encoding="utf-8")
+    write_atomically(output / "analysis.json", json.dumps(numbers_by_figure, indent=1, allow_nan=False))
     console = Console(highlight=False)
     console.print(table)
     for run, records in runs.items():
@@ -55,17 +55,17 @@ def write_figures(folders: Sequence[Path], output: Path) -> None:
 def _load_runs(folders: Sequence[Path]) -> tuple[dict[str, list[StepRecord]], dict[str, Path]]:
     """Records of the folders that have some, and results of evaluations. Raises `DataError`."""
     runs: dict[str, list[StepRecord]] = {}
-    evaluations: dict[str, Path] = {}
+    result_files: dict[str, Path] = {}
     for name, folder in name_folders(folders).items():
-        own = {f"{name}/{key}": path for key, path in find_results(folder).items()}
-        evaluations |= own
-        if not own or (folder / RECORDS_DIR).is_dir():
+        results = {f"{name}/{key}": path for key, path in find_results(folder).items()}
+        result_files |= results
+        if not results or (folder / RECORDS_DIR).is_dir():
             runs[name] = read_records(folder)
-    return runs, evaluations
+    return runs, result_files
 
 
 def name_folders(folders: Sequence[Path]) -> dict[str, Path]:
-    """Name -> folder: its own name, or its whole path where two have one name. Raises `DataError`."""
+    """Name -> folder: its last component, or its whole path where two folders share that. Raises `DataError`."""
     missing = [str(folder) for folder in folders if not folder.is_dir()]
     if missing:
         raise DataError(f"no such directory: {', '.join(missing)}")

@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..errors import CheckpointError, ResumeError
 
+logger = get_logger(__name__)
 MANIFEST = "manifest.json"
 _PARTIAL_PREFIX, _DELETED_PREFIX = ".writing-", ".deleting-"
 _CHECKPOINT_PATTERN = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
@@ -34,7 +36,7 @@ class Manifest:
 
     Attributes:
         step: optimizer steps that were taken.
-        processes: how many processes wrote it.
+        num_processes: how many processes wrote it.
         versions: of the packages that matter.
         files: path in the checkpoint -> (bytes, SHA-256).
     """
@@ -49,7 +51,7 @@ def write_checkpoint(output_dir: Path, step: int, write_files: Callable[[Path], 
     """Make `checkpoint-STEP` in the run's folder, which all processes must see.
 
     Args:
-        run: the output directory.
+        output_dir: the output directory.
         step: optimizer steps that were taken.
         write_files: called by every process with the folder to write into.
 
@@ -97,7 +99,7 @@ def get_last_valid_checkpoint(output_dir: Path) -> Path:
         problem = find_damage(folder)
         if problem is None:
             return folder
-        PartialState().print(f"resume: skipped {folder}: {problem}", flush=True)
+        logger.warning(f"resume: skipped {folder}: {problem}")
     raise ResumeError(f"resume: {output_dir} has no checkpoint that can be resumed from ({len(folders)} found)")
 
 
@@ -157,8 +159,8 @@ def _read_manifest(folder: Path) -> Manifest | str:
 
 
 def rotate_checkpoints(newest: Path, keep: int | None, best: str | None) -> None:
-    """Delete the oldest checkpoints beside `get_last_valid_checkpoint`, which is complete, until `keep` are left; never it, never the
-    best, never by halves."""
+    """Delete the oldest checkpoints until `keep` are left: never `newest`, which is complete, never `best`, never by
+    halves."""
     if not keep:
         return
     folders = list_checkpoints(newest.parent)

@@ -42,7 +42,7 @@ class PreemptionCallback(TrainerCallback):
     """Saves and stops at the end of a step after which any process has received a signal.
 
     Attributes:
-        stopped: whether it has.
+        is_preempted: whether it has.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:

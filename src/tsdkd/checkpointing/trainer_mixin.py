@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model, send_to_device
 from torch import nn
 from transformers import Trainer
@@ -17,6 +18,7 @@ from . import checkpoint, preemption
 from .deepspeed_files import safe_deepspeed_load
 from .state_file import load_state, save_state
 
+logger = get_logger(__name__)
 _TRAINER_STATE, _OPTIMIZER = "trainer_state.json", "optimizer.safetensors"
 
 
@@ -44,7 +46,7 @@ class CheckpointMixin(Trainer):
         elif resume_from_checkpoint:
             checkpoint.verify_checkpoint(Path(resume_from_checkpoint))
         if resume_from_checkpoint:
-            self.accelerator.print(f"resume: continuing from {resume_from_checkpoint}", flush=True)
+            logger.info(f"resume: continuing from {resume_from_checkpoint}")
         with preemption.catch_signals(), safe_deepspeed_load() if self.is_deepspeed_enabled else nullcontext():
             return super().train(resume_from_checkpoint, *args, **kwargs)
 
@@ -72,7 +74,7 @@ class CheckpointMixin(Trainer):
         self.save_model(str(folder), _internal_call=True)
         if self.is_deepspeed_enabled:
             self.model_wrapped.save_checkpoint(str(folder), exclude_frozen_parameters=is_peft_model(self.model))
-        process = {"random": _get_rng_state(), "own": self._get_extra_state()}
+        process = {"rng_state": _get_rng_state(), "trainer": self._get_extra_state()}
         save_state(process, self._process_state_path(folder))
         if self.args.should_save:
             save_state({name: part.state_dict() for name, part in self._stateful_objects()}, folder / _OPTIMIZER)
@@ -126,11 +128,11 @@ class CheckpointMixin(Trainer):
         state = load_state(Path(checkpoint, _OPTIMIZER))
         for name, part in self._stateful_objects():
             part.load_state_dict(state[name])
-        self._set_extra_state(load_state(self._process_state_path(checkpoint))["own"])
+        self._set_extra_state(load_state(self._process_state_path(checkpoint))["trainer"])
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            _set_rng_state(load_state(self._process_state_path(checkpoint))["random"])
+            _set_rng_state(load_state(self._process_state_path(checkpoint))["rng_state"])
 
     def _process_state_path(self, folder: str | Path) -> Path:
         return Path(folder, f"process_{self.args.process_index}.safetensors")

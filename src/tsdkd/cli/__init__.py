@@ -10,6 +10,7 @@ from importlib import import_module
 from importlib.metadata import version
 
 from ..errors import CheckpointError, NonFiniteError, PreemptedError, TSDKDError
+from .logs import log_to_streams
 
 _COMMANDS = {
     "train": "distil a student: tsdkd train --config FILE [--key value ...]",
@@ -46,18 +47,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
     for name, text in _COMMANDS.items():
         commands.add_parser(name, help=text, add_help=False)
-    # transformers 5.18+ tells TRL, not the user, that it calls gradient checkpointing by its old name
-    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*is deprecated", category=FutureWarning)
+    # transformers 5.24 tells TRL and PEFT, not the user, that they use the old name
+    warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated", category=FutureWarning)
     argv = list(sys.argv[1:] if argv is None else argv)
     command = parser.parse_args(argv[:1]).command
     try:
-        return int(import_module(f".{command}", __name__).main(argv[1:]))
+        with log_to_streams():
+            return int(import_module(f".{command}", __name__).main([_underscore(word) for word in argv[1:]]))
     except TSDKDError as error:
         _print_error(command, error)
         return error.exit_code
     except KeyboardInterrupt:
         print(f"\ntsdkd {command}: interrupted", file=sys.stderr)
         return 130
+
+
+def _underscore(word: str) -> str:
+    """`--learning-rate=x` as `--learning_rate=x`."""
+    name, equals, value = word.partition("=")
+    return f"--{name[2:].replace('-', '_')}{equals}{value}" if name.startswith("--") else word
 
 
 def _print_error(command: str, error: TSDKDError) -> None:

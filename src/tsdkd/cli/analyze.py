@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import ConfigError
-from .arguments import build_run_parser, int_at_least
+from .arguments import always_on_policy, build_run_parser, int_at_least
 
 _EPILOG = """examples:
   tsdkd analyze runs/tsdkd runs/gkd --figures_dir figures         runs that recorded (--record_steps N)
@@ -35,7 +35,8 @@ def main(argv: Sequence[str]) -> int:
     from ..run.arguments import parse_arguments
 
     if args.config:
-        folders = [record_pair(parse_arguments(args.config, [*rest, "--lmbda", "1"]), args.num_prompts or 50)]
+        arguments = parse_arguments(args.config, always_on_policy(args.config, rest))
+        folders = [record_pair(arguments, args.num_prompts or 50)]
     else:
         folders = [Path(text) for text in rest]
     write_figures(folders, args.figures_dir or folders[0] / "figures")

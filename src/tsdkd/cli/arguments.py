@@ -2,7 +2,7 @@
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 
 def build_run_parser(command: str, description: str, epilog: str, usage: str) -> argparse.ArgumentParser:
@@ -17,6 +17,17 @@ def build_run_parser(command: str, description: str, epilog: str, usage: str) ->
     )
     parser.add_argument("--config", metavar="FILE", help="a YAML file, or the name of a shipped one (`tsdkd configs`)")
     return parser
+
+
+def always_on_policy(config: str | None, flags: Sequence[str]) -> list[str]:
+    """`flags` for a command that samples whatever the run would train on: `--lmbda 1`, where the method has it."""
+    from ..methods import METHODS
+    from ..run.config_file import read_flags, read_yaml  # torch from here on
+
+    raw_values = {**(read_yaml(config) if config is not None else {}), **read_flags(flags, [])}
+    trainer = METHODS.get(str(raw_values.get("method", "tsd-kd")))
+    is_fixed = trainer is not None and "lmbda" in trainer.config_class.unsupported_options
+    return [*flags] if is_fixed else [*flags, "--lmbda", "1"]
 
 
 def int_at_least(least: int) -> Callable[[str], int]:

@@ -47,24 +47,22 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(["--config: missing; name a comparison (`tsdkd compare --list` shows the shipped ones)"])
     comparison = read_comparison(args.config)
 
-    from ..compare import scheduler as runner
-    from ..compare import task
+    from ..compare import scheduler, task
 
     if args.slurm:
         names = ("time", "gpus_per_node", "cpus_per_task", "signal_seconds", "partition", "account")
-        sys.stdout.write(
-            runner.build_array_script(comparison, args.config, **{name: getattr(args, name) for name in names})
-        )
+        settings = {name: getattr(args, name) for name in names}
+        sys.stdout.write(scheduler.build_array_script(comparison, args.config, **settings))
         return 0
     if args.task is not None:
         if args.task >= len(comparison.tasks):
             raise ConfigError([f"--task: there are {len(comparison.tasks)} tasks, from 0, found {args.task}"])
         task.run_task(comparison, comparison.tasks[args.task])
         return 0
-    table = _import_results()
+    results = _import_results()
     if not args.report:
-        runner.run_tasks(comparison, args.config, args.jobs)
-    path = table.write_summary(comparison)
+        scheduler.run_tasks(comparison, args.config, args.jobs)
+    path = results.write_results(comparison)
     if path is None:
         print("tsdkd compare: nothing is finished yet")
         return 0
@@ -74,9 +72,9 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _import_results():  # type: ignore[no-untyped-def]
-    """Before the first run: what writes its table is an extra."""
+    """Before the first run: the table's dependencies are an extra."""
     try:
-        from ..compare import summary as table
+        from ..compare import results
     except ImportError as error:
         raise ConfigError([f"compare needs {error.name}; pip install 'tsdkd[report]'"]) from error
-    return table
+    return results

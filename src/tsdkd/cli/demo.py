@@ -25,15 +25,16 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--method", choices=_PRESETS, default="tsd-kd", help="default: %(default)s")
     args, flags = parser.parse_known_args(argv)
 
-    from ..demo import run_demo as show
+    from ..demo.run_demo import run_demo
     from ..run.arguments import parse_arguments  # torch from here on
+    from ..run.config_file import read_flags
 
-    given = {flag.split("=")[0].replace("-", "_") for flag in flags}
-    if "__output_dir" not in given:
+    given = read_flags(flags, [])
+    if "output_dir" not in given:
         flags += ["--output_dir", str(_next_free_dir(Path("runs/demo")))]
-    if "__record_steps" not in given:
+    if "record_steps" not in given:
         flags += ["--record_steps", "30"]  # the report's tokens
-    show.run_demo(parse_arguments(_PRESETS[args.method], flags))
+    run_demo(parse_arguments(_PRESETS[args.method], flags))
     return 0
 
 

@@ -19,6 +19,49 @@ same command goes on where it stopped."""
 
 def main(argv: Sequence[str]) -> int:
     """Parse, and hand over to `tsdkd.evaluation.evaluator`."""
+    args = _parser().parse_args(argv)
+    models = _parse_models(args.models)
+    baseline = args.baseline or next(iter(models))
+    if baseline not in models:
+        raise ConfigError([f"--baseline: must be one of {', '.join(models)}, found {baseline!r}"])
+    samples = args.samples or 8
+    if args.k and max(args.k) > samples:
+        raise ConfigError([f"--k: pass@{max(args.k)} needs as many samples, found {samples}; set --samples"])
+    if args.data_dir is not None and not args.data_dir.is_dir():
+        raise ConfigError([f"--data_dir: no such directory: {args.data_dir}"])
+
+    from ..evaluation.suites import select_benchmarks  # torch from here on
+
+    benchmarks = args.benchmarks.split(",") if args.benchmarks else None
+    select_benchmarks(args.suite, benchmarks, args.allow_code_execution)
+    evaluator, results = _import_evaluation()
+    eval_args = evaluator.EvalArguments(
+        models,
+        suite=args.suite,
+        output_dir=args.output_dir,
+        benchmarks=benchmarks,
+        backend=args.backend,
+        model_args=_parse_model_args(args.model_args),
+        batch_size=args.batch_size,
+        num_samples=args.samples,
+        pass_at_ks=args.k,
+        limit=args.limit,
+        max_new_tokens=args.max_new_tokens,
+        data_dir=args.data_dir,
+        apply_chat_template=None if args.apply_chat_template is None else args.apply_chat_template == "true",
+        allow_code_execution=args.allow_code_execution,
+        seed=args.seed,
+    )
+    path = results.write_results(
+        evaluator.run_evaluation(eval_args), models, baseline, args.output_dir, args.suite, eval_args.settings
+    )
+    print(path.read_text(encoding="utf-8"))
+    _print_prompts(evaluator.read_first_prompts(eval_args))
+    print(f"written to {path}, with {path.with_suffix('.json').name} and every item beside it")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tsdkd eval",
         description="Measure models on the papers' benchmarks: one table, with intervals and paired tests.",
@@ -63,46 +106,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--allow_code_execution", action="store_true", help="run what models write, in a sandbox (docs/evaluation.md)"
     )
-    args = parser.parse_args(argv)
-    models = _parse_models(args.models)
-    baseline = args.baseline or next(iter(models))
-    if baseline not in models:
-        raise ConfigError([f"--baseline: must be one of {', '.join(models)}, found {baseline!r}"])
-    samples = args.samples or 8
-    if args.k and max(args.k) > samples:
-        raise ConfigError([f"--k: pass@{max(args.k)} needs as many samples, found {samples}; set --samples"])
-    if args.data_dir is not None and not args.data_dir.is_dir():
-        raise ConfigError([f"--data_dir: no such directory: {args.data_dir}"])
-
-    from ..evaluation.suites import select_benchmarks  # torch from here on
-
-    benchmarks = args.benchmarks.split(",") if args.benchmarks else None
-    select_benchmarks(args.suite, benchmarks, args.allow_code_execution)
-    runner, table = _import_evaluation()
-    evaluation = runner.EvalArguments(
-        models,
-        suite=args.suite,
-        output_dir=args.output_dir,
-        benchmarks=benchmarks,
-        backend=args.backend,
-        model_args=_parse_model_args(args.model_args),
-        batch_size=args.batch_size,
-        samples=args.samples,
-        ks=args.k,
-        limit=args.limit,
-        max_new_tokens=args.max_new_tokens,
-        data_dir=args.data_dir,
-        chat=None if args.apply_chat_template is None else args.apply_chat_template == "true",
-        allow_code_execution=args.allow_code_execution,
-        seed=args.seed,
-    )
-    path = table.write_results(
-        runner.run_evaluation(evaluation), models, baseline, args.output_dir, args.suite, evaluation.settings
-    )
-    print(path.read_text(encoding="utf-8"))
-    _print_prompts(runner.read_first_prompts(evaluation))
-    print(f"written to {path}, with {path.with_suffix('.json').name} and every item beside it")
-    return 0
+    return parser
 
 
 def _print_prompts(prompts: dict[str, tuple[Any, str]]) -> None:
@@ -158,8 +162,7 @@ def _parse_model_args(text: str) -> dict[str, object]:
 
 def _import_evaluation():  # type: ignore[no-untyped-def]
     try:
-        from ..evaluation import evaluator as runner
-        from ..evaluation import results as table
+        from ..evaluation import evaluator, results
     except ImportError as error:
         raise ConfigError([f"eval needs {error.name}; pip install 'tsdkd[eval]'"]) from error
-    return runner, table
+    return evaluator, results

@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..run.config_file import read_flags, read_yaml
-from .arguments import build_run_parser, int_at_least
+from .arguments import always_on_policy, build_run_parser, int_at_least
 
 _EPILOG = """examples:
   tsdkd generate --config my.yaml --output_file teacher.jsonl
@@ -19,30 +18,20 @@ def main(argv: Sequence[str]) -> int:
     about = "Write completions of the teacher (or the student) for a run's prompts to a JSONL file."
     usage = "--output_file FILE [--role ROLE] [--num_completions N] "
     parser = build_run_parser("generate", about, _EPILOG, usage)
-    parser.add_argument("--output_file", "--output-file", metavar="FILE", type=Path, required=True)
+    parser.add_argument("--output_file", metavar="FILE", type=Path, required=True)
     parser.add_argument("--role", choices=["teacher", "student"], default="teacher", help="default: %(default)s")
     parser.add_argument(
-        "--num_completions",
-        "--num-completions",
-        metavar="N",
-        type=int_at_least(1),
-        default=1,
-        help="for each prompt; default: 1",
+        "--num_completions", metavar="N", type=int_at_least(1), default=1, help="for each prompt; default: 1"
     )
-    parser.add_argument("--top_p", "--top-p", metavar="MASS", type=float, help="nucleus mass; default: the run's")
+    parser.add_argument("--top_p", metavar="MASS", type=float, help="nucleus mass; default: the run's")
     args, flags = parser.parse_known_args(argv)
     if args.top_p is not None and not 0 < args.top_p <= 1:
         parser.error(f"--top_p: must be in (0, 1], found {args.top_p}")
 
     from ..generate import generate_completions
-    from ..methods import METHODS
     from ..run.arguments import parse_arguments  # torch from here on
 
     flags += ["--output_dir", str(args.output_file.parent)]  # nothing is written there
-    raw_values = {**(read_yaml(args.config) if args.config is not None else {}), **read_flags(flags, [])}
-    trainer = METHODS.get(str(raw_values.get("method")))
-    if trainer is None or "lmbda" not in trainer.config_class.unsupported_options:
-        flags += ["--lmbda", "1"]  # a configuration for off-policy training would say that nothing is generated
-    arguments = parse_arguments(args.config, flags)
+    arguments = parse_arguments(args.config, always_on_policy(args.config, flags))
     generate_completions(arguments, args.role, args.output_file, args.num_completions, args.top_p)
     return 0

@@ -18,7 +18,11 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--gpu_gib", type=positive_float, help="memory of one, GiB; default: theirs, or else 80")
     args, flags = parser.parse_known_args(argv)
 
-    from ..launch.placement import print_plan
+    from rich.console import Console
 
-    print_plan(args.config, flags, args.gpus, args.gpu_gib)
+    from ..launch.placement import plan  # torch from here on
+
+    console = Console(highlight=False)
+    for part in plan(args.config, flags, args.gpus, args.gpu_gib):
+        console.print(part)
     return 0

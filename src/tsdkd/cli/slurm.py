@@ -40,8 +40,8 @@ def main(argv: Sequence[str]) -> int:
     )
     args, flags = parser.parse_known_args(argv)
 
-    from ..launch.slurm import build_sbatch_script
     from ..files import wrap_os_errors
+    from ..launch.slurm import build_sbatch_script
 
     settings = vars(args)
     script = settings.pop("script")

@@ -3,14 +3,18 @@
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..config.launch import launch_config_names
 from ..errors import ConfigError, TSDKDError
 from ..launch import accelerate as launch
-from ..launch.processes import configured_num_processes, resolve_launch
+from ..launch.processes import LaunchSpec, configured_num_processes, resolve_launch
 from ..run.config_file import read_flags, read_yaml
 from .arguments import build_run_parser, int_at_least
+from .logs import set_log_level
+
+if TYPE_CHECKING:
+    from ..run.arguments import RunArguments
 
 _EPILOG = """Every field of the method's configuration, of TRL's ModelConfig and of transformers' TrainingArguments is
 a key of FILE and a flag: --learning_rate 1e-6, --gate false, --report_to tensorboard wandb.
@@ -41,57 +45,59 @@ def main(argv: Sequence[str]) -> int:
         return 0
     launch.warn_about_compile_locks()
     launch_flags = {name: value for name in _LAUNCH_FLAGS if (value := getattr(args, name)) is not None}
-    flags += [
-        word for name in _LAUNCH_CONFIG_KEYS if name in launch_flags for word in (f"--{name}", str(launch_flags[name]))
-    ]
+    for name in launch_flags.keys() & _LAUNCH_CONFIG_KEYS:
+        flags += [f"--{name}", str(launch_flags[name])]
     raw_values = {**(read_yaml(args.config) if args.config is not None else {}), **read_flags(flags, [])}
     launch_spec = resolve_launch(raw_values, launch_flags, do_train=not args.dry_run) if raw_values else None
 
     from ..launch.requirements import missing_extras
     from ..run.arguments import parse_arguments  # torch from here on
-    from ..run.dry_run import dry_run
     from ..run.train import train
 
     missing = missing_extras(args.config, flags, raw_values, launch_spec)
     if args.dry_run:
-        arguments = parse_arguments(args.config, flags, do_train=False)
         try:
-            launched = arguments.launch_args.accelerate_config
-            dry_run(
-                arguments,
-                launch_spec.num_processes
-                if launch_spec
-                else configured_num_processes(launched, arguments.training_args.use_cpu),
-            )
+            _print_dry_run(parse_arguments(args.config, flags, do_train=False), launch_spec)
         except TSDKDError as error:
-            if not missing:
-                raise
-            raise ConfigError([*missing, *str(error).splitlines()]) from error
+            raise ConfigError([*missing, *str(error).splitlines()]) if missing else error from None
     if missing:
         raise ConfigError(missing)
     if args.dry_run:
         return 0
     if launch_spec:
         if not launch_flags:
-            print(
-                f"tsdkd: starting {launch_spec.num_processes} processes, by {launch_spec.config}",
-                file=sys.stderr,
-                flush=True,
-            )
-        own = ["--config", args.config] if args.config is not None else []
-        return launch.launch_processes(launch_spec.config, launch_spec.options, ["train", *own, *flags])
-    train(parse_arguments(args.config, flags))
+            text = f"tsdkd: starting {launch_spec.num_processes} processes, by {launch_spec.config}"
+            print(text, file=sys.stderr, flush=True)
+        config_flags = ["--config", args.config] if args.config is not None else []
+        return launch.launch_processes(launch_spec.config, launch_spec.options, ["train", *config_flags, *flags])
+    arguments = parse_arguments(args.config, flags)
+    set_log_level(arguments.training_args.log_level)
+    train(arguments)
     return 0
+
+
+def _print_dry_run(arguments: "RunArguments", launch_spec: LaunchSpec | None) -> None:
+    from rich.console import Console
+
+    from ..run.dry_run import describe_run
+
+    if launch_spec:
+        processes: int | None = launch_spec.num_processes
+    else:
+        config, on_cpu = arguments.launch_args.accelerate_config, arguments.training_args.use_cpu
+        processes = configured_num_processes(config, on_cpu)
+    console = Console()
+    for part in describe_run(arguments, processes):
+        console.print(part)
 
 
 def _parser() -> argparse.ArgumentParser:
     about = "Distil a student from a teacher. Several visible GPUs: one process each, which it starts by itself."
     usage = "[--dry_run] [--accelerate_config NAME --num_processes N] "
     parser = build_run_parser("train", about, _EPILOG, usage)
-    parser.add_argument("--dry_run", "--dry-run", action="store_true", help="print configuration and plan, and stop")
+    parser.add_argument("--dry_run", action="store_true", help="print configuration and plan, and stop")
     parser.add_argument("--help_keys", action="store_true", help="list tsdkd's own keys, and stop")
     group = parser.add_argument_group("several processes, by accelerate")
     for name, (metavar, kind, text) in _LAUNCH_FLAGS.items():
-        names = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
-        group.add_argument(*names, metavar=metavar, type=kind, help=text or "as in `accelerate launch`")
+        group.add_argument(f"--{name}", metavar=metavar, type=kind, help=text or "as in `accelerate launch`")
     return parser

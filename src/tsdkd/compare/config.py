@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from ..config.coercion import coerce, did_you_mean
-from ..config.options import AT_LEAST_ONE, option
+from ..config.options import AT_LEAST_ONE, declared_rules, option
 from ..errors import ConfigError
 from ..launch.processes import LaunchSpec, resolve_launch
 from ..methods import METHODS
@@ -97,8 +97,8 @@ class Comparison:
         return flags
 
     def _needs_completions(self, flags: list[str]) -> bool:
-        method, values, _, _ = resolve_run_values(self.config, flags)
-        return METHODS[method].config_class.always_needs_completions or values["lmbda"] < 1
+        run = resolve_run_values(self.config, flags)
+        return METHODS[run.method].config_class.always_needs_completions or run.values["lmbda"] < 1
 
     def parse_arguments(self, task: ComparisonTask) -> RunArguments:
         """The run, parsed and checked. Raises `ConfigError`."""
@@ -108,13 +108,13 @@ class Comparison:
         """The processes that the run needs. Raises `ConfigError`."""
         reserved = {"accelerate_config": self.accelerate_config, "num_processes": self.num_processes}
         reserved = {name: value for name, value in reserved.items() if value is not None}
-        return resolve_launch({**resolve_run_values(self.config, self.train_flags(task))[1], **reserved}, reserved)
+        return resolve_launch({**resolve_run_values(self.config, self.train_flags(task)).values, **reserved}, reserved)
 
     @property
     def shared_flags(self) -> list[str]:
         """What holds for all runs, as one that samples: the teacher's completions and the measurement go by it."""
         values = {**self.settings, "output_dir": self.output_dir}
-        method = resolve_run_values(self.config, _to_flags(values))[0]
+        method = resolve_run_values(self.config, _to_flags(values)).method
         return _to_flags(
             values if "lmbda" in METHODS[method].config_class.unsupported_options else {**values, "lmbda": 1}
         )
@@ -154,23 +154,22 @@ def read_comparison(name: str) -> Comparison:
     Raises:
         ConfigError: with every problem found, one line each, of the comparison and of its runs.
     """
-    found = read_yaml(str(_find_comparison(name)))
-    problems = _unknown_keys(found)
+    raw = read_yaml(str(_find_comparison(name)))
+    problems = _unknown_keys(raw)
     hints, values = get_type_hints(Comparison), {}
-    metadata = {f.name: f.metadata for f in fields(Comparison)}
-    if "seeds" in found and not isinstance(found["seeds"], list):
-        problems.append(f"seeds: must be a list, such as [1, 2, 3], found {found.pop('seeds')!r}")
-    for key in found.keys() & hints.keys():
+    if "seeds" in raw and not isinstance(raw["seeds"], list):
+        problems.append(f"seeds: must be a list, such as [1, 2, 3], found {raw.pop('seeds')!r}")
+    for key in raw.keys() & hints.keys():
         try:
-            values[key] = coerce(found[key], hints[key])
+            values[key] = coerce(raw[key], hints[key])
         except ValueError as error:
             problems.append(f"{key}: {error}")
             continue
-        valid = metadata[key].get("valid")
-        if valid and values[key] is not None and not valid[0](values[key]):
-            problems.append(f"{key}: {valid[1]}, found {values[key]!r}")
+        rule = declared_rules(Comparison, key).value
+        if rule and values[key] is not None and not rule[0](values[key]):
+            problems.append(f"{key}: {rule[1]}, found {values[key]!r}")
     problems += [
-        f"{key}: missing" for key in ("config", "output_dir", "runs") if not values.get(key) and key not in found
+        f"{key}: missing" for key in ("config", "output_dir", "runs") if not values.get(key) and key not in raw
     ]
     if problems:
         raise ConfigError(problems)
@@ -192,15 +191,15 @@ def _find_comparison(name: str) -> Path:
             return path
     raise ConfigError(
         [
-            f"--config: no file and no shipped comparison is called {name!r}{did_you_mean(name, comparison_names())}; see "
-            "`tsdkd compare --list`"
+            f"--config: no file and no shipped comparison is called {name!r}{did_you_mean(name, comparison_names())}; "
+            "see `tsdkd compare --list`"
         ]
     )
 
 
-def _unknown_keys(found: Mapping[str, Any]) -> list[str]:
+def _unknown_keys(raw: Mapping[str, Any]) -> list[str]:
     known = [f.name for f in fields(Comparison)]
-    return [f"{key}: unknown key{did_you_mean(key, known)}" for key in found if key not in known]
+    return [f"{key}: unknown key{did_you_mean(key, known)}" for key in raw if key not in known]
 
 
 def _validate_comparison(comparison: Comparison) -> None:

@@ -13,6 +13,7 @@ from ..errors import PreemptedError, TSDKDError
 from ..files import ensure_dir
 from ..launch.slurm import render_job_script
 from .config import Comparison, ComparisonTask
+from .signals import SignalForwarder
 from .task import load_problems, read_result
 
 
@@ -30,11 +31,11 @@ def run_tasks(comparison: Comparison, name: str, jobs: int) -> None:
         PreemptedError: a signal stopped them.
     """
     ensure_dir(comparison.folder)
-    load_problems(comparison)  # what is wrong with them is told before hours of training
+    load_problems(comparison)  # raises for bad problems before hours of training
     tasks = list(enumerate(comparison.tasks))
     todo = [(i, task) for i, task in tasks if read_result(comparison, task) is None]
     _print_progress(f"{len(tasks) - len(todo)} of {len(tasks)} tasks are done, {len(todo)} to go")
-    running: dict[int, subprocess.Popen[bytes]] = {}
+    running: list[subprocess.Popen[bytes]] = []
     signals = SignalForwarder(running)
 
     def run_in_subprocess(number: int, task: ComparisonTask) -> tuple[ComparisonTask, int, float] | None:
@@ -45,7 +46,7 @@ def run_tasks(comparison: Comparison, name: str, jobs: int) -> None:
         command = [sys.executable, "-m", "tsdkd", "compare", "--config", name, "--task", str(number)]
         with log.open("ab") as file:
             process = subprocess.Popen(command, stdout=file, stderr=file, env=_subprocess_env(jobs))
-        running[number] = process
+        running.append(process)
         if signals.has_received_signal:  # meanwhile
             process.send_signal(signal.SIGTERM)
         return task, process.wait(), time.perf_counter() - start
@@ -72,37 +73,13 @@ def run_tasks(comparison: Comparison, name: str, jobs: int) -> None:
         raise TasksFailedError(logs)
 
 
-class SignalForwarder:
-    """Within it, SIGTERM and SIGUSR1 go to the running tasks, which save and stop.
-
-    Attributes:
-        received: whether one came.
-    """
-
-    def __init__(self, running: dict[int, "subprocess.Popen[bytes]"]) -> None:
-        self.running, self.has_received_signal = running, False
-
-    def __enter__(self) -> None:
-        self.previous_handlers = {n: signal.signal(n, self._forward) for n in (signal.SIGTERM, signal.SIGUSR1)}
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.previous_handlers.items():
-            signal.signal(number, handler)
-
-    def _forward(self, number: int, frame: object) -> None:
-        self.has_received_signal = True
-        for process in list(self.running.values()):
-            if process.poll() is None:
-                process.send_signal(number)
-
-
 def _subprocess_env(jobs: int) -> dict[str, str]:
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
     return {"OMP_NUM_THREADS": threads, **os.environ}
 
 
 def _log_path(task: ComparisonTask) -> Path:
-    """Beside the folder, which is the run's own."""
+    """Beside the run's folder, in which only the run writes."""
     return task.folder.parent / f"{task.folder.name}.log"
 
 
@@ -112,8 +89,8 @@ def _print_task_result(comparison: Comparison, task: ComparisonTask, code: int, 
         _print_progress(f"{task.title}: exit code {code} after {seconds:.0f} s, see {_log_path(task)}")
         return
     k = comparison.eval_samples
-    shown = ", ".join(f"{metric} {result[metric]:.1f}" for metric in ("greedy", f"avg@{k}", f"pass@{k}"))
-    _print_progress(f"{task.title}: {shown} ({seconds:.0f} s)")
+    scores = ", ".join(f"{metric} {result[metric]:.1f}" for metric in ("greedy", f"avg@{k}", f"pass@{k}"))
+    _print_progress(f"{task.title}: {scores} ({seconds:.0f} s)")
 
 
 def _print_progress(text: str) -> None:
@@ -122,5 +99,5 @@ def _print_progress(text: str) -> None:
 
 def build_array_script(comparison: Comparison, name: str, **settings: object) -> str:
     """An sbatch script with a job for every task. Raises `ConfigError`."""
-    own = {"last": len(comparison.tasks) - 1, "config": shlex.quote(name)}
-    return render_job_script("compare/slurm.sh.j2", comparison.folder, settings, [name], **own)
+    variables = {"last": len(comparison.tasks) - 1, "config": shlex.quote(name)}
+    return render_job_script("compare/slurm.sh.j2", comparison.folder, settings, [name], **variables)

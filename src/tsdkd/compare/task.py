@@ -1,4 +1,4 @@
-"""One task of a comparison: train, measure, and write the result. Whatever is there already isn't done again."""
+"""One task of a comparison: train, evaluate, and write the result. Finished parts aren't done again."""
 
 import fcntl
 import json
@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from ..data import load_split, prepare_dataset
 from ..errors import DataError, EngineError, OutputDirError, PreemptedError
 from ..evaluation import ProblemSet, evaluate
-from ..files import ensure_dir
+from ..files import ensure_dir, write_atomically
 from ..launch.accelerate import launch_processes
 from ..launch.processes import LaunchSpec
 from ..models.loading import ModelPair, collect_stop_token_ids, resolve_pair
@@ -29,34 +29,35 @@ from ..run.config_file import read_yaml
 from ..run.output_dir import has_final_model
 from ..run.train import train
 from .config import Comparison, ComparisonTask
+from .signals import FORWARDED_SIGNALS, SignalForwarder
 
 RESULT_NAME = "result.json"
-_SECONDS_SUFFIX = "seconds"  # how long each attempt trained, a line each
+_TIMING_SUFFIX = "seconds"  # how long each attempt trained, a line each
 
 
 def read_result(comparison: Comparison, task: ComparisonTask) -> dict[str, Any] | None:
-    """What is known of a task, None where it isn't finished.
+    """The result of a task, None where it isn't finished.
 
     Raises:
         OutputDirError: it was done with other settings.
     """
     path = task.folder / RESULT_NAME
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        before = dict(found["settings"])
+        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        before = dict(result["settings"])
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, KeyError) as error:
-        raise OutputDirError(f"output_dir: {path} is damaged; remove it, and the task is measured again") from error
-    wanted = _result_settings(comparison, task)
-    differing = [name for name in wanted.keys() | before.keys() if wanted.get(name) != before.get(name)]
+        raise OutputDirError(f"output_dir: {path} is damaged; remove it, and the task is evaluated again") from error
+    now = _result_settings(comparison, task)
+    differing = [name for name in now.keys() | before.keys() if now.get(name) != before.get(name)]
     if differing:
         name = min(differing)
         raise OutputDirError(
-            f"output_dir: {path} is of other settings ({name} was {before.get(name)!r}, now {wanted.get(name)!r}); "
+            f"output_dir: {path} is of other settings ({name} was {before.get(name)!r}, now {now.get(name)!r}); "
             "choose another directory"
         )
-    return found
+    return result
 
 
 def run_task(comparison: Comparison, task: ComparisonTask) -> dict[str, Any]:
@@ -65,9 +66,8 @@ def run_task(comparison: Comparison, task: ComparisonTask) -> dict[str, Any]:
     Raises:
         TSDKDError: as `run.train`; a later call goes on from there.
     """
-    found = read_result(comparison, task)
-    if found is not None:
-        return found
+    if (result := read_result(comparison, task)) is not None:
+        return result
     ensure_dir(task.folder.parent)
     with _file_lock(task.folder.parent / f"{task.folder.name}.lock"):
         return read_result(comparison, task) or _run_task(comparison, task)
@@ -98,12 +98,12 @@ def _run_task(comparison: Comparison, task: ComparisonTask) -> dict[str, Any]:
         **timing,
         "settings": settings,
     }
-    _write_atomically(task.folder / RESULT_NAME, json.dumps(result))
+    write_atomically(task.folder / RESULT_NAME, json.dumps(result))
     return result
 
 
 def write_teacher_completions(comparison: Comparison) -> None:
-    """One for each prompt, once for all runs, whoever comes first."""
+    """One for each prompt, written once for all runs, by the first process that needs them."""
     file = comparison.teacher_completions_path
     if file.exists():
         return
@@ -116,32 +116,26 @@ def write_teacher_completions(comparison: Comparison) -> None:
 
 
 def _generate_in_subprocess(comparison: Comparison, output: Path, lock: TextIO) -> None:
-    """In a process of its own: only its end gives back all of the GPU's memory. If it outlives this one, it keeps the
+    """Run `tsdkd generate`, whose end gives back all of the GPU's memory. If it outlives this process, it keeps the
     lock."""
     on_gpu = comparison.parse_shared_arguments().training_args.device.type == "cuda"
     command = [sys.executable, "-m", "tsdkd", "generate", "--config", comparison.config]
     command += [*comparison.generate_flags(on_gpu), "--output_file", str(output)]
-    stops = (signal.SIGTERM, signal.SIGUSR1)
-    with subprocess.Popen(command, pass_fds=[lock.fileno()]) as process:
-        before = {n: signal.signal(n, lambda number, _: process.send_signal(number)) for n in stops}
-        try:
-            code = process.wait()
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-    if -code in stops:
+    with subprocess.Popen(command, pass_fds=[lock.fileno()]) as process, SignalForwarder([process]):
+        code = process.wait()
+    if -code in FORWARDED_SIGNALS:
         raise PreemptedError("stopped by a signal; the same command goes on from here")
     if code < 0:
         raise EngineError(f"tsdkd generate was killed by signal {-code} ({signal.Signals(-code).name})")
     if code:
-        raise SystemExit(code)  # it has said why
+        raise SystemExit(code)  # it has printed why
 
 
 def _train(
     comparison: Comparison, task: ComparisonTask, arguments: RunArguments, launch_spec: LaunchSpec | None
 ) -> float:
-    """Train to the end; the seconds that it took in all, earlier attempts included."""
-    clock = task.folder.parent / f"{task.folder.name}.{_SECONDS_SUFFIX}"
+    """Train to the end; returns the seconds of all attempts."""
+    timing_file = task.folder.parent / f"{task.folder.name}.{_TIMING_SUFFIX}"
     start = time.perf_counter()
     try:
         if not has_final_model(task.folder):
@@ -151,14 +145,14 @@ def _train(
                 with _preserve_environ():
                     train(arguments)
     finally:
-        with clock.open("a") as file:
+        with timing_file.open("a") as file:
             file.write(f"{time.perf_counter() - start:.1f}\n")
-    return sum(map(float, clock.read_text().split()))
+    return sum(map(float, timing_file.read_text().split()))
 
 
 @contextmanager
 def _preserve_environ() -> Iterator[None]:
-    """DeepSpeed and vLLM have a process say which of several it is; the next run would take itself for launched."""
+    """DeepSpeed and vLLM set RANK and the like in this process; the next run would believe that it was launched."""
     before = dict(os.environ)
     try:
         yield
@@ -169,17 +163,17 @@ def _preserve_environ() -> Iterator[None]:
 
 def _launch_training(comparison: Comparison, task: ComparisonTask, launch_spec: LaunchSpec) -> None:
     command = ["train", "--config", comparison.config, *comparison.train_flags(task)]
-    code = launch_processes(launch_spec.config, launch_spec.options, command)
-    if code:
-        raise SystemExit(code)  # its processes have said why
+    exit_code = launch_processes(launch_spec.config, launch_spec.options, command)
+    if exit_code:
+        raise SystemExit(exit_code)  # its processes have printed why
 
 
 def load_problems(comparison: Comparison) -> Dataset:
-    """What all models are measured on. Raises `DataError`."""
+    """The problems that all models are evaluated on. Raises `DataError`."""
     shared = comparison.parse_shared_arguments()
     name = comparison.eval_dataset_name or shared.data_args.eval_dataset_name
     if name is None:
-        raise DataError("eval_dataset_name: missing, it names the problems to measure on")
+        raise DataError("eval_dataset_name: missing, it names the problems to evaluate on")
     split = "train" if Path(name).is_file() else shared.data_args.dataset_test_split
     rows = load_split(name, None, split, "eval_dataset_name")
     if "answer" not in rows.column_names:
@@ -188,9 +182,9 @@ def load_problems(comparison: Comparison) -> Dataset:
 
 
 def _evaluate(comparison: Comparison, arguments: RunArguments, rows: Dataset, model: str | None) -> dict[str, Any]:
-    """With the same limits, whatever those of the run were; in the template that it had."""
+    """Evaluate a model with the comparison's limits and the run's chat template."""
     training, shared = arguments.training_args, comparison.parse_shared_arguments().training_args
-    training.max_new_tokens, training.max_length = shared.max_new_tokens, shared.max_length
+    training.max_completion_length, training.max_length = shared.max_completion_length, shared.max_length
     student, teacher = str(arguments.model_args.model_name_or_path), _teacher_name_or_path(arguments)
     pair = resolve_pair(student, teacher, training)
     prepared = prepare_dataset(rows, pair.template_tokenizer, training, pair.context_length, needs_completion=False)
@@ -223,18 +217,10 @@ def _teacher_name_or_path(arguments: RunArguments) -> str:
 def _result_settings(comparison: Comparison, task: ComparisonTask) -> dict[str, Any]:
     """All that the result depends on."""
     assert isinstance(comparison.runs, dict)
-    own = {} if task.seed is None else {**comparison.runs[task.run], "seed": task.seed}
+    run_values = {} if task.seed is None else {**comparison.runs[task.run], "seed": task.seed}
     names = ("config", "eval_dataset_name", "eval_problems", "eval_samples", "teacher_completions")
-    measured = {name: getattr(comparison, name) for name in names}
-    return {**read_yaml(comparison.config), **comparison.settings, **own, **measured}
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    """In one go: a result is whole or isn't there."""
-    ensure_dir(path.parent)
-    new = path.with_name(f".{path.name}.new")
-    new.write_text(text, encoding="utf-8")
-    os.replace(new, path)
+    eval_values = {name: getattr(comparison, name) for name in names}
+    return {**read_yaml(comparison.config), **comparison.settings, **run_values, **eval_values}
 
 
 @contextmanager

@@ -12,8 +12,33 @@ from trl.experimental.gkd import GKDConfig
 
 from ..errors import ConfigError
 from .coercion import coerce
-from .options import AT_LEAST_ONE, NON_NEGATIVE, option
-from .validation import declared_fields, get_default, validate_options
+from .names import ALIASES, describe_alias_conflict
+from .options import (
+    AT_LEAST_ONE,
+    FRACTION,
+    NON_NEGATIVE,
+    PORT,
+    POSITIVE,
+    POSITIVE_FRACTION,
+    SEQUENCE_LENGTH,
+    ConflictRule,
+    ValueRule,
+    get_default,
+    option,
+)
+from .validation import declared_fields, validate_options
+
+_OFF_POLICY = (lambda v: v["lmbda"] == 0, "lmbda is 0: nothing is generated")
+_WITHOUT_VLLM = (lambda v: not v["use_vllm"], "use_vllm is false")
+_NOT_COLOCATE = (lambda v: v["vllm_mode"] != "colocate", "vllm_mode is not colocate")
+_NOT_SERVER = (lambda v: v["vllm_mode"] != "server", "vllm_mode is not server")
+_RESERVED_TEMPLATE_KWARGS = sorted(
+    ("tokenize", "add_generation_prompt", "return_dict", "return_tensors", "padding", "truncation")
+)
+_TEMPLATE_KWARGS: ValueRule = (
+    lambda v: v.keys().isdisjoint(_RESERVED_TEMPLATE_KWARGS),
+    f"must leave out {', '.join(_RESERVED_TEMPLATE_KWARGS)}: they are tsdkd's to set",
+)
 
 
 @dataclass
@@ -23,6 +48,7 @@ class TokenSelectiveConfig(GKDConfig):
     Args:
         top_p: nucleus mass of the rollouts, for EOPD (Table 8: 0.8 for Llama); below 1 the sampler is no longer the
             policy that the loss models.
+        max_completion_length: limit of a completion, tokens. `max_new_tokens`, as in `GKDConfig`, is the same.
         chat_template_source: whose chat template renders the prompts; a plain string prompt becomes one user message.
             "none" takes strings as they are.
         chat_template_kwargs: passed to the template, e.g. `{"enable_thinking": false}`.
@@ -72,23 +98,47 @@ class TokenSelectiveConfig(GKDConfig):
         "beta": "the method has no generalised JSD"
     }  # inherited options, and why
 
-    temperature: float = option(1.0, "Divides student and teacher logits, in rollouts and in the loss.")
-    lmbda: float = option(1.0, "Share of optimizer steps on the student's own completions; 0 never generates.")
+    conflicts: ClassVar[tuple[ConflictRule, ...]] = (
+        (
+            ("temperature", "use_vllm"),
+            lambda v: v["use_vllm"] and v["temperature"] > 2,
+            "vLLM's temperature is at most 2",
+        ),
+    )
+
+    temperature: float = option(1.0, "Divides student and teacher logits, in rollouts and in the loss.", POSITIVE)
+    lmbda: float = option(
+        1.0, "Share of optimizer steps on the student's own completions; 0 never generates.", FRACTION
+    )
     learning_rate: float = option(5e-6, "Initial learning rate of AdamW.")
     lr_scheduler_type: SchedulerType | str = option("cosine", "Learning rate schedule.")
     logging_nan_inf_filter: bool = option(False, "Hide non-finite losses in the log. Off: a diverged run shows.")
-    top_p: float = option(1.0, "Nucleus mass of the rollouts.")
+    top_p: float = option(1.0, "Nucleus mass of the rollouts.", POSITIVE_FRACTION, _OFF_POLICY)
+    max_completion_length: int = option(
+        1024, "Completion limit, tokens; prompt and completion together obey max_length.", AT_LEAST_ONE
+    )
+    max_new_tokens: int | None = option(None, "GKDConfig's name of max_completion_length.")
+    max_length: int | None = option(
+        1024, "Limit of prompt plus completion, tokens; none: the models' context.", SEQUENCE_LENGTH
+    )
     chat_template_source: Literal["student", "teacher", "none"] = option(
         "student", "Whose chat template renders the prompts; 'none' takes string prompts as they are."
     )
     model_init_kwargs: dict[str, Any] | None = option(None, "Keyword arguments of the student's from_pretrained.")
     teacher_model_init_kwargs: dict[str, Any] | None = option(None, "Keyword arguments of the teacher's.")
-    chat_template_kwargs: dict[str, Any] | None = option(None, "Keyword arguments of the chat template.")
+    chat_template_kwargs: dict[str, Any] | None = option(
+        None,
+        "Keyword arguments of the chat template.",
+        _TEMPLATE_KWARGS,
+        (lambda v: v["chat_template_source"] == "none", "chat_template_source is none"),
+    )
     prompt_suffix: str | None = option(None, "A line to put after each prompt, before the chat template.")
     prompt_column: str | None = option(None, "Column of the prompt, if it is not 'prompt' or 'messages'.")
     completion_column: str | None = option(None, "Column of the completion, if it is not 'completion'.")
-    log_completions: bool = option(False, "Print a table of completions at every logging step.")
-    log_term_gradients: int = option(100, "Log each term's gradient norm every so many steps; 0 is never.")
+    log_completions: bool = option(False, "Print a table of completions at every logging step.", no_effect=_OFF_POLICY)
+    log_term_gradients: int = option(
+        100, "Log each term's gradient norm every so many steps; 0 is never.", NON_NEGATIVE
+    )
     record_steps: int = option(
         0,
         "Record what both models say at each token of some completions, every so many steps; 0 is never.",
@@ -101,39 +151,79 @@ class TokenSelectiveConfig(GKDConfig):
         (lambda v: v["record_steps"] == 0, "record_steps is 0"),
     )
     fused_head: bool = option(True, "Compute the loss from hidden states, without whole logits.")
-    head_chunk_gib: float | None = option(None, "GiB for the logits of one chunk; none: 0.25 on a CPU, 1 on a GPU.")
+    head_chunk_gib: float | None = option(
+        None,
+        "GiB for the logits of one chunk; none: 0.25 on a CPU, 1 on a GPU.",
+        POSITIVE,
+        (lambda v: not v["fused_head"], "fused_head is false"),
+    )
     teacher_placement: Literal["replica", "zero3", "cpu_offload"] | None = option(
         None, "Where the teacher's weights are; none: sharded where the student's are, else on every device."
     )
     resume: bool = option(False, "Continue from the newest complete checkpoint in output_dir; without one, start.")
-    max_nonfinite_steps: int = option(0, "How many steps with a non-finite loss or gradient are left out.")
-    use_vllm: bool = option(False, "Roll out with vLLM.")
-    vllm_mode: Literal["colocate", "server"] = option("colocate", "Where vLLM runs.")
-    vllm_model_impl: Literal["auto", "vllm", "transformers"] = option("auto", "Whose implementation vLLM runs.")
-    vllm_gpu_memory_utilization: float = option(0.3, "Share of memory for a colocated engine.")
-    vllm_tensor_parallel_size: int = option(1, "Processes that share a colocated engine.")
-    vllm_enable_sleep_mode: bool = option(False, "A colocated engine gives its memory back during training steps.")
-    vllm_server_base_url: str | None = option(None, "URL of the vLLM server; instead of host and port.")
-    vllm_server_host: str = option("127.0.0.1", "Host of the vLLM server.")
-    vllm_server_port: int = option(8000, "Port of the vLLM server.")
-    vllm_server_timeout: float = option(240.0, "How long to wait for the vLLM server to be up, seconds.")
-    vllm_request_timeout: float = option(1800.0, "How long to wait for an answer of the vLLM server, seconds.")
-    vllm_group_port: int = option(51216, "Port through which the vLLM server gets the weights.")
-    vllm_max_model_length: int | None = option(None, "The engine's context, tokens; none: max_length.")
-    vllm_check_every: int = option(50, "Every how many weight syncs the engine's log-probabilities are checked.")
+    max_nonfinite_steps: int = option(
+        0, "How many steps with a non-finite loss or gradient are left out.", NON_NEGATIVE
+    )
+    use_vllm: bool = option(False, "Roll out with vLLM.", no_effect=_OFF_POLICY)
+    vllm_mode: Literal["colocate", "server"] = option("colocate", "Where vLLM runs.", no_effect=_WITHOUT_VLLM)
+    vllm_model_impl: Literal["auto", "vllm", "transformers"] = option(
+        "auto", "Whose implementation vLLM runs.", no_effect=_NOT_COLOCATE
+    )
+    vllm_gpu_memory_utilization: float = option(
+        0.3, "Share of memory for a colocated engine.", POSITIVE_FRACTION, _NOT_COLOCATE
+    )
+    vllm_tensor_parallel_size: int = option(1, "Processes that share a colocated engine.", AT_LEAST_ONE, _NOT_COLOCATE)
+    vllm_enable_sleep_mode: bool = option(
+        False, "A colocated engine gives its memory back during training steps.", no_effect=_NOT_COLOCATE
+    )
+    vllm_server_base_url: str | None = option(
+        None, "URL of the vLLM server; instead of host and port.", no_effect=_NOT_SERVER
+    )
+    vllm_server_host: str = option("127.0.0.1", "Host of the vLLM server.", no_effect=_NOT_SERVER)
+    vllm_server_port: int = option(8000, "Port of the vLLM server.", PORT, _NOT_SERVER)
+    vllm_server_timeout: float = option(
+        240.0, "How long to wait for the vLLM server to be up, seconds.", NON_NEGATIVE, _NOT_SERVER
+    )
+    vllm_request_timeout: float = option(
+        1800.0, "How long to wait for an answer of the vLLM server, seconds.", POSITIVE, _NOT_SERVER
+    )
+    vllm_group_port: int = option(51216, "Port through which the vLLM server gets the weights.", PORT, _NOT_SERVER)
+    vllm_max_model_length: int | None = option(
+        None, "The engine's context, tokens; none: max_length.", SEQUENCE_LENGTH, _WITHOUT_VLLM
+    )
+    vllm_check_every: int = option(
+        50, "Every how many weight syncs the engine's log-probabilities are checked.", AT_LEAST_ONE, _WITHOUT_VLLM
+    )
 
     _VALID_DICT_FIELDS = [*GKDConfig._VALID_DICT_FIELDS, "chat_template_kwargs"]
 
     def __post_init__(self) -> None:
-        problems = self._coerce_fields() or validate_options(type(self), vars(self))
+        problems = self._resolve_aliases() + self._coerce_fields()
+        problems = problems or validate_options(type(self), vars(self))
         if problems:
             raise ConfigError(problems)
+        self.max_new_tokens = self.max_completion_length
+        for name in ("checkpointing", "checkpointing_kwargs"):
+            if hasattr(self, f"activation_{name}"):  # since transformers 5.24, which deprecates the other name
+                setattr(self, f"activation_{name}", getattr(self, f"gradient_{name}"))
         super().__post_init__()
         self.remove_unused_columns = False
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the hub's tokens: `Trainer` pickles its arguments into what it pushes to the hub."""
         return {name: None if name.endswith("hub_token") else value for name, value in vars(self).items()}
+
+    def _resolve_aliases(self) -> list[str]:
+        """What was given by another name, by the name that everything else uses."""
+        problems = []
+        for alias, name in ALIASES.items():
+            given, value = getattr(self, alias, None), getattr(self, name)
+            if given is None:
+                continue
+            if alias == "max_new_tokens" and value not in (given, get_default(type(self), name)):
+                problems.append(describe_alias_conflict(alias, value, given))
+            setattr(self, name, given)
+        return problems
 
     def _coerce_fields(self) -> list[str]:
         hints = get_type_hints(type(self))

@@ -1,4 +1,8 @@
-"""Values from YAML, flags and keyword arguments as the types that dataclass fields declare."""
+"""Values from YAML, flags and keyword arguments as the types that dataclass fields declare.
+
+Not pydantic's `TypeAdapter`, strict or lax: either takes values that are refused here (true as 1, "no" as false), or
+refuses flags' strings, and each of these messages would still be a validator of ours.
+"""
 
 import difflib
 import json
@@ -56,10 +60,19 @@ def _coerce_one(value: Any, type_hint: Any) -> Any:
     if isinstance(origin, type) and issubclass(origin, Enum):
         # YAML 1.1 reads an unquoted no as false
         return _match_choice("no" if value is False else value, [choice.value for choice in origin])
-    converters = {bool: _to_bool, int: _to_int, float: _to_float, str: _to_str, dict: _to_dict, list: _to_list}
+    if origin is list:
+        return [_coerce_element(element, get_args(type_hint)[:1]) for element in _to_list(value)]
+    if origin is dict:
+        return {key: _coerce_element(element, get_args(type_hint)[1:]) for key, element in _to_dict(value).items()}
+    converters = {bool: _to_bool, int: _to_int, float: _to_float, str: _to_str}
     if origin not in converters:
         raise ValueError("")
     return converters[origin](value)
+
+
+def _coerce_element(value: Any, hints: tuple[Any, ...]) -> Any:
+    """An element of a list or mapping whose type says what it holds; others are taken as they are."""
+    return value if not hints or hints[0] is Any else coerce(value, hints[0])
 
 
 def _match_choice(value: Any, choices: list[Any]) -> Any:
@@ -95,7 +108,7 @@ def _to_number(value: Any, kind: type[int] | type[float]) -> float:
 
 
 def _to_str(value: Any) -> str:
-    if isinstance(value, (dict, list)):
+    if isinstance(value, (dict, list, tuple, set, bytes)):
         raise ValueError("")
     return str(value).lower() if isinstance(value, bool) else str(value)
 
@@ -114,7 +127,7 @@ def _to_dict(value: Any) -> dict[str, Any]:
 def _to_list(value: Any) -> list[Any]:
     if isinstance(value, dict):
         raise ValueError("")
-    return list(value) if isinstance(value, (list, tuple)) else [str(value)]
+    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def _describe_types(type_hints: Sequence[Any]) -> str:

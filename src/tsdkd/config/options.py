@@ -1,43 +1,83 @@
-"""How a method's options are declared, beside its objective: default, help, and the values that make sense."""
+"""How an option is declared, once: its default, its help, and the values that make sense."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import field
-from typing import Any
+from dataclasses import MISSING, field, fields
+from typing import Any, NamedTuple
 
-Check = tuple[Callable[[Any], bool], str]
-"""What a value must fulfil, and how to say so."""
+ValueRule = tuple[Callable[[Any], bool], str]
+"""What a value must fulfil, and how a message says so ("must be at least 1")."""
 
-Pointless = tuple[Callable[[Mapping[str, Any]], bool], str]
-"""When an option has no effect, of all values of a configuration, and how to say so."""
+NoEffectRule = tuple[Callable[[Mapping[str, Any]], bool], str]
+"""When an option has no effect, of all values of a configuration, and how a message says so ("gate is false")."""
 
-POSITIVE: Check = (lambda v: v > 0, "must be greater than 0")
-AT_LEAST_ONE: Check = (lambda v: v >= 1, "must be at least 1")
-NON_NEGATIVE: Check = (lambda v: v >= 0, "must be at least 0")
-FRACTION: Check = (lambda v: 0 <= v <= 1, "must be in [0, 1]")
-POSITIVE_FRACTION: Check = (lambda v: 0 < v <= 1, "must be in (0, 1]")
-OPEN_FRACTION: Check = (lambda v: 0 < v < 1, "must be in (0, 1)")
+ConflictRule = tuple[tuple[str, ...], Callable[[Mapping[str, Any]], bool], str]
+"""Options, when their values contradict each other, of all values of a configuration, and how a message says so."""
+
+POSITIVE: ValueRule = (lambda v: v > 0, "must be greater than 0")
+AT_LEAST_ONE: ValueRule = (lambda v: v >= 1, "must be at least 1")
+NON_NEGATIVE: ValueRule = (lambda v: v >= 0, "must be at least 0")
+FRACTION: ValueRule = (lambda v: 0 <= v <= 1, "must be in [0, 1]")
+POSITIVE_FRACTION: ValueRule = (lambda v: 0 < v <= 1, "must be in (0, 1]")
+OPEN_FRACTION: ValueRule = (lambda v: 0 < v < 1, "must be in (0, 1)")
+BELOW_ONE: ValueRule = (lambda v: 0 <= v < 1, "must be in [0, 1)")
+SEQUENCE_LENGTH: ValueRule = (lambda v: v >= 2, "must be at least 2 (a prompt and a completion token)")
+PORT: ValueRule = (lambda v: 0 < v < 2**16, "must be a port, 1 to 65535")
+
+
+class Rules(NamedTuple):
+    """What validation knows of an option; None where there is nothing to check."""
+
+    value: ValueRule | None = None
+    no_effect: NoEffectRule | None = None
 
 
 def option(
-    default: Any,
-    help: str,
-    rule: Check | None = None,
-    no_effect: Pointless | None = None,
+    default: Any, help: str | None = None, rule: ValueRule | None = None, no_effect: NoEffectRule | None = None
 ) -> Any:
     """A dataclass field.
+
+    A class that gives an inherited option another default names the default only: help and rules stay those of the
+    declaration that it overrides (`get_help`, `get_rules`).
 
     Args:
         default: the paper's value, where it gives one; a class makes a new one each time.
         help: one line for `--help_keys` and docs/configuration.md.
-        valid: what its values must fulfil.
-        pointless: when the option has no effect.
+        rule: what its values must fulfil.
+        no_effect: when the option has no effect.
     """
-    metadata = {"help": help, "valid": rule, "pointless": no_effect}
+    metadata = {"help": help, "rules": Rules(rule, no_effect)}
     return (
         field(default_factory=default, metadata=metadata)
         if callable(default)
         else field(default=default, metadata=metadata)
     )
+
+
+def get_default(cls: type, name: str) -> Any:
+    """The default of a dataclass field (None where there is none)."""
+    for f in fields(cls):
+        if f.name == name:
+            return (
+                f.default if f.default is not MISSING else f.default_factory() if callable(f.default_factory) else None
+            )
+    raise KeyError(name)
+
+
+def get_help(cls: type, name: str) -> str:
+    """The help of an option, by the nearest declaration that has one."""
+    return next((text for metadata in _declarations(cls, name) if (text := metadata.get("help"))), "")
+
+
+def declared_rules(cls: type, name: str) -> Rules:
+    """The rules of an option, each by the nearest declaration that has one."""
+    found = [metadata["rules"] for metadata in _declarations(cls, name) if "rules" in metadata]
+    return Rules(*(next((rule for rule in rules if rule), None) for rules in zip(*found, strict=True)))
+
+
+def _declarations(cls: type, name: str) -> list[Mapping[str, Any]]:
+    """The metadata of a field in a class and its bases, the nearest first."""
+    known = [vars(base).get("__dataclass_fields__", {}).get(name) for base in cls.__mro__]
+    return [f.metadata for f in known if f is not None]
 
 
 def enum_value(value: Any) -> Any:

@@ -47,10 +47,10 @@ def run_demo(arguments: RunArguments) -> None:
     _write_report(arguments, {"before": before, "after": after, "teacher": teacher})
 
 
-def _write_report(arguments: RunArguments, result: dict[str, EvalResult]) -> None:
+def _write_report(arguments: RunArguments, eval_results: dict[str, EvalResult]) -> None:
     """The evaluation's files and the run's report, both in its folder."""
     try:
-        from ..evaluation import results as table
+        from ..evaluation.results import BenchmarkResult, write_results
         from ..evaluation.suites import SUITES
         from ..report.page import write_report
     except ImportError as error:
@@ -64,18 +64,17 @@ def _write_report(arguments: RunArguments, result: dict[str, EvalResult]) -> Non
     }
     greedy, sampled = SUITES["demo"].benchmarks
     measured = []
-    for name, of in result.items():
-        samples = (
-            np.arange(of.num_samples) < np.array(of.num_correct)[:, None]
-        )  # which of them are right doesn't matter
-        measured.append(table.BenchmarkResult(name, greedy, np.array(of.is_greedy_correct, dtype=float)[:, None]))
-        measured.append(table.BenchmarkResult(name, sampled, samples.astype(float)))
-    table.write_results(measured, models, "before", folder / "eval", "demo")
+    for name, result in eval_results.items():
+        # which of the samples are right doesn't matter
+        samples = np.arange(result.num_samples) < np.array(result.num_correct)[:, None]
+        measured.append(BenchmarkResult(name, greedy, np.array(result.is_greedy_correct, dtype=float)[:, None]))
+        measured.append(BenchmarkResult(name, sampled, samples.astype(float)))
+    write_results(measured, models, "before", folder / "eval", "demo")
     print(f"report: {write_report([folder], folder / 'report.html')}")
 
 
 def evaluate_saved(folder: str, rows: list[dict[str, str]]) -> EvalResult:
-    """A saved model, loaded as a user would load it."""
+    """Evaluate a saved model, loaded as a user would load it."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return evaluate_demo(model, AutoTokenizer.from_pretrained(folder), rows)
 
@@ -83,7 +82,7 @@ def evaluate_saved(folder: str, rows: list[dict[str, str]]) -> EvalResult:
 def evaluate_demo(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, str]]
 ) -> EvalResult:
-    """What a model makes of every row (`prompt`, `answer`), greedily and in eight samples."""
+    """Evaluate a model on rows with `prompt` and `answer`, greedily and in eight samples."""
     chats = [[{"role": "user", "content": row["prompt"]}] for row in rows]
     problems = ProblemSet(
         prompts=[tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=False) for c in chats],
@@ -92,7 +91,6 @@ def evaluate_demo(
         stop_ids=collect_stop_token_ids(tokenizer, model.generation_config),
         vocab_size=model.config.vocab_size,
         decode=lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
-        grader=task.is_demo_correct,
     )
     return evaluate(model, problems)
 

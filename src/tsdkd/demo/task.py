@@ -1,4 +1,4 @@
-"""The demo task "chains": arithmetic modulo 10 on two speculative_choice chains of one to three operations.
+"""The demo task "chains": arithmetic modulo 10 on two interleaved chains of one to three operations.
 
     prompt      a 3 +4 *2 ; d 5 -2 ; find a - d
     completion  so a 3 +4 = 7 . then d 5 -2 = 3 ; thus a 7 *2 = 4 ; so a 4 - d 3 = 1 . answer 1
@@ -99,14 +99,8 @@ def _connective(rng: random.Random) -> str:
     return rng.choices(list(CONNECTIVES), list(CONNECTIVES.values()))[0]
 
 
-def is_demo_correct(completion: str, answer: str) -> bool:
-    """Whether the word after the last "answer" of the completion is the answer."""
-    _, found, after = f" {completion} ".rpartition(" answer ")
-    return bool(found) and after.split()[:1] == [answer]
-
-
 def assign_split(prompt: str) -> Split:
-    """The split that owns a prompt, a function of its text alone: no seed can draw a held-out prompt for training."""
+    """The split of a prompt, a function of its text alone: no seed puts a held-out prompt into training."""
     return "held_out" if crc32(prompt.encode()) % 8 == 0 else "train"
 
 

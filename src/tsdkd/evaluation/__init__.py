@@ -1,7 +1,7 @@
-"""How good models are: `solving` is the quick look of training, demo and comparisons; the rest is `tsdkd eval`.
+"""How good models are: `problem_set` is the quick look of the demo and of comparisons; the rest is `tsdkd eval`.
 
-`suites` says which benchmarks, `tasks` makes them for lm-evaluation-harness, `harness` asks a model, `items` keeps
-what came out, `runner` does what is missing, `scores` and `table` say what it means.
+`suites` names the benchmarks, `tasks` makes them for lm-evaluation-harness, `harness` runs a model on them, `items`
+keeps its responses and scores, `evaluator` does what is missing, `scores` and `results` are statistics and tables.
 """
 
 from .problem_set import EvalResult, ProblemSet, evaluate

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness: a model, and what it says to some items of a task."""
+"""lm-evaluation-harness: loads a model, and runs it on some items of a task."""
 
 import contextlib
 import gc
@@ -49,7 +49,7 @@ def load_lm(path: str, backend: str, batch_size: str, model_args: dict[str, Any]
         backend: "hf" or "vllm".
         batch_size: completions at a time, or "auto".
         model_args: of the harness's wrapper.
-        rendering: of its prompts.
+        prompt_format: of its prompts.
 
     Raises:
         ModelError: it can't be loaded.
@@ -113,9 +113,9 @@ def evaluate_docs(
             apply_chat_template=apply_chat_template,
         )
     assert results is not None
-    found = [sample for sample in results["samples"][name] if sample["filter"] == benchmark.filter]
-    first = min(found, key=lambda sample: int(sample["doc_id"]))
-    return [_to_item_result(name, sample, benchmark) for sample in found], str(first["arguments"][0][0])
+    samples = [sample for sample in results["samples"][name] if sample["filter"] == benchmark.filter]
+    first = min(samples, key=lambda sample: int(sample["doc_id"]))
+    return [_to_item_result(name, sample, benchmark) for sample in samples], str(first["arguments"][0][0])
 
 
 def _to_item_result(task: str, sample: dict[str, Any], benchmark: Benchmark) -> ItemResult:

@@ -1,4 +1,4 @@
-"""What came out, item by item: a JSONL file for each model and benchmark, to which a later call adds the rest."""
+"""Responses and scores, item by item: a JSONL file for each model and benchmark, to which a later call appends."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import OutputDirError
-from ..files import wrap_os_errors
+from ..files import open_for_append, wrap_os_errors
 
 
 @dataclass
@@ -19,13 +19,13 @@ class ItemResult:
 
     Attributes:
         task: of the harness; a benchmark may have several.
-        doc: its place in the task's data set.
+        doc_id: its place in the task's data set.
         scores: of each sample, in [0, 1].
         responses: the samples; empty where options were compared by their probabilities.
     """
 
     task: str
-    doc: int
+    doc_id: int
     scores: list[float]
     responses: list[str]
 
@@ -35,7 +35,7 @@ class ItemResults:
 
     Args:
         path: of the file; needn't be there.
-        source: what all rows share: the model, how it was asked. Rows of another source are refused.
+        metadata: what all rows share: the model and the settings. Rows with other metadata are refused.
 
     Raises:
         OutputDirError: the file has other rows, or can't be read.
@@ -50,17 +50,15 @@ class ItemResults:
 
     def add(self, items: Iterable[ItemResult]) -> None:
         """Append those that aren't there. Raises `OutputDirError`."""
-        new = [item for item in items if (item.task, item.doc) not in self.results]
+        new = [item for item in items if (item.task, item.doc_id) not in self.results]
         lines = [json.dumps(asdict(item) | self.metadata, ensure_ascii=False) + "\n" for item in new]
-        with wrap_os_errors(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write("".join(lines))
-        self.results |= {(item.task, item.doc): item for item in new}
+        with open_for_append(self.path) as file:
+            file.write("".join(lines))
+        self.results |= {(item.task, item.doc_id): item for item in new}
 
-    def stack_scores(self, wanted: Iterable[tuple[str, int]]) -> np.ndarray:
-        """`[items, samples]`, in the order of `wanted`."""
-        return np.array([self.results[key].scores for key in wanted])
+    def stack_scores(self, items: Iterable[tuple[str, int]]) -> np.ndarray:
+        """`[items, samples]`, in the order of `items`: task and doc_id."""
+        return np.array([self.results[key].scores for key in items])
 
     def _load(self) -> None:
         valid_bytes = 0
@@ -70,8 +68,8 @@ class ItemResults:
                     break
                 try:
                     row = json.loads(line)
-                    item = ItemResult(**{name: row[name] for name in ("task", "doc", "scores", "responses")})
-                    results = {name: row[name] for name in self.metadata}
+                    item = ItemResult(**{name: row[name] for name in ("task", "doc_id", "scores", "responses")})
+                    metadata = {name: row[name] for name in self.metadata}
                     is_damaged = len(item.scores) != row["samples"] or not all(
                         0 <= score <= 1 for score in item.scores
                     )
@@ -80,16 +78,16 @@ class ItemResults:
                 if is_damaged:
                     raise OutputDirError(
                         f"output_dir: line {number} of {self.path} isn't from this version of tsdkd eval; delete it, "
-                        "and it is asked again"
+                        "and its items are evaluated again"
                     )
-                other = [
-                    f"{k} was {results[k]!r}, now {now!r}" for k, now in self.metadata.items() if results[k] != now
+                changes = [
+                    f"{k} was {metadata[k]!r}, now {now!r}" for k, now in self.metadata.items() if metadata[k] != now
                 ]
-                if other:
+                if changes:
                     raise OutputDirError(
-                        f"output_dir: {self.path} has other items: {', '.join(other)}; choose another directory"
+                        f"output_dir: {self.path} has other items: {', '.join(changes)}; choose another directory"
                     )
-                self.results[item.task, item.doc] = item
+                self.results[item.task, item.doc_id] = item
                 valid_bytes += len(line)
         if valid_bytes < self.path.stat().st_size:
             os.truncate(self.path, valid_bytes)

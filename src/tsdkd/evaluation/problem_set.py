@@ -27,7 +27,7 @@ class ProblemSet:
         stop_ids: tokens that end a completion.
         vocab_size: only ids below it are sampled.
         decode: token ids -> text.
-        is_correct: completion, answer -> whether it is right.
+        grader: completion, answer -> whether it is right.
     """
 
     prompts: Sequence[list[int]]
@@ -44,11 +44,11 @@ class EvalResult:
     """What a model solved, problem by problem.
 
     Attributes:
-        greedy: whether the greedy completion is right.
-        right: how many of the samples are.
-        samples: for each problem.
-        length: mean of the samples, tokens.
-        entropy: mean of the model's next-token distributions along its first samples, nats.
+        is_greedy_correct: whether the greedy completion is right.
+        num_correct: how many of the samples are.
+        num_samples: for each problem.
+        mean_length: of the samples, tokens.
+        mean_entropy: mean of the model's next-token distributions along its first samples, nats.
     """
 
     is_greedy_correct: list[bool]
@@ -76,7 +76,7 @@ def evaluate(model: PreTrainedModel, problems: ProblemSet, num_samples: int = 8,
     Args:
         model: on its device; put into eval mode.
         problems: at least one.
-        samples: for each problem, at least 1.
+        num_samples: for each problem, at least 1.
         batch_size: completions at a time.
     """
     model.eval()
@@ -97,18 +97,18 @@ def _sample_completions(
     model: PreTrainedModel, problems: ProblemSet, sample_index: int | None, batch_size: int
 ) -> list[Completion]:
     """One completion of each problem; `sample_index` None is greedy. The batch doesn't change what is sampled."""
-    found: list[Completion] = []
+    completions: list[Completion] = []
     for start in range(0, len(problems.prompts), batch_size):
-        which = range(start, min(start + batch_size, len(problems.prompts)))
-        found += sample_completions(
+        indices = range(start, min(start + batch_size, len(problems.prompts)))
+        completions += sample_completions(
             model,
-            [problems.prompts[i] for i in which],
-            [problems.limits[i] for i in which],
-            None if sample_index is None else [prompt_generator(0, sample_index, i) for i in which],
+            [problems.prompts[i] for i in indices],
+            [problems.limits[i] for i in indices],
+            None if sample_index is None else [prompt_generator(0, sample_index, i) for i in indices],
             stop_ids=problems.stop_ids,
             vocab_size=problems.vocab_size,
         )
-    return found
+    return completions
 
 
 def _grade(problems: ProblemSet, completions: Sequence[Completion]) -> list[bool]:

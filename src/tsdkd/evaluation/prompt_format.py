@@ -1,4 +1,4 @@
-"""How prompts are put to a model: as in the training of the run that made it, or else as its suite says."""
+"""How prompts are rendered for a model: as in the training of the run that made it, or else as its suite says."""
 
 import hashlib
 from collections.abc import Mapping
@@ -18,8 +18,8 @@ class PromptFormat:
     """What becomes of a prompt before its tokens.
 
     Attributes:
-        template: a digest of the chat template; None: prompts are plain text.
-        args: what the template is given besides the messages.
+        template_hash: a digest of the chat template; None: prompts are plain text.
+        chat_template_kwargs: arguments of the template beside the messages.
     """
 
     template_hash: str | None
@@ -34,7 +34,7 @@ class PromptFormat:
 def resolve_prompt_format(
     path: str,
     tokenizer: PreTrainedTokenizerBase,
-    chat: bool,
+    apply_chat_template: bool,
     is_explicit: bool,
     defaults: Mapping[str, Any],
     model_args: Mapping[str, Any],
@@ -43,9 +43,9 @@ def resolve_prompt_format(
 
     Args:
         path: its folder or hub id.
-        tokenizer: its own.
-        chat: whether prompts go through chat templates.
-        is_asked_for: whether somebody said so; otherwise a run that was trained on plain text is asked in plain text.
+        tokenizer: the model's.
+        apply_chat_template: whether prompts go through chat templates.
+        is_explicit: whether the user said so; otherwise a run that was trained on plain text gets plain text.
         defaults: for models that aren't of a run, as far as their template knows them.
         model_args: of the harness; `enable_thinking` among them wins.
 
@@ -53,16 +53,16 @@ def resolve_prompt_format(
         DataError: the configuration of the run can't be read.
     """
     run = _find_run_config(Path(path))
-    if not chat or (run and not is_explicit and run.get("chat_template_source") == "none"):
+    if not apply_chat_template or (run and not is_explicit and run.get("chat_template_source") == "none"):
         return PromptFormat(None, {})
     if not tokenizer.chat_template:
         return None
-    template_hash = str(tokenizer.chat_template)
-    known = {name: value for name, value in defaults.items() if name in template_hash}
-    chat_template_kwargs = known if run is None else dict(run.get("chat_template_kwargs") or {})
+    template = str(tokenizer.chat_template)
+    known_defaults = {name: value for name, value in defaults.items() if name in template}
+    chat_template_kwargs = known_defaults if run is None else dict(run.get("chat_template_kwargs") or {})
     if ENABLE_THINKING in model_args:
         chat_template_kwargs[ENABLE_THINKING] = model_args[ENABLE_THINKING]
-    return PromptFormat(hashlib.sha256(template_hash.encode()).hexdigest()[:12], chat_template_kwargs)
+    return PromptFormat(hashlib.sha256(template.encode()).hexdigest()[:12], chat_template_kwargs)
 
 
 def _find_run_config(folder: Path) -> dict[str, Any] | None:

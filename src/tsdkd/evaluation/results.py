@@ -14,7 +14,7 @@ import yaml
 from ..errors import DataError
 from ..files import ensure_dir, wrap_os_errors
 from ..run.output_dir import RUN_CONFIG_NAME, read_run_config
-from .scores import NUM_RESAMPLES, bootstrap_interval, paired_bootstrap, pass_at_k
+from .scores import NUM_RESAMPLES, bootstrap_interval, format_p_value, paired_permutation_test, pass_at_k
 from .suites import Benchmark
 
 
@@ -24,9 +24,9 @@ class BenchmarkResult:
 
     Attributes:
         model: its name.
-        benchmark: of `suites`.
+        benchmark: one of a suite's.
         scores: `[items, samples]`.
-        ks: of pass@k in the Markdown table, each at most the number of samples; none: that number.
+        pass_at_ks: the k of pass@k in the Markdown table, each at most the number of samples; none: that number.
     """
 
     model: str
@@ -84,28 +84,27 @@ def find_results(folder: Path) -> dict[str, Path]:
 def read_results(path: Path) -> tuple[dict[str, str], list[dict[str, Any]]]:
     """Models and entries of a `results-<suite>.json`. Raises `DataError`."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        for entry in found["results"]:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        for entry in content["results"]:
             _ = entry["model"], entry["benchmark"], entry["metric"], entry["mean"] + 0.0
             _ = (entry["baseline"], entry["p"] + 0.0, entry["difference"] + 0.0) if "difference" in entry else None
-        return dict(found["models"]), list(found["results"])
+        return dict(content["models"]), list(content["results"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} isn't from tsdkd eval: {' '.join(repr(error).split())[:200]}") from error
 
 
-def _build_entries(results: BenchmarkResult, base: BenchmarkResult) -> list[dict[str, Any]]:
+def _build_entries(result: BenchmarkResult, base: BenchmarkResult) -> list[dict[str, Any]]:
     entries = []
-    for metric, values in results.item_metrics.items():
+    for metric, values in result.item_metrics.items():
         low, high = bootstrap_interval(values)
-        entry: dict[str, Any] = {"model": results.model, "benchmark": results.benchmark.name, "metric": metric}
+        entry: dict[str, Any] = {"model": result.model, "benchmark": result.benchmark.name, "metric": metric}
         entry |= {"items": len(values), "mean": 100 * float(values.mean()), "low": 100 * low, "high": 100 * high}
-        if base.model != results.model:
+        if base.model != result.model:
             theirs = base.item_metrics[metric]
             low, high = bootstrap_interval(values - theirs)
             entry |= {"baseline": base.model, "difference": 100 * float((values - theirs).mean())}
             entry |= {"difference_low": 100 * low, "difference_high": 100 * high}
-            share = paired_bootstrap(values, theirs)
-            entry |= {"p": 2 * min(share, 1 - share)}
+            entry |= {"p": paired_permutation_test(values, theirs)}
         entries.append(entry)
     return entries
 
@@ -134,18 +133,15 @@ def _format_markdown(
         parts.append(_format_table([f"against {baseline}", *heads], tests))
     parts += [_format_published(pair, [b.name for b in benchmarks]) for pair in _find_published(models)]
     items = ", ".join(f"{b.title} {len(_find_result(results, baseline, b).scores)}" for b in benchmarks)
-    test = (
-        f" p: two-sided, of {NUM_RESAMPLES:,} paired bootstrap resamples, twice the share in which the difference has the "
-        "other sign, ties counting half."
-    )
+    test = f" p: two-sided, of a paired permutation test ({NUM_RESAMPLES:,} sign flips of the items' differences)."
     parts.append(f"Percent, with 95 % bootstrap intervals over items ({items}).{test if others else ''}\n")
     return "\n".join(part for part in parts if part)
 
 
 def format_difference(entry: dict[str, Any]) -> str:
     """In points, with interval and p."""
-    low, high, p = entry["difference_low"], entry["difference_high"], entry["p"]
-    return f"{entry['difference']:+.1f} [{low:+.1f}, {high:+.1f}] (p {f'{p:.3f}' if p >= 0.001 else '< 0.001'})"
+    low, high = entry["difference_low"], entry["difference_high"]
+    return f"{entry['difference']:+.1f} [{low:+.1f}, {high:+.1f}] ({format_p_value(entry['p'])})"
 
 
 def _format_table(heads: list[str], rows: list[list[str]]) -> str:

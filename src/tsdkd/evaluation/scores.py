@@ -1,4 +1,4 @@
-"""What items say about a model: means with bootstrap intervals, pass@k, and paired tests between models."""
+"""What items say about a model: means with bootstrap intervals, pass@k, and a paired test between two models."""
 
 import numpy as np
 from scipy import stats
@@ -22,29 +22,47 @@ def pass_at_k(scores: np.ndarray, k: int) -> np.ndarray:
 
 
 def bootstrap_interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """The 95 % bootstrap interval of the mean over items, percentile method."""
+    """The 95 % bootstrap interval of the mean over items, percentile method.
+
+    Args:
+        values: `[items]`, a model's scores, or the differences between two models' scores.
+        seed: of the resampling.
+    """
     if len(values) < 2 or np.ptp(values) == 0:
         mean = float(np.mean(values))
         return mean, mean
-    found = stats.bootstrap((values,), np.mean, n_resamples=NUM_RESAMPLES, method="percentile", rng=seed, batch=1000)
-    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+    result = stats.bootstrap((values,), np.mean, n_resamples=NUM_RESAMPLES, method="percentile", rng=seed, batch=1000)
+    return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
-def paired_bootstrap(ours: np.ndarray, theirs: np.ndarray, resample_size: int | None = None, seed: int = 0) -> float:
-    """How sure it is that one model solves more than another, on the same items.
+def paired_permutation_test(ours: np.ndarray, theirs: np.ndarray, seed: int = 0) -> float:
+    """The two-sided p value of "both models score alike on average", by sign flips of the items' differences.
+
+    Where each item is right or wrong, this is McNemar's exact test up to the randomness of the flips. Up to 13
+    differing items, all sign patterns are enumerated.
 
     Args:
-        ours, theirs: `[items]`, what each makes of each item.
-        size: items in a resample; by default as many as there are, which makes the result a one-sided p-value. With
-            fewer it says how often a test set of that size would show the opposite.
-        seed: of the resampling.
-
-    Returns:
-        The share of 10,000 resamples in which `ours` hasn't the larger mean; ties count half.
+        ours, theirs: `[items]`, the scores of two models on the same items.
+        seed: of the flips.
     """
-    difference = np.asarray(ours, dtype=float) - np.asarray(theirs, dtype=float)
-    chosen = np.random.default_rng(seed).integers(
-        len(difference), size=(NUM_RESAMPLES, resample_size or len(difference))
+    differences = np.asarray(ours, dtype=float) - np.asarray(theirs, dtype=float)
+    differences = differences[differences != 0]  # a flip doesn't change the others
+    if len(differences) < 2:
+        return 1.0
+    return float(
+        stats.permutation_test(
+            (differences,),
+            lambda x, axis: x.sum(axis=axis),
+            permutation_type="samples",
+            vectorized=True,
+            n_resamples=NUM_RESAMPLES - 1,  # the observed signs are one more: p is at least 2 / NUM_RESAMPLES
+            batch=1000,
+            alternative="two-sided",
+            rng=seed,
+        ).pvalue
     )
-    means = difference[chosen].mean(axis=1)
-    return float(((means < 0).sum() + 0.5 * (means == 0).sum()) / NUM_RESAMPLES)
+
+
+def format_p_value(p: float) -> str:
+    """With three decimals; what they don't show as a bound."""
+    return f"p {p:.3f}" if p >= 0.001 else "p < 0.001"

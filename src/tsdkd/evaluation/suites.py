@@ -15,13 +15,13 @@ class Benchmark:
     Attributes:
         name: on the command line and in files.
         title: in tables.
-        task: the harness's task or group, or one of `tasks.OWN`.
-        shots: examples before each question.
+        task: the harness's task or group, or one of `tasks.CUSTOM_TASKS`.
+        num_fewshot: examples before each question.
         metric: of each item, in [0, 1].
         filter: the harness's name for how the answer is taken from the text.
-        samples: completions of each item.
-        sampled: at temperature 1 and top-p 0.8, up to 8192 tokens; `--samples` says how many.
-        runs_code: the grade comes from running what the model wrote.
+        num_samples: completions of each item.
+        is_sampled: at temperature 1 and top-p 0.8, up to 8192 tokens; `--samples` says how many.
+        requires_code_execution: the grade comes from running what the model wrote.
     """
 
     name: str
@@ -40,9 +40,9 @@ class Suite:
     """Benchmarks that belong together.
 
     Attributes:
-        chat: prompts go through the model's chat template, unless `--apply_chat_template` says otherwise.
-        source: where shots and settings are from.
-        template_args: what chat templates that know them are given, for models that no run of tsdkd made.
+        apply_chat_template: prompts go through the model's chat template, if the command line says nothing else.
+        paper: where shots and settings are from.
+        chat_template_kwargs: for chat templates that know them, for models that no run of tsdkd made.
     """
 
     benchmarks: tuple[Benchmark, ...]
@@ -136,8 +136,8 @@ def select_benchmarks(suite: str, names: list[str] | None, allow_code_execution:
         alternative = f", or leave it out: --benchmarks {others}" if others else ""
         raise ConfigError(
             [
-                f"{', '.join(code_benchmarks)}: its programs, which the model writes, would have to be run; allow it with "
-                f"--allow_code_execution{alternative}"
+                f"{', '.join(code_benchmarks)}: its programs, which the model writes, would have to be run; allow it "
+                f"with --allow_code_execution{alternative}"
             ]
         )
     return chosen

@@ -1,4 +1,4 @@
-"""Benchmarks as tasks of lm-evaluation-harness: its own, with the papers' shots, and some of ours."""
+"""Benchmarks as tasks of lm-evaluation-harness: the harness's, with the papers' shots, and custom ones."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -82,15 +82,15 @@ CUSTOM_TASKS: dict[str, dict[str, Any]] = {
     "demo": _demo_task(do_sample=True, temperature=1.0),
     "demo_greedy": _demo_task(do_sample=False),
 }
-"""Tasks of our own: as the harness's, and `grade`, which takes a response and its item."""
+"""Task -> keys of the harness, and `grade`, which takes a response and its item."""
 
 
-def build_tasks(benchmark: Benchmark, samples: int, max_new_tokens: int, data_dir: Path | None) -> list[Task]:
+def build_tasks(benchmark: Benchmark, num_samples: int, max_new_tokens: int, data_dir: Path | None) -> list[Task]:
     """The benchmark's tasks, with their data loaded.
 
     Args:
         benchmark: of `suites`.
-        samples: completions of each item.
+        num_samples: completions of each item.
         max_new_tokens: of each, where they are sampled.
         data_dir: where `<task>/<split>.jsonl` are read instead of the hub's data sets.
 
@@ -99,7 +99,7 @@ def build_tasks(benchmark: Benchmark, samples: int, max_new_tokens: int, data_di
     """
     manager = _harness_task_manager() if benchmark.task not in CUSTOM_TASKS else TaskManager(include_defaults=False)
     if benchmark.task in CUSTOM_TASKS:
-        task_configs = [_custom_task_config(benchmark.task, samples, max_new_tokens)]
+        task_configs = [_custom_task_config(benchmark.task, num_samples, max_new_tokens)]
     elif benchmark.requires_code_execution:
         task_configs = [_sandboxed_task_config(manager.task_index[benchmark.task].cfg)]
     else:
@@ -176,7 +176,7 @@ def leaf_tasks(manager: TaskManager, name: str) -> list[str]:
     return [leaf for member in members for leaf in leaf_tasks(manager, member)]
 
 
-def _custom_task_config(name: str, samples: int, max_new_tokens: int) -> dict[str, Any]:
+def _custom_task_config(name: str, num_samples: int, max_new_tokens: int) -> dict[str, Any]:
     config = dict(CUSTOM_TASKS[name])
     grade: Grader = config.pop("grade")
     return config | {
@@ -184,14 +184,14 @@ def _custom_task_config(name: str, samples: int, max_new_tokens: int) -> dict[st
         "output_type": "generate_until",
         "doc_to_target": "",
         "num_fewshot": 0,
-        "repeats": samples,
+        "repeats": num_samples,
         "generation_kwargs": {
             "until": [],
             "max_gen_toks": max_new_tokens,
             **_NEUTRAL_KWARGS,
             **config["generation_kwargs"],
         },
-        "filter_list": [{"name": "all", "filter": [{"function": "take_first_k", "k": samples}]}],
+        "filter_list": [{"name": "all", "filter": [{"function": "take_first_k", "k": num_samples}]}],
         "process_results": lambda doc, results: {"score": [float(grade(text, doc)) for text in results[0]]},
         "metric_list": [{"metric": "score", "aggregation": len, "higher_is_better": True}],
     }
@@ -230,14 +230,14 @@ def _passes_tests(response: str, doc: dict[str, Any]) -> bool:
 
 
 def _is_used(column: str, task: Task, benchmark: Benchmark, row: dict[str, Any]) -> bool:
-    """Whether prompt or grade depend on it. A row that lacks a column has None there, as others have for good."""
+    """Whether prompt or grade depend on a column. A row that lacks it has None there, which may also be a value."""
 
-    def shown(row: dict[str, Any]) -> tuple[Any, ...]:
+    def rendered(row: dict[str, Any]) -> tuple[Any, ...]:
         grade = CUSTOM_TASKS[benchmark.task]["grade"](r"\boxed{7}", row) if benchmark.task in CUSTOM_TASKS else None
         return task.doc_to_text(row), task.doc_to_target(row), grade
 
     try:
-        return shown(row) != shown({**row, column: "7"})
+        return rendered(row) != rendered({**row, column: "7"})
     except Exception:  # it can't do without, or not with that
         return True
 

@@ -12,6 +12,8 @@ from typing import Any
 from ..config.launch import LAUNCHED, find_launch_config, launch_num_processes, read_launch_config
 from ..errors import ConfigError, PreemptedError
 
+logger = logging.getLogger(__name__)
+
 _SIGNAL_EXIT_BASE = 128  # plus the signal, as a shell says it
 
 
@@ -70,7 +72,7 @@ def warn_about_compile_locks() -> None:
 
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
     for lock in root.rglob("lock"):
-        print(f"tsdkd: {lock} is there; if no other run is compiling, remove it, or this one waits", file=sys.stderr)
+        logger.warning(f"tsdkd: {lock} is there; if no other run is compiling, remove it, or this one waits")
 
 
 def _sigusr1_to_sigterm(*_: Any) -> None:
@@ -92,6 +94,6 @@ def default_launch_config() -> str:
 def _to_exit_code(rank: int, code: int) -> int:
     """A process that was killed couldn't say so."""
     if code < 0:
-        print(f"tsdkd: process {rank} was killed by signal {-code} ({signal.Signals(-code).name})", file=sys.stderr)
+        logger.warning(f"tsdkd: process {rank} was killed by signal {-code} ({signal.Signals(-code).name})")
         return _SIGNAL_EXIT_BASE - code
     return code

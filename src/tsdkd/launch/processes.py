@@ -1,7 +1,7 @@
 """Whether a command starts processes of its own, and how many: one a visible GPU, and never twice."""
 
+import logging
 import os
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +10,8 @@ from ..config.coercion import coerce
 from ..config.launch import LAUNCHED, find_launch_config, launch_config_names, launch_num_processes, read_launch_config
 from ..errors import ConfigError
 from .accelerate import default_launch_config
+
+logger = logging.getLogger(__name__)
 
 _OFFLOAD_MARKER = "offload"  # in the name of a shipped configuration that does something for one process too
 # by whom a process may have been started without accelerate's knowing its device
@@ -54,9 +56,9 @@ def resolve_launch(
     """The processes that a run needs beside this one, None where this one does it alone or is one of them.
 
     Args:
-        found: all values of the run's file and flags, as they stand there; what is wrong with them is left to parsing.
+        raw_values: the values of the run's file and flags, as they stand there; parsing refuses the bad ones.
         flags: what the command line says of the launch: `accelerate_config` and options of `accelerate launch`.
-        trains: whether the run follows: one that this process does alone then gets one GPU only.
+        do_train: whether the run follows: one that this process does alone then gets one GPU only.
 
     Raises:
         ConfigError: processes that can't be started here.
@@ -101,7 +103,7 @@ def resolve_launch(
             _use_single_gpu(gpus)
             if config not in (None, "single", "ddp"):
                 unused = f"accelerate_config: {config} isn't used: one process here, nothing to share"
-                print(f"tsdkd: {unused}", file=sys.stderr)
+                logger.warning(f"tsdkd: {unused}")
         return None
     options = {name: value for name, value in flags.items() if name != "accelerate_config"}
     if num_processes is not None:

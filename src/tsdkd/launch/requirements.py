@@ -19,17 +19,16 @@ def missing_extras(
 
     Args:
         config, flags: the run.
-        found: their values, as they stand there.
-        start: the processes that the run is about to start.
+        raw_values: its values, as they stand there.
+        launch_spec: the processes that the run is about to start.
 
     Raises:
         ConfigError: what is wrong with the run itself, where there would be such a line.
     """
     if not _missing_packages({**dict.fromkeys(_EXTRA_KEYS), **raw_values}, launch_spec):
         return []
-    return _missing_packages(
-        resolve_run_values(config, flags)[1], launch_spec
-    )  # flags may make a key of the file meaningless
+    values = resolve_run_values(config, flags).values  # flags may make a key of the file meaningless
+    return _missing_packages(values, launch_spec)
 
 
 def _missing_packages(values: Mapping[str, Any], launch_spec: LaunchSpec | None) -> list[str]:

@@ -40,9 +40,7 @@ def build_sbatch_script(
     """
     if accelerate_config is not None:
         find_launch_config(accelerate_config)
-    _, values, _, _ = resolve_run_values(
-        config, flags
-    )  # what is wrong with them is told here, not after hours in a queue
+    values = resolve_run_values(config, flags).values  # a bad value fails here, not after hours in a queue
     if "num_processes" in read_flags(flags, []):
         raise ConfigError(["--num_processes: the script starts a process on each GPU; set --gpus_per_node"])
     folder = Path(str(values["output_dir"]))

@@ -2,7 +2,9 @@
 
 import math
 
-from .memory import ModelSize, Workload, split_engine_memory
+from .model_size import ModelSize
+from .vllm_memory import split_engine_memory
+from .workload import Workload
 
 # What an A100 computes and reads in practice: about 40 % and 60 % of its 312 TFLOP/s and 2 TB/s.
 _GPU_FLOPS, _GPU_BANDWIDTH = 125e12, 1.2e12

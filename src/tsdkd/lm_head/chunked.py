@@ -22,8 +22,8 @@ class ChunkedStatistics:
         teacher: the same with the teacher's hidden states `[N, H']`, or None.
         temperature: divides the logits of both.
         chunk: tokens projected at a time.
-        request: the statistics that are wanted.
-        own: losses to differentiate at once, or None.
+        request: the statistics to compute.
+        per_token_loss: losses to differentiate at once, or None.
     """
 
     def __init__(
@@ -33,29 +33,29 @@ class ChunkedStatistics:
         temperature: float,
         chunk: int,
         request: StatisticsRequest,
-        own: PerTokenLoss | None,
+        per_token_loss: PerTokenLoss | None,
     ) -> None:
         self.student, self.teacher = student, teacher
         self.temperature, self.chunk = temperature, chunk
-        self.request, self.own = request, own
+        self.request, self.per_token_loss = request, per_token_loss
 
     # Forward
 
     def forward(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs_input_grad: tuple[bool, bool, bool]
     ) -> TokenStatistics:
-        """The statistics of all tokens, and the gradients of the own-token losses."""
+        """The statistics of all tokens, and the gradients of the per-token losses."""
         # not the parameters themselves: a sharded one is empty again in the backward pass
         self.inputs = (hidden.detach(), weight.detach(), None if bias is None else bias.detach())
         self.needs_input_grad = needs_input_grad
-        self.gradients = None if self.own is None else HeadGradients(*self.inputs, needs_input_grad)
+        self.gradients = None if self.per_token_loss is None else HeadGradients(*self.inputs, needs_input_grad)
         count = len(hidden)
         self.row_statistics = hidden.new_zeros(8, count, dtype=accumulation_dtype(self.student.weight.dtype))
         size = _chunk_size(count, self.chunk)
         starts = range(0, max(count, 1), size)  # one empty chunk where there is no token
         statistics = _concat_statistics([self._forward_chunk(slice(i, min(i + size, count))) for i in starts])
         self.topk_ids: Any = statistics.topk_ids
-        # the answer's own tensor becomes an output, whose graph holds this scan
+        # the tensor itself becomes an output, whose graph holds this object
         self.topk_logits: Any = None if statistics.topk_logits is None else statistics.topk_logits.detach()
         return statistics
 
@@ -87,7 +87,7 @@ class ChunkedStatistics:
                 )
         if request.ids is not None:
             statistics.logps = student.logps_at(request.ids[rows])
-        if self.own is not None:
+        if self.per_token_loss is not None:
             self._accumulate_loss_gradients(rows, statistics, student, teacher, hidden, tiles)
         return statistics
 
@@ -100,12 +100,12 @@ class ChunkedStatistics:
         hidden: Tensor,
         tiles: Tiles,
     ) -> None:
-        """Evaluate the own-token losses, and add their gradient while the chunk's logits are there."""
-        assert self.own is not None and self.gradients is not None
+        """Evaluate the per-token losses, and add their gradient while the chunk's logits are there."""
+        assert self.per_token_loss is not None and self.gradients is not None
         leaves = {n: x.detach().requires_grad_() for n in DIFFERENTIABLE if (x := getattr(statistics, n)) is not None}
         with torch.enable_grad():
             view = TokenStatistics(**{**vars(statistics), **leaves})
-            statistics.loss_terms, statistics.loss = self.own.sums(view, rows)
+            statistics.loss_terms, statistics.loss = self.per_token_loss.sums(view, rows)
         if not statistics.loss.requires_grad:
             return
         found = torch.autograd.grad(statistics.loss, list(leaves.values()), allow_unused=True)
@@ -128,11 +128,12 @@ class ChunkedStatistics:
 
     # Backward
 
-    def backward(self, own: Tensor | None, **grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Gradients of hidden states, weight and bias. `grad_outputs` are derivatives by the statistics of all tokens."""
-        gradients = (
-            HeadGradients(*self.inputs, self.needs_input_grad) if own is None else self._take_loss_gradients(own)
-        )
+    def backward(self, grad_loss: Tensor | None, **grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Gradients of hidden states, weight and bias, from those of the loss and of the statistics of all tokens."""
+        if grad_loss is None:
+            gradients = HeadGradients(*self.inputs, self.needs_input_grad)
+        else:
+            gradients = self._take_loss_gradients(grad_loss)
         topk_logits = grad_outputs.pop("topk_logits")
         # most of the entropies have no gradient: the others' logits are not projected again
         of_top, of_others = _nonzero_indices(
@@ -149,7 +150,7 @@ class ChunkedStatistics:
         gradients, self.gradients = self.gradients, None
         if gradients is None:
             raise RuntimeError(
-                "the own-token losses were differentiated in the forward pass, which serves one backward pass; make "
+                "the per-token losses were differentiated in the forward pass, which serves one backward pass; make "
                 "the head with loss_in_forward=False to differentiate them again"
             )
         gradients.scale_(grad_outputs)
@@ -166,10 +167,13 @@ class ChunkedStatistics:
 
     def _backward_topk(self, gradients: HeadGradients, index: Tensor, grad_outputs: Tensor) -> None:
         """Only k logits of a few tokens: their rows of the weight are gathered instead of a projection."""
-        # as many as make two [C, k, H] tensors about as large as a chunk's logits
-        size = max(
-            1, self.chunk * self.student.weight.shape[0] // (2 * grad_outputs.shape[-1] * self.inputs[0].shape[-1])
+        # as many tokens as make two [C, k, H] tensors about as large as a chunk's logits
+        vocab_size, num_candidates, hidden_size = (
+            len(self.student.weight),
+            grad_outputs.shape[-1],
+            self.inputs[0].shape[-1],
         )
+        size = max(1, self.chunk * vocab_size // (2 * num_candidates * hidden_size))
         for rows in index.split(size):
             self._add_sparse(gradients, rows, self.topk_ids[rows], self.topk_logits[rows], grad_outputs[rows])
 

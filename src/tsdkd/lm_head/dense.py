@@ -11,35 +11,35 @@ from .statistics import PerTokenLoss, StatisticsRequest, TokenStatistics, valida
 
 @dataclass(frozen=True)
 class DenseHead:
-    """Answers from whole logits, by autograd.
+    """Statistics from whole logits, by autograd.
 
     Attributes:
         student_logits: `[N, V]`, temperature applied.
-        teacher_logits: `[N, V]`, or None where only the student is asked about.
+        teacher_logits: `[N, V]`, or None for requests about the student only.
     """
 
     student_logits: Tensor
     teacher_logits: Tensor | None = None
 
-    def __call__(self, request: StatisticsRequest, own: PerTokenLoss | None = None) -> TokenStatistics:
-        """Raises `ValueError` for a request that can't be answered, as where it needs a teacher and there is none."""
+    def __call__(self, request: StatisticsRequest, per_token_loss: PerTokenLoss | None = None) -> TokenStatistics:
+        """Raises `ValueError` for a request that can't be met, e.g. where it needs a teacher and there is none."""
         validate_request(request, len(self.student_logits), self.teacher_logits is not None)
         student = upcast(self.student_logits)
         teacher: Any = None if self.teacher_logits is None else self.teacher_logits.detach()
-        answer = TokenStatistics()
+        statistics = TokenStatistics()
         if request.entropy:
-            answer.entropy = token_entropy(student)
+            statistics.entropy = token_entropy(student)
         if request.teacher_entropy:
-            answer.teacher_entropy = token_entropy(teacher)
+            statistics.teacher_entropy = token_entropy(teacher)
         if request.divergence is not None:
-            answer.divergence = request.divergence(student, teacher)
+            statistics.divergence = request.divergence(student, teacher)
         if request.top_k:
-            answer.topk_logits, answer.topk_ids = student.topk(min(request.top_k, student.shape[-1]), dim=-1)
-            answer.topk_logps = student.detach().log_softmax(-1).gather(-1, answer.topk_ids)
+            statistics.topk_logits, statistics.topk_ids = student.topk(min(request.top_k, student.shape[-1]), dim=-1)
+            statistics.topk_logps = student.detach().log_softmax(-1).gather(-1, statistics.topk_ids)
             if teacher is not None:
-                answer.teacher_topk_logits = upcast(teacher.gather(-1, answer.topk_ids))
+                statistics.teacher_topk_logits = upcast(teacher.gather(-1, statistics.topk_ids))
         if request.ids is not None:
-            answer.logps = student.log_softmax(-1).gather(-1, request.ids)
-        if own is not None:
-            answer.loss_terms, answer.loss = own.sums(answer)
-        return answer
+            statistics.logps = student.log_softmax(-1).gather(-1, request.ids)
+        if per_token_loss is not None:
+            statistics.loss_terms, statistics.loss = per_token_loss.sums(statistics)
+        return statistics

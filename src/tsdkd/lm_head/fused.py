@@ -1,6 +1,6 @@
-"""The fused selective head: answers an objective's request from hidden states, a chunk of tokens at a time.
+"""The fused head: statistics and their gradients from hidden states, a chunk of tokens at a time.
 
-Student and teacher are projected once a token. The own-token losses are differentiated while their chunk's logits are
+Student and teacher are projected once a token. The per-token losses are differentiated while their chunk's logits are
 still there; whatever else an objective makes of the statistics is differentiated in the backward pass, where only the
 tokens with a gradient are projected again, and of the top-k logits only those k.
 """
@@ -24,13 +24,13 @@ class FusedHead:
     Args:
         hidden: `[N, H]`, the student's last hidden states at the N positions that predict completion tokens.
         projection: the student's head; weight, bias and hidden states receive gradients where they require them.
-        teacher_hidden: `[N, H']`, or None where only the student is asked about.
+        teacher_hidden: `[N, H']`, or None for requests about the student only.
         teacher_projection: the teacher's head.
         vocab_size: ids that both models have; probabilities are over the first `vocab_size`. Default: the student's.
         temperature: divides the logits of both.
         chunk_gib: GiB for both models' logits of one chunk of tokens; by default 0.25 on a CPU and 1 on a GPU. Scratch
             memory of 0.01 GiB (0.16 on a GPU) comes beside it.
-        loss_in_forward: differentiate own-token losses in the forward pass. They can then be differentiated only once,
+        loss_in_forward: differentiate per-token losses in the forward pass. They can then be differentiated only once,
             and only their weighted sum. False: in the backward pass, at the price of projecting again.
 
     Raises:
@@ -63,21 +63,21 @@ class FusedHead:
         chunk_gib = chunk_gib or (0.25 if hidden.device.type == "cpu" else 1.0)
         self.chunk = self._chunk_tokens(chunk_gib * 2**30)
 
-    def __call__(self, request: StatisticsRequest, own: PerTokenLoss | None = None) -> TokenStatistics:
-        """The statistics of all N tokens. Raises `ValueError` for a request that can't be answered."""
+    def __call__(self, request: StatisticsRequest, per_token_loss: PerTokenLoss | None = None) -> TokenStatistics:
+        """The statistics of all N tokens. Raises `ValueError` for a request that can't be met."""
         validate_request(request, len(self.hidden), self.teacher is not None)
         inputs = (self.hidden, self.projection.weight, self.projection.bias)
         has_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-        forward_loss = own if has_gradient and self.loss_in_forward else None
-        scan = ChunkedStatistics(self.student, self.teacher, self.temperature, self.chunk, request, forward_loss)
+        forward_loss = per_token_loss if has_gradient and self.loss_in_forward else None
+        chunked = ChunkedStatistics(self.student, self.teacher, self.temperature, self.chunk, request, forward_loss)
         result = TokenStatistics()
-        own_loss, *statistics = _ChunkedStatisticsFunction.apply(scan, result, *inputs)
+        loss, *statistics = _ChunkedStatisticsFunction.apply(chunked, result, *inputs)
         for name, value in zip(DIFFERENTIABLE, statistics, strict=True):
             setattr(result, name, value)
         if forward_loss is not None:
-            result.loss = own_loss
-        elif own is not None:
-            result.loss_terms, result.loss = own.sums(result)
+            result.loss = loss
+        elif per_token_loss is not None:
+            result.loss_terms, result.loss = per_token_loss.sums(result)
         return result
 
     def _check_shapes(self) -> None:
@@ -110,21 +110,26 @@ def compute_dtype(hidden: Tensor) -> torch.dtype:
 
 
 class _ChunkedStatisticsFunction(torch.autograd.Function):
-    """Ties a scan to autograd. The scan holds what the backward pass needs, but never an output: that were a cycle."""
+    """Ties `ChunkedStatistics` to autograd. That holds what the backward pass needs, but no output: no cycle."""
 
     @staticmethod
     def forward(
-        ctx: Any, scan: ChunkedStatistics, result: TokenStatistics, hidden: Tensor, weight: Tensor, bias: Tensor | None
+        ctx: Any,
+        chunked: ChunkedStatistics,
+        result: TokenStatistics,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
     ) -> tuple[Any, ...]:
-        ctx.scan = scan
+        ctx.chunked = chunked
         ctx.set_materialize_grads(False)
         with torch.autocast(hidden.device.type, enabled=False):
-            found = scan.forward(hidden, weight, bias, ctx.needs_input_grad[2:])
+            found = chunked.forward(hidden, weight, bias, ctx.needs_input_grad[2:])
         vars(result).update(vars(found))
         return found.loss, *(getattr(found, name) for name in DIFFERENTIABLE)
 
     @staticmethod
-    def backward(ctx: Any, own: Tensor | None, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        scan: ChunkedStatistics = ctx.scan
-        with torch.autocast(scan.inputs[0].device.type, enabled=False):
-            return None, None, *scan.backward(own, **dict(zip(DIFFERENTIABLE, upstream, strict=True)))
+    def backward(ctx: Any, grad_loss: Tensor | None, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        chunked: ChunkedStatistics = ctx.chunked
+        with torch.autocast(chunked.inputs[0].device.type, enabled=False):
+            return None, None, *chunked.backward(grad_loss, **dict(zip(DIFFERENTIABLE, grad_outputs, strict=True)))

@@ -1,6 +1,7 @@
 """A model's head: hidden states to logits, with what the model's own forward does to them afterwards."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,3 +43,22 @@ class Projection:
         """What the cap does to a gradient, `1 - (z / softcap)^2`, where the cap is set; shape of `logits`."""
         assert self.softcap is not None
         return 1.0 - (logits * (temperature / self.softcap)).square()
+
+
+def get_projection(model: Any) -> Projection:
+    """A model's output layer, with the scale and soft cap that its configuration names."""
+    layer, config = get_output_layer(model), model.config.get_text_config()
+    divisor = getattr(config, "logits_scaling", None)  # Granite; HyperCLOVA X multiplies by it
+    if divisor is not None:
+        scale = divisor if config.model_type == "hyperclovax" else 1.0 / divisor
+    else:
+        names = ("logit_scale", "output_multiplier", "lm_head_multiplier")
+        scale = next((s for name in names if (s := getattr(config, name, None)) is not None), 1.0)
+    return Projection(layer.weight, layer.bias, scale, getattr(config, "final_logit_softcapping", None))
+
+
+def get_output_layer(model: Any) -> Any:
+    """The module whose weight projects hidden states to logits."""
+    layer = model.get_output_embeddings()
+    copies = getattr(layer, "modules_to_save", None)  # peft's trained copy of a whole layer
+    return layer if copies is None else copies[layer.active_adapter]

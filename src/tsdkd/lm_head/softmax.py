@@ -54,7 +54,7 @@ class SoftmaxRows:
 
     Attributes:
         logits: `[C, V]`.
-        sums: `[3, C]`.
+        row_statistics: `[3, C]`.
     """
 
     logits: Tensor
@@ -176,10 +176,10 @@ def logits_grad_(
 
     Args:
         student, teacher: rows; the teacher's only where `upstream.divergence` is set.
-        kind, student_kl, ratio: of `compute_divergence`.
+        divergence, student_kl, ratio: of `compute_divergence`.
         ids: `[C, K]`, where `upstream.logps` belong.
-        upstream: derivatives with respect to the statistics.
-        slope: logits -> derivative of a cap on them, or None.
+        grad_outputs: derivatives with respect to the statistics.
+        softcap_grad: logits -> derivative of a cap on them, or None.
         tiles: columns and scratch.
     """
     at_ids = _grad_at_ids(student, ids, grad_outputs.logps, softcap_grad)

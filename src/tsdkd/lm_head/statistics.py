@@ -1,6 +1,6 @@
-"""What an objective can ask a head about each token of a micro-batch.
+"""What an objective can request of a head for each token of a micro-batch.
 
-An objective states a `StatisticsRequest`; a head answers it with `TokenStatistics`. `tsdkd.lm_head.dense` is the readable
+An objective makes a `StatisticsRequest`, a head returns `TokenStatistics`. `tsdkd.lm_head.dense` is the readable
 specification; `tsdkd.lm_head.fused` gives the same numbers and gradients from hidden states.
 """
 
@@ -16,14 +16,14 @@ from ..losses import Divergence
 
 @dataclass(frozen=True)
 class StatisticsRequest:
-    """The statistics that are wanted of N tokens; what isn't asked for costs nothing.
+    """Which statistics of N tokens to compute; what isn't requested costs nothing.
 
     Attributes:
         entropy: of the student's distribution.
         teacher_entropy: of the teacher's.
         divergence: between the student's distribution and the teacher's.
         top_k: how many of the student's largest logits, with the teacher's logits at the same ids.
-        ids: `[N, K]`, tokens whose log-probabilities under the student are wanted.
+        ids: `[N, K]`, tokens whose log-probabilities under the student to compute.
     """
 
     entropy: bool = False
@@ -40,7 +40,7 @@ class StatisticsRequest:
 
 @dataclass
 class TokenStatistics:
-    """The answers, float32 (float64 where the models are). What wasn't asked for is None.
+    """Statistics of N tokens, float32 (float64 where the models are). What wasn't requested is None.
 
     Attributes:
         entropy: `[N]`, nats; differentiable.
@@ -51,8 +51,8 @@ class TokenStatistics:
         topk_logps: `[N, k]`, their log-probabilities, nats; no gradient.
         teacher_topk_logits: `[N, k]`, the teacher's logits at the same ids (None without a teacher).
         logps: `[N, K]`, log-probabilities of the requested ids, nats; differentiable.
-        loss_terms: sums of the own-token losses.
-        own_loss: their weighted sum, differentiable.
+        loss_terms: sums of the per-token losses.
+        loss: their weighted sum, differentiable.
     """
 
     entropy: Any = None
@@ -73,7 +73,7 @@ class PerTokenLoss:
 
     Attributes:
         weights: each term's factor in the loss.
-        losses: `(statistics of some tokens, which: a slice of the N) -> {term: [n] losses}`.
+        loss_fn: `(statistics of n tokens, which: a slice of the N) -> {term: [n] losses}`.
     """
 
     weights: dict[str, float]
@@ -81,18 +81,18 @@ class PerTokenLoss:
 
     def sums(self, statistics: TokenStatistics, rows: slice = slice(None)) -> tuple[dict[str, Tensor], Tensor]:
         """The terms' sums over the tokens `rows`, whose statistics are given, and their weighted sum."""
-        terms = {name: loss_fn.sum() for name, loss_fn in self.loss_fn(statistics, rows).items()}
+        terms = {name: losses.sum() for name, losses in self.loss_fn(statistics, rows).items()}
         return terms, torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
 
 
 class Head(Protocol):
-    """Answers an objective's request about the N completion tokens of a micro-batch."""
+    """Computes the statistics of the N completion tokens of a micro-batch."""
 
-    def __call__(self, request: StatisticsRequest, own: PerTokenLoss | None = None) -> TokenStatistics: ...
+    def __call__(self, request: StatisticsRequest, per_token_loss: PerTokenLoss | None = None) -> TokenStatistics: ...
 
 
 def validate_request(request: StatisticsRequest, count: int, has_teacher: bool) -> None:
-    """Raises `ValueError` for a request that can't be answered of `count` tokens."""
+    """Raises `ValueError` for a request that can't be met for `count` tokens."""
     if request.needs_teacher and not has_teacher:
         raise ValueError("the request needs the teacher's distribution (teacher_entropy or divergence), there is none")
     if request.ids is not None and (request.ids.ndim != 2 or len(request.ids) != count):

@@ -17,8 +17,6 @@ NO_VLLM = {"use_vllm": "the teacher takes part in every token, and an engine hol
 class TSDKDDefaults(TokenSelectiveConfig):
     """What the runs in TSD-KD's tables share (Table 10)."""
 
-    max_new_tokens: int = option(1024, "Completion limit, tokens; prompt and completion together obey max_length.")
-    max_length: int | None = option(1024, "Limit of prompt plus completion, tokens.")
     warmup_steps: float = option(0.1, "Warmup steps; below 1 a share of all steps.")
 
 
@@ -29,9 +27,6 @@ class RolloutConfig(TokenSelectiveConfig):
     Args:
         rollout_batch_size: prompts in one rollout, over all processes; it serves
             `rollout_batch_size / (per-device batch x accumulation x processes)` optimizer steps.
-        vllm_importance_sampling_correction: weigh the policy's loss by what the student's probability of a token is of
-            the engine's, truncated. Without it the engine's is the policy that sampled (Q_old).
-        vllm_importance_sampling_clip_max: where that weight is truncated.
     """
 
     rollout_batch_size: int = option(128, "Prompts in one rollout, over all processes.", AT_LEAST_ONE)

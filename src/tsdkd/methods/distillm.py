@@ -37,13 +37,13 @@ class DistiLLMConfig(DistiLLMOptions, TSDKDDefaults):
     """Skew KL; own, replayed and given completions, more of the former when the validation loss rises."""
 
     method = "distillm"
-    completions = "the data set's; the student's, or replayed ones, the more the validation loss rises"
+    completions_source = "the data set's; the student's, or replayed ones, the more the validation loss rises"
     paper = "Ko et al. 2024, arXiv 2402.03898"
     always_needs_completions = True
     unsupported_options = OWN_ROLLOUTS
 
-    own_share: float = option(0.0, "Share of steps on own or replayed completions, at the start.", FRACTION)
-    own_share_step: float = option(
+    on_policy_share: float = option(0.0, "Share of steps on own or replayed completions, at the start.", FRACTION)
+    on_policy_share_step: float = option(
         0.1, "How much it grows when the validation loss rises.", FRACTION, _NEVER_EVALUATED
     )
     loss_tolerance: float = option(
@@ -72,7 +72,7 @@ class DistiLLMTrainer(TokenSelectiveTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.own_share: float = self.args.own_share
+        self.on_policy_share: float = self.args.on_policy_share
         self.replay_buffer: deque[tuple[list[int], list[int]]] = deque(
             maxlen=-(-self.args.replay_capacity // self.accelerator.num_processes)
         )
@@ -85,9 +85,9 @@ class DistiLLMTrainer(TokenSelectiveTrainer):
         from; replayed ones; or the data set's, on which the validation loss always is."""
         prompts = [ids for batch in rows for ids in batch["prompt_ids"]]
         coin = float(torch.rand(1, generator=prompt_generator(self.args.seed, step, 0, ON_POLICY_STREAM)))
-        if mode == "eval" or coin >= self.own_share:
+        if mode == "eval" or coin >= self.on_policy_share:
             return prompts, [Completion(ids, True) for batch in rows for ids in batch["completion_ids"]]
-        if coin < self.own_share * (1 - step / self.state.max_steps) or not self._is_replay_buffer_full():
+        if coin < self.on_policy_share * (1 - step / self.state.max_steps) or not self._is_replay_buffer_full():
             completions = self._generate(model, rows, prompts, step, mode)
             self.replay_buffer.extend((prompt, c.ids) for prompt, c in zip(prompts, completions, strict=True))
             return prompts, completions
@@ -108,22 +108,22 @@ class DistiLLMTrainer(TokenSelectiveTrainer):
             if self._last_eval_loss is None:
                 self._last_eval_loss = loss
             elif loss >= self._last_eval_loss + self.args.loss_tolerance:
-                self.own_share = min(1.0, self.own_share + self.args.own_share_step)
+                self.on_policy_share = min(1.0, self.on_policy_share + self.args.on_policy_share_step)
                 self._last_eval_loss = loss
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """See `TokenSelectiveTrainer`."""
         if "loss" in logs:
-            logs["replay/own_share"] = self.own_share
+            logs["replay/on_policy_share"] = self.on_policy_share
         super().log(logs, start_time)
 
     def _get_extra_state(self) -> dict[str, Any]:
         replay_buffer = [[torch.tensor(ids) for ids in pair] for pair in self.replay_buffer]
-        own = {"own_share": self.own_share, "last_loss": self._last_eval_loss, "replay": replay_buffer}
+        own = {"on_policy_share": self.on_policy_share, "last_loss": self._last_eval_loss, "replay": replay_buffer}
         return {**super()._get_extra_state(), **own}
 
     def _set_extra_state(self, state: dict[str, Any]) -> None:
         super()._set_extra_state(state)
-        self.own_share, self._last_eval_loss = state["own_share"], state["last_loss"]
+        self.on_policy_share, self._last_eval_loss = state["on_policy_share"], state["last_loss"]
         self.replay_buffer.extend((prompt.tolist(), completion.tolist()) for prompt, completion in state["replay"])

@@ -2,9 +2,11 @@
 
 from typing import ClassVar
 
-from ..lm_head.statistics import Head, PerTokenLoss, StatisticsRequest
+from torch import Tensor
+
+from ..lm_head.statistics import StatisticsRequest, TokenStatistics
 from ..losses import Divergence
-from ..objective import CompletionBatch, Objective, ObjectiveOutput, common_metrics
+from ..objective import CompletionBatch, Objective
 
 
 class DivergenceObjective(Objective):
@@ -17,15 +19,22 @@ class DivergenceObjective(Objective):
         """Between student and teacher."""
         raise NotImplementedError
 
-    def __call__(self, head: Head, completions: CompletionBatch) -> ObjectiveOutput:
+    @property
+    def term_weights(self) -> dict[str, float]:
         """See `Objective`."""
-        shares = completions.token_weights
-        weights = shares if self.unit == "completions" else shares.new_ones(shares.shape)
-        own = PerTokenLoss(
-            {self.term_name: 1.0}, lambda t, rows: {self.term_name: weights[rows].to(t.divergence) * t.divergence}
-        )
-        request = StatisticsRequest(
+        return {self.term_name: 1.0}
+
+    def request(self, completions: CompletionBatch) -> StatisticsRequest:
+        """See `Objective`."""
+        return StatisticsRequest(
             entropy=True, teacher_entropy=True, divergence=self.divergence, ids=completions.logged_ids
         )
-        tokens = head(request, own)
-        return ObjectiveOutput(tokens.loss, tokens.loss_terms, own.weights, common_metrics(tokens, completions))
+
+    def per_token_terms(
+        self, completions: CompletionBatch, statistics: TokenStatistics, rows: slice
+    ) -> dict[str, Tensor]:
+        """See `Objective`."""
+        divergence = statistics.divergence
+        if self.unit == "completions":
+            divergence = completions.token_weights[rows].to(divergence) * divergence
+        return {self.term_name: divergence}

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..config.options import NON_NEGATIVE, option
-from ..objective import RolloutScores
+from ..objective import PolicyScores
 from ..trainer.rollout_scores import ScoredRolloutTrainer
 from .eopd_full import EOPDFullObjective, EOPDFullOptions
 from .opd import OPDConfig
@@ -35,7 +35,7 @@ class EOPDObjective(EOPDOptions, EOPDFullObjective):
         """What the log calls uncertain."""
         return self.entropy_threshold
 
-    def forward_kl_mask(self, scores: RolloutScores) -> Tensor:
+    def forward_kl_mask(self, scores: PolicyScores) -> Tensor:
         """Strictly above the threshold."""
         return scores.teacher_entropy > self.entropy_threshold
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..config.options import AT_LEAST_ONE, option
 from ..lm_head.statistics import TokenStatistics
 from ..losses import forward_kl_on
-from ..objective import RolloutScores
+from ..objective import CompletionBatch, PolicyScores
 from ..trainer.rollout_scores import ScoredRolloutTrainer
 from .opd import OPDConfig, OPDObjective, OPDOptions
 
@@ -39,15 +39,18 @@ class EOPDFullObjective(EOPDFullOptions, OPDObjective):
 
     @property
     def term_weights(self) -> dict[str, float]:
-        """See `OPDObjective`."""
+        """See `Objective`."""
         return {**super().term_weights, "forward_kl": 1.0}
 
-    def compute_terms(self, tokens: TokenStatistics, scores: RolloutScores) -> dict[str, Tensor]:
-        """See `OPDObjective`."""
-        forward_kl = forward_kl_on(tokens.logps[:, 1:], scores.teacher_topk_logps)
-        return {**super().compute_terms(tokens, scores), "forward_kl": forward_kl * self.forward_kl_mask(scores)}
+    def per_token_terms(
+        self, completions: CompletionBatch, statistics: TokenStatistics, rows: slice
+    ) -> dict[str, Tensor]:
+        """See `Objective`."""
+        scores = completions.scores.select(rows)
+        forward_kl = forward_kl_on(statistics.logps[:, 1:], scores.teacher_topk_logps) * self.forward_kl_mask(scores)
+        return {**super().per_token_terms(completions, statistics, rows), "forward_kl": forward_kl}
 
-    def forward_kl_mask(self, scores: RolloutScores) -> Tensor:
+    def forward_kl_mask(self, scores: PolicyScores) -> Tensor:
         """`[N]` bool, where forward KL acts."""
         return torch.ones_like(scores.teacher_entropy, dtype=torch.bool)
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..config.options import POSITIVE_FRACTION, option
-from ..objective import RolloutScores
+from ..objective import PolicyScores
 from ..trainer.rollout_scores import ScoredRolloutTrainer
 from .eopd_full import EOPDFullObjective, EOPDFullOptions
 from .opd import OPDConfig
@@ -30,9 +30,8 @@ class EOPDRandomConfig(EOPDRandomOptions, OPDConfig):
 class EOPDRandomObjective(EOPDRandomOptions, EOPDFullObjective):
     """Eq. 9 with a coin as its trigger."""
 
-    def forward_kl_mask(self, scores: RolloutScores) -> Tensor:
+    def forward_kl_mask(self, scores: PolicyScores) -> Tensor:
         """The same for a token in every step that its rollout serves."""
-        assert scores.random_uniform is not None
         return scores.random_uniform < self.forward_kl_random_ratio
 
 

@@ -10,8 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from ..checkpointing.preemption import PreemptionCallback
 from ..checkpointing.trainer_mixin import CheckpointMixin
 from ..config.base import TokenSelectiveConfig
+from ..config.inherited import UNSUPPORTED_OPTIONS
 from ..config.options import AT_LEAST_ONE, OPEN_FRACTION, option
-from ..config.validation import UNSUPPORTED_OPTIONS
 from ..data import append_prompt_suffix, prepare_dataset, resolve_columns, split_prompt_completion
 from ..errors import ConfigError, DataError
 from ..models.loading import load_student, resolve_pair
@@ -28,13 +28,13 @@ class GRPOConfig(TokenSelectiveConfig):
     """
 
     method = "grpo"
-    completions = "the student's, num_generations for each prompt; rows have an answer or a solution"
+    completions_source = "the student's, num_generations for each prompt; rows have an answer or a solution"
     paper = "Shao et al. 2024, arXiv 2402.03300; EOPD Table 8"
     unsupported_options = {
         **NO_BETA,
         "lmbda": "the method always samples",
         "completion_column": "the reward looks at the column `answer`",
-        "max_length": "TRL's trainer bounds completions only; set max_new_tokens",
+        "max_length": "TRL's trainer bounds completions only; set max_completion_length",
         "chat_template_source": "there is no teacher whose template could be taken",
         **dict.fromkeys(("fused_head", "head_chunk_gib", "log_term_gradients"), "TRL's trainer computes the loss"),
         **dict.fromkeys(
@@ -46,11 +46,11 @@ class GRPOConfig(TokenSelectiveConfig):
         ),
     }
 
-    learning_rate: float = option(3e-6, "Initial learning rate of AdamW.")
-    max_new_tokens: int = option(4096, "Completion limit, tokens.")
-    max_length: int | None = None
+    learning_rate: float = option(3e-6)
+    max_completion_length: int = option(4096)
+    max_length: int | None = option(None)
     num_generations: int = option(8, "Completions for each prompt.", (lambda v: v >= 2, "must be at least 2"))
-    clip_epsilon: float = option(0.2, "PPO's clip.", OPEN_FRACTION)
+    epsilon: float = option(0.2, "PPO's clip.", OPEN_FRACTION)
     rollout_batch_size: int = option(128, "Prompts in one rollout, over all processes.", AT_LEAST_ONE)
 
 
@@ -136,20 +136,12 @@ def _require_math_verify() -> None:
 
 
 def _to_trl_config(args: GRPOConfig) -> trl.GRPOConfig:
-    """TRL's configuration, with what both have in common and what only the names differ in."""
+    """TRL's configuration, with what both have in common."""
     names = {f.name for f in fields(trl.GRPOConfig) if f.init and hasattr(args, f.name)}
-    common = {
-        name: getattr(args, name) for name in names - UNSUPPORTED_OPTIONS.keys() - {"beta"}
-    }  # these are GKD's or SFT's
+    not_trls = {*UNSUPPORTED_OPTIONS, "beta", "generation_batch_size"}  # these are GKD's or SFT's
+    common = {name: getattr(args, name) for name in names - not_trls}
     try:
-        return trl.GRPOConfig(
-            **{
-                **common,
-                "max_completion_length": args.max_new_tokens,
-                "epsilon": args.clip_epsilon,
-                "generation_batch_size": args.rollout_batch_size * args.num_generations,
-            }
-        )
+        return trl.GRPOConfig(**common, generation_batch_size=args.rollout_batch_size * args.num_generations)
     except ValueError as error:
         raise ConfigError([f"rollout_batch_size, num_generations: {' '.join(str(error).split())}"]) from error
 

@@ -3,12 +3,13 @@
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from ..config.base import TokenSelectiveConfig
 from ..config.options import AT_LEAST_ONE, NON_NEGATIVE, option
-from ..lm_head.statistics import Head, PerTokenLoss, StatisticsRequest, TokenStatistics
+from ..lm_head.statistics import StatisticsRequest, TokenStatistics
 from ..losses import forward_kl_on
-from ..objective import CompletionBatch, Objective, ObjectiveOutput, common_metrics
+from ..objective import CompletionBatch, Objective, RolloutScores
 from ..trainer.rollout_scores import ScoredRolloutTrainer
 from .defaults import OFF_POLICY
 
@@ -27,14 +28,14 @@ class KDConfig(KDOptions, TokenSelectiveConfig):
     """Half cross-entropy, half top-16 forward KL on the data set's completions (EOPD's Table 7)."""
 
     method = "kd"
-    completions = "the data set's"
+    completions_source = "the data set's"
     paper = "Hinton et al. 2015; EOPD Table 2"
     unsupported_options = OFF_POLICY
 
     lmbda: float = option(0.0, "The method never generates.")
-    learning_rate: float = option(1e-5, "Initial learning rate of AdamW.")
-    max_new_tokens: int = option(4096, "Completion limit, tokens.")
-    max_length: int | None = option(4096, "Limit of prompt plus completion, tokens.")
+    learning_rate: float = option(1e-5)
+    max_completion_length: int = option(4096)
+    max_length: int | None = option(4096)
 
 
 @dataclass
@@ -42,27 +43,29 @@ class KDObjective(KDOptions, Objective):
     """A mean over tokens; the teacher is renormalised on its top tokens, as in EOPD Eq. 10."""
 
     needs_teacher_distribution = False
-    needs_rollout_scores = True
+    scores_class = RolloutScores
 
     @property
     def teacher_top_k(self) -> int:  # type: ignore[override]
         """How many of the teacher's tokens are kept."""
         return self.forward_kl_top_k
 
-    def __call__(self, head: Head, completions: CompletionBatch) -> ObjectiveOutput:
+    @property
+    def term_weights(self) -> dict[str, float]:
         """See `Objective`."""
-        scores, sampled = completions.scores, completions.ids
-        assert scores is not None and sampled is not None
+        return {"cross_entropy": self.cross_entropy_weight, "forward_kl": self.forward_kl_weight}
 
-        def losses(tokens: TokenStatistics, rows: slice) -> dict[str, torch.Tensor]:
-            forward_kl = forward_kl_on(tokens.logps[:, 1:], scores.teacher_topk_logps[rows])
-            return {"cross_entropy": -tokens.logps[:, 0], "forward_kl": forward_kl}
+    def request(self, completions: CompletionBatch) -> StatisticsRequest:
+        """See `Objective`."""
+        ids = torch.cat([completions.ids.unsqueeze(-1), completions.scores.teacher_topk_ids], dim=-1)
+        return StatisticsRequest(entropy=True, ids=ids)
 
-        weights = {"cross_entropy": self.cross_entropy_weight, "forward_kl": self.forward_kl_weight}
-        own = PerTokenLoss(weights, losses)
-        ids = torch.cat([sampled.unsqueeze(-1), scores.teacher_topk_ids], dim=-1)
-        tokens = head(StatisticsRequest(entropy=True, ids=ids), own)
-        return ObjectiveOutput(tokens.loss, tokens.loss_terms, weights, common_metrics(tokens, completions))
+    def per_token_terms(
+        self, completions: CompletionBatch, statistics: TokenStatistics, rows: slice
+    ) -> dict[str, Tensor]:
+        """See `Objective`."""
+        forward_kl = forward_kl_on(statistics.logps[:, 1:], completions.scores.teacher_topk_logps[rows])
+        return {"cross_entropy": -statistics.logps[:, 0], "forward_kl": forward_kl}
 
 
 class KDTrainer(ScoredRolloutTrainer):

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from ..config.options import AT_LEAST_ONE, FRACTION, OPEN_FRACTION, POSITIVE, option
 from ..data import completion_mask
-from ..lm_head.statistics import Head, PerTokenLoss, StatisticsRequest, TokenStatistics
+from ..lm_head.statistics import StatisticsRequest, TokenStatistics
 from ..losses import REVERSE_KL, clipped_policy_loss
-from ..objective import CompletionBatch, Objective, ObjectiveOutput, approx_kl, common_metrics, mean_metric
+from ..objective import CompletionBatch, Metrics, Objective, PolicyScores, approx_kl, mean_metric
 from ..rollout.base import Sampler, SamplingConfig
 from ..rollout.categorical import sample_tokens
 from ..rollout.mixed import MixedSampler, TokenChoice
@@ -27,13 +27,13 @@ from .defaults import NO_VLLM, OWN_ROLLOUTS, RolloutConfig
 class MiniLLMOptions:
     """Options of MiniLLM, as in its public code."""
 
-    clip_epsilon: float = option(0.2, "PPO's clip.", OPEN_FRACTION)
+    epsilon: float = option(0.2, "PPO's clip.", OPEN_FRACTION)
     teacher_mixture: float = option(
         0.2, "The teacher's share of the distribution that completions are sampled from.", FRACTION
     )
     reward_scaling: float = option(0.5, "Divides the rewards.", POSITIVE)
     reward_clip: float = option(100.0, "Largest magnitude of a scaled reward.", POSITIVE)
-    discount: float = option(0.95, "How much less the next token's reward counts.", FRACTION)
+    gamma: float = option(0.95, "How much less the next token's reward counts.", FRACTION)
 
 
 @dataclass
@@ -41,51 +41,50 @@ class MiniLLMConfig(MiniLLMOptions, RolloutConfig):
     """Reverse KL by policy gradient, on completions from a mixture of teacher and student."""
 
     method = "minillm"
-    completions = "from a mixture of teacher and student; each serves epochs_per_rollout epochs"
+    completions_source = "from a mixture of teacher and student; each serves num_iterations epochs"
     paper = "Gu et al. 2023, arXiv 2306.08543"
     unsupported_options = {**OWN_ROLLOUTS, **NO_VLLM}
 
-    max_new_tokens: int = option(1024, "Completion limit, tokens; prompt and completion together obey max_length.")
-    max_length: int | None = option(1024, "Limit of prompt plus completion, tokens.")
     warmup_steps: float = option(0.1, "Warmup steps; below 1 a share of all steps.")
-    rollout_batch_size: int = option(256, "Prompts in one rollout, over all processes.", AT_LEAST_ONE)
-    epochs_per_rollout: int = option(4, "How often a rollout's completions are trained on.", AT_LEAST_ONE)
+    rollout_batch_size: int = option(256)
+    num_iterations: int = option(4, "How often a rollout's completions are trained on.", AT_LEAST_ONE)
 
     def steps_per_rollout(self, processes: int | None = None) -> int:
         """With every epoch over it."""
-        return super().steps_per_rollout(processes) * self.epochs_per_rollout
+        return super().steps_per_rollout(processes) * self.num_iterations
 
 
 @dataclass
 class MiniLLMObjective(MiniLLMOptions, Objective):
     """A mean over tokens of both terms."""
 
-    needs_rollout_scores = True
-    needs_old_per_token_logps = True
+    scores_class = PolicyScores
 
-    def __call__(self, head: Head, completions: CompletionBatch) -> ObjectiveOutput:
-        """See `Objective`. The scores' `old_logps` are of the mixture, `advantages` of `compute_returns`, whitened."""
-        scores, sampled = completions.scores, completions.ids
-        assert scores is not None and sampled is not None
+    @property
+    def term_weights(self) -> dict[str, float]:
+        """See `Objective`."""
+        return {"policy": 1.0, "reverse_kl": 1.0}
 
-        def losses(tokens: TokenStatistics, rows: slice) -> dict[str, Tensor]:
-            some = scores.of(rows)
-            assert some.old_per_token_logps is not None and some.advantages is not None
-            policy = clipped_policy_loss(
-                tokens.logps[:, 0], some.old_per_token_logps, some.advantages, self.clip_epsilon
-            )
-            return {"policy": policy, "reverse_kl": tokens.divergence}
-
-        own = PerTokenLoss({"policy": 1.0, "reverse_kl": 1.0}, losses)
-        request = StatisticsRequest(
-            entropy=True, teacher_entropy=True, divergence=REVERSE_KL, ids=sampled.unsqueeze(-1)
+    def request(self, completions: CompletionBatch) -> StatisticsRequest:
+        """See `Objective`."""
+        return StatisticsRequest(
+            entropy=True, teacher_entropy=True, divergence=REVERSE_KL, ids=completions.ids.unsqueeze(-1)
         )
-        tokens = head(request, own)
-        assert scores.old_per_token_logps is not None
-        log_ratio = tokens.logps[:, 0].detach() - scores.old_per_token_logps
-        metrics = common_metrics(tokens, completions)
-        metrics |= {"policy/ratio": mean_metric(log_ratio.exp()), "policy/approx_kl": approx_kl(log_ratio)}
-        return ObjectiveOutput(tokens.loss, tokens.loss_terms, own.weights, metrics)
+
+    def per_token_terms(
+        self, completions: CompletionBatch, statistics: TokenStatistics, rows: slice
+    ) -> dict[str, Tensor]:
+        """See `Objective`. `old_per_token_logps` are of the mixture, `advantages` of `compute_returns`, whitened."""
+        scores = completions.scores.select(rows)
+        logps, old_logps = statistics.logps[:, 0], scores.old_per_token_logps
+        policy = clipped_policy_loss(logps, old_logps, scores.advantages, self.epsilon)
+        return {"policy": policy, "reverse_kl": statistics.divergence}
+
+    def metrics(self, statistics: TokenStatistics, completions: CompletionBatch) -> Metrics:
+        """See `Objective`."""
+        log_ratio = statistics.logps[:, 0].detach() - completions.scores.old_per_token_logps
+        policy = {"policy/ratio": mean_metric(log_ratio.exp()), "policy/approx_kl": approx_kl(log_ratio)}
+        return super().metrics(statistics, completions) | policy
 
     def compute_mixture_logps(self, student_logps: Tensor, teacher_logps: Tensor) -> Tensor:
         """Log-probabilities of tokens under the distribution that they were sampled from, nats."""
@@ -106,7 +105,7 @@ class MiniLLMObjective(MiniLLMOptions, Objective):
         rewards = reward.new_zeros(mask.shape).masked_scatter(mask, reward)
         total, sums = torch.zeros_like(rewards[:, 0]), []
         for t in reversed(range(mask.shape[1])):
-            total = rewards[:, t] + self.discount * total
+            total = rewards[:, t] + self.gamma * total
             sums.append(total)
         left = mask.flip(-1).cumsum(-1).flip(-1).clamp(min=1)
         return (torch.stack(sums[::-1], dim=-1) / left)[mask]
@@ -121,7 +120,7 @@ class MiniLLMTrainer(ScoredRolloutTrainer):
 
     def _make_sampler(self) -> Sampler:
         sampling = SamplingConfig(frozenset(self.stop_token_ids), self.pair.shared_vocab_size)
-        choose = mixed(self.args.teacher_mixture, self.args.temperature)
+        choose = mixture_choice(self.args.teacher_mixture, self.args.temperature)
         return MixedSampler(self.accelerator, self.args, sampling, self.teacher_model, choose)
 
     def _postprocess_micro_batch(self, model: nn.Module, batch: Batch, step: int, mode: str) -> None:
@@ -149,7 +148,7 @@ class MiniLLMTrainer(ScoredRolloutTrainer):
             batch["scores"]["advantages"] = ((value - mean) * scale).float()
 
 
-def mixed(teacher_share: float, temperature: float) -> TokenChoice:
+def mixture_choice(teacher_share: float, temperature: float) -> TokenChoice:
     """MiniLLM, Eq. 5: from `teacher_share P + (1 - teacher_share) Q`."""
 
     def choose(logits: list[Tensor], uniform: Tensor | None) -> Tensor:

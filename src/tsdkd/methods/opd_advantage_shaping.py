@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..config.options import POSITIVE, option
 from ..lm_head.statistics import TokenStatistics
-from ..objective import RolloutScores
+from ..objective import PolicyScores
 from ..trainer.rollout_scores import ScoredRolloutTrainer
 from .opd import OPDConfig, OPDObjective, OPDOptions
 
@@ -33,10 +33,12 @@ class OPDAdvantageShapingConfig(OPDAdvantageShapingOptions, OPDConfig):
 class OPDAdvantageShapingObjective(OPDAdvantageShapingOptions, OPDObjective):
     """Uncertain tokens are favoured, without turning an advantage's sign."""
 
-    def compute_advantages(self, tokens: TokenStatistics, scores: RolloutScores) -> Tensor:
+    def compute_advantages(self, statistics: TokenStatistics, scores: PolicyScores) -> Tensor:
         """Eq. 11."""
-        advantages = super().compute_advantages(tokens, scores)
-        return advantages + torch.minimum(self.advantage_shaping * tokens.entropy.detach(), advantages.abs() / _KAPPA)
+        advantages = super().compute_advantages(statistics, scores)
+        return advantages + torch.minimum(
+            self.advantage_shaping * statistics.entropy.detach(), advantages.abs() / _KAPPA
+        )
 
 
 class OPDAdvantageShapingTrainer(ScoredRolloutTrainer):

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..config.options import POSITIVE, option
 from ..lm_head.statistics import TokenStatistics
-from ..objective import RolloutScores
+from ..objective import CompletionBatch
 from ..trainer.rollout_scores import ScoredRolloutTrainer
 from .opd import OPDConfig, OPDObjective, OPDOptions
 
@@ -32,12 +32,14 @@ class OPDEntropyBonusObjective(OPDEntropyBonusOptions, OPDObjective):
 
     @property
     def term_weights(self) -> dict[str, float]:
-        """See `OPDObjective`."""
+        """See `Objective`."""
         return {**super().term_weights, "entropy": -self.entropy_bonus}
 
-    def compute_terms(self, tokens: TokenStatistics, scores: RolloutScores) -> dict[str, Tensor]:
-        """See `OPDObjective`."""
-        return {**super().compute_terms(tokens, scores), "entropy": tokens.entropy}
+    def per_token_terms(
+        self, completions: CompletionBatch, statistics: TokenStatistics, rows: slice
+    ) -> dict[str, Tensor]:
+        """See `Objective`."""
+        return {**super().per_token_terms(completions, statistics, rows), "entropy": statistics.entropy}
 
 
 class OPDEntropyBonusTrainer(ScoredRolloutTrainer):

@@ -2,9 +2,11 @@
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from ..config.options import option
-from ..lm_head.statistics import Head, PerTokenLoss, StatisticsRequest
-from ..objective import CompletionBatch, Objective, ObjectiveOutput, common_metrics
+from ..lm_head.statistics import StatisticsRequest, TokenStatistics
+from ..objective import CompletionBatch, Objective
 from ..trainer.trainer import TokenSelectiveTrainer
 from .defaults import OFF_POLICY, TSDKDDefaults
 
@@ -14,7 +16,7 @@ class SeqKDConfig(TSDKDDefaults):
     """Cross-entropy on the data set's completions, which are the teacher's; it isn't loaded again."""
 
     method = "seq-kd"
-    completions = "the data set's"
+    completions_source = "the data set's"
     paper = "Kim and Rush 2016, arXiv 1606.07947"
     unsupported_options = {
         **OFF_POLICY,
@@ -30,12 +32,20 @@ class SeqKDObjective(Objective):
 
     needs_teacher_distribution = False
 
-    def __call__(self, head: Head, completions: CompletionBatch) -> ObjectiveOutput:
+    @property
+    def term_weights(self) -> dict[str, float]:
         """See `Objective`."""
-        assert completions.ids is not None
-        own = PerTokenLoss({"cross_entropy": 1.0}, lambda tokens, rows: {"cross_entropy": -tokens.logps[:, 0]})
-        tokens = head(StatisticsRequest(entropy=True, ids=completions.ids.unsqueeze(-1)), own)
-        return ObjectiveOutput(tokens.loss, tokens.loss_terms, own.weights, common_metrics(tokens, completions))
+        return {"cross_entropy": 1.0}
+
+    def request(self, completions: CompletionBatch) -> StatisticsRequest:
+        """See `Objective`."""
+        return StatisticsRequest(entropy=True, ids=completions.ids.unsqueeze(-1))
+
+    def per_token_terms(
+        self, completions: CompletionBatch, statistics: TokenStatistics, rows: slice
+    ) -> dict[str, Tensor]:
+        """See `Objective`."""
+        return {"cross_entropy": -statistics.logps[:, 0]}
 
 
 class SeqKDTrainer(TokenSelectiveTrainer):

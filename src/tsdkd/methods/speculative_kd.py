@@ -33,11 +33,11 @@ class SpeculativeKDConfig(SpeculativeKDOptions, TSDKDDefaults):
     """Forward KL on completions in which the teacher replaces the student's unlikely tokens."""
 
     method = "speculative-kd"
-    completions = "the student's, in which the teacher replaces unlikely tokens"
+    completions_source = "the student's, in which the teacher replaces unlikely tokens"
     paper = "Xu et al. 2025, arXiv 2410.11325"
     unsupported_options = {**OWN_ROLLOUTS, **NO_VLLM}
 
-    learning_rate: float = option(1e-5, "Initial learning rate of AdamW.")
+    learning_rate: float = option(1e-5)
 
 
 @dataclass

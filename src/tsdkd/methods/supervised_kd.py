@@ -14,7 +14,7 @@ class SupervisedKDConfig(TSDKDDefaults):
     """Forward KL on all tokens of the data set's completions."""
 
     method = "supervised-kd"
-    completions = "the data set's"
+    completions_source = "the data set's"
     paper = "Hinton et al. 2015, arXiv 1503.02531"
     unsupported_options = OFF_POLICY
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ..config.options import FRACTION, NON_NEGATIVE, POSITIVE, POSITIVE_FRACTION, option
-from ..lm_head.statistics import Head, PerTokenLoss, StatisticsRequest, TokenStatistics
+from ..lm_head.statistics import StatisticsRequest, TokenStatistics
 from ..losses import jsd, plackett_luce_nll
-from ..objective import CompletionBatch, Objective, ObjectiveOutput, common_metrics, mean_metric
+from ..objective import CompletionBatch, Metrics, Objective, ObjectiveOutput, mean_metric
 from ..selection import adaptive_opener_ratio, entropy_gap_gate, opener_mask, top_entropy_mask
 from ..trainer.trainer import TokenSelectiveTrainer
 from .defaults import NO_TOP_P, TSDKDDefaults
@@ -79,78 +79,87 @@ class TSDKDConfig(TSDKDOptions, TSDKDDefaults):
 class TSDKDObjective(TSDKDOptions, Objective):
     """The objective of TSD-KD. All three special terms off (`gate=False`, `alpha=0`, `entropy_weight=0`) is GKD.
 
-    `difficulties` holds the difficulty of the last five completions that this process trained on (A.7); it is the only state.
+    `difficulties` holds those of the last five completions that this process trained on (A.7); it is the only state.
     """
 
     difficulties: deque[float] = field(default_factory=lambda: deque(maxlen=5), init=False)
 
     unit = "completions"
 
-    def __call__(self, head: Head, completions: CompletionBatch) -> ObjectiveOutput:
+    @property
+    def term_weights(self) -> dict[str, float]:
+        """See `Objective`: of the direct term, which alone depends on a token's own statistics only."""
+        return {"direct": 1.0}
+
+    def request(self, completions: CompletionBatch) -> StatisticsRequest:
         """See `Objective`."""
-        mask, share = completions.mask, completions.token_weights
-        direct = PerTokenLoss(
-            {"direct": 1.0},
-            lambda t, rows: {
-                "direct": share[rows].to(t.divergence) * t.divergence * (self._compute_gate(t) if self.gate else 1.0)
-            },
+        return StatisticsRequest(
+            entropy=True,
+            teacher_entropy=True,
+            divergence=jsd(self.beta),
+            top_k=self.indirect_top_k if self.alpha != 0 else 0,
+            ids=completions.logged_ids,
         )
-        tokens = head(
-            StatisticsRequest(
-                entropy=True,
-                teacher_entropy=True,
-                divergence=jsd(self.beta),
-                top_k=self.indirect_top_k if self.alpha != 0 else 0,
-                ids=completions.logged_ids,
-            ),
-            direct,
-        )
-        loss, terms, weights = tokens.loss, dict(tokens.loss_terms), dict(direct.weights)
-        entropy = tokens.entropy.new_zeros(mask.shape).masked_scatter(mask, tokens.entropy.detach())
-        opener = opener_mask(entropy, mask, self._resolve_opener_ratio(tokens, mask, completions.is_training))
-        opener_index = completions.at(opener).nonzero().squeeze(-1)
+
+    def per_token_terms(
+        self, completions: CompletionBatch, statistics: TokenStatistics, rows: slice
+    ) -> dict[str, Tensor]:
+        """Eq. 11: the gated divergence."""
+        divergence = statistics.divergence
+        gate = self._compute_gate(statistics) if self.gate else 1.0
+        return {"direct": completions.token_weights[rows].to(divergence) * divergence * gate}
+
+    def loss(self, statistics: TokenStatistics, completions: CompletionBatch) -> ObjectiveOutput:
+        """Eq. 13: the direct term, the ranking of the opener, and the entropy of the most uncertain tokens."""
+        loss, terms, weights = statistics.loss, dict(statistics.loss_terms), self.term_weights
+        entropy = completions.scatter(statistics.entropy.detach())
+        opener = opener_mask(entropy, completions.mask, self._resolve_opener_ratio(statistics, completions))
+        opener_index = completions.gather(opener).nonzero().squeeze(-1)
         if self.alpha != 0:
-            terms["indirect"], weights["indirect"] = (
-                self._indirect_loss(tokens, completions, opener, opener_index),
-                self.alpha,
-            )
+            terms["indirect"] = self._indirect_loss(statistics, completions, opener, opener_index)
+            weights["indirect"] = self.alpha
             loss = loss + self.alpha * terms["indirect"]
         if self.entropy_weight != 0:
-            uncertain = top_entropy_mask(entropy, mask, self.entropy_ratio)
-            per_response = completions.at(uncertain.double() / uncertain.sum(-1, keepdim=True).clamp(min=1))
-            terms["entropy"] = (per_response.to(tokens.entropy) * tokens.entropy).sum()
+            terms["entropy"] = self._entropy_loss(statistics, completions, entropy)
             weights["entropy"] = self.entropy_weight
             loss = loss + self.entropy_weight * terms["entropy"]
-        metrics = common_metrics(tokens, completions) | self._metrics(tokens, mask, opener, opener_index)
+        metrics = self.metrics(statistics, completions) | self._opener_metrics(
+            statistics, completions.mask, opener, opener_index
+        )
         return ObjectiveOutput(loss, terms, weights, metrics)
 
-    def _compute_gate(self, tokens: TokenStatistics) -> Tensor:
-        return entropy_gap_gate(tokens.entropy, tokens.teacher_entropy, self.gate_temperature)
+    def _compute_gate(self, statistics: TokenStatistics) -> Tensor:
+        return entropy_gap_gate(statistics.entropy, statistics.teacher_entropy, self.gate_temperature)
 
     def _indirect_loss(
-        self, tokens: TokenStatistics, completions: CompletionBatch, opener: Tensor, opener_index: Tensor
+        self, statistics: TokenStatistics, completions: CompletionBatch, opener: Tensor, opener_index: Tensor
     ) -> Tensor:
         """Eq. 5 summed over completions; a response's positions are averaged, summed, or divided by its length.
         `opener_index`: which of the N tokens are in an opener."""
-        nll = plackett_luce_nll(
-            tokens.topk_logits[opener_index], tokens.teacher_topk_logits[opener_index], self.indirect_top_k
-        )
+        student, teacher = statistics.topk_logits[opener_index], statistics.teacher_topk_logits[opener_index]
+        nll = plackett_luce_nll(student, teacher, self.indirect_top_k)
         divisor = {
             "mean": opener.sum(-1),
             "sum": torch.ones_like(opener[:, 0], dtype=torch.long),
             "length": completions.mask.sum(-1),
         }
         per_row = divisor[self.indirect_reduction].clamp(min=1).unsqueeze(-1).expand_as(opener)
-        return (nll / completions.at(per_row)[opener_index]).sum()
+        return (nll / completions.gather(per_row)[opener_index]).sum()
 
-    def _resolve_opener_ratio(self, tokens: TokenStatistics, mask: Tensor, training: bool) -> float | Tensor:
+    def _entropy_loss(self, statistics: TokenStatistics, completions: CompletionBatch, entropy: Tensor) -> Tensor:
+        """Eq. 12 summed over completions: the mean entropy of each one's most uncertain tokens."""
+        uncertain = top_entropy_mask(entropy, completions.mask, self.entropy_ratio)
+        weights = completions.gather(uncertain.double() / uncertain.sum(-1, keepdim=True).clamp(min=1))
+        return (weights.to(statistics.entropy) * statistics.entropy).sum()
+
+    def _resolve_opener_ratio(self, statistics: TokenStatistics, completions: CompletionBatch) -> float | Tensor:
+        """c: the option, or by the difficulty of recent completions (A.7)."""
         if not self.adaptive_opener:
             return self.opener_ratio
-        difference = tokens.entropy.detach() - tokens.teacher_entropy
-        gap = difference.new_zeros(mask.shape).masked_scatter(mask, difference)
-        lengths = mask.sum(-1)
+        difference = statistics.entropy.detach() - statistics.teacher_entropy
+        gap, lengths = completions.scatter(difference), completions.mask.sum(-1)
         difficulty = torch.sigmoid(gap.double().sum(-1) / lengths.clamp(min=1))
-        difficulties = self.difficulties if training else self.difficulties.copy()
+        difficulties = self.difficulties if completions.is_training else self.difficulties.copy()
         ratios = []
         for value, length in torch.stack([difficulty, lengths.double()], dim=-1).tolist():
             if length > 0:
@@ -158,21 +167,21 @@ class TSDKDObjective(TSDKDOptions, Objective):
             ratios.append(
                 adaptive_opener_ratio(sum(difficulties) / len(difficulties)) if difficulties else self.opener_ratio
             )
-        return torch.tensor(ratios, dtype=torch.float64, device=mask.device)
+        return torch.tensor(ratios, dtype=torch.float64, device=gap.device)
 
     @torch.no_grad()
-    def _metrics(
-        self, tokens: TokenStatistics, mask: Tensor, opener: Tensor, opener_index: Tensor
-    ) -> dict[str, tuple[Tensor, Tensor]]:
+    def _opener_metrics(
+        self, statistics: TokenStatistics, mask: Tensor, opener: Tensor, opener_index: Tensor
+    ) -> Metrics:
         lengths, completions = opener.sum(-1), mask.any(-1).sum()
         metrics = {
             "opener/length": (lengths.sum(), completions),
             "opener/share": ((lengths / mask.sum(-1).clamp(min=1)).sum(), completions),
-            "gate": mean_metric(self._compute_gate(tokens)),
+            "gate": mean_metric(self._compute_gate(statistics)),
         }
         if self.alpha != 0:
-            # candidates are sorted: the student's favourite is the first
-            teacher_choice = tokens.teacher_topk_logits[opener_index].argmax(-1)
+            # candidates are sorted: the student's best is the first
+            teacher_choice = statistics.teacher_topk_logits[opener_index].argmax(-1)
             metrics["opener/top1_agreement"] = mean_metric(teacher_choice == 0)
         return metrics
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from ..config.options import FRACTION, NON_NEGATIVE, POSITIVE_FRACTION, option
 from ..data import completion_mask
-from ..lm_head.statistics import Head, StatisticsRequest, TokenStatistics
+from ..lm_head.statistics import StatisticsRequest, TokenStatistics
 from ..losses import jsd
-from ..objective import CompletionBatch, Objective, ObjectiveOutput, common_metrics
+from ..objective import CompletionBatch, Objective, ObjectiveOutput
 from ..selection import entropy_gap_gate
 from ..trainer.trainer import Batch, TokenSelectiveTrainer
 from .defaults import NO_TOP_P, TSDKDDefaults
@@ -43,32 +43,33 @@ class TSDKDReleasedConfig(TSDKDReleasedOptions, TSDKDDefaults):
 
 @dataclass
 class TSDKDReleasedObjective(TSDKDReleasedOptions, Objective):
-    """`Completions.mask` is a rectangle of completions and padding, `trained` what isn't padding (or end-of-sequence,
-    which is padding there)."""
+    """`CompletionBatch.mask` is a rectangle of completions and padding, `loss_mask` what isn't padding, as
+    end-of-sequence tokens are there."""
 
     unit = "micro-batches"
 
-    def __call__(self, head: Head, completions: CompletionBatch) -> ObjectiveOutput:
+    def request(self, completions: CompletionBatch) -> StatisticsRequest:
         """See `Objective`."""
-        mask = completions.mask
-        trained = mask if completions.loss_mask is None else completions.loss_mask
-        in_sequence = completions.at(trained)
-        valid_at = in_sequence.nonzero().squeeze(-1)
-        divergence = jsd(self.beta)
-        tokens = head(
-            StatisticsRequest(entropy=True, teacher_entropy=True, divergence=divergence, top_k=_NUM_CANDIDATES)
-        )
-        gate = entropy_gap_gate(tokens.entropy, tokens.teacher_entropy)
-        count = in_sequence.sum().clamp(min=1)
-        terms = {"direct": (gate * tokens.divergence)[valid_at].sum() / count}
-        valid = tokens.entropy.detach()[valid_at].float()
-        opener = (completions.at(self._opener_columns(valid, mask)) & in_sequence).nonzero().squeeze(-1)
-        terms["indirect"] = _reversed_plackett_luce_nll(tokens, opener).sum() / max(len(opener), 1)
-        high = tokens.entropy.detach() >= (torch.quantile(valid, self.threshold) if len(valid) else torch.inf)
-        terms["entropy"] = tokens.entropy.where(high, 0.0).sum() / high.sum().clamp(min=1)
+        return StatisticsRequest(entropy=True, teacher_entropy=True, divergence=jsd(self.beta), top_k=_NUM_CANDIDATES)
+
+    def per_token_loss(self, completions: CompletionBatch) -> None:
+        """See `Objective`: every term depends on the other tokens."""
+
+    def loss(self, statistics: TokenStatistics, completions: CompletionBatch) -> ObjectiveOutput:
+        """See `Objective`."""
+        in_loss = completions.gather(completions.loss_mask)
+        index = in_loss.nonzero().squeeze(-1)
+        gate = entropy_gap_gate(statistics.entropy, statistics.teacher_entropy)
+        terms = {"direct": (gate * statistics.divergence)[index].sum() / in_loss.sum().clamp(min=1)}
+        entropy = statistics.entropy.detach()
+        valid = entropy[index].float()
+        opener = (completions.gather(self._opener_columns(valid, completions.mask)) & in_loss).nonzero().squeeze(-1)
+        terms["indirect"] = _reversed_plackett_luce_nll(statistics, opener).sum() / max(len(opener), 1)
+        high = entropy >= (torch.quantile(valid, self.threshold) if len(valid) else torch.inf)
+        terms["entropy"] = statistics.entropy.where(high, 0.0).sum() / high.sum().clamp(min=1)
         weights = {"direct": 1.0, "indirect": self.alpha, "entropy": 1.0}
         loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
-        return ObjectiveOutput(loss, terms, weights, common_metrics(tokens, completions))
+        return ObjectiveOutput(loss, terms, weights, self.metrics(statistics, completions))
 
     def _opener_columns(self, valid: Tensor, mask: Tensor) -> Tensor:
         """`[B, T]`: the first columns of the completions, as many as tokens of the flattened micro-batch stay below
@@ -79,10 +80,10 @@ class TSDKDReleasedObjective(TSDKDReleasedOptions, Objective):
         return (column >= 0) & (column < cut)
 
 
-def _reversed_plackett_luce_nll(tokens: TokenStatistics, rows: Tensor) -> Tensor:
+def _reversed_plackett_luce_nll(statistics: TokenStatistics, rows: Tensor) -> Tensor:
     """A prefix where Eq. 4 has a suffix: the likelihood of the opposite order."""
-    ranking = tokens.teacher_topk_logits[rows].argsort(dim=-1, descending=True, stable=True)
-    ranked = tokens.topk_logits[rows].gather(-1, ranking)
+    ranking = statistics.teacher_topk_logits[rows].argsort(dim=-1, descending=True, stable=True)
+    ranked = statistics.topk_logits[rows].gather(-1, ranking)
     return (ranked.logcumsumexp(-1) - ranked).sum(-1)
 
 
@@ -108,8 +109,8 @@ class TSDKDReleasedTrainer(TokenSelectiveTrainer):
         longest = batch["completion_lengths"].max()
         return completion_mask({**batch, "completion_lengths": longest.expand_as(batch["completion_lengths"])})
 
-    def _completion_batch(self, batch: Batch, mask: Tensor, mode: str) -> CompletionBatch:
-        completions = super()._completion_batch(batch, mask, mode)
+    def _completion_batch(self, batch: Batch, mode: str) -> CompletionBatch:
+        completions = super()._completion_batch(batch, mode)
         completions.loss_mask = completion_mask(batch) & (batch["input_ids"][:, 1:] != self._eos_token_id)
         return completions
 

@@ -40,14 +40,15 @@ def plot_metrics(runs: Sequence[RunReport]) -> list[tuple[str, Markup]]:
 
 
 def plot_figures(runs: Sequence[RunReport]) -> list[tuple[str, str, Markup]]:
-    """The papers' figures of the runs that recorded or were evaluated: title, source, chart."""
+    """The papers' figures of the runs that recorded or were evaluated: title, paper, chart."""
     recorded = {run.name: run.records for run in runs if run.records}
-    found = [(a.title, a.paper, to_svg(plot_figure(a, a.compute(recorded)), a.title)) for a in FIGURES if recorded]
+    figures = FIGURES if recorded else ()
+    charts = [(f.title, f.paper, to_svg(plot_figure(f, f.compute(recorded)), f.title)) for f in figures]
     files = {f"{run.name}/{name}": path for run in runs for name, path in run.result_files.items()}
     if curves := pass_at_k.read_pass_at_k(files):
         title = pass_at_k.TITLE
-        found.append((title, pass_at_k.PAPER, to_svg(pass_at_k.plot_pass_at_k(curves), title)))
-    return found
+        charts.append((title, pass_at_k.PAPER, to_svg(pass_at_k.plot_pass_at_k(curves), title)))
+    return charts
 
 
 def _plot_metric(name: str, runs: Sequence[RunReport]) -> Markup:

@@ -1,4 +1,4 @@
-"""How a run went, in sentences that a log would take long to tell."""
+"""How a run went, in sentences."""
 
 import math
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ class Finding:
     """Something to know of a run.
 
     Attributes:
-        kind: "good", "note" or "warning".
+        level: "good", "note" or "warning".
         text: for people.
     """
 
@@ -28,8 +28,8 @@ class Finding:
 def find_notable(run: RunReport) -> list[Finding]:
     """What stands out, the most important first."""
     parts = (_progress, _accuracy, _benchmarks, _loss, _entropy, _completions, _nonfinite, _missing_data)
-    found = [sentence for part in parts for sentence in part(run)]
-    return sorted(found, key=lambda sentence: ["warning", "good", "note"].index(sentence.level))
+    findings = [finding for part in parts for finding in part(run)]
+    return sorted(findings, key=lambda finding: ["warning", "good", "note"].index(finding.level))
 
 
 def _progress(run: RunReport) -> Iterator[Finding]:
@@ -38,8 +38,8 @@ def _progress(run: RunReport) -> Iterator[Finding]:
     elif run.is_finished:
         yield Finding("good", f"Finished: {run.state['global_step']} steps.")
     else:
-        done, wanted = run.state["global_step"], run.state["max_steps"]
-        yield Finding("warning", f"Not finished: {done} of {wanted} steps, as of its last checkpoint.")
+        done, planned = run.state["global_step"], run.state["max_steps"]
+        yield Finding("warning", f"Not finished: {done} of {planned} steps, as of its last checkpoint.")
 
 
 def _accuracy(run: RunReport) -> Iterator[Finding]:
@@ -57,26 +57,23 @@ def _benchmarks(run: RunReport) -> Iterator[Finding]:
     for entry in run.baseline_differences:
         if not entry["metric"].startswith(("accuracy", "avg@")):
             continue
-        worse, sure = entry["difference"] < 0, entry["p"] < 0.05
-        level, word = ("warning", "worse") if worse else ("good", "better")
-        level, word = (level, word) if sure else ("note", "no clear difference")
-        percent = f"{entry['mean']:.1f} % ({entry['metric']})"
-        yield Finding(
-            level,
-            f"{benchmark_title(entry['benchmark'])}: {percent}, against {entry['baseline']} {format_difference(entry)}: {word}.",
-        )
+        level, word = ("warning", "worse") if entry["difference"] < 0 else ("good", "better")
+        if entry["p"] >= 0.05:
+            level, word = "note", "no clear difference"
+        score = f"{benchmark_title(entry['benchmark'])}: {entry['mean']:.1f} % ({entry['metric']})"
+        yield Finding(level, f"{score}, against {entry['baseline']} {format_difference(entry)}: {word}.")
 
 
 def _loss(run: RunReport) -> Iterator[Finding]:
     curve = run.curves.get("loss", [])
     if len(curve) >= 8:
-        lost = next((step for step, value in curve if not math.isfinite(value)), None)
-        if lost is not None:
-            yield Finding("warning", f"The loss is not a number from step {lost} on.")
+        nonfinite_step = next((step for step, value in curve if not math.isfinite(value)), None)
+        if nonfinite_step is not None:
+            yield Finding("warning", f"The loss is not a number from step {nonfinite_step} on.")
             return
         first, last = _quarter_means(curve)
         word = "fell" if last < first else "rose"
-        # of a policy gradient the loss says nothing
+        # the value of a policy gradient's loss says nothing
         level = "note" if last < first or run.config.get("method") == "grpo" else "warning"
         yield Finding(level, f"The loss {word} from {first:.4g} in the first quarter to {last:.4g} in the last.")
 
@@ -94,8 +91,8 @@ def _entropy(run: RunReport) -> Iterator[Finding]:
 def _completions(run: RunReport) -> Iterator[Finding]:
     curve = run.curves.get("completions/eos_share", [])
     if curve and curve[-1][1] < 0.5:
-        cut = 100 * (1 - curve[-1][1])
-        yield Finding("warning", f"{cut:.0f} % of the last completions were cut off at max_new_tokens.")
+        truncated = 100 * (1 - curve[-1][1])
+        yield Finding("warning", f"{truncated:.0f} % of the last completions were cut off at max_completion_length.")
 
 
 def _nonfinite(run: RunReport) -> Iterator[Finding]:

@@ -1,4 +1,4 @@
-"""What a run has left in its directory."""
+"""A run's directory, read for the report."""
 
 import json
 from dataclasses import dataclass, field
@@ -7,15 +7,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from transformers.trainer import TRAINER_STATE_NAME
+
 from ..analysis.load import StepRecord, read_records
 from ..config.base import TokenSelectiveConfig
 from ..errors import DataError
-from ..evaluation.results import find_results
-from ..evaluation.results import read_results as read_results
+from ..evaluation.results import find_results, read_results
 from ..run.output_dir import RUN_CONFIG_NAME, read_run_config
 from ..trainer.token_records import RECORDS_DIR
-
-TRAINER_STATE_NAME = "trainer_state.json"
 
 
 @dataclass
@@ -28,11 +27,11 @@ class RunReport:
         config: the resolved configuration.
         state: of the trainer, as transformers writes it; empty before the first checkpoint.
         records: see `tsdkd.analysis`; empty where nothing was recorded.
-        results: of `tsdkd eval` that lie in the run's directory, `results-*.json`.
-        evaluations: their Markdown tables.
-        differences: what they say of this run's student against their baseline, entries of the files.
-        nonfinite: steps whose loss or gradient wasn't finite.
-        left_out: why some of it couldn't be read.
+        result_files: of `tsdkd eval`, in the run's directory: name -> `results-*.json`.
+        result_tables: their Markdown tables.
+        baseline_differences: their entries that compare this run's student with a baseline.
+        num_nonfinite_steps: steps whose loss or gradient wasn't finite.
+        skipped: why some of it couldn't be read.
     """
 
     name: str
@@ -49,12 +48,12 @@ class RunReport:
     @cached_property
     def curves(self) -> dict[str, list[tuple[int, float]]]:
         """Metric -> (step, value), of training and evaluation."""
-        found: dict[str, list[tuple[int, float]]] = {}
+        curves: dict[str, list[tuple[int, float]]] = {}
         for entry in self.state.get("log_history", []):
             for name, value in entry.items():
                 if isinstance(value, int | float) and name not in ("step", "epoch"):
-                    found.setdefault(name, []).append((entry["step"], float(value)))
-        return found
+                    curves.setdefault(name, []).append((entry["step"], float(value)))
+        return curves
 
     def format_value(self, key: str) -> str:
         """A setting for people who may have another machine: of a path its last component."""
@@ -76,7 +75,7 @@ class RunReport:
 
 
 def load_run(name: str, folder: Path) -> RunReport:
-    """Read a run's directory. Of records and evaluations, those that can't be read are left out.
+    """Read a run's directory. Records and evaluations that can't be read are skipped.
 
     Raises:
         DataError: it isn't one, or its configuration or log can't be read.
@@ -105,8 +104,8 @@ def load_run(name: str, folder: Path) -> RunReport:
 def _read_differences(path: Path, folder: Path) -> list[dict[str, Any]]:
     """Of the run's student, and of its checkpoints."""
     models, entries = read_results(path)
-    own = {name for name, model in models.items() if folder in (Path(model), Path(model).parent)}
-    return [entry for entry in entries if entry["model"] in own and "difference" in entry]
+    names = {name for name, model in models.items() if folder in (Path(model), Path(model).parent)}
+    return [entry for entry in entries if entry["model"] in names and "difference" in entry]
 
 
 def _read_trainer_state(folder: Path) -> dict[str, Any]:

@@ -2,11 +2,11 @@
 // The token view. Completions are a model's: their text only ever becomes textContent.
 (async () => {
   const runs = JSON.parse(document.getElementById("data").textContent);
-  const at = (id) => document.getElementById(id);
-  const view = { run: Object.keys(runs)[0], record: 0, sample: 0, token: 0, quantity: "student_entropy" };
+  const byId = (id) => document.getElementById(id);
+  const view = { run: Object.keys(runs)[0], record: 0, sample: 0, token: 0, metric: "student_entropy" };
   const cache = new Map();
 
-  async function numbers(column) {
+  async function unpack(column) {
     const bytes = Uint8Array.from(atob(column.data), (c) => c.charCodeAt(0));
     const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
     const planes = new Uint8Array(await new Response(stream).arrayBuffer());
@@ -22,14 +22,14 @@
     const key = `${view.run}/${view.record}`;
     if (!cache.has(key)) {
       const packed = Object.entries(record().columns);
-      cache.set(key, Object.fromEntries(await Promise.all(packed.map(async ([k, v]) => [k, await numbers(v)]))));
+      cache.set(key, Object.fromEntries(await Promise.all(packed.map(async ([k, v]) => [k, await unpack(v)]))));
     }
     return cache.get(key);
   }
 
   const run = () => runs[view.run];
   const record = () => run().records[view.record];
-  const start = () => record().lengths.slice(0, view.sample).reduce((a, b) => a + b, 0);
+  const firstToken = () => record().lengths.slice(0, view.sample).reduce((a, b) => a + b, 0);
   const value = (data, name, i) => {
     const [low, high] = record().ranges[name];
     return low + (data[name][i] / 65535) * (high - low);
@@ -38,9 +38,9 @@
   const visible = (text) => (text.trim() === "" ? text.replace(/\n/g, "⏎\n").replace(/\t/g, "⇥").replace(/ /g, "␣") : text);
 
   function range() {
-    if (view.quantity === "kendall_tau") return [-1, 1];
-    if (isFlag(view.quantity) || view.quantity === "gate") return [0, 1];
-    return [0, Math.max(...run().records.map((r) => r.ranges[view.quantity][1]))];
+    if (view.metric === "kendall_tau") return [-1, 1];
+    if (isFlag(view.metric) || view.metric === "gate") return [0, 1];
+    return [0, Math.max(...run().records.map((r) => r.ranges[view.metric][1]))];
   }
 
   function colour(x, [low, high]) {
@@ -58,22 +58,22 @@
     view.token = Math.max(0, Math.min(view.token, record().lengths[view.sample] - 1));
     const data = await columns();
     const limits = range();
-    at("place").textContent = `${view.sample + 1} of ${record().lengths.length}`;
-    at("step").max = run().records.length - 1;
-    at("step").value = view.record;
-    at("at").textContent = record().step;
-    at("step").setAttribute("aria-valuetext", `step ${record().step}`);
-    at("low").textContent = isFlag(view.quantity) ? "no" : limits[0].toFixed(1);
-    at("high").textContent = isFlag(view.quantity) ? "yes" : limits[1].toFixed(1);
-    at("scale").style.setProperty("--from", colour(limits[0], limits));
-    at("scale").style.setProperty("--to", colour(limits[1], limits));
-    at("prompt").textContent = record().prompts[view.sample].map((i) => run().texts[i]).join("");
-    const first = start();
-    at("text").replaceChildren(
+    byId("place").textContent = `${view.sample + 1} of ${record().lengths.length}`;
+    byId("step").max = run().records.length - 1;
+    byId("step").value = view.record;
+    byId("at").textContent = record().step;
+    byId("step").setAttribute("aria-valuetext", `step ${record().step}`);
+    byId("low").textContent = isFlag(view.metric) ? "no" : limits[0].toFixed(1);
+    byId("high").textContent = isFlag(view.metric) ? "yes" : limits[1].toFixed(1);
+    byId("scale").style.setProperty("--from", colour(limits[0], limits));
+    byId("scale").style.setProperty("--to", colour(limits[1], limits));
+    byId("prompt").textContent = record().prompts[view.sample].map((i) => run().texts[i]).join("");
+    const first = firstToken();
+    byId("text").replaceChildren(
       ...Array.from({ length: record().lengths[view.sample] }, (_, t) => {
         const span = document.createElement("span");
         span.textContent = visible(run().texts[data.token[first + t]]);
-        span.style.background = colour(value(data, view.quantity, first + t), limits);
+        span.style.background = colour(value(data, view.metric, first + t), limits);
         span.setAttribute("role", "option");
         span.tabIndex = -1;
         span.dataset.token = t;
@@ -84,29 +84,29 @@
   }
 
   async function select(token, focus = true) {
-    const spans = at("text").children;
-    if (!spans.length) return at("details").replaceChildren();
+    const spans = byId("text").children;
+    if (!spans.length) return byId("details").replaceChildren();
     spans[view.token]?.setAttribute("aria-selected", "false");
     if (spans[view.token]) spans[view.token].tabIndex = -1;
     view.token = token;
     spans[token].setAttribute("aria-selected", "true");
     spans[token].tabIndex = 0;
     if (focus) spans[token].focus({ preventScroll: false });
-    await explain();
+    await drawDetails();
   }
 
-  async function explain() {
+  async function drawDetails() {
     const data = await columns();
-    const i = start() + view.token;
+    const i = firstToken() + view.token;
     const list = document.createElement("dl");
-    for (const { name, title } of run().quantities) {
+    for (const { name, title } of run().metrics) {
       const entry = document.createElement("div");
       const key = document.createElement("dt");
-      const shown = document.createElement("dd");
+      const definition = document.createElement("dd");
       const x = value(data, name, i);
       key.textContent = `${title}: `;
-      shown.textContent = isFlag(name) ? (x > 0.5 ? "yes" : "no") : x.toFixed(3);
-      entry.append(key, shown);
+      definition.textContent = isFlag(name) ? (x > 0.5 ? "yes" : "no") : x.toFixed(3);
+      entry.append(key, definition);
       list.append(entry);
     }
     const table = document.createElement("table");
@@ -122,7 +122,7 @@
     }
     const title = document.createElement("strong");
     title.textContent = `Token ${view.token + 1} of ${record().lengths[view.sample]}: ${visible(run().texts[data.token[i]])}`;
-    at("details").replaceChildren(title, list, table);
+    byId("details").replaceChildren(title, list, table);
   }
 
   function row(kind, cells) {
@@ -135,43 +135,43 @@
     return line;
   }
 
-  function turn(by) {
+  function turnSample(by) {
     const count = record().lengths.length;
     view.sample = (view.sample + by + count) % count;
     view.token = 0;
   }
 
-  at("text").addEventListener("click", (event) => {
+  byId("text").addEventListener("click", (event) => {
     if (event.target.dataset.token) select(Number(event.target.dataset.token));
   });
   let pointer = "";
-  const placeOf = (event) => `${event.screenX} ${event.screenY}`;
-  at("text").addEventListener("mouseover", (event) => {
-    // a pointer that rests is over another token when the text changes: nobody has pointed at that
-    if (event.target.dataset.token && placeOf(event) !== pointer) select(Number(event.target.dataset.token), false);
+  const positionOf = (event) => `${event.screenX} ${event.screenY}`;
+  byId("text").addEventListener("mouseover", (event) => {
+    // a pointer that rests is over another token when the text changes: the user hasn't pointed at it
+    if (event.target.dataset.token && positionOf(event) !== pointer) select(Number(event.target.dataset.token), false);
   });
-  at("text").addEventListener("mousemove", (event) => (pointer = placeOf(event)));
-  at("text").addEventListener("keydown", async (event) => {
+  byId("text").addEventListener("mousemove", (event) => (pointer = positionOf(event)));
+  byId("text").addEventListener("keydown", async (event) => {
     const last = record().lengths[view.sample] - 1;
     const to = { ArrowRight: view.token + 1, ArrowLeft: view.token - 1, Home: 0, End: last }[event.key];
     if (to !== undefined) await select(Math.max(0, Math.min(last, to)));
     else if (event.key === "PageDown" || event.key === "PageUp") {
-      turn(event.key === "PageDown" ? 1 : -1);
+      turnSample(event.key === "PageDown" ? 1 : -1);
       await draw(true);
     } else return;
     event.preventDefault();
   });
-  at("previous").addEventListener("click", () => (turn(-1), draw()));
-  at("next").addEventListener("click", () => (turn(1), draw()));
-  at("step").addEventListener("input", () => ((view.record = Number(at("step").value)), draw()));
-  at("quantity").addEventListener("change", () => ((view.quantity = at("quantity").value), draw()));
-  at("run")?.addEventListener("change", () => ((view.run = at("run").value), draw()));
-  at("controls").addEventListener("submit", (event) => event.preventDefault());
-  for (const { name, title } of run().quantities) {
+  byId("previous").addEventListener("click", () => (turnSample(-1), draw()));
+  byId("next").addEventListener("click", () => (turnSample(1), draw()));
+  byId("step").addEventListener("input", () => ((view.record = Number(byId("step").value)), draw()));
+  byId("metric").addEventListener("change", () => ((view.metric = byId("metric").value), draw()));
+  byId("run")?.addEventListener("change", () => ((view.run = byId("run").value), draw()));
+  byId("controls").addEventListener("submit", (event) => event.preventDefault());
+  for (const { name, title } of run().metrics) {
     const option = document.createElement("option");
     option.value = name;
     option.textContent = title;
-    at("quantity").append(option);
+    byId("metric").append(option);
   }
   await draw();
   document.body.dataset.ready = "true";

@@ -52,14 +52,14 @@ def render_page(runs: Sequence[RunReport]) -> str:
         style=Markup(_read_asset("page.css")),
         script=Markup(_read_asset("page.js")),
         footer=Markup(_REPORT_MARKER + version("tsdkd")),
-        verdicts=[(run, find_notable(run)) for run in runs],
-        evaluations=[
+        findings=[(run, find_notable(run)) for run in runs],
+        result_tables=[
             (f"{run.name}: {name}", _markdown_to_html(text))
             for run in runs
             for name, text in run.result_tables.items()
         ],
         curves=charts.plot_metrics(runs),
-        analyses=charts.plot_figures(runs),
+        figures=charts.plot_figures(runs),
         recorded=[(run.name, run.records) for run in runs if run.records],
         packed=packed,
         names=[run.name for run in runs],
@@ -71,8 +71,8 @@ def render_page(runs: Sequence[RunReport]) -> str:
 def _differing_values(runs: Sequence[RunReport]) -> dict[str, list[str]]:
     """Key -> what each run has, where they differ; a key that wasn't set has the default of all."""
     keys = sorted({key for run in runs for key in run.config} - {"output_dir", "run_name"})
-    values = {key: [str(run.config.get(key, "default")) for run in runs] for key in keys}
-    return {key: of for key, of in values.items() if len(set(of)) > 1}
+    values_by_key = {key: [str(run.config.get(key, "default")) for run in runs] for key in keys}
+    return {key: values for key, values in values_by_key.items() if len(set(values)) > 1}
 
 
 def _read_asset(name: str) -> str:

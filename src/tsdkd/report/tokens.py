@@ -2,7 +2,6 @@
 
 import base64
 import gzip
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from ..analysis.load import StepRecord
 
 _MAX_COMPLETIONS = 50
 
-# name in the page, kind, what it is; of each the smallest and the largest value stand beside its bytes
+# name in the page, title
 TOKEN_METRICS = (
     ("student_entropy", "Student's entropy, nats"),
     ("teacher_entropy", "Teacher's entropy, nats"),
@@ -34,7 +33,7 @@ def pack_records(records: Sequence[StepRecord]) -> dict[str, Any]:
     text_of = {i: text for record in chosen for i, text in record.texts.items()}
     return {
         "texts": [text_of[i] for i in texts],
-        "quantities": [{"name": name, "title": title} for name, title in TOKEN_METRICS],
+        "metrics": [{"name": name, "title": title} for name, title in TOKEN_METRICS],
         "records": [_pack_record(record, place) for record in chosen],
     }
 
@@ -81,8 +80,3 @@ def _pack_column(values: np.ndarray) -> dict[str, Any]:
     little = values.astype(values.dtype.newbyteorder("<")).ravel()
     raw = little.view(np.uint8).reshape(-1, values.dtype.itemsize).T.tobytes()
     return {"size": values.dtype.itemsize, "data": base64.b64encode(gzip.compress(raw, 9, mtime=0)).decode()}
-
-
-def json_size(packed: dict[str, Any]) -> int:
-    """Bytes in the page."""
-    return len(json.dumps(packed))

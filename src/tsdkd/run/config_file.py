@@ -21,11 +21,9 @@ def read_yaml(config: str) -> dict[str, Any]:
     try:
         path = Path(config) if Path(config).exists() else find_preset(config)
         if path is None:
+            hint = did_you_mean(config, preset_names())
             raise ConfigError(
-                [
-                    f"--config: no file and no shipped preset is called {config!r}{did_you_mean(config, preset_names())}; "
-                    "see `tsdkd configs`"
-                ]
+                [f"--config: no file and no shipped preset is called {config!r}{hint}; see `tsdkd configs`"]
             )
         loaded = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
     except OSError as error:

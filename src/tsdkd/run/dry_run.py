@@ -1,11 +1,13 @@
 """What a run would do, without loading weights or writing anything."""
 
 import math
+from collections.abc import Iterator
 
 import yaml
 from datasets import Dataset
-from rich.console import Console
+from rich.console import RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from ..config.base import TokenSelectiveConfig
 from ..data import prepare_dataset
@@ -16,30 +18,30 @@ from .build import load_datasets, set_model_init_kwargs, teacher_name_or_path
 from .output_dir import build_run_config, resolve_resume
 
 
-def dry_run(arguments: RunArguments, processes: int | None = None) -> None:
-    """Print the resolved configuration and what the run would do, without loading weights or writing anything.
+def describe_run(arguments: RunArguments, processes: int | None = None) -> Iterator[RenderableType]:
+    """The resolved configuration and what the run would do, without loading weights or writing anything.
 
     Args:
         arguments: the run.
         processes: how many it will have; by default those that there are.
+
+    Raises:
+        TSDKDError: what the run would raise before it loads the models; what is known by then has been yielded.
     """
     training = arguments.training_args
     processes = processes or training.world_size
     training.steps_per_rollout(processes)
     checkpoint = resolve_resume(arguments)
-    console = Console()
-    console.print(
-        yaml.safe_dump(build_run_config(arguments), sort_keys=True, allow_unicode=True), markup=False, highlight=False
-    )
+    yield Text(yaml.safe_dump(build_run_config(arguments), sort_keys=True, allow_unicode=True))
     known = _summarize_config(arguments, processes, checkpoint)
     try:
         pair, prepared = _prepare_datasets(arguments)
     except (DataError, ModelError):
-        console.print(_summary_table(known))  # what can be said without the hub
+        yield _summary_table(known)  # what can be said without the hub
         raise
-    console.print(_summary_table({**known, **_summarize_datasets(arguments, processes, pair, prepared)}))
+    yield _summary_table({**known, **_summarize_datasets(arguments, processes, pair, prepared)})
     example = pair.template_tokenizer.decode(prepared["train"][0]["prompt_ids"])
-    console.print("first prompt, as the student sees it:", example, sep="\n", markup=False, highlight=False)
+    yield Text(f"first prompt, as the student sees it:\n{example}")
 
 
 def _prepare_datasets(arguments: RunArguments) -> tuple[ModelPair, dict[str, Dataset]]:

@@ -1,26 +1,28 @@
 """The output directory of a run: whose it is, of which configuration, and whether there is something to continue."""
 
-import os
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import yaml
-from accelerate import PartialState
+from accelerate.logging import get_logger
 from transformers.trainer import TRAINER_STATE_NAME
 from trl import ModelConfig
 
 from ..checkpointing import checkpoint
 from ..config.base import DataArguments
-from ..config.options import enum_value
-from ..config.validation import declared_fields, get_default
+from ..config.names import modernize_names
+from ..config.options import enum_value, get_default
+from ..config.validation import declared_fields
 from ..errors import DataError, OutputDirError, ResumeError
-from ..files import ensure_dir, require_dir_path
+from ..files import require_dir_path, write_atomically
 from ..methods import METHODS
 from .arguments import RunArguments
 
+logger = get_logger(__name__)
+
 RUN_CONFIG_NAME = "tsdkd_config.yaml"  # the resolved configuration; marks an output directory as ours
-_TMP_RUN_CONFIG_NAME = f".{RUN_CONFIG_NAME}.new"
+_TMP_RUN_CONFIG_NAME = f".{RUN_CONFIG_NAME}.new"  # what `write_atomically` leaves when it is killed
 
 # What may differ when a run goes on: it decides what is reported, kept, and how fast it goes, not what is learnt.
 _MUTABLE_PREFIXES = ("logging_", "log_", "record_", "save_", "eval_", "hub_", "push_to_", "ddp_", "vllm_", "resume")
@@ -122,12 +124,10 @@ def write_run_config(arguments: RunArguments) -> None:
     """
     if arguments.training_args.process_index == 0:
         folder = Path(str(arguments.training_args.output_dir))
-        ensure_dir(folder)
         if (folder / RUN_CONFIG_NAME).exists() and not _is_resuming(arguments):
             raise OutputDirError(f"output_dir: another run has begun in {folder}; choose another")
         text = yaml.safe_dump(build_run_config(arguments), sort_keys=True, allow_unicode=True)
-        (folder / _TMP_RUN_CONFIG_NAME).write_text(text, encoding="utf-8")
-        os.replace(folder / _TMP_RUN_CONFIG_NAME, folder / RUN_CONFIG_NAME)
+        write_atomically(folder / RUN_CONFIG_NAME, text)
 
 
 def read_run_config(folder: Path) -> dict[str, Any]:
@@ -152,7 +152,7 @@ def build_run_config(arguments: RunArguments) -> dict[str, Any]:
 def _describe_changes(arguments: RunArguments, folder: Path) -> str:
     """In what a run differs from this one so that it isn't the same; what else differs is said."""
     try:
-        before, now = read_run_config(folder), build_run_config(arguments)
+        before, now = modernize_names(read_run_config(folder)), build_run_config(arguments)
     except DataError as error:
         raise OutputDirError(f"output_dir: {error}") from error
     defaults = {"method": None}
@@ -166,5 +166,5 @@ def _describe_changes(arguments: RunArguments, folder: Path) -> str:
     changed = [(name, old, new) for name, old, new in changed if old != new]
     lengths = [f"{name} was {old!r}, now {new!r}" for name, old, new in changed if name in _LENGTH_KEYS]
     for line in lengths:
-        PartialState().print(f"resume: {line}", flush=True)
+        logger.info(f"resume: {line}")
     return "; ".join(f"{name} was {old!r}, now {new!r}" for name, old, new in changed if name not in _LENGTH_KEYS)

@@ -2,13 +2,17 @@
 
 import os
 
+from accelerate.logging import get_logger
+
 from ..checkpointing.preemption import catch_signals
 from ..config.launch import LAUNCHED
 from ..errors import CheckpointError, ConfigError, PreemptedError
 from ..trainer.trainer import TokenSelectiveTrainer
-from .arguments import RunArguments, print_rank_0
+from .arguments import RunArguments
 from .build import build_trainer
 from .output_dir import resolve_resume, write_run_config
+
+logger = get_logger(__name__)
 
 
 def train(arguments: RunArguments) -> TokenSelectiveTrainer:
@@ -23,8 +27,8 @@ def train(arguments: RunArguments) -> TokenSelectiveTrainer:
     if num_launched != arguments.training_args.world_size:
         raise ConfigError(
             [
-                f"num_processes: {num_launched} were started, yet this one knows of {arguments.training_args.world_size}: each "
-                "would train alone; without a GPU set use_cpu: true"
+                f"num_processes: {num_launched} were started, yet this one knows of "
+                f"{arguments.training_args.world_size}: each would train alone; without a GPU set use_cpu: true"
             ]
         )
     checkpoint = resolve_resume(arguments)
@@ -39,7 +43,7 @@ def train(arguments: RunArguments) -> TokenSelectiveTrainer:
             "--resume true"
         )
     _save_student(trainer)
-    print_rank_0(f"saved the student to {arguments.training_args.output_dir}")
+    logger.info(f"saved the student to {arguments.training_args.output_dir}")
     return trainer
 
 

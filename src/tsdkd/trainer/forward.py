@@ -1,8 +1,9 @@
-"""From a model and a micro-batch to the head that an objective asks: the backbone runs, the logits are never whole."""
+"""From a model and a micro-batch to statistics of its tokens: backbone, then head; the logits are never whole."""
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any, NamedTuple, TypeVar
+from functools import partial
+from typing import Any, NamedTuple
 from weakref import WeakSet
 
 import torch
@@ -15,15 +16,14 @@ from ..config.base import TokenSelectiveConfig
 from ..errors import ModelError
 from ..lm_head.dense import DenseHead
 from ..lm_head.fused import FusedHead, compute_dtype
-from ..lm_head.projection import Projection
-from ..lm_head.statistics import Head, StatisticsRequest, TokenStatistics
+from ..lm_head.projection import get_output_layer, get_projection
+from ..lm_head.statistics import PerTokenLoss, StatisticsRequest, TokenStatistics
 
-Output = TypeVar("Output")
 _FUSED_HEAD_HINT = "set fused_head: false, which computes whole logits"
 
 
 class HeadForward:
-    """Runs the pair's models, as they are wrapped for training, up to their heads.
+    """Forward passes of the pair's models, as they are wrapped for training: input ids -> hidden states -> statistics.
 
     Args:
         accelerator: knows the wrappers and the precision.
@@ -33,34 +33,26 @@ class HeadForward:
 
     def __init__(self, accelerator: Accelerator, args: TokenSelectiveConfig, vocab_size: int) -> None:
         self.accelerator, self.args, self.vocab_size = accelerator, args, vocab_size
-        self._redirect = _ForwardRedirection()
         self._checked: WeakSet[nn.Module] = WeakSet()
-
-    @torch.no_grad()
-    def teacher_forward(self, model: nn.Module, batch: dict[str, Tensor], index: Tensor) -> "TeacherOutput":
-        """The teacher's part of a head for `forward`: hidden states or logits at the N positions `index`."""
-        if not self.args.fused_head:
-            return TeacherOutput(model, self._logits(model, batch, index))
-        unwrapped = self.accelerator.unwrap_model(model)
-        return TeacherOutput(unwrapped, self._redirect(model, unwrapped, self._hidden, unwrapped, batch, index))
 
     def forward(
         self,
         model: nn.Module,
         batch: dict[str, Tensor],
         index: Tensor,
-        head_fn: Callable[[Head], Output],
+        request: StatisticsRequest,
+        per_token_loss: PerTokenLoss | None = None,
         teacher: "TeacherOutput | None" = None,
         loss_in_forward: bool = True,
-    ) -> Output:
-        """`head_fn` of the head over the model's predictions at N positions.
+    ) -> TokenStatistics:
+        """Statistics of a model's predictions at N positions.
 
         Args:
             model: as it is wrapped for training.
-            batch: `input_ids` `[B, S]`; `attention_mask` too where padding itself is asked about.
+            batch: `input_ids` `[B, S]`; `attention_mask` too where padding itself has statistics.
             index: `[N]`, places in the flattened `[B, S - 1]` (`tsdkd.selection.token_index`).
-            question: what is asked; its answer is a dataclass, `TokenStatistics` or `ObjectiveOutput`.
-            teacher: from `teacher_forward`, where the question is about both.
+            request, per_token_loss: as a `Head` takes them.
+            teacher: from `teacher_forward`, where the request is about both models.
             loss_in_forward: see `FusedHead`.
 
         Raises:
@@ -68,66 +60,68 @@ class HeadForward:
         """
         if not self.args.fused_head:
             states = None if teacher is None else teacher.states
-            return head_fn(DenseHead(self._logits(model, batch, index), states))
+            return DenseHead(self._logits(model, batch, index), states)(request, per_token_loss)
         unwrapped = self.accelerator.unwrap_model(model)
-        kind: list[type[Output]] = []
+        head = partial(self._head, unwrapped, teacher, request, per_token_loss, loss_in_forward)
+        backbone = partial(self._backbone_and_head, unwrapped, batch, index, head)
+        return TokenStatistics(**run_as_forward(model, unwrapped, backbone, batch["input_ids"]))
 
-        def run_head(hidden: Tensor) -> dict[str, Any]:
-            with ExitStack() as stack:
-                output = head_fn(self._make_fused_head(stack, unwrapped, hidden, teacher, loss_in_forward))
-            kind.append(type(output))
-            return vars(output)  # DDP and DeepSpeed look for tensors in plain containers only
+    def _backbone_and_head(
+        self,
+        model: PreTrainedModel,
+        batch: dict[str, Tensor],
+        index: Tensor,
+        head: Callable[[Tensor], dict[str, Any]],
+        input_ids: Tensor,
+    ) -> dict[str, Any]:
+        hidden = self._hidden(model, {**batch, "input_ids": input_ids}, index)
+        with self.accelerator.autocast():
+            return _run_as_output_layer(model, head, hidden)
 
-        def forward_fn(input_ids: Tensor) -> dict[str, Any]:
-            hidden = self._hidden(unwrapped, {**batch, "input_ids": input_ids}, index)
-            with self.accelerator.autocast():
-                return self._forward_as_output_layer(unwrapped, run_head, hidden)
+    def _head(
+        self,
+        model: PreTrainedModel,
+        teacher: "TeacherOutput | None",
+        request: StatisticsRequest,
+        per_token_loss: PerTokenLoss | None,
+        loss_in_forward: bool,
+        hidden: Tensor,
+    ) -> dict[str, Any]:
+        """The statistics as a dictionary: DDP and DeepSpeed look for tensors in plain containers only."""
+        with ExitStack() as stack:
+            of_teacher: tuple[Any, ...] = ()
+            if teacher is not None:
+                _gather_parameters(stack, get_output_layer(teacher.model))
+                of_teacher = (teacher.states, get_projection(teacher.model))
+            head = FusedHead(
+                hidden,
+                get_projection(model),
+                *of_teacher,
+                vocab_size=self.vocab_size,
+                temperature=self.args.temperature,
+                chunk_gib=self.args.head_chunk_gib,
+                loss_in_forward=loss_in_forward,
+            )
+            return vars(head(request, per_token_loss))
 
-        # as the wrapper's forward: DDP arms its gradient reduction there. On CUDA it moves what it is given to its
-        # device first, and fails where it is given nothing.
-        fields = self._redirect(model, unwrapped, forward_fn, batch["input_ids"])
-        return kind[0](**fields)
+    @torch.no_grad()
+    def teacher_forward(self, model: nn.Module, batch: dict[str, Tensor], index: Tensor) -> "TeacherOutput":
+        """The teacher's hidden states or logits at the N positions `index`, for `forward`."""
+        if not self.args.fused_head:
+            return TeacherOutput(model, self._logits(model, batch, index))
+        unwrapped = self.accelerator.unwrap_model(model)
+        return TeacherOutput(unwrapped, run_as_forward(model, unwrapped, self._hidden, unwrapped, batch, index))
 
     @torch.no_grad()
     def compute_statistics(
         self, model: nn.Module, batch: dict[str, Tensor], index: Tensor, request: StatisticsRequest
     ) -> TokenStatistics:
-        """`request` of a model in eval mode, without gradients; `forward` says what the arguments are."""
+        """The same as `forward`, of a model in eval mode and without gradients."""
         was_training = model.training
         model.eval()
-        output = self.forward(model, batch, index, lambda head: head(request))
+        statistics = self.forward(model, batch, index, request)
         model.train(was_training)
-        return output
-
-    def _make_fused_head(
-        self,
-        stack: ExitStack,
-        model: PreTrainedModel,
-        hidden: Tensor,
-        teacher: "TeacherOutput | None",
-        loss_in_forward: bool,
-    ) -> FusedHead:
-        second: tuple[Any, ...] = ()
-        if teacher is not None:
-            _gather_parameters(stack, _output_layer(teacher.model))
-            second = (teacher.states, get_projection(teacher.model))
-        return FusedHead(
-            hidden,
-            get_projection(model),
-            *second,
-            vocab_size=self.vocab_size,
-            temperature=self.args.temperature,
-            chunk_gib=self.args.head_chunk_gib,
-            loss_in_forward=loss_in_forward,
-        )
-
-    def _forward_as_output_layer(
-        self, model: PreTrainedModel, function: Callable[[Tensor], Any], hidden: Tensor
-    ) -> Any:
-        """`function(hidden)` as the forward of the model's output layer: under ZeRO-3 its weight is then gathered,
-        here and in the backward pass, and the gradient lands in the shard."""
-        layer = _output_layer(model)
-        return self._redirect(layer, layer, function, hidden)
+        return statistics
 
     def _logits(self, model: nn.Module, batch: dict[str, Tensor], index: Tensor) -> Tensor:
         """`[N, V]`, over the shared ids, temperature applied."""
@@ -139,39 +133,10 @@ class HeadForward:
         """`[N, H]`, the last hidden states."""
         with self.accelerator.autocast():
             if model not in self._checked:
-                self._check_logits(model, batch["input_ids"][:1, :8])
+                _check_logits(model, batch["input_ids"][:1, :8])
                 torch.clear_autocast_cache()  # older torches keep casts of weights that were made without a gradient
                 self._checked.add(model)
             return _select_positions(index, _forward_backbone(model, batch["input_ids"], batch.get("attention_mask")))
-
-    @torch.no_grad()
-    def _check_logits(self, model: PreTrainedModel, ids: Tensor) -> None:
-        """Once a model: a head that forgets a scale would train on other distributions, without any error."""
-        was_training = model.training
-        model.eval()
-        expected = model(input_ids=ids, use_cache=False).logits
-        try:
-            hidden = _forward_backbone(model, ids)
-        except (AttributeError, TypeError) as error:
-            raise ModelError(
-                f"{_class_name(model)}: its backbone gives no last hidden states; {_FUSED_HEAD_HINT}"
-            ) from error
-
-        def logits(hidden: Tensor) -> Tensor:
-            projection = get_projection(model)
-            return projection.slice_vocab(len(projection.weight), dtype).logits(hidden.to(dtype))
-
-        dtype = compute_dtype(hidden)
-        found = self._forward_as_output_layer(model, logits, hidden)
-        model.train(was_training)
-        tolerance = max(1e-3, 16 * torch.finfo(dtype).eps) * float(expected.abs().max())
-        same_shape = found.shape == expected.shape
-        difference = float((found - expected).abs().max()) if same_shape else float("inf")
-        if not difference <= tolerance:
-            raise ModelError(
-                f"{_class_name(model)}: its logits are not its output layer's (they differ by {difference:.3g}, more than "
-                f"{tolerance:.3g}): it does something else with them than a scale or a soft cap; {_FUSED_HEAD_HINT}"
-            )
 
 
 class TeacherOutput(NamedTuple):
@@ -181,22 +146,57 @@ class TeacherOutput(NamedTuple):
     states: Tensor
 
 
-def get_projection(model: PreTrainedModel) -> Projection:
-    """A model's output layer, with the scale and soft cap that its configuration names."""
-    layer, config = _output_layer(model), model.config.get_text_config()
-    divisor = getattr(config, "logits_scaling", None)  # Granite; HyperCLOVA X multiplies by it
-    if divisor is not None:
-        scale = divisor if config.model_type == "hyperclovax" else 1.0 / divisor
-    else:
-        names = ("logit_scale", "output_multiplier", "lm_head_multiplier")
-        scale = next((s for name in names if (s := getattr(config, name, None)) is not None), 1.0)
-    return Projection(layer.weight, layer.bias, scale, getattr(config, "final_logit_softcapping", None))
+def run_as_forward(wrapper: nn.Module, module: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
+    """`function(*args)`, run as the forward of `module` by a call of `wrapper`.
+
+    A computation that uses a module's parameters without calling the module must look like its forward to what wraps
+    it. DDP arms its gradient reduction in its own forward, and looks at what that returns. DeepSpeed ZeRO-3 gathers a
+    module's parameters in hooks around its forward, and again in the backward pass. On CUDA DDP moves its arguments to
+    its device first, and fails where there are none: give at least one tensor.
+
+    Args:
+        wrapper: the module as it is wrapped, or the module itself.
+        module: whose forward is replaced for this call.
+        function: what is run; takes and returns tensors in plain containers.
+        args: of `function`.
+    """
+    return _ForwardRedirection()(wrapper, module, function, *args)
 
 
-def _output_layer(model: PreTrainedModel) -> Any:
-    layer = model.get_output_embeddings()
-    copies = getattr(layer, "modules_to_save", None)  # peft's trained copy of a whole layer
-    return layer if copies is None else copies[layer.active_adapter]
+def _run_as_output_layer(model: PreTrainedModel, function: Callable[[Tensor], Any], hidden: Tensor) -> Any:
+    """`function(hidden)` with the weight of the output layer gathered, and its gradient in the shard."""
+    layer = get_output_layer(model)
+    return run_as_forward(layer, layer, function, hidden)
+
+
+@torch.no_grad()
+def _check_logits(model: PreTrainedModel, ids: Tensor) -> None:
+    """Once a model: a head that forgets a scale would train on other distributions, without any error."""
+    was_training = model.training
+    model.eval()
+    expected = model(input_ids=ids, use_cache=False).logits
+    try:
+        hidden = _forward_backbone(model, ids)
+    except (AttributeError, TypeError) as error:
+        raise ModelError(
+            f"{_class_name(model)}: its backbone gives no last hidden states; {_FUSED_HEAD_HINT}"
+        ) from error
+    dtype = compute_dtype(hidden)
+    found = _run_as_output_layer(model, partial(_project, model, dtype), hidden)
+    model.train(was_training)
+    tolerance = max(1e-3, 16 * torch.finfo(dtype).eps) * float(expected.abs().max())
+    same_shape = found.shape == expected.shape
+    difference = float((found - expected).abs().max()) if same_shape else float("inf")
+    if not difference <= tolerance:
+        raise ModelError(
+            f"{_class_name(model)}: its logits are not its output layer's (they differ by {difference:.3g}, more than "
+            f"{tolerance:.3g}): it does something else with them than a scale or a soft cap; {_FUSED_HEAD_HINT}"
+        )
+
+
+def _project(model: PreTrainedModel, dtype: torch.dtype, hidden: Tensor) -> Tensor:
+    projection = get_projection(model)
+    return projection.slice_vocab(len(projection.weight), dtype).logits(hidden.to(dtype))
 
 
 def _gather_parameters(stack: ExitStack, layer: Any) -> None:

@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import nn
+
+from ..objective import ObjectiveOutput
 
 
 @dataclass
@@ -84,3 +87,16 @@ class MetricAccumulator:
         self._sums.clear()
         self._maxima.clear()
         return found
+
+
+def term_gradient_norms(output: ObjectiveOutput, num_units: int, model: nn.Module) -> dict[str, float]:
+    """Gradient norm of each weighted term, as if this micro-batch were the batch."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    found = {}
+    for name, term in output.terms.items():
+        weighted = output.weights[name] * term / max(num_units, 1)
+        gradients = torch.autograd.grad(weighted, parameters, retain_graph=True, allow_unused=True)
+        norms = [g.float().norm() for g in gradients if g is not None]
+        del gradients  # as large as the student: the next term's must not come beside them
+        found[name] = float(torch.stack(norms).norm()) if norms else 0.0
+    return found

@@ -1,5 +1,6 @@
 """The README.md beside a saved student."""
 
+import re
 from collections.abc import Mapping
 from importlib import metadata, resources
 from pathlib import Path
@@ -7,11 +8,14 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+_ARXIV_ID = re.compile(r"arXiv (\d{4}\.\d{5})")
+
 
 def write_model_card(
     path: Path,
     *,
     method: str,
+    paper: str,
     model_name: str,
     student: str,
     teacher: str,
@@ -19,7 +23,7 @@ def write_model_card(
     tags: list[str],
     settings: Mapping[str, Any],
 ) -> None:
-    """Write a model card that names method, student, teacher, data, settings and both papers.
+    """Write a model card that names method, student, teacher, data, settings and the method's papers.
 
     Only names that can be hub ids go into the card's metadata: a local path there fails the hub's check.
     """
@@ -33,6 +37,8 @@ def write_model_card(
         ),
         template_path=str(resources.files("tsdkd").joinpath("trainer/model_card.md.j2")),
         method=method,
+        paper=_ARXIV_ID.sub(r"[arXiv \1](https://arxiv.org/abs/\1)", paper),
+        cited=[name for name in ("TSD-KD", "EOPD") if name in f"{method.upper()} {paper}"],
         model_name=model_name,
         student=student or "a model built in memory",
         teacher=teacher or "a model built in memory",

@@ -7,9 +7,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.logging import get_logger
 from torch import Tensor
 
 from ..errors import NonFiniteError
+
+logger = get_logger(__name__)
 
 
 class NonFiniteGuard:
@@ -17,12 +20,12 @@ class NonFiniteGuard:
 
     Args:
         accelerator: the run's.
-        folder: where the completions of a bad step are written.
-        allowed: how many bad steps are left out before the run stops.
+        output_dir: where the completions of a bad step are written.
+        max_nonfinite_steps: how many bad steps are left out before the run stops.
         decode: token ids -> text.
 
     Attributes:
-        skipped: how many have been left out.
+        num_skipped: how many have been left out.
     """
 
     def __init__(
@@ -72,7 +75,7 @@ class NonFiniteGuard:
                 f"{text}; the step was not taken. Resume with max_nonfinite_steps to leave such steps out, or start "
                 "from the last checkpoint's weights, in a new output_dir, with a lower learning_rate"
             )
-        self.accelerator.print(f"{text}; left out ({self.num_skipped} of {self.max_nonfinite_steps})", flush=True)
+        logger.warning(f"{text}; left out ({self.num_skipped} of {self.max_nonfinite_steps})")
         return False
 
     def _write(self, path: Path, batches: list[dict[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""`ScoredRolloutTrainer`: one rollout, one query of the teacher, several optimizer steps (EOPD's Algorithm 1)."""
+"""`ScoredRolloutTrainer`: one rollout is scored once and serves several optimizer steps (EOPD's Algorithm 1)."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..data import completion_mask, target_ids
 from ..lm_head.statistics import StatisticsRequest
-from ..objective import RolloutScores
+from ..objective import PolicyScores
 from ..rollout.seeding import prompt_generator
 from ..selection import token_index
 from .trainer import Batch, TokenSelectiveTrainer
@@ -16,47 +16,47 @@ FORWARD_KL_STREAM = 1  # stream of `prompt_generator`
 
 
 class ScoredRolloutTrainer(TokenSelectiveTrainer):
-    """For methods that ask the teacher once a rollout. Arguments: see `TokenSelectiveTrainer`."""
+    """For methods whose teacher scores a rollout once. Arguments: see `TokenSelectiveTrainer`."""
 
     def _postprocess_micro_batch(self, model: nn.Module, batch: Batch, step: int, mode: str) -> None:
-        """Query the policy that sampled and the teacher, once; keep the teacher's top-k only."""
+        """Score by the teacher, of which the top k are kept, and by the policy that sampled."""
         index = token_index(completion_mask(batch), sum(batch["lengths"]))
         sampled = target_ids(batch, index).unsqueeze(-1)
-        policy: dict[str, Any] = (
-            self._score_policy(model, batch, index, sampled) if self.objective.needs_old_per_token_logps else {}
-        )
+        old_logps: Tensor | None = None
+        if self.objective.scores_class is PolicyScores:
+            old_logps, ratio = self._score_policy(model, batch, index, sampled)
         with self._time_teacher(batch, mode):
             request = StatisticsRequest(entropy=True, top_k=self.objective.teacher_top_k, ids=sampled)
             teacher = self.head_forward.compute_statistics(self.teacher_model, batch, index, request)
-        batch["scores"] = vars(
-            RolloutScores(
-                teacher_entropy=teacher.entropy,
-                teacher_per_token_logps=teacher.logps.squeeze(-1),
-                teacher_topk_ids=teacher.topk_ids,
-                teacher_topk_logps=teacher.topk_logps,
-                random_uniform=self._forward_kl_uniform(batch, step),
-                **policy,
-            )
-        )
+        teacher_logps = teacher.logps.squeeze(-1)
+        scores: dict[str, Any] = {
+            "teacher_entropy": teacher.entropy,
+            "teacher_per_token_logps": teacher_logps,
+            "teacher_topk_ids": teacher.topk_ids,
+            "teacher_topk_logps": teacher.topk_logps,
+            "random_uniform": self._random_uniform(batch, step),
+        }
+        if old_logps is not None:
+            scores["old_per_token_logps"], scores["importance_sampling_ratio"] = old_logps, ratio
+            scores["advantages"] = teacher_logps - old_logps  # EOPD Eq. 6
+        batch["scores"] = scores  # a dictionary: it is part of a checkpoint
 
-    def _score_policy(self, model: nn.Module, batch: Batch, index: Tensor, sampled: Tensor) -> dict[str, Tensor]:
-        """Log-probabilities under the policy that sampled, and importance weights if they are asked for.
+    def _score_policy(self, model: nn.Module, batch: Batch, index: Tensor, sampled: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities `[N]` under the policy that sampled, and importance sampling ratios `[N]`.
 
-        An engine has told them, unless it samples from a nucleus: no forward pass is needed.
+        An engine gives the former with its tokens, unless it samples from a nucleus: no forward pass is needed.
         """
-        sampling_per_token_logps = batch.get("sampling_per_token_logps")
-        corrects_sampling = getattr(self.args, "vllm_importance_sampling_correction", False)
-        if sampling_per_token_logps is not None and not corrects_sampling and self.args.top_p == 1.0:
-            return {"old_per_token_logps": sampling_per_token_logps}
-        logps = self.head_forward.compute_statistics(
-            model, batch, index, StatisticsRequest(ids=sampled)
-        ).logps.squeeze(-1)
-        if sampling_per_token_logps is None or not corrects_sampling:
-            return {"old_per_token_logps": logps}
-        weights = (logps - sampling_per_token_logps).exp().clamp(max=self.args.vllm_importance_sampling_clip_max)
-        return {"old_per_token_logps": logps, "importance": weights}
+        engine_logps = batch.get("sampling_per_token_logps")
+        is_corrected = getattr(self.args, "vllm_importance_sampling_correction", False)
+        if engine_logps is not None and not is_corrected and self.args.top_p == 1.0:
+            return engine_logps, torch.ones_like(engine_logps)
+        request = StatisticsRequest(ids=sampled)
+        logps = self.head_forward.compute_statistics(model, batch, index, request).logps.squeeze(-1)
+        if engine_logps is None or not is_corrected:
+            return logps, torch.ones_like(logps)
+        return logps, (logps - engine_logps).exp().clamp(max=self.args.vllm_importance_sampling_clip_max)
 
-    def _forward_kl_uniform(self, batch: Batch, step: int) -> Tensor:
+    def _random_uniform(self, batch: Batch, step: int) -> Tensor:
         generators = [prompt_generator(self.args.seed, step, i, FORWARD_KL_STREAM) for i in batch["index"]]
         numbers = [torch.rand(n, generator=g) for g, n in zip(generators, batch["lengths"], strict=True)]
         return torch.cat(numbers).to(batch["input_ids"].device, non_blocking=True)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..config.base import TokenSelectiveConfig
 from ..data import completion_mask, pad_sequences, target_ids
+from ..files import atomic_path
 from ..lm_head.statistics import StatisticsRequest
 from ..losses import Divergence, forward_kl_on, jsd
 from ..selection import token_index
@@ -26,6 +27,7 @@ RECORDS_DIR = "records"
 NUM_CANDIDATES = 10  # of the student, with the teacher's log-probabilities of them
 MASS_TOP_K = (1, 2, 4, 8, 16, 32, 64)  # the teacher's k most probable tokens
 FORWARD_KL_TOP_K = 16
+_DEFAULT_BETA = 0.9  # TSD-KD's
 
 
 @dataclass
@@ -42,6 +44,14 @@ class RecordedCompletion:
     completion: list[int]
 
 
+def recorded_divergence(args: TokenSelectiveConfig) -> Divergence:
+    """The generalised JSD that records have: the method's own, or TSD-KD's where it has none.
+
+    Every configuration has a `beta`, which it inherits from TRL; it means something where it isn't refused.
+    """
+    return jsd(_DEFAULT_BETA if "beta" in args.unsupported_options else args.beta)
+
+
 @torch.no_grad()
 def compute_token_records(
     heads: HeadForward, student: nn.Module, teacher: nn.Module, batch: dict[str, Tensor], divergence: Divergence
@@ -52,7 +62,7 @@ def compute_token_records(
         heads: of the pair.
         student, teacher: as they are wrapped for training.
         batch: as `tsdkd.data.pad_sequences` makes it.
-        kind: the divergence that is recorded.
+        divergence: to record.
 
     Returns:
         Columns `[N]` or `[N, K]`; entropies, log-probabilities and divergences in nats.
@@ -65,7 +75,7 @@ def compute_token_records(
         entropy=True, teacher_entropy=True, divergence=divergence, top_k=NUM_CANDIDATES, ids=sampled
     )
     student_statistics = heads.forward(
-        student, batch, index, lambda head: head(both), heads.teacher_forward(teacher, batch, index)
+        student, batch, index, both, teacher=heads.teacher_forward(teacher, batch, index)
     )
     ids = torch.cat([sampled, student_statistics.topk_ids], dim=-1)
     teacher_statistics = heads.compute_statistics(
@@ -121,10 +131,8 @@ def write_token_records(
     }
     table = pa.table(arrays).replace_schema_metadata({"tsdkd": json.dumps(metadata)})
     path = folder / RECORDS_DIR / f"step-{step:08d}.parquet"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_suffix(".new")
-    pq.write_table(table, new, compression="zstd")
-    new.replace(path)
+    with atomic_path(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd")
     return path
 
 
@@ -157,17 +165,17 @@ class TokenRecorder:
         padded = pad_sequences([s.prompt for s in chosen], [s.completion for s in chosen])
         device = self.heads.accelerator.device
         batch = {name: values.to(device) for name, values in padded.items()}
-        columns = compute_token_records(self.heads, student, teacher, batch, jsd(getattr(self.args, "beta", 0.9)))
+        columns = compute_token_records(self.heads, student, teacher, batch, recorded_divergence(self.args))
         if self.heads.accelerator.is_main_process:
             write_token_records(Path(str(self.args.output_dir)), step, chosen, columns, self.decode)
 
 
 def _to_arrow(values: Tensor) -> pa.Array:
     """Ids as int32, everything else as float32; lists of a fixed size as float16 where nobody needs more."""
-    divergence = pa.float32() if values.is_floating_point() else pa.int32()
+    dtype = pa.float32() if values.is_floating_point() else pa.int32()
     numbers = values.float() if values.is_floating_point() else values.int()
     if values.ndim == 1:
-        return pa.array(numbers.numpy(), divergence)
+        return pa.array(numbers.numpy(), dtype)
     if values.is_floating_point():
-        divergence, numbers = pa.float16(), numbers.half()
-    return pa.FixedSizeListArray.from_arrays(pa.array(numbers.flatten().numpy(), divergence), values.shape[1])
+        dtype, numbers = pa.float16(), numbers.half()
+    return pa.FixedSizeListArray.from_arrays(pa.array(numbers.flatten().numpy(), dtype), values.shape[1])

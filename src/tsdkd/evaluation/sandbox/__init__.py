@@ -29,11 +29,11 @@ class ResourceLimits:
     """What a program may use.
 
     Attributes:
-        seconds: of wall time; also of each process's CPU time.
-        memory: of each process, MiB.
-        disk: of its directory, which is in memory, MiB.
-        file: of one file, MiB.
-        processes: at once, threads included.
+        timeout_seconds: of wall time; also of each process's CPU time.
+        memory_mib: of each process.
+        disk_mib: of its directory, which is in memory.
+        file_mib: of one file.
+        max_processes: at once, threads included.
     """
 
     timeout_seconds: int = 10

@@ -1,0 +1,74 @@
+"""The plot of a comparison: accuracy of every run, seed by seed."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+from .config import Comparison
+from .summary import RunSummary
+
+_PALE, _DARK = "#9aa5b1", "#1f4e79"
+
+
+def plot_accuracy(comparison: Comparison, summaries: Sequence[RunSummary], metrics: Sequence[str], path: Path) -> None:
+    """Accuracy of every run: each seed a dot, the mean with its interval; of a sweep as a line over `x`.
+
+    Args:
+        comparison: with `x`, the key that a sweep varies.
+        summaries: of the runs and of the reference models.
+        metrics: in percent, an axis each.
+        path: of the picture.
+    """
+    runs = [s for s in summaries if not s.is_reference]
+    if comparison.x:
+        runs.sort(key=lambda s: comparison.sweep_value(s.run_name))
+    student = next((s for s in summaries if s.run_name == "student"), None)
+    height = 2.8 if comparison.x else 0.9 + 0.38 * len(runs)
+    size = (11, height)
+    figure, axes = plt.subplots(1, len(metrics), figsize=size, sharey=not comparison.x, layout="constrained")
+    for axis, metric in zip(axes, metrics, strict=True):
+        _plot_sweep(axis, comparison, runs, metric) if comparison.x else _plot_runs(axis, runs, metric)
+        percents = [value for s in runs for value in s.seed_values[metric]]
+        if student is not None:
+            draw_line = axis.axhline if comparison.x else axis.axvline
+            draw_line(student.means[metric], color="black", lw=0.8, ls=":", label="student before")
+            percents.append(student.means[metric])
+        set_limits = axis.set_ylim if comparison.x else axis.set_xlim
+        set_limits(_axis_limits(percents))
+        axis.spines[["top", "right"]].set_visible(False)
+    if student is not None:
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", frameon=False, fontsize="small")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _plot_sweep(axis: Axes, comparison: Comparison, runs: Sequence[RunSummary], metric: str) -> None:
+    x = [comparison.sweep_value(s.run_name) for s in runs]
+    for value, s in zip(x, runs, strict=True):
+        axis.plot([value] * len(s.seed_values[metric]), s.seed_values[metric], ".", color=_PALE, zorder=1)
+    means, half_widths = [s.means[metric] for s in runs], [s.half_widths[metric] for s in runs]
+    axis.errorbar(x, means, yerr=half_widths, fmt="o-", color=_DARK, capsize=3)
+    axis.set(xlabel=comparison.x, ylabel=f"{metric}, %")
+
+
+def _plot_runs(axis: Axes, runs: Sequence[RunSummary], metric: str) -> None:
+    y = [-i for i in range(len(runs))]
+    for value, s in zip(y, runs, strict=True):
+        axis.plot(s.seed_values[metric], [value] * len(s.seed_values[metric]), ".", color=_PALE, zorder=1)
+    means, half_widths = [s.means[metric] for s in runs], [s.half_widths[metric] for s in runs]
+    axis.errorbar(means, y, xerr=half_widths, fmt="o", color=_DARK, capsize=3)
+    axis.set_yticks(y, [s.run_name.replace("$", r"\$") for s in runs])
+    axis.set(xlabel=f"{metric}, %")
+    axis.margins(y=0.12)
+
+
+def _axis_limits(percents: Sequence[float]) -> tuple[float, float]:
+    """Of the seeds' values, not of their intervals, which with few seeds are far longer."""
+    low, high = min(percents), max(percents)
+    margin = max(2.0, 0.15 * (high - low))
+    return max(0.0, low - margin), min(100.0, high + margin)

@@ -1,0 +1,42 @@
+"""Options with two names, and names that options had before."""
+
+from collections.abc import Mapping
+from typing import Any
+
+ALIASES = {
+    "max_new_tokens": "max_completion_length",  # GKDConfig's name; TRL's other trainers have ours
+    "activation_checkpointing": "gradient_checkpointing",  # transformers' name since 5.24; before, only the other
+    "activation_checkpointing_kwargs": "gradient_checkpointing_kwargs",
+}
+"""Another name that is accepted -> the name that everything else uses."""
+
+RENAMED = {
+    "clip_epsilon": "epsilon",
+    "epochs_per_rollout": "num_iterations",
+    "own_share": "on_policy_share",
+    "own_share_step": "on_policy_share_step",
+    "discount": "gamma",
+}
+"""A name that isn't accepted any more -> what the option is called now."""
+
+
+def resolve_aliases(values: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
+    """The same values by the names that everything else uses; a contradiction is added to `problems`."""
+    resolved = {name: value for name, value in values.items() if name not in ALIASES}
+    for alias, name in ALIASES.items():
+        if alias not in values:
+            continue
+        if name in values and values[name] != values[alias]:
+            problems.append(describe_alias_conflict(alias, values[name], values[alias]))
+        resolved.setdefault(name, values[alias])
+    return resolved
+
+
+def describe_alias_conflict(alias: str, value: Any, alias_value: Any) -> str:
+    """Both names of an option, with different values."""
+    return f"{ALIASES[alias]}, {alias}: two names of one option, found {value!r} and {alias_value!r}; remove one"
+
+
+def modernize_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a configuration that an earlier version wrote, by today's names."""
+    return {{**ALIASES, **RENAMED}.get(name, name): value for name, value in values.items()}

@@ -1,0 +1,75 @@
+"""The size of a model, from its configuration alone."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+
+@dataclass
+class ModelSize:
+    """The size of a model, in numbers (not bytes).
+
+    Attributes:
+        num_parameters: all of them; `num_trainable_parameters`: those that are trained.
+        parameters_per_layer: parameters of a decoder layer.
+        embedding_parameters: of the input embedding, `V x H`; `has_tied_embeddings`: it is the output layer too.
+        vocab_size, num_hidden_layers, hidden_size, num_attention_heads: of the decoder.
+        residual_numbers: a token's, that one layer keeps of the residual stream for its backward pass, in its
+            precision.
+        activation_numbers: a token's, that one layer keeps besides, in the precision of matrix products.
+        kv_cache_numbers: a token's, that one layer keeps in the key-value cache.
+        max_position_embeddings: the longest sequence, tokens.
+    """
+
+    num_parameters: int
+    num_trainable_parameters: int
+    parameters_per_layer: int
+    embedding_parameters: int
+    has_tied_embeddings: bool
+    vocab_size: int
+    num_hidden_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    residual_numbers: int
+    activation_numbers: int
+    kv_cache_numbers: int
+    max_position_embeddings: int
+
+    @property
+    def adapter_parameters(self) -> int:
+        """Parameters of LoRA's adapters, 0 without them."""
+        return self.num_trainable_parameters if self.num_trainable_parameters < self.num_parameters else 0
+
+
+def compute_model_size(config: PretrainedConfig, lora_r: int = 0) -> ModelSize:
+    """The size of a model, without its weights; `lora_r`: rank of adapters on all its linear layers."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    text = config.get_text_config()
+    num_parameters = sum(p.numel() for p in model.parameters())
+    layer = model.base_model.layers[0]
+    linear = [m for m in model.base_model.layers.modules() if isinstance(m, torch.nn.Linear)]
+    adapter_parameters = sum(lora_r * (m.in_features + m.out_features) for m in linear)
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    queries, keys = text.num_attention_heads * head_dim, text.num_key_value_heads * head_dim
+    # rotated queries and keys, values, attention's output, and of the feed-forward part gate, activation, up, and
+    # their product
+    activation_numbers = 2 * queries + 2 * keys + 4 * text.intermediate_size
+    if hasattr(layer.self_attn, "q_norm"):
+        activation_numbers += 2 * (queries + keys)
+    return ModelSize(
+        num_parameters=num_parameters,
+        num_trainable_parameters=adapter_parameters if lora_r else num_parameters,
+        parameters_per_layer=sum(p.numel() for p in layer.parameters()),
+        embedding_parameters=model.get_input_embeddings().weight.numel(),
+        has_tied_embeddings=bool(text.tie_word_embeddings),
+        vocab_size=text.vocab_size,
+        num_hidden_layers=text.num_hidden_layers,
+        hidden_size=text.hidden_size,
+        num_attention_heads=text.num_attention_heads,
+        residual_numbers=4 * text.hidden_size,  # two norms, input and output
+        activation_numbers=activation_numbers,
+        kv_cache_numbers=2 * keys,
+        max_position_embeddings=getattr(text, "max_position_embeddings", None) or 2**31,
+    )

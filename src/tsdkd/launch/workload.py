@@ -1,0 +1,128 @@
+"""What a GPU does in a step, from the values of a configuration."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+
+from ..config.base import TokenSelectiveConfig
+
+GIB = 2**30
+_DENSE_BYTES_PER_LOGIT = 46  # bytes for a (token, word) without the fused head, bfloat16 (docs/performance.md)
+_PROMPT_TOKENS = 256  # tokens, where only completions have a limit that counts
+_LARGE_GPU_GIB = 70  # from here on vLLM samples 1024 sequences at once, below 256 (an A100 of 80 GiB: 256 too)
+
+
+@dataclass
+class VllmMemoryConfig:
+    """The vLLM engine that rolls out.
+
+    Attributes:
+        memory_bytes: of a GPU that trains; 0 for a server elsewhere.
+        has_sleep_mode: whether it gives its memory back while the student trains.
+        tensor_parallel_size: processes that share one engine.
+        max_model_len: its context, tokens.
+        max_num_seqs: sequences that it may sample at once.
+    """
+
+    memory_bytes: float
+    has_sleep_mode: bool = False
+    tensor_parallel_size: int = 1
+    max_model_len: int = 0
+    max_num_seqs: int = 256
+
+
+@dataclass
+class Workload:
+    """What a GPU does in a step.
+
+    Attributes:
+        micro_batch_size: completions of a micro-batch; `gradient_accumulation_steps`: micro-batches of a step.
+        rollout_size: completions of a rollout, 0 without any; `steps_per_rollout`: steps that it serves.
+        sequence_length: of prompt and completion, tokens.
+        weight_bytes: of a student's number outside DeepSpeed; `compute_bytes`: in matrix products.
+        teacher_bytes: of a teacher's number.
+        uses_gradient_checkpointing: layers are computed again in the backward pass.
+        uses_eager_attention: attention keeps its whole matrices.
+        head_gib: of a chunk of the fused head, or of whole logits.
+        needs_teacher_in_rollout: the teacher takes part in every token of a rollout.
+        engine: None: transformers' generation rolls out.
+    """
+
+    micro_batch_size: int
+    gradient_accumulation_steps: int
+    rollout_size: int
+    steps_per_rollout: int
+    sequence_length: int
+    weight_bytes: int
+    compute_bytes: int
+    teacher_bytes: int
+    uses_gradient_checkpointing: bool
+    uses_eager_attention: bool
+    head_gib: float
+    needs_teacher_in_rollout: bool
+    engine: VllmMemoryConfig | None
+
+
+def build_workload(
+    cls: type[TokenSelectiveConfig],
+    values: dict[str, Any],
+    models: Sequence[PretrainedConfig],
+    gpus: int,
+    gpu_gib: float,
+) -> Workload:
+    """What a GPU does in a step, by a method and a configuration's values; `models`: student's and teacher's."""
+    samples_per_step = values["per_device_train_batch_size"] * values["gradient_accumulation_steps"]
+    rollout = max(samples_per_step, -(-values.get("rollout_batch_size", 0) // gpus))
+    steps_per_rollout = rollout / samples_per_step * values.get("num_iterations", 1)
+    generates = values["lmbda"] > 0 or cls.always_needs_completions
+    half = values["fp16"] or values["bf16"] is not False  # TRL's default is bf16
+    weight_bytes = _itemsize(values["dtype"], values["model_init_kwargs"], models[0])
+    longest = _max_sequence_length(values, models)
+    tokens = min(longest, values["max_completion_length"] + _PROMPT_TOKENS)
+    logits = values["per_device_train_batch_size"] * tokens * models[0].get_text_config().vocab_size
+    chunk_gib = values["head_chunk_gib"] or 1.0
+    return Workload(
+        micro_batch_size=values["per_device_train_batch_size"],
+        gradient_accumulation_steps=values["gradient_accumulation_steps"],
+        rollout_size=rollout if generates else 0,
+        steps_per_rollout=int(steps_per_rollout),
+        sequence_length=tokens,
+        weight_bytes=weight_bytes,
+        compute_bytes=2 if half else weight_bytes,
+        teacher_bytes=_itemsize("auto", values["teacher_model_init_kwargs"], models[1]),
+        uses_gradient_checkpointing=bool(values["gradient_checkpointing"]),
+        uses_eager_attention=values["attn_implementation"] == "eager",
+        head_gib=chunk_gib if values["fused_head"] else logits * _DENSE_BYTES_PER_LOGIT / GIB,
+        needs_teacher_in_rollout="use_vllm" in cls.unsupported_options,
+        engine=_build_engine_config(values, longest, gpu_gib) if values["use_vllm"] else None,
+    )
+
+
+def _build_engine_config(values: dict[str, Any], longest: int, gpu_gib: float) -> VllmMemoryConfig:
+    slots = 1024 if gpu_gib >= _LARGE_GPU_GIB else 256
+    if values["vllm_mode"] == "server":
+        return VllmMemoryConfig(memory_bytes=0.0, max_num_seqs=slots)
+    return VllmMemoryConfig(
+        memory_bytes=values["vllm_gpu_memory_utilization"] * gpu_gib * GIB,
+        has_sleep_mode=values["vllm_enable_sleep_mode"],
+        tensor_parallel_size=values["vllm_tensor_parallel_size"],
+        max_model_len=longest,
+        max_num_seqs=slots,
+    )
+
+
+def _max_sequence_length(values: dict[str, Any], models: Sequence[PretrainedConfig]) -> int:
+    """Prompt plus completion, tokens, as `data.longest_sequence` has it."""
+    contexts = [getattr(m.get_text_config(), "max_position_embeddings", None) for m in models]
+    limits = [values["max_length"], values["vllm_max_model_length"] if values["use_vllm"] else None, *contexts]
+    return min([limit for limit in limits if limit], default=2**31)
+
+
+def _itemsize(dtype: str, init_kwargs: dict[str, Any] | None, config: PretrainedConfig) -> int:
+    """Bytes of a number of a model that is loaded in `dtype`, or its checkpoint's."""
+    name = (init_kwargs or {}).get("dtype", dtype)
+    given = config.dtype or torch.float32 if name == "auto" else name
+    return torch.empty(0, dtype=getattr(torch, given) if isinstance(given, str) else given).element_size()

@@ -1,0 +1,154 @@
+"""What a step trains on: completions of the student, or of the data set, as padded micro-batches."""
+
+import time
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import nn
+from trl.trainer.utils import print_prompt_completions_sample
+
+from ..data import max_sequence_length, pad_sequences
+from ..grading import is_exact_match
+from ..models.loading import ModelPair
+from ..rollout.base import Completion, Sampler, SamplingConfig
+from ..rollout.hf import HuggingFaceSampler
+from ..rollout.seeding import prompt_generator
+from .forward import HeadForward
+from .metrics import MetricAccumulator
+from .rollout_buffer import Batch
+from .token_records import RecordedCompletion, TokenRecorder
+from .weight_check import check_engine_weights
+
+EVAL_STEP = 2**62  # evaluation rollouts: the same random numbers at every evaluation
+ON_POLICY_STREAM = 2  # stream of `prompt_generator`
+_NUM_LOGGED_COMPLETIONS = 5
+
+
+class RolloutMixin:
+    """The part of a trainer that rolls out; a method's trainer may override how.
+
+    Attributes:
+        pair: student and teacher, as far as they are known without their weights.
+        stop_token_ids: where a completion ends.
+        sampler: of the student's completions.
+    """
+
+    args: Any
+    model: Any
+    accelerator: Any
+    state: Any
+    teacher_model: Any
+    pair: ModelPair
+    stop_token_ids: set[int]
+    sampler: Sampler
+    head_forward: HeadForward
+    token_recorder: TokenRecorder
+    metric_accumulators: dict[str, MetricAccumulator]
+    _prepare_inputs: Any  # Trainer's
+    _load_count: int
+    _logged_completions: list[tuple[str, str, Completion]]
+
+    # What the trainer of a method may decide
+
+    def _make_sampler(self) -> Sampler:
+        args = self.args
+        sampling = SamplingConfig(
+            frozenset(self.stop_token_ids), self.pair.shared_vocab_size, args.temperature, args.top_p
+        )
+        if not args.use_vllm:
+            return HuggingFaceSampler(self.accelerator, sampling, args.gradient_checkpointing_kwargs)
+        from ..rollout.vllm.sampler import VLLMSampler  # vLLM is an extra
+
+        longest = max_sequence_length(args, self.pair.context_length)
+        if args.vllm_mode == "colocate":
+            self.accelerator.print("starting vLLM's engine, which takes a minute or two", flush=True)
+        return VLLMSampler(self.model, self.accelerator, args, sampling, self.pair.tokenizer, longest)
+
+    def _select_completions(
+        self, model: nn.Module, rows: list[Batch], step: int, mode: str
+    ) -> tuple[list[list[int]], list[Completion]]:
+        """Prompts and completions to train on: the student's, or the data set's, by one random number a rollout."""
+        uniform = torch.rand(1, generator=prompt_generator(self.args.seed, step, 0, ON_POLICY_STREAM))
+        prompts = [ids for batch in rows for ids in batch["prompt_ids"]]
+        if bool(uniform < self.args.lmbda):
+            return prompts, self._generate(model, rows, prompts, step, mode)
+        return prompts, [Completion(ids, True) for batch in rows for ids in batch["completion_ids"]]
+
+    def _postprocess_micro_batch(self, model: nn.Module, batch: Batch, step: int, mode: str) -> None:
+        """Add to a rolled-out micro-batch what must be known before the student changes."""
+
+    # What it uses
+
+    def _roll_out(self, model: nn.Module, rows: list[Batch], step: int, mode: str) -> list[Batch]:
+        """Collated rows -> padded micro-batches with the student's or the data set's completions."""
+        if not rows:
+            return []
+        prompts, completions = self._select_completions(model, rows, step, mode)
+        num_tokens = sum(len(c.ids) for c in completions)
+        self.metric_accumulators[mode].add("completions/mean_length", num_tokens, len(completions))
+        if self.token_recorder.is_due(step, mode):
+            indices = [i for batch in rows for i in batch["index"]]
+            samples = [RecordedCompletion(i, p, c.ids) for i, p, c in zip(indices, prompts, completions, strict=True)]
+            self.token_recorder.record(model, self.teacher_model, samples, step)
+        batches, start = [], 0
+        for row in rows:
+            part = slice(start, start + len(row["prompt_ids"]))
+            start = part.stop
+            batches.append(self._micro_batch(row, prompts[part], completions[part]))
+            self._postprocess_micro_batch(model, batches[-1], step, mode)
+        return batches
+
+    def _micro_batch(self, row: Batch, prompts: list[list[int]], completions: list[Completion]) -> Batch:
+        batch: Batch = self._prepare_inputs(pad_sequences(prompts, [c.ids for c in completions]))
+        # on the host, which would otherwise have to wait for the device to learn them
+        batch |= {"index": row["index"], "lengths": [len(c.ids) for c in completions]}
+        batch["num_tokens"] = sum(batch["lengths"]) + sum(len(prompt) for prompt in prompts)
+        logps = [c.logps for c in completions if c.logps is not None]
+        if len(logps) == len(completions):
+            batch["sampling_per_token_logps"] = torch.tensor(list(chain(*logps)), device=batch["input_ids"].device)
+        return batch
+
+    def _generate(
+        self, model: nn.Module, rows: list[Batch], prompts: list[list[int]], step: int, mode: str
+    ) -> list[Completion]:
+        indices = [i for batch in rows for i in batch["index"]]
+        limits = [limit for batch in rows for limit in batch["limit"]]
+        accumulator, start = self.metric_accumulators[mode], time.perf_counter()
+        if self.sampler.update((self.state.global_step, self._load_count)):
+            accumulator.add("speed/weight_sync_seconds", time.perf_counter() - start, 1)
+        start = time.perf_counter()
+        completions = self.sampler.generate(model, prompts, limits, [(self.args.seed, step, i) for i in indices])
+        num_tokens = sum(len(c.ids) for c in completions)
+        accumulator.add("speed/rollout_tokens_per_second", num_tokens, time.perf_counter() - start)
+        if self.sampler.needs_weight_check:
+            check_engine_weights(self.head_forward, self.accelerator, model, prompts, completions, self.args.top_p)
+            self.sampler.needs_weight_check = False
+        accumulator.add("completions/eos_share", sum(c.stopped for c in completions), len(completions))
+        self._log_completions(prompts, completions, [a for b in rows for a in b.get("answer", [])], mode)
+        return completions
+
+    def _log_completions(
+        self, prompts: list[list[int]], completions: list[Completion], answers: list[str], mode: str
+    ) -> None:
+        """Accuracy, in evaluation only as decoding costs, and some completions for the log."""
+        decode = self.pair.tokenizer.decode
+        if mode == "eval" and answers:
+            texts = [decode(c.ids, skip_special_tokens=True) for c in completions]
+            num_correct = sum(is_exact_match(text, str(answer)) for text, answer in zip(texts, answers, strict=True))
+            self.metric_accumulators[mode].add("accuracy", num_correct, len(answers))
+        if self.args.log_completions:
+            self._logged_completions = [
+                (decode(prompt), decode(completion.ids, skip_special_tokens=True), completion)
+                for prompt, completion in list(zip(prompts, completions, strict=True))[:_NUM_LOGGED_COMPLETIONS]
+            ]
+
+    def _print_completions(self) -> None:
+        if not self._logged_completions or not self.accelerator.is_main_process:
+            return
+        prompts, texts, completions = zip(*self._logged_completions, strict=True)
+        extra = {
+            "Tokens": [len(completion.ids) for completion in completions],
+            "Ended": ["stop token" if completion.stopped else "limit" for completion in completions],
+        }
+        print_prompt_completions_sample(list(prompts), list(texts), {}, None, self.state.global_step, extra=extra)

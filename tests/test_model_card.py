@@ -1,0 +1,37 @@
+"""The model card: a method's own papers, and no local path where the hub expects an id."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tsdkd.methods import METHODS
+from tsdkd.trainer.model_card import write_model_card
+
+TSD_KD, EOPD = "Explain in Your Own Words", "Entropy-Aware On-Policy Distillation"
+
+
+def written(folder: Path, method: str, **changes: str) -> str:
+    names = {"model_name": "m", "student": "Qwen/Qwen3-0.6B-Base", "teacher": "t", "dataset": "d", **changes}
+    paper = METHODS[method].config_class.paper
+    write_model_card(folder / "README.md", method=method, paper=paper, tags=[method], settings={"a": 1}, **names)
+    return (folder / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_card_cites_the_method_s_papers(method: str, tmp_path: Path) -> None:
+    card = written(tmp_path, method)
+    paper = METHODS[method].config_class.paper
+    assert paper.split(", arXiv")[0] in card
+    if "arXiv " in paper:
+        assert f"https://arxiv.org/abs/{paper[-10:].removesuffix(')')}" in card or "EOPD Table" in paper
+    assert (TSD_KD in card) == method.startswith("tsd-kd")
+    assert (EOPD in card) == (method.startswith("eopd") or "EOPD" in paper)
+    assert ("## Citation" in card) == (TSD_KD in card or EOPD in card)
+
+
+def test_local_paths_stay_out_of_the_metadata(tmp_path: Path) -> None:
+    card = written(tmp_path, "gkd", student=str(tmp_path), dataset="org/prompts")
+    metadata = yaml.safe_load(card.split("---")[1])
+    assert "base_model" not in metadata and metadata["datasets"] == ["org/prompts"]
+    assert yaml.safe_load(written(tmp_path, "gkd").split("---")[1])["base_model"] == "Qwen/Qwen3-0.6B-Base"

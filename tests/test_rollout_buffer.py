@@ -1,0 +1,56 @@
+"""`RolloutBuffer`: windows in order, one rollout for several, and a state that continues."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tsdkd.trainer.rollout_buffer import RolloutBuffer
+
+
+def rows(count: int) -> Iterator[dict[str, Any]]:
+    return iter([{"index": [i]} for i in range(count)])
+
+
+def roll_out(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{**batch, "sampling_per_token_logps": 0} for batch in batches]
+
+
+def drain(buffer: RolloutBuffer, data: Iterator[dict[str, Any]], steps: int) -> list[list[int]]:
+    windows = [buffer.next(data, 2, steps - step, roll_out) for step in range(steps)]
+    return [[i for batch in window for i in batch["index"]] for window in windows]
+
+
+@pytest.mark.parametrize(
+    ("steps_per_rollout", "num_iterations", "expected"),
+    [
+        (1, 1, [[0, 1], [2, 3], [4, 5], [6]]),
+        (2, 1, [[0, 1], [2, 3], [4, 5], [6]]),
+        (4, 2, [[0, 1], [2, 3], [0, 1], [2]]),  # two windows, twice; the last step of the epoch is a short one
+    ],
+)
+def test_windows(steps_per_rollout: int, num_iterations: int, expected: list[list[int]]) -> None:
+    assert drain(RolloutBuffer(2, steps_per_rollout, num_iterations), rows(7), 4) == expected
+
+
+def test_the_end_of_the_data_is_an_empty_window() -> None:
+    buffer = RolloutBuffer(2, 1)
+    assert drain(buffer, rows(2), 2) == [[0, 1], []]
+
+
+def test_only_the_first_window_comes_from_the_policy_that_is_trained() -> None:
+    buffer, data = RolloutBuffer(1, 3), rows(3)
+    has_logps = ["sampling_per_token_logps" in buffer.next(data, 1, 3, roll_out)[0] for _ in range(3)]
+    assert has_logps == [True, False, False]
+
+
+def test_a_state_continues_where_the_data_loader_starts_again() -> None:
+    """After a resume the loader is at the checkpoint's step, whose rollout has taken rows beyond it."""
+    buffer, data = RolloutBuffer(2, 3), rows(8)
+    assert drain(buffer, data, 1) == [[0, 1]]
+    resumed = RolloutBuffer(2, 3)
+    resumed.load_state_dict(buffer.state_dict())
+    left = rows(8)
+    for _ in range(2):
+        next(left)  # the step that was taken
+    assert drain(resumed, left, 3) == [[2, 3], [4, 5], [6, 7]] == drain(buffer, data, 3)
