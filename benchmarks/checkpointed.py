@@ -30,7 +30,7 @@ class CheckpointedHead:
     teacher_project: Callable[[Tensor], Tensor]
     chunk: int = 128
 
-    def __call__(self, request: StatisticsRequest, own: PerTokenLoss | None = None) -> TokenStatistics:
+    def __call__(self, request: StatisticsRequest, per_token_loss: PerTokenLoss | None = None) -> TokenStatistics:
         """The statistics of all N tokens."""
         starts = range(0, max(1, len(self.hidden)), self.chunk)
         chunks = [slice(start, start + self.chunk) for start in starts]
@@ -42,8 +42,8 @@ class CheckpointedHead:
         for name, first in vars(parts[0]).items():
             if isinstance(first, Tensor):
                 setattr(result, name, torch.cat([getattr(part, name) for part in parts]))
-        if own is not None:
-            result.loss_terms, result.loss = own.sums(result)
+        if per_token_loss is not None:
+            result.loss_terms, result.loss = per_token_loss.sums(result)
         return result
 
     def _chunk_statistics(self, request: StatisticsRequest, rows: slice) -> TokenStatistics:

@@ -65,7 +65,7 @@ class Contest:
         self.hidden.requires_grad_()
         self.weight.requires_grad_()
         mask = torch.ones(max(1, tokens // COMPLETION), min(tokens, COMPLETION), dtype=torch.bool, device=DEVICE)
-        self.completions = CompletionBatch(mask)
+        self.completions = CompletionBatch(mask, torch.zeros(mask.numel(), dtype=torch.long, device=DEVICE))
 
     def contestants(self) -> dict[str, Callable[[], None]]:
         """Name -> one loss with its backward pass."""

@@ -3,11 +3,11 @@
     python benchmarks/step.py [--pairs demo large] [--repeats 3] [--steps 4] [--threads N] [--vllm]
 
 Our step is TSD-KD with its three terms, the peers' is a JSD with beta 0.9: same pair, prompts, batch, limits, float32.
-`demo` is the embedded pair (32 completions); `large` has random weights, 60M and 250M parameters, the Qwen2.5 vocabulary
-(8 completions of 64 tokens). The trainers take turns, each turn's first step isn't counted; figures are medians of the
-turns, in seconds a step. `head` is from the student's last hidden states to their gradient: projections, loss, and the
-way back. `--vllm` adds our trainer with rollouts on vLLM; `sync`, a part of the rollout, copies the weights. On a GPU
-the device is waited for wherever a part begins or ends.
+`demo` is the embedded pair (32 completions); `large` has random weights, 60M and 250M parameters, the Qwen2.5
+vocabulary (8 completions of 64 tokens). The trainers take turns, each turn's first step isn't counted; figures are
+medians of the turns, in seconds a step. `head` is from the student's last hidden states to their gradient:
+projections, loss, and the way back. `--vllm` adds our trainer with rollouts on vLLM; `sync`, a part of the rollout,
+copies the weights. On a GPU the device is waited for wherever a part begins or ends.
 """
 
 import argparse

@@ -12,6 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -34,6 +35,15 @@ torch.set_num_threads(1)
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="run the reliability campaigns whole (hours)")
     parser.addoption("--shuffle", type=int, metavar="SEED", help="run files, and the tests of each, in a random order")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """DeepSpeed compiles into this checkout: a lock that a killed compilation leaves would be waited for, forever."""
+    folder = config.rootpath / ".pytest_cache" / f"torch_extensions-{torch.__version__}"
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
+    if not hasattr(config, "workerinput"):  # pytest-xdist's; another may be compiling
+        for lock in folder.glob("*/lock"):
+            lock.unlink()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -195,15 +205,22 @@ def on_cpus() -> dict[str, str]:
     return {**os.environ, **environment}
 
 
+def run_to_end(command: list[str], env: dict[str, str], timeout: float = 600) -> subprocess.CompletedProcess:
+    """`subprocess.run` for a launcher: at the limit all that it has started is killed, in whatever session it is."""
+    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        for child in [*psutil.Process(process.pid).children(recursive=True), process]:
+            child.kill()
+        raise
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
 def launch(launcher: list[str], command: list[str]) -> str:
     """Run `tsdkd command` over CPU processes by `accelerate launch`; returns what it printed."""
-    result = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", *launcher, "-m", "tsdkd", *command],
-        env=on_cpus(),
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    program = [sys.executable, "-m", "accelerate.commands.launch", *launcher, "-m", "tsdkd", *command]
+    result = run_to_end(program, on_cpus())
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
 

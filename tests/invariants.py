@@ -14,7 +14,6 @@ import json
 import os
 import platform
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -29,7 +28,7 @@ import transformers
 import trl
 from safetensors.torch import load_file
 
-from conftest import DDP, QUIET, build_model, build_tokenizer, flags, make_rows, on_cpus, write_jsonl
+from conftest import DDP, QUIET, build_model, build_tokenizer, flags, make_rows, on_cpus, run_to_end, write_jsonl
 from tsdkd.cli import main
 from tsdkd.methods import METHODS
 
@@ -174,7 +173,7 @@ def measure_two_processes() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         write_inputs(Path(folder, "inputs"))
         command = [sys.executable, "-m", "accelerate.commands.launch", *DDP, __file__, "--rank-of", folder]
-        result = subprocess.run(command, env=on_cpus(), capture_output=True, text=True, timeout=900)
+        result = run_to_end(command, on_cpus(), timeout=900)
         assert result.returncode == 0, result.stderr[-3000:]
         return json.loads(Path(folder, "results.json").read_text())
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from conftest import QUIET, on_cpus
+from conftest import QUIET, on_cpus, run_to_end
 from test_cli import WITHOUT
 from tsdkd.cli import main
 from tsdkd.compare.config import read_comparison
@@ -89,7 +89,7 @@ GPUS += "sys.exit(main(sys.argv[1:]))"
 def train(file: str, *flags: str, gpus: int = 0, **environment: str) -> subprocess.CompletedProcess:
     """`tsdkd train` on a machine of so many GPUs; the processes that it starts compute on the CPU."""
     program = [sys.executable, "-c", GPUS.format(gpus=gpus), "train", "--config", file, *flags]
-    return subprocess.run(program, env=on_cpus() | environment, capture_output=True, text=True, timeout=600)
+    return run_to_end(program, on_cpus() | environment)
 
 
 def steps(result: subprocess.CompletedProcess, folder: Path) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import flags, on_cpus, weights
+from conftest import flags, on_cpus, run_to_end, weights
 from crash import wait_for
 from tsdkd.cli import main
 from tsdkd.errors import PreemptedError
@@ -45,23 +45,15 @@ def command(saved_model, rows_file, tmp_path):
     return make
 
 
-def launcher(command: list[str], config: str, processes: int = 2) -> subprocess.Popen:
-    """`tsdkd train` that starts its own processes on the CPU."""
+def launcher(command: list[str], config: str, processes: int = 2) -> list[str]:
+    """`tsdkd train` that starts its own processes."""
     several = ["--accelerate_config", config, "--num_processes", str(processes), "--main_process_port", "0"]
-    return subprocess.Popen(
-        [sys.executable, "-m", "tsdkd", *command, *several],
-        env=on_cpus(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return [sys.executable, "-m", "tsdkd", *command, *several]
 
 
 def start(command: list[str], config: str, processes: int = 2) -> subprocess.CompletedProcess:
-    """The same, to its end."""
-    process = launcher(command, config, processes)
-    out, err = process.communicate(timeout=600)
-    return subprocess.CompletedProcess(command, process.returncode, out, err)
+    """It, on the CPU, to its end."""
+    return run_to_end(launcher(command, config, processes), on_cpus())
 
 
 def logged(folder: Path, name: str) -> list[float]:
@@ -249,7 +241,8 @@ def test_a_launcher_that_is_terminated(command, tmp_path):
     """It passes the signal on, and waits until the processes have saved."""
     folder = tmp_path / "out"
     values = {"save_steps": 10_000, "max_steps": 10_000}
-    process = launcher(command("tsd-kd", "out", 2, **values), "ddp")
+    program = launcher(command("tsd-kd", "out", 2, **values), "ddp")
+    process = subprocess.Popen(program, env=on_cpus(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     wait_for(folder / "tsdkd_config.yaml")
     process.terminate()
     _, errors = process.communicate(timeout=300)
