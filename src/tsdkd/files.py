@@ -1,8 +1,10 @@
 """Folders and files that are written: one place, one error for what the system says."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from .errors import OutputDirError, TSDKDError
 
@@ -29,6 +31,36 @@ def wrap_os_errors(path: Path, field: str = "output_dir", action: str = "written
         raise
     except OSError as error:
         raise OutputDirError(f"{field}: {path} can't be {action}: {error.strerror or error}") from error
+
+
+@contextmanager
+def open_for_append(path: Path, field: str = "output_dir") -> Iterator[TextIO]:
+    """A text file to append lines to; its folder is made if it isn't there. Raises `OutputDirError`."""
+    with wrap_os_errors(path, field, "written"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            yield file
+
+
+def iter_whole_lines(path: Path, prefix: bytes = b"") -> Iterator[tuple[int, bytes]]:
+    """The lines of a file that is only ever appended to, with their numbers from 1.
+
+    A last line without its end was cut off in the middle of a write. It isn't yielded, and once all others have been
+    taken, it is removed from the file; a caller that refuses the file before has changed nothing.
+
+    Args:
+        path: the file.
+        prefix: how each line begins. Only a last line that begins so can have been cut off; another one is yielded.
+    """
+    size = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n") and line.startswith(prefix[: len(line)]):
+                break
+            yield number, line
+            size += len(line)
+    if size < path.stat().st_size:
+        os.truncate(path, size)
 
 
 def require_dir_path(folder: Path) -> None:

@@ -15,9 +15,9 @@ from ..data import completion_mask
 from ..lm_head.statistics import Head, PerTokenLoss, StatisticsRequest, TokenStatistics
 from ..losses import REVERSE_KL, clipped_policy_loss
 from ..objective import CompletionBatch, Objective, ObjectiveOutput, approx_kl, common_metrics, mean_metric
-from ..rollout.base import Sampler, SamplingConfig
+from ..rollout import make_sampler
+from ..rollout.base import Sampler, TokenChoice
 from ..rollout.categorical import sample_tokens
-from ..rollout.mixed import MixedSampler, TokenChoice
 from ..trainer.rollout_scores import ScoredRolloutTrainer
 from ..trainer.trainer import Batch
 from .defaults import NO_VLLM, OWN_ROLLOUTS, RolloutConfig
@@ -120,9 +120,10 @@ class MiniLLMTrainer(ScoredRolloutTrainer):
     objective: MiniLLMObjective
 
     def _make_sampler(self) -> Sampler:
-        sampling = SamplingConfig(frozenset(self.stop_token_ids), self.pair.shared_vocab_size)
-        choose = mixed(self.args.teacher_mixture, self.args.temperature)
-        return MixedSampler(self.accelerator, self.args, sampling, self.teacher_model, choose)
+        mixed_with = (self.teacher_model, mixed(self.args.teacher_mixture, self.args.temperature))
+        return make_sampler(
+            self.model, self.accelerator, self.args, self.pair, self.stop_token_ids, mixed_with=mixed_with
+        )
 
     def _postprocess_micro_batch(self, model: nn.Module, batch: Batch, step: int, mode: str) -> None:
         """Also the mixture's log-probabilities, in place of the student's, and the returns."""
