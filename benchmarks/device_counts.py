@@ -63,7 +63,7 @@ def build(method: str, layers: int, vocabulary: int, fused: bool, folder: str) -
         train_dataset=Dataset.from_list(make_rows(ROWS * ACCUMULATED * STEPS, completion_words=(TOKENS, TOKENS))),
         processing_class=build_tokenizer(),
     )
-    trainer.sampler.sampling = dataclasses.replace(trainer.sampler.sampling, stop_ids=frozenset())
+    trainer.sampler.sampling = dataclasses.replace(trainer.sampler.sampling, stop_token_ids=frozenset())
     return trainer
 
 

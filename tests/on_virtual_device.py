@@ -164,7 +164,7 @@ def test_a_rollout_is_the_cpu_s_with_a_wait_in_sixteen_tokens() -> None:
 
     def rolled_out() -> Any:
         generators = [prompt_generator(0, 0, i) for i in range(24)]
-        return sample_completions(model, prompts, limits, generators, stop_ids={1, 7}, vocab_size=64)
+        return sample_completions(model, prompts, limits, generators, stop_token_ids={1, 7}, vocab_size=64)
 
     on_the_cpu = rolled_out()
     model.to(virtual_device.DEVICE)

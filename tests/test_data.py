@@ -1,6 +1,7 @@
 """Rows in every documented shape -> token ids, lengths and masks."""
 
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -312,5 +313,13 @@ def test_dry_run_counts_what_is_dropped(
 ) -> None:
     rows = [{"prompt": " ".join(["w1"] * n)} for n in (3, 9, 5, 40)]
     data = write_jsonl(tmp_path / "rows.jsonl", rows)
-    printed = dry_run(capsys, saved_model(), saved_model("qwen3", 1), data, max_length=8)
-    assert "2 of 4" in printed and "dropped" in printed
+    warnings: list[logging.LogRecord] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = warnings.append  # type: ignore[method-assign]
+    logging.getLogger("tsdkd.data").addHandler(handler)
+    try:
+        dry_run(capsys, saved_model(), saved_model("qwen3", 1), data, max_length=8)
+    finally:
+        logging.getLogger("tsdkd.data").removeHandler(handler)
+    (warning,) = [record.getMessage() for record in warnings]
+    assert "2 of 4" in warning and "dropped" in warning

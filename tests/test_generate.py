@@ -50,7 +50,9 @@ def test_rows_are_the_models_samples(command, saved_model, rows_file, tmp_path):
         assert (row["model"], row["seed"], row["temperature"]) == (teacher, 3, 1.0) and row["revision"]
         if i < 4:
             ids = build_ids(row["prompt"])
-            (drawn,) = sample_completions(model, [ids], [12], [prompt_generator(3, j, i)], stop_ids={1}, vocab_size=64)
+            (drawn,) = sample_completions(
+                model, [ids], [12], [prompt_generator(3, j, i)], stop_token_ids={1}, vocab_size=64
+            )
             assert row["num_tokens"] == len(drawn.ids)
             assert row["finish_reason"] == ("stop" if drawn.stopped else "length")
             assert build_ids(row["completion"], bare=True) == [t for t in drawn.ids if 2 <= t < 60]
@@ -65,7 +67,7 @@ def test_a_suffix_is_asked_and_not_written(command, saved_model, tmp_path, capsy
     row = read(output)[0, 0]
     model = AutoModelForCausalLM.from_pretrained(row["model"], dtype=torch.float32)
     ids = build_ids(f"{row['prompt']} w7 w8")
-    (drawn,) = sample_completions(model, [ids], [12], [prompt_generator(3, 0, 0)], stop_ids={1}, vocab_size=64)
+    (drawn,) = sample_completions(model, [ids], [12], [prompt_generator(3, 0, 0)], stop_token_ids={1}, vocab_size=64)
     assert build_ids(row["completion"], bare=True) == [t for t in drawn.ids if 2 <= t < 60]
     assert "w7 w8" not in row["prompt"]
     assert main(command(output)) == 2

@@ -206,7 +206,7 @@ def together(choose: Any, prompts: list[list[int]] = PROMPTS, limit: int = 12, s
     models = [build_model("qwen3", 0), build_model("llama", 1)]
     generators = [[prompt_generator(0, step, i, stream) for stream in (0, 4)] for i in range(len(prompts))]
     limits = [limit] * len(prompts)
-    completions = sample_from_models(models, prompts, limits, generators, choose, stop_ids={1}, vocab_size=64)
+    completions = sample_from_models(models, prompts, limits, generators, choose, stop_token_ids={1}, vocab_size=64)
     return [c.ids for c in completions]
 
 
@@ -218,7 +218,7 @@ def test_interleaved_sampling_that_accepts_everything_is_the_students_own() -> N
     """K = V: the same tokens, from the same random numbers."""
     found = together(speculative(accept_top_k=64, draft_temperature=0.7, draft_top_p=0.8))
     generators = [prompt_generator(0, 0, i) for i in range(len(PROMPTS))]
-    options = {"stop_ids": {1}, "vocab_size": 64, "temperature": 0.7, "top_p": 0.8}
+    options = {"stop_token_ids": {1}, "vocab_size": 64, "temperature": 0.7, "top_p": 0.8}
     own = sample_completions(build_model("qwen3", 0), PROMPTS, [12] * len(PROMPTS), generators, **options)
     assert found == [c.ids for c in own]
 
@@ -226,7 +226,7 @@ def test_interleaved_sampling_that_accepts_everything_is_the_students_own() -> N
 def test_interleaved_sampling_that_accepts_only_the_best_is_the_teachers_greedy_choice() -> None:
     found = together(speculative(accept_top_k=1, correction_top_p=1e-9))
     greedy = sample_completions(
-        build_model("llama", 1), PROMPTS, [12] * len(PROMPTS), None, stop_ids={1}, vocab_size=64
+        build_model("llama", 1), PROMPTS, [12] * len(PROMPTS), None, stop_token_ids={1}, vocab_size=64
     )
     assert found == [c.ids for c in greedy]
 

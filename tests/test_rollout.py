@@ -2,6 +2,7 @@
 
 import math
 import random
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from conftest import build_model
 from tsdkd.rollout.base import Completion, SamplingConfig
 from tsdkd.rollout.hf import HuggingFaceSampler, sample_completions
-from tsdkd.rollout.seeding import prompt_generator
+from tsdkd.rollout.seeding import RandomStream, prompt_generator
 
 FAMILIES = ("gemma2", "llama", "qwen2", "qwen3")
 WIDTHS = (3, 1, 21, 8, 13, 2, 9, 7)  # below, at and above gemma2's sliding window of 8
@@ -33,7 +34,7 @@ def generators(indices: Sequence[int], seed: int = 0, step: int = 0) -> list[tor
 
 def draw(model: Any, indices: Sequence[int], limits: Sequence[int] | None = None, **options: Any) -> list[Completion]:
     """Sample for PROMPTS[i], i in `indices`, each with its own generator and its own limit."""
-    own = {"stop_ids": {1, 7, 23}, "vocab_size": ROWS}
+    own = {"stop_token_ids": {1, 7, 23}, "vocab_size": ROWS}
     seeds = {key: options.pop(key) for key in ("seed", "step") if key in options}
     limits = [LIMITS[i] for i in indices] if limits is None else limits
     return sample_completions(
@@ -89,11 +90,12 @@ def test_greedy_equals_generate_on_each_prompt_alone(family: str) -> None:
     free = [alone(p, n, []) for p, n in zip(PROMPTS, LIMITS, strict=True)]
     stop = sorted({free[0][3], free[2][10], free[5][0]})  # rows end at different lengths, so the batch shrinks
     expected = [alone(p, n, stop) for p, n in zip(PROMPTS, LIMITS, strict=True)]
-    got = sample_completions(model, PROMPTS, LIMITS, None, stop_ids=set(stop), vocab_size=ROWS)
+    got = sample_completions(model, PROMPTS, LIMITS, None, stop_token_ids=set(stop), vocab_size=ROWS)
     assert [c.ids for c in got] == expected
     assert [c.stopped for c in got] == [ids[-1] in stop for ids in expected]
     assert len({len(ids) for ids in expected}) >= 4 and len({c.stopped for c in got}) == 2
-    assert [c.ids for c in sample_completions(model, PROMPTS, LIMITS, None, stop_ids=set(), vocab_size=ROWS)] == free
+    unstopped = sample_completions(model, PROMPTS, LIMITS, None, stop_token_ids=set(), vocab_size=ROWS)
+    assert [c.ids for c in unstopped] == free
 
 
 @every_family
@@ -112,8 +114,8 @@ def test_a_longer_neighbour_does_not_change_the_draws() -> None:
     """The longest limit of the batch decides how many numbers are drawn beforehand."""
     model = build_model("qwen3", seed=2)
     for limit in (1, 2, 15, 16, 17, 24):
-        (short,) = draw(model, [2], [limit], stop_ids=set())
-        beside = draw(model, [2, 0], [limit, 40], stop_ids=set())
+        (short,) = draw(model, [2], [limit], stop_token_ids=set())
+        beside = draw(model, [2, 0], [limit, 40], stop_token_ids=set())
         assert short.ids == beside[0].ids
         assert len(short.ids) == limit and len(beside[1].ids) == 40
 
@@ -134,7 +136,8 @@ def test_seed_step_and_index_decide_the_draw() -> None:
 
     def completion(seed: int, step: int, index: int) -> tuple[int, ...]:
         generator = prompt_generator(seed, step, index)
-        return tuple(sample_completions(model, PROMPTS[:1], [16], [generator], stop_ids=set(), vocab_size=ROWS)[0].ids)
+        options: dict[str, Any] = {"stop_token_ids": set(), "vocab_size": ROWS}
+        return tuple(sample_completions(model, PROMPTS[:1], [16], [generator], **options)[0].ids)
 
     keys = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (2, 0, 0), (0, 0, 2), (42, 7, 3), (42, 3, 7)]
     draws = [completion(*key) for key in keys]
@@ -143,7 +146,7 @@ def test_seed_step_and_index_decide_the_draw() -> None:
 
 
 def test_keys_give_distinct_streams() -> None:
-    keys = [(s, t, i, u) for s in range(4) for t in range(5) for i in range(20) for u in range(3)]
+    keys = [(s, t, i, u) for s in range(4) for t in range(5) for i in range(20) for u in RandomStream]
     first = {float(torch.rand(1, dtype=torch.float64, generator=prompt_generator(*key))) for key in keys}
     assert len(first) == len(keys)
 
@@ -153,7 +156,7 @@ def test_keys_give_distinct_streams() -> None:
 def test_frequencies_match_the_softmax(family: str, temperature: float) -> None:
     model = build_model(family, seed=5)
     prompt, draws = PROMPTS[0], 6000
-    options: dict[str, Any] = {"stop_ids": {1}, "vocab_size": ROWS, "temperature": temperature}
+    options: dict[str, Any] = {"stop_token_ids": {1}, "vocab_size": ROWS, "temperature": temperature}
     got = sample_completions(model, [prompt] * draws, [1] * draws, generators(range(draws)), **options)
     counts = Counter(c.ids[0] for c in got)
     probs = dict(enumerate(next_probs(model, prompt, temperature).tolist()))
@@ -168,7 +171,7 @@ def test_consecutive_tokens_are_jointly_right_whatever_part_of_the_key_varies(va
     model, prompt, draws, size = build_model("qwen3", seed=6), PROMPTS[5], 5000, 5
     keys = [{"seed": 3, "step": 4, "index": 5, varies: i} for i in range(draws)]
     rng = [prompt_generator(**key) for key in keys]
-    got = sample_completions(model, [prompt] * draws, [2] * draws, rng, stop_ids=set(), vocab_size=size)
+    got = sample_completions(model, [prompt] * draws, [2] * draws, rng, stop_token_ids=set(), vocab_size=size)
     first = next_probs(model, prompt, vocab_size=size).tolist()
     second = [next_probs(model, [*prompt, a], vocab_size=size).tolist() for a in range(size)]
     probs = {(a, b): first[a] * second[a][b] for a in range(size) for b in range(size)}
@@ -186,7 +189,7 @@ def test_top_p_keeps_exactly_the_nucleus(top_p: float) -> None:
         nucleus.append(token)
         mass += float(probs[token])
     assert 1 <= len(nucleus) < size and float(probs[nucleus].min()) * draws > 20 * mass
-    options: dict[str, Any] = {"stop_ids": set(), "vocab_size": size, "temperature": 1.3, "top_p": top_p}
+    options: dict[str, Any] = {"stop_token_ids": set(), "vocab_size": size, "temperature": 1.3, "top_p": top_p}
     got = sample_completions(model, [prompt] * draws, [1] * draws, generators(range(draws)), **options)
     counts = Counter(c.ids[0] for c in got)
     assert set(counts) == set(nucleus)
@@ -198,7 +201,7 @@ def test_top_p_at_the_edge_of_a_token(top_p: float, kept: int) -> None:
     """Four equally likely tokens: the smallest set whose mass reaches top_p."""
     model = build_model("llama")
     torch.nn.init.zeros_(model.get_output_embeddings().weight)
-    options: dict[str, Any] = {"stop_ids": set(), "vocab_size": 4, "top_p": top_p}
+    options: dict[str, Any] = {"stop_token_ids": set(), "vocab_size": 4, "top_p": top_p}
     got = sample_completions(model, [PROMPTS[0]] * 200, [1] * 200, generators(range(200)), **options)
     assert len({c.ids[0] for c in got}) == kept
 
@@ -210,10 +213,10 @@ def test_ids_outside_the_shared_vocabulary_are_never_sampled(size: int, greedy: 
     model.get_output_embeddings().weight.data[size:] *= 3  # what lies outside would often win
     prompts, limits = PROMPTS * 8, list(LIMITS) * 8
     rng = None if greedy else generators(range(len(prompts)))
-    inside = sample_completions(model, prompts, limits, rng, stop_ids=set(), vocab_size=size, temperature=2.0)
+    inside = sample_completions(model, prompts, limits, rng, stop_token_ids=set(), vocab_size=size, temperature=2.0)
     assert all(0 <= token < size for c in inside for token in c.ids)
     rng = None if greedy else generators(range(len(prompts)))
-    all_ids = sample_completions(model, prompts, limits, rng, stop_ids=set(), vocab_size=ROWS, temperature=2.0)
+    all_ids = sample_completions(model, prompts, limits, rng, stop_token_ids=set(), vocab_size=ROWS, temperature=2.0)
     assert any(token >= size for c in all_ids for token in c.ids), "nothing is tested"
 
 
@@ -224,7 +227,7 @@ def test_stop_token_ends_a_completion_and_limits_are_each_row_s_own(family: str)
     prompts = [PROMPTS[i % len(PROMPTS)] for i in range(count)]
     limits = [1 + i % 14 for i in range(count)]
     got = sample_completions(
-        model, prompts, limits, generators(range(count)), stop_ids=stop, vocab_size=ROWS, temperature=2.0
+        model, prompts, limits, generators(range(count)), stop_token_ids=stop, vocab_size=ROWS, temperature=2.0
     )
     for completion, limit in zip(got, limits, strict=True):
         assert 1 <= len(completion.ids) <= limit
@@ -244,7 +247,7 @@ def test_the_checkpoint_s_generation_config_has_no_effect() -> None:
         setattr(tuned.generation_config, name, value)
     everything = range(len(PROMPTS))
     assert draw(tuned, everything) == draw(plain, everything)
-    options: dict[str, Any] = {"stop_ids": {1}, "vocab_size": ROWS}
+    options: dict[str, Any] = {"stop_token_ids": {1}, "vocab_size": ROWS}
     assert sample_completions(tuned, PROMPTS, LIMITS, None, **options) == sample_completions(
         plain, PROMPTS, LIMITS, None, **options
     )
@@ -255,7 +258,7 @@ def test_finished_rows_leave_the_batch() -> None:
     forwarded: list[int] = []
     model.register_forward_pre_hook(lambda m, _, kw: forwarded.append(len(kw["input_ids"])), with_kwargs=True)
     limits = [2] * 15 + [40]
-    sample_completions(model, [PROMPTS[0]] * 16, limits, generators(range(16)), stop_ids=set(), vocab_size=ROWS)
+    sample_completions(model, [PROMPTS[0]] * 16, limits, generators(range(16)), stop_token_ids=set(), vocab_size=ROWS)
     assert len(forwarded) == 40 and sum(forwarded) < 2 * sum(limits)
 
 
@@ -263,7 +266,7 @@ def test_a_row_that_has_ended_asks_for_no_position_beyond_the_model_s() -> None:
     """One of sixteen rows fills the context of 128 and stays in the batch for a while."""
     model, prompts = build("gpt2"), [PROMPTS[0]] * 15 + [list(range(4, 59)) * 2]
     limits = [40] * 15 + [128 - len(prompts[-1])]
-    got = sample_completions(model, prompts, limits, generators(range(16)), stop_ids=set(), vocab_size=ROWS)
+    got = sample_completions(model, prompts, limits, generators(range(16)), stop_token_ids=set(), vocab_size=ROWS)
     assert [len(c.ids) for c in got] == limits
 
 
@@ -299,6 +302,29 @@ def test_weights_get_no_gradient_and_the_mode_stays() -> None:
     draw(model, [0, 1])
     assert not model.training
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+@pytest.mark.filterwarnings("error::FutureWarning")
+def test_a_student_with_gradient_checkpointing_samples_without_deprecated_names(adapters: bool) -> None:
+    """And is as before afterwards: in training mode, with checkpointing on."""
+    model: Any = build_model("qwen3", seed=14)
+    if adapters:
+        peft = pytest.importorskip("peft")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT's own
+            model = peft.get_peft_model(model, peft.LoraConfig(init_lora_weights=False, target_modules=["q_proj"]))
+    expected = draw(model, range(len(PROMPTS)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.gradient_checkpointing_enable()
+    layers = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    assert layers
+    sampler = HuggingFaceSampler(Accelerator(cpu=True), SamplingConfig(frozenset({1, 7, 23}), ROWS))
+    keys = [(0, 0, i) for i in range(len(PROMPTS))]
+    assert sampler.generate(model.train(), PROMPTS, LIMITS, keys) == expected
+    assert model.training and all(layer.gradient_checkpointing for layer in layers)
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ def on_policy_sequences(student: str, data: Dataset, shared: int, limit: int = 1
     prompts = [prompt_ids(row["prompt"]) for row in data]
     generators = [prompt_generator(42, 0, i) for i in range(len(prompts))]
     completions = sample_completions(
-        model, prompts, [limit] * len(prompts), generators, stop_ids={1}, vocab_size=shared
+        model, prompts, [limit] * len(prompts), generators, stop_token_ids={1}, vocab_size=shared
     )
     return [(p, c.ids) for p, c in zip(prompts, completions, strict=True)]
 

@@ -13,7 +13,7 @@ from transformers import Trainer
 from trl.experimental.gkd import GKDTrainer
 from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration
-from trl.models.utils import unwrap_model_for_generation
+from trl.models.utils import add_hooks, remove_hooks
 from trl.trainer.sft_trainer import SFTTrainer
 from trl.trainer.utils import create_model_from_path, print_prompt_completions_sample
 
@@ -105,9 +105,8 @@ def test_grpo_keeps_between_steps_what_we_save():
 
 
 def test_helpers_keep_their_arguments():
-    assert {"model", "accelerator", "gradient_checkpointing_kwargs"} <= set(
-        inspect.signature(unwrap_model_for_generation).parameters
-    )
+    for hooks in (add_hooks, remove_hooks):
+        assert list(inspect.signature(hooks).parameters) == ["model"]
     assert "model_id" in inspect.signature(create_model_from_path).parameters
     assert {"model", "args", "data_collator", "peft_config", "processing_class"} <= set(
         inspect.signature(SFTTrainer.__init__).parameters

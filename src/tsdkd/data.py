@@ -1,7 +1,8 @@
 """Prompts in any usual shape -> token ids and lengths, before training starts.
 
 A row is `prompt` (a string or messages), `messages` (the last assistant turn is the completion), or `prompt` +
-`completion`. Lengths, never a comparison with the pad token, say later what is prompt and what is completion.
+`completion`. What is prompt and what is completion is later decided by lengths, never by a comparison with the pad
+token.
 """
 
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.logging import get_logger
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetNotFoundError
 from transformers import PreTrainedTokenizerBase
@@ -18,6 +20,7 @@ from .config.base import TokenSelectiveConfig
 from .errors import DataError
 from .models.hub import offline_reason
 
+logger = get_logger(__name__)  # speaks on the main process only
 _FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -68,14 +71,14 @@ def prepare_dataset(
 
     Args:
         rows: see the module's first lines; `answer`, if there, is kept.
-        template: the tokenizer whose chat template renders the prompts.
+        template_tokenizer: the tokenizer whose chat template renders the prompts.
         args: column names, template settings, length limits.
-        context: the longest sequence that both models take, tokens.
+        context_length: the longest sequence that both models take, tokens.
         needs_completion: whether every row must have one (`lmbda` below 1).
 
     Returns:
         Columns `index` (row number in `rows`), `prompt_ids`, `completion_ids` (empty without one), `limit` (the most
-        tokens that a completion may have) and, if given, `answer`.
+        tokens that the completion may have) and, if given, `answer`.
 
     Raises:
         DataError: a row without a usable prompt, or no row left.
@@ -112,16 +115,14 @@ def prepare_dataset(
             f"all {len(rows)} prompts leave no room for a completion: the shortest has {shortest} tokens, the limit "
             f"of prompt and completion is {total} (max_length, vllm_max_model_length, or the models' context)"
         )
-    if len(dataset) < len(rows) and PartialState().is_main_process:
-        print(
-            f"dropped {len(rows) - len(dataset)} of {len(rows)} prompts: they leave no room for a completion",
-            flush=True,
-        )
+    if len(dataset) < len(rows):
+        dropped = len(rows) - len(dataset)
+        logger.warning(f"dropped {dropped} of {len(rows)} prompts: they leave no room for a completion")
     return dataset
 
 
 def max_sequence_length(args: TokenSelectiveConfig, context_length: int) -> int:
-    """Prompt plus completion, tokens: what is asked for, and what the models and an engine take."""
+    """The most tokens that prompt and completion may have together: by the options, the models and the engine."""
     limits = [args.max_length, args.vllm_max_model_length if args.use_vllm else None]
     return min([context_length, *(limit for limit in limits if limit)])
 
@@ -220,23 +221,23 @@ def _prompt_ids(
 
 
 def _completion_ids(completion: str, template_tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> list[int]:
-    """The completion ends its turn, unless `tsdkd generate` had to cut it: without the end token a student never
-    learns to stop."""
+    """The completion, with the end of its turn unless `tsdkd generate` had to cut it: without the end token a student
+    never learns to stop."""
     ids = list(template_tokenizer(completion, add_special_tokens=False)["input_ids"])
     cut = template_tokenizer.eos_token_id is None or row.get("finish_reason") == "length"
     return ids if cut else [*ids, template_tokenizer.eos_token_id]
 
 
 def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Rows as lists: nothing of them is for a device before they are rolled out."""
+    """Rows as lists: nothing is moved to a device before the rollout."""
     return {key: [row[key] for row in rows] for key in rows[0]}
 
 
 def pad_sequences(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
     """Prompt + completion, padded on the right.
 
-    Without an attention mask: a causal model never sees what comes later, and to look at a mask transformers would
-    have the host wait for the device.
+    There is no attention mask: a causal model never sees what comes later, and to look at a mask transformers would
+    make the host wait for the device.
 
     Returns:
         `input_ids` `[B, S]`; `prompt_lengths`, `completion_lengths` `[B]`, all int64.

@@ -61,6 +61,27 @@ def wrap_os_errors(path: Path, field: str = "output_dir", action: str = "written
         raise OutputDirError(f"{field}: {path} can't be {action}: {error.strerror or error}") from error
 
 
+def iter_whole_lines(path: Path, prefix: bytes = b"") -> Iterator[tuple[int, bytes]]:
+    """The lines of a file that is only ever appended to, with their numbers from 1.
+
+    A last line without its end was cut off in the middle of a write. It isn't yielded, and once all others have been
+    taken, it is removed from the file; a caller that refuses the file before has changed nothing.
+
+    Args:
+        path: the file.
+        prefix: how each line begins. Only a last line that begins so can have been cut off; another one is yielded.
+    """
+    size = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n") and line.startswith(prefix[: len(line)]):
+                break
+            yield number, line
+            size += len(line)
+    if size < path.stat().st_size:
+        os.truncate(path, size)
+
+
 def require_dir_path(folder: Path) -> None:
     """Raises `OutputDirError` where it, or what it would be in, is a file."""
     for place in (folder, *folder.parents):

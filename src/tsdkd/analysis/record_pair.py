@@ -1,7 +1,6 @@
 """A record of any two models: the student completes some prompts, and both score each token."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -9,7 +8,7 @@ from accelerate.utils import send_to_device
 
 from ..data import pad_sequences, prepare_dataset
 from ..files import require_empty_dir, wrap_os_errors
-from ..models.loading import collect_stop_token_ids, load_frozen_model, resolve_pair
+from ..models.loading import load_frozen_model, resolve_pair
 from ..rollout.hf import sample_completions
 from ..rollout.seeding import prompt_generator
 from ..run.arguments import RunArguments
@@ -41,16 +40,22 @@ def record_pair(arguments: RunArguments, count: int) -> Path:
         load_frozen_model(name, training, field, training.device).eval()
         for name, field in zip(names, fields, strict=True)
     )
-    shared = pair.shared_vocab_size
-    stop_ids = {i for i in collect_stop_token_ids(pair.tokenizer, student.generation_config) if i < shared}
-    heads = HeadForward(Accelerator(cpu=training.use_cpu), training, shared)
+    stop_token_ids = pair.stop_token_ids()
+    heads = HeadForward(Accelerator(cpu=training.use_cpu), training, pair.shared_vocab_size)
     samples, parts = [], []
     for start in range(0, len(prepared), _BATCH_SIZE):
         some = prepared.select(range(start, min(start + _BATCH_SIZE, len(prepared))))
         generators = [prompt_generator(training.seed, 0, i) for i in some["index"]]
         prompts, limits = list(some["prompt_ids"]), list(some["limit"])
-        options: dict[str, Any] = {"stop_ids": stop_ids, "vocab_size": shared, "temperature": training.temperature}
-        completions = sample_completions(student, prompts, limits, generators, **options)
+        completions = sample_completions(
+            student,
+            prompts,
+            limits,
+            generators,
+            stop_token_ids=stop_token_ids,
+            vocab_size=pair.shared_vocab_size,
+            temperature=training.temperature,
+        )
         batch = pad_sequences(prompts, [c.ids for c in completions])
         batch = send_to_device(batch, training.device)
         parts.append(compute_token_records(heads, student, teacher, batch, recorded_divergence(training)))

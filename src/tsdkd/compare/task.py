@@ -25,7 +25,7 @@ from ..evaluation import ProblemSet, evaluate
 from ..files import ensure_dir, write_atomically
 from ..launch.accelerate import launch_processes
 from ..launch.processes import LaunchSpec
-from ..models.loading import ModelPair, collect_stop_token_ids, resolve_pair
+from ..models.loading import ModelPair, Role, resolve_pair
 from ..run.arguments import RunArguments
 from ..run.config_file import read_yaml
 from ..run.output_dir import has_final_model
@@ -90,7 +90,8 @@ def _run_task(comparison: Comparison, task: ComparisonTask) -> dict[str, Any]:
     model = {"student": str(arguments.model_args.model_name_or_path), "teacher": _teacher_name_or_path(arguments)}.get(
         task.run
     )
-    metrics = _evaluate(comparison, arguments, rows, model if task.seed is None else str(task.folder))
+    writer: Role = "teacher" if task.seed is None and task.run == "teacher" else "student"
+    metrics = _evaluate(comparison, arguments, rows, model if task.seed is None else str(task.folder), writer)
     clear_device_cache(garbage_collection=True)
     settings = _result_settings(comparison, task)
     timing = {"train_seconds": seconds, "eval_seconds": time.perf_counter() - start}
@@ -185,7 +186,9 @@ def load_problems(comparison: Comparison) -> Dataset:
     return rows.select(range(min(comparison.eval_problems or len(rows), len(rows))))
 
 
-def _evaluate(comparison: Comparison, arguments: RunArguments, rows: Dataset, model: str | None) -> dict[str, Any]:
+def _evaluate(
+    comparison: Comparison, arguments: RunArguments, rows: Dataset, model: str | None, writer: Role
+) -> dict[str, Any]:
     """Evaluate a model with the comparison's limits and the run's chat template."""
     training, shared = arguments.training_args, comparison.parse_shared_arguments().training_args
     training.max_completion_length, training.max_length = shared.max_completion_length, shared.max_length
@@ -195,7 +198,7 @@ def _evaluate(comparison: Comparison, arguments: RunArguments, rows: Dataset, mo
     dtype = torch.bfloat16 if training.device.type == "cuda" else torch.float32
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(training.device)
     result = evaluate(
-        loaded, _build_problem_set(pair, prepared, loaded), comparison.eval_samples, comparison.eval_batch_size
+        loaded, _build_problem_set(pair, prepared, loaded, writer), comparison.eval_samples, comparison.eval_batch_size
     )
     return {
         **result.metrics,
@@ -204,14 +207,14 @@ def _evaluate(comparison: Comparison, arguments: RunArguments, rows: Dataset, mo
     }
 
 
-def _build_problem_set(pair: ModelPair, prepared: Any, model: Any) -> ProblemSet:
+def _build_problem_set(pair: ModelPair, prepared: Any, model: Any, writer: Role) -> ProblemSet:
     def decode(ids: list[int]) -> str:
         return str(pair.tokenizer.decode(ids, skip_special_tokens=True))
 
-    stop_ids = collect_stop_token_ids(pair.tokenizer, pair.teacher_tokenizer, model.generation_config)
-    shared = pair.shared_vocab_size
-    stop_ids = {i for i in stop_ids if i < shared}
-    return ProblemSet(prepared["prompt_ids"], prepared["answer"], prepared["limit"], stop_ids, shared, decode)
+    stop_token_ids, vocab_size = pair.stop_token_ids(writer, model.generation_config), pair.shared_vocab_size
+    return ProblemSet(
+        prepared["prompt_ids"], prepared["answer"], prepared["limit"], stop_token_ids, vocab_size, decode
+    )
 
 
 def _teacher_name_or_path(arguments: RunArguments) -> str:

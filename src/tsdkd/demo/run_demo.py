@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from ..data import load_split
 from ..evaluation import EvalResult, ProblemSet, evaluate
-from ..models.loading import collect_stop_token_ids
+from ..models.tokenizers import stop_token_ids
 from ..run.arguments import RunArguments
 from ..run.output_dir import resolve_resume
 from ..run.train import train
@@ -91,7 +91,7 @@ def evaluate_demo(
         prompts=[tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=False) for c in chats],
         answers=[row["answer"] for row in rows],
         limits=[task.MAX_COMPLETION_TOKENS + 10] * len(rows),
-        stop_ids=collect_stop_token_ids(tokenizer, model.generation_config),
+        stop_token_ids=stop_token_ids(model.config.vocab_size, (model.generation_config, tokenizer)),
         vocab_size=model.config.vocab_size,
         decode=lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
     )

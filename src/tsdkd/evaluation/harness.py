@@ -19,7 +19,8 @@ from lm_eval.api.task import Task
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import ModelError
-from ..models.loading import get_revision, load_config, load_tokenizer
+from ..models.loading import get_revision, load_config
+from ..models.tokenizers import load_tokenizer
 from .items import ItemResult
 from .prompt_format import ENABLE_THINKING, PromptFormat
 from .suites import Benchmark

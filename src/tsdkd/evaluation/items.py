@@ -1,7 +1,6 @@
 """Responses and scores, item by item: a JSONL file for each model and benchmark, to which a later call appends."""
 
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import OutputDirError
-from ..files import open_for_append, wrap_os_errors
+from ..files import iter_whole_lines, open_for_append, wrap_os_errors
 
 
 @dataclass
@@ -61,33 +60,24 @@ class ItemResults:
         return np.array([self.results[key].scores for key in items])
 
     def _load(self) -> None:
-        valid_bytes = 0
-        with self.path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if not line.endswith(b"\n"):  # cut off in the middle
-                    break
-                try:
-                    row = json.loads(line)
-                    item = ItemResult(**{name: row[name] for name in ("task", "doc_id", "scores", "responses")})
-                    metadata = {name: row[name] for name in self.metadata}
-                    is_damaged = len(item.scores) != row["samples"] or not all(
-                        0 <= score <= 1 for score in item.scores
-                    )
-                except (ValueError, KeyError, TypeError):
-                    is_damaged = True
-                if is_damaged:
-                    raise OutputDirError(
-                        f"output_dir: line {number} of {self.path} isn't from this version of tsdkd eval; delete it, "
-                        "and its items are evaluated again"
-                    )
-                changes = [
-                    f"{k} was {metadata[k]!r}, now {now!r}" for k, now in self.metadata.items() if metadata[k] != now
-                ]
-                if changes:
-                    raise OutputDirError(
-                        f"output_dir: {self.path} has other items: {', '.join(changes)}; choose another directory"
-                    )
-                self.results[item.task, item.doc_id] = item
-                valid_bytes += len(line)
-        if valid_bytes < self.path.stat().st_size:
-            os.truncate(self.path, valid_bytes)
+        for number, line in iter_whole_lines(self.path):
+            try:
+                row = json.loads(line)
+                item = ItemResult(**{name: row[name] for name in ("task", "doc_id", "scores", "responses")})
+                metadata = {name: row[name] for name in self.metadata}
+                is_damaged = len(item.scores) != row["samples"] or not all(0 <= score <= 1 for score in item.scores)
+            except (ValueError, KeyError, TypeError):
+                is_damaged = True
+            if is_damaged:
+                raise OutputDirError(
+                    f"output_dir: line {number} of {self.path} isn't from this version of tsdkd eval; delete it, and its "
+                    "items are evaluated again"
+                )
+            changes = [
+                f"{k} was {metadata[k]!r}, now {now!r}" for k, now in self.metadata.items() if metadata[k] != now
+            ]
+            if changes:
+                raise OutputDirError(
+                    f"output_dir: {self.path} has other items: {', '.join(changes)}; choose another directory"
+                )
+            self.results[item.task, item.doc_id] = item

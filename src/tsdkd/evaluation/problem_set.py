@@ -24,7 +24,7 @@ class ProblemSet:
         prompts: token ids.
         answers: the right ones.
         limits: of each completion, tokens.
-        stop_ids: tokens that end a completion.
+        stop_token_ids: tokens that end a completion.
         vocab_size: only ids below it are sampled.
         decode: token ids -> text.
         grader: completion, answer -> whether it is right.
@@ -33,7 +33,7 @@ class ProblemSet:
     prompts: Sequence[list[int]]
     answers: Sequence[str]
     limits: Sequence[int]
-    stop_ids: Collection[int]
+    stop_token_ids: Collection[int]
     vocab_size: int
     decode: Callable[[list[int]], str]
     grader: Callable[[str, str], bool] = is_exact_match
@@ -105,7 +105,7 @@ def _sample_completions(
             [problems.prompts[i] for i in indices],
             [problems.limits[i] for i in indices],
             None if sample_index is None else [prompt_generator(0, sample_index, i) for i in indices],
-            stop_ids=problems.stop_ids,
+            stop_token_ids=problems.stop_token_ids,
             vocab_size=problems.vocab_size,
         )
     return completions

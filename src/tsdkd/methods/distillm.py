@@ -13,13 +13,12 @@ from torch import nn
 from ..config.options import AT_LEAST_ONE, FRACTION, NON_NEGATIVE, OPEN_FRACTION, enum_value, option
 from ..losses import Divergence, skew_forward_kl, skew_reverse_kl
 from ..rollout.base import Completion
-from ..rollout.seeding import prompt_generator
+from ..rollout.seeding import RandomStream, prompt_generator
 from ..trainer.trainer import Batch, TokenSelectiveTrainer
 from .defaults import OWN_ROLLOUTS, TSDKDDefaults
 from .divergence import DivergenceObjective
 
 _NEVER_EVALUATED = (lambda v: enum_value(v["eval_strategy"]) == "no", "eval_strategy is no")
-ON_POLICY_STREAM, REPLAY_STREAM = 2, 3  # streams of `prompt_generator`
 
 
 @dataclass
@@ -84,14 +83,14 @@ class DistiLLMTrainer(TokenSelectiveTrainer):
         """Of Algorithm 1: fresh ones with a probability that falls over the run, or while there are too few to choose
         from; replayed ones; or the data set's, on which the validation loss always is."""
         prompts = [ids for batch in rows for ids in batch["prompt_ids"]]
-        coin = float(torch.rand(1, generator=prompt_generator(self.args.seed, step, 0, ON_POLICY_STREAM)))
+        coin = float(torch.rand(1, generator=prompt_generator(self.args.seed, step, 0, RandomStream.ON_POLICY)))
         if mode == "eval" or coin >= self.on_policy_share:
             return prompts, [Completion(ids, True) for batch in rows for ids in batch["completion_ids"]]
         if coin < self.on_policy_share * (1 - step / self.state.max_steps) or not self._is_replay_buffer_full():
             completions = self._generate(model, rows, prompts, step, mode)
             self.replay_buffer.extend((prompt, c.ids) for prompt, c in zip(prompts, completions, strict=True))
             return prompts, completions
-        generator = prompt_generator(self.args.seed, step, self.accelerator.process_index, REPLAY_STREAM)
+        generator = prompt_generator(self.args.seed, step, self.accelerator.process_index, RandomStream.REPLAY)
         chosen = torch.randint(len(self.replay_buffer), (len(prompts),), generator=generator).tolist()
         return [self.replay_buffer[i][0] for i in chosen], [Completion(self.replay_buffer[i][1], True) for i in chosen]
 

@@ -15,9 +15,9 @@ from ..data import completion_mask
 from ..lm_head.statistics import StatisticsRequest, TokenStatistics
 from ..losses import REVERSE_KL, clipped_policy_loss
 from ..objective import CompletionBatch, Metrics, Objective, PolicyScores, approx_kl, mean_metric
-from ..rollout.base import Sampler, SamplingConfig
+from ..rollout.base import Sampler, TokenChoice
+from ..rollout.build import make_sampler
 from ..rollout.categorical import sample_tokens
-from ..rollout.mixed import MixedSampler, TokenChoice
 from ..trainer.rollout_scores import ScoredRolloutTrainer
 from ..trainer.trainer import Batch
 from .defaults import NO_VLLM, OWN_ROLLOUTS, RolloutConfig
@@ -119,9 +119,10 @@ class MiniLLMTrainer(ScoredRolloutTrainer):
     objective: MiniLLMObjective
 
     def _make_sampler(self) -> Sampler:
-        sampling = SamplingConfig(frozenset(self.stop_token_ids), self.pair.shared_vocab_size)
-        choose = mixture_choice(self.args.teacher_mixture, self.args.temperature)
-        return MixedSampler(self.accelerator, self.args, sampling, self.teacher_model, choose)
+        mixed_with = (self.teacher_model, mixture_choice(self.args.teacher_mixture, self.args.temperature))
+        return make_sampler(
+            self.model, self.accelerator, self.args, self.pair, self.stop_token_ids, mixed_with=mixed_with
+        )
 
     def _postprocess_micro_batch(self, model: nn.Module, batch: Batch, step: int, mode: str) -> None:
         """Also the mixture's log-probabilities, in place of the student's, and the returns."""

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..config.options import AT_LEAST_ONE, POSITIVE, POSITIVE_FRACTION, option
-from ..rollout.base import Sampler, SamplingConfig
+from ..rollout.base import Sampler, TokenChoice
+from ..rollout.build import make_sampler
 from ..rollout.categorical import sample_tokens
-from ..rollout.mixed import MixedSampler, TokenChoice
 from ..trainer.trainer import TokenSelectiveTrainer
 from .defaults import NO_VLLM, OWN_ROLLOUTS, TSDKDDefaults
 from .supervised_kd import SupervisedKDObjective
@@ -54,8 +54,10 @@ class SpeculativeKDTrainer(TokenSelectiveTrainer):
     objective_class = SpeculativeKDObjective
 
     def _make_sampler(self) -> Sampler:
-        sampling = SamplingConfig(frozenset(self.stop_token_ids), self.pair.shared_vocab_size)
-        return MixedSampler(self.accelerator, self.args, sampling, self.teacher_model, speculative_choice(self.args))
+        mixed_with = (self.teacher_model, speculative_choice(self.args))
+        return make_sampler(
+            self.model, self.accelerator, self.args, self.pair, self.stop_token_ids, mixed_with=mixed_with
+        )
 
 
 def speculative_choice(options: SpeculativeKDOptions) -> TokenChoice:

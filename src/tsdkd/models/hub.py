@@ -1,23 +1,86 @@
-"""Whether the Hugging Face hub answers: asked once, so that a machine that can't reach it doesn't wait for retries."""
+"""Loading from a folder or the Hugging Face hub: one line says why something can't be loaded.
+
+Whether the hub answers is checked once, so that a machine that can't reach it doesn't wait for retries.
+"""
 
 import os
+from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import datasets.config
 from huggingface_hub import constants
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RevisionNotFoundError,
+)
 from huggingface_hub.utils import get_session
+
+from ..errors import ModelError
+
+INIT_KWARGS = {"model_name_or_path": "model_init_kwargs", "teacher_model_name_or_path": "teacher_model_init_kwargs"}
+"""Field that names a model -> field with its keyword arguments of `from_pretrained`."""
 
 
 @cache
 def offline_reason() -> str | None:
-    """Why nothing can be had from the hub, None where it answers. Copies in the cache are used then without asking, as
-    with HF_HUB_OFFLINE=1."""
+    """Why nothing can be loaded from the hub; None where it answers.
+
+    If it doesn't answer, cached copies are used without a request, as with HF_HUB_OFFLINE=1.
+    """
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
     try:
         get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     except Exception as error:  # the HTTP library's own, which changes with huggingface_hub's version
         constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
-        os.environ["HF_HUB_OFFLINE"] = "1"  # for processes that are started here
+        os.environ["HF_HUB_OFFLINE"] = "1"  # for the processes that this one starts
         return f"{constants.ENDPOINT} can't be reached: {' '.join(str(error).split()) or type(error).__name__}"
     return None
+
+
+def load_pretrained(
+    load: Callable[..., Any], name: str, field: str, what: str, init_kwargs: Any = None, **kwargs: Any
+) -> Any:
+    """`load(name, **kwargs)`, its many exceptions turned into one line that names the field.
+
+    Args:
+        load: a `from_pretrained`.
+        name: folder or hub id.
+        field: the field that names it.
+        what: "model" or "tokenizer", for the message.
+        init_kwargs: the user's part of `kwargs`, for the message.
+        kwargs: keyword arguments of `load`.
+
+    Raises:
+        ModelError: it can't be loaded.
+    """
+    offline = None if os.path.exists(name) else offline_reason()
+    try:
+        return load(name, **kwargs)
+    except Exception as error:  # OSError, ValueError, KeyError, safetensors' and tokenizers' own, ...
+        if os.path.isfile(name):
+            reason = "it is a file, expected a folder or a hub name"
+        elif not os.path.isdir(name) and _is_hub_error(error):
+            reason = "no such folder here, and " + (f"no copy; {offline}" if offline else "the hub doesn't have it")
+        else:
+            reason = " ".join(str(error).split())[:300] + (
+                f" (with {INIT_KWARGS[field]} {init_kwargs})" if init_kwargs else ""
+            )
+        raise ModelError(f"{field}: no {what} in {name!r}: {reason}") from error
+
+
+def _is_hub_error(error: BaseException | None) -> bool:
+    """Whether files couldn't be found or downloaded. Not for a gated model or a missing revision: the hub's messages
+    say more than ours."""
+    while error is not None:
+        if isinstance(error, GatedRepoError | RevisionNotFoundError):
+            return False
+        if isinstance(error, HfHubHTTPError | LocalEntryNotFoundError | OfflineModeIsEnabled | HFValidationError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -1,12 +1,25 @@
-"""Completions for prompts. Seeded by (seed, step, prompt index), so that neither the ambient RNG nor the way a batch
-is split over micro-batches and processes changes what is sampled."""
+"""What a sampler is: completions for prompts, by whatever engine.
 
-from collections.abc import Hashable, Sequence
+Each completion is seeded by (seed, step, prompt index), so that neither the ambient generators nor the way a batch is
+split over micro-batches and processes changes what is sampled. `tsdkd.rollout.build` chooses the sampler
+of a run.
+"""
+
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-Key = tuple[int, int, int]
+from torch import Tensor
+
+SeedKey = tuple[int, int, int]
 """(seed, step, prompt index)."""
+
+TokenChoice = Callable[[list[Tensor], Tensor | None], Tensor]
+"""Chooses the next token of each row of a batch.
+
+Its arguments: each model's logits, float32 `[B, V]`, and uniform numbers in [0, 1), float64 `[B, numbers]`, None
+without generators. It returns ids `[B]`.
+"""
 
 
 @dataclass
@@ -27,23 +40,23 @@ class Completion:
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How all completions of a run are drawn.
+    """How all completions of a run are sampled.
 
     Attributes:
-        stop_ids: tokens that end a completion.
+        stop_token_ids: tokens that end a completion.
         vocab_size: only ids below it are sampled (the ids that student and teacher share).
         temperature: divides the logits.
         top_p: nucleus mass.
     """
 
-    stop_ids: frozenset[int]
+    stop_token_ids: frozenset[int]
     vocab_size: int
     temperature: float = 1.0
     top_p: float = 1.0
 
 
 class Sampler(Protocol):
-    """What rolls out: the student itself, or an engine that holds a copy of its weights. All processes call it.
+    """Samples completions: the student itself, or an engine that holds a copy of its weights. All processes call it.
 
     Attributes:
         needs_weight_check: whether the next completions' log-probabilities are to be compared with the student's.
@@ -52,7 +65,10 @@ class Sampler(Protocol):
     needs_weight_check: bool
 
     def update(self, weights_version: Hashable) -> bool:
-        """Take over the student's weights, unless the last ones had the same `weights_version`, a name for them.
+        """Copy the student's weights, unless the last copy was of the same version.
+
+        Args:
+            weights_version: differs whenever the weights do.
 
         Returns:
             Whether weights were copied.
@@ -60,14 +76,14 @@ class Sampler(Protocol):
         ...
 
     def generate(
-        self, model: Any, prompts: Sequence[Sequence[int]], limits: Sequence[int], seed_keys: Sequence[Key]
+        self, model: Any, prompts: Sequence[Sequence[int]], limits: Sequence[int], seed_keys: Sequence[SeedKey]
     ) -> list[Completion]:
-        """One completion for each prompt, in their order.
+        """Sample one completion for each prompt, in their order.
 
         Args:
             model: the student, as it is wrapped for training.
             prompts: token ids, none empty, of any lengths.
             limits: each completion's maximum length, tokens, at least 1.
-            keys: what seeds each completion.
+            seed_keys: what seeds each completion.
         """
         ...

@@ -4,7 +4,7 @@
 checkpoint's generation config says (Qwen2.5 ships a repetition penalty); this loop samples from the softmax alone.
 """
 
-from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,10 +12,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from trl.models.utils import unwrap_model_for_generation
+from trl.models.utils import add_hooks, remove_hooks
 
-from .base import Completion, Key, SamplingConfig
+from .base import Completion, SamplingConfig, SeedKey, TokenChoice
 from .categorical import sample_tokens
+from .decoding import DecodingBatch
 from .seeding import prompt_generator
 
 _TOKENS_PER_SYNC = 16  # on a GPU, where each look waits until all tokens are computed
@@ -26,22 +27,15 @@ class HuggingFaceSampler:
 
     Args:
         accelerator: knows the wrappers; under ZeRO-3 the parameters are gathered for the rollout.
-        sampling: how completions are drawn.
-        gradient_checkpointing_kwargs: with which checkpointing is turned on again.
+        sampling: how completions are sampled.
     """
-
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        sampling: SamplingConfig,
-        gradient_checkpointing_kwargs: dict[str, Any] | None = None,
-    ) -> None:
-        self.accelerator, self.sampling = accelerator, sampling
-        self.gradient_checkpointing_kwargs = gradient_checkpointing_kwargs
 
     needs_weight_check = False
 
-    def update(self, weights: Hashable) -> bool:
+    def __init__(self, accelerator: Accelerator, sampling: SamplingConfig, *_: Any) -> None:  # trainer.py passes three
+        self.accelerator, self.sampling = accelerator, sampling
+
+    def update(self, weights_version: Hashable) -> bool:
         """See `Sampler`."""
         return False
 
@@ -50,27 +44,49 @@ class HuggingFaceSampler:
         model: nn.Module,
         prompts: Sequence[Sequence[int]],
         limits: Sequence[int],
-        keys: Sequence[Key],
+        seed_keys: Sequence[SeedKey],
     ) -> list[Completion]:
         """See `Sampler`."""
         was_training = model.training
         model.eval()
-        with self._unwrap_for_generation(model) as unwrapped:
-            generators = [prompt_generator(*key) for key in keys]
-            completions = sample_completions(unwrapped, prompts, limits, generators, **vars(self.sampling))
+        # The wrapper of the model's forward leaves autocast after each token, and torch forgets the weights in half
+        # precision when the outermost autocast is left: hence one around all tokens.
+        with _gather_parameters(model, self.accelerator) as unwrapped, self.accelerator.autocast():
+            completions = self._sample(unwrapped, prompts, limits, seed_keys)
         model.train(was_training)
         return completions
 
-    @contextmanager
-    def _unwrap_for_generation(self, model: nn.Module) -> Iterator[PreTrainedModel]:
-        """The model, unwrapped. The wrapper of its forward leaves autocast after each token, and torch forgets the
-        weights in half precision when the outermost autocast is left: hence one around all tokens."""
-        kwargs = self.gradient_checkpointing_kwargs
-        with (
-            unwrap_model_for_generation(model, self.accelerator, gradient_checkpointing_kwargs=kwargs) as unwrapped,
-            self.accelerator.autocast(),
-        ):
+    def _sample(
+        self,
+        student: PreTrainedModel,
+        prompts: Sequence[Sequence[int]],
+        limits: Sequence[int],
+        seed_keys: Sequence[SeedKey],
+    ) -> list[Completion]:
+        generators = [prompt_generator(*key) for key in seed_keys]
+        return sample_completions(student, prompts, limits, generators, **vars(self.sampling))
+
+
+@contextmanager
+def _gather_parameters(model: nn.Module, accelerator: Accelerator) -> Iterator[PreTrainedModel]:
+    """The unwrapped model, under ZeRO-3 with whole parameters and without the hooks that would gather each again.
+
+    TRL's `unwrap_model_for_generation` also turns gradient checkpointing off and on again. That isn't needed here: in
+    eval mode no layer of transformers checkpoints its activations.
+    """
+    unwrapped: PreTrainedModel = accelerator.unwrap_model(model)
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is None or plugin.zero_stage != 3:
+        yield unwrapped
+        return
+    import deepspeed  # an extra
+
+    with deepspeed.zero.GatheredParameters(model.parameters()):
+        remove_hooks(model)
+        try:
             yield unwrapped
+        finally:
+            add_hooks(model)
 
 
 @torch.no_grad()
@@ -80,7 +96,7 @@ def sample_completions(
     limits: Sequence[int],
     generators: Sequence[torch.Generator] | None,
     *,
-    stop_ids: Collection[int],
+    stop_token_ids: Collection[int],
     vocab_size: int,
     temperature: float = 1.0,
     top_p: float = 1.0,
@@ -92,7 +108,7 @@ def sample_completions(
         prompts: token ids, none empty, of any lengths.
         limits: each completion's maximum length, tokens, at least 1.
         generators: one a prompt (see `prompt_generator`); None decodes greedily.
-        stop_ids, vocab_size, temperature, top_p: see `Sampling`.
+        stop_token_ids, vocab_size, temperature, top_p: see `SamplingConfig`.
 
     Returns:
         Completions in the order of `prompts`.
@@ -103,7 +119,9 @@ def sample_completions(
         return scaled.argmax(-1) if uniform is None else sample_tokens(scaled, uniform[:, 0], top_p)[0]
 
     streams = None if generators is None else [(g,) for g in generators]
-    return sample_from_models([model], prompts, limits, streams, choose, stop_ids=stop_ids, vocab_size=vocab_size)
+    return sample_from_models(
+        [model], prompts, limits, streams, choose, stop_token_ids=stop_token_ids, vocab_size=vocab_size
+    )
 
 
 @torch.no_grad()
@@ -112,75 +130,42 @@ def sample_from_models(
     prompts: Sequence[Sequence[int]],
     limits: Sequence[int],
     generators: Sequence[Sequence[torch.Generator]] | None,
-    choose: Callable[[list[Tensor], Tensor | None], Tensor],
+    choose: TokenChoice,
     *,
-    stop_ids: Collection[int],
+    stop_token_ids: Collection[int],
     vocab_size: int,
 ) -> list[Completion]:
-    """Sample one completion for each prompt, each token from what several models say.
+    """Sample one completion for each prompt, each token from the logits of several models.
 
     Args:
         models: in eval mode, unwrapped.
-        prompts, limits, stop_ids, vocab_size: see `sample_completions`.
+        prompts, limits, stop_token_ids, vocab_size: see `sample_completions`.
         generators: for each prompt as many as a token takes uniform numbers; None for none.
-        choose: the models' logits, float32 `[B, V]` each, and uniform numbers in [0, 1), float64 `[B, numbers]` (None
-            without generators) -> the tokens `[B]`.
+        choose: the next tokens, see `TokenChoice`.
 
     Returns:
         Completions in the order of `prompts`.
     """
     device = next(models[0].parameters()).device
-    longest = max(limits)
-    uniform = None
-    if generators is not None:
-        # drawn beforehand, each number from its own stream: the same on every device, whatever else is in the batch
-        uniforms = [[torch.rand(longest, dtype=torch.float64, generator=g) for g in streams] for streams in generators]
-        uniform = torch.stack([torch.stack(numbers, dim=-1) for numbers in uniforms]).to(device, non_blocking=True)
-    stop = frozenset(stop_ids)
+    batch = DecodingBatch.start(models, prompts, limits, generators, device)
     completions = [Completion([], False) for _ in prompts]
-    rows = list(range(len(prompts)))  # the prompts that are still in the batch
-    input_ids, attention_mask, position_ids = (x.to(device, non_blocking=True) for x in _left_pad(prompts, limits))
-    width = input_ids.shape[1]
-    caches: list[Any] = [None] * len(models)
+    longest, stop = max(limits), frozenset(stop_token_ids)
     unread: list[Tensor] = []  # tokens that the host hasn't looked at
-    every = 1 if device.type == "cpu" else _TOKENS_PER_SYNC
-    next_sync = min(every, longest)
-    # without padding there is no mask: transformers would wait for the device to find that out
-    padded = min(len(prompts[row]) for row in rows) < width
+    tokens_per_sync = 1 if device.type == "cpu" else _TOKENS_PER_SYNC
+    next_sync = min(tokens_per_sync, longest)
     for t in range(longest):
-        start, end = width + t - input_ids.shape[1], width + t
-        outputs = [
-            model(
-                input_ids=input_ids,
-                attention_mask=attention_mask[:, :end] if padded else None,
-                position_ids=position_ids[:, start:end],
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-            for model, cache in zip(models, caches, strict=True)
-        ]
-        caches = [_mark_compileable(output.past_key_values) for output in outputs]
-        logits = [output.logits[:, -1, :vocab_size].float() for output in outputs]
-        next_ids = choose(logits, None if uniform is None else uniform[:, t])
-        unread.append(next_ids)
-        input_ids = next_ids.unsqueeze(-1)
+        unread.append(batch.step(choose, vocab_size))
         if t + 1 < next_sync:
             continue
         # the only place where the host waits for the device
-        unfinished = _append_tokens(torch.stack(unread, dim=-1).tolist(), rows, completions, limits, stop)
+        tokens = torch.stack(unread, dim=-1).tolist()
         unread.clear()
+        unfinished = _append_tokens(tokens, batch.rows, completions, limits, stop)
         if not unfinished:
             break
-        next_sync = min(t + 1 + every, max(limits[rows[position]] for position in unfinished))
-        if len(unfinished) <= 0.875 * len(rows):  # not at every finish: selecting copies the whole cache
-            rows = [rows[position] for position in unfinished]
-            padded = min(len(prompts[row]) for row in rows) < width
-            keep = torch.tensor(unfinished).to(device, non_blocking=True)
-            input_ids, attention_mask, position_ids = (x[keep] for x in (input_ids, attention_mask, position_ids))
-            uniform = None if uniform is None else uniform[keep]
-            for cache in caches:
-                cache.batch_select_indices(keep)
+        next_sync = min(t + 1 + tokens_per_sync, max(limits[batch.rows[position]] for position in unfinished))
+        if len(unfinished) <= 0.875 * len(batch.rows):  # not at every finish: selecting copies the whole cache
+            batch.select(unfinished)
     return completions
 
 
@@ -191,8 +176,11 @@ def _append_tokens(
     limits: Sequence[int],
     stop: Collection[int],
 ) -> list[int]:
-    """Append the next tokens of `rows` to their completions, up to the end of each; the places of those that haven't
-    ended."""
+    """Append the next tokens of `rows` to their completions, up to the end of each.
+
+    Returns:
+        The positions in the batch of those that haven't ended.
+    """
     unfinished = []
     for position, row in enumerate(rows):
         completion = completions[row]
@@ -204,20 +192,3 @@ def _append_tokens(
         if not completion.stopped and len(completion.ids) < limits[row]:
             unfinished.append(position)
     return unfinished
-
-
-def _mark_compileable(cache: Any) -> Any:
-    """The cache, marked as those are for which transformers makes a token's mask without a look at what it masks."""
-    for layer in getattr(cache, "layers", ()):
-        layer.is_compileable = True
-    return cache
-
-
-def _left_pad(prompts: Sequence[Sequence[int]], limits: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids `[B, longest prompt]`; mask and positions, `[B, longest prompt + longest limit]`, of all that will come."""
-    width = max(len(p) for p in prompts)
-    ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts])
-    own = torch.arange(width + max(limits)) - torch.tensor([[width - len(p)] for p in prompts])
-    # a row that has ended but is still in the batch must not run out of the model's positions
-    last = torch.tensor([[len(p) + limit - 1] for p, limit in zip(prompts, limits, strict=True)])
-    return ids, (own >= 0).long(), own.clamp(min=0).minimum(last)

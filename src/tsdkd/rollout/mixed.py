@@ -4,20 +4,18 @@ Both models advance in lockstep. Speculative KD's paper lets the student draft s
 at them: that changes the speed, not what is sampled, as everything after a replaced token is thrown away.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
+import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
+from transformers import PreTrainedModel
 
-from ..config.base import TokenSelectiveConfig
-from ..errors import ConfigError
-from .base import Completion, Key, SamplingConfig
+from .base import Completion, SamplingConfig, SeedKey, TokenChoice
 from .hf import HuggingFaceSampler, sample_from_models
-from .seeding import prompt_generator
+from .seeding import RandomStream, prompt_generator
 
-TokenChoice = Callable[[list[Tensor], Tensor | None], Tensor]
-"""As in `sample_together`, of the student's logits and the teacher's."""
-CORRECTION_STREAM = 4  # stream of `prompt_generator`
+_STREAMS = (RandomStream.SAMPLING, RandomStream.CORRECTION)  # of the numbers that a token takes
 
 
 class MixedSampler(HuggingFaceSampler):
@@ -25,45 +23,33 @@ class MixedSampler(HuggingFaceSampler):
 
     Args:
         accelerator: knows the student's wrappers.
-        args: gradient_checkpointing_kwargs, teacher_placement.
         sampling: where completions stop, and which ids are sampled; temperature and nucleus are the choice's.
-        teacher: whole on this device.
-        choose: each token from both models' logits.
-
-    Raises:
-        ConfigError: the teacher is sharded.
+        teacher: whole on this device, not sharded.
+        choose: each token, from the student's and the teacher's logits and two uniform numbers.
     """
 
     def __init__(
-        self,
-        accelerator: Accelerator,
-        args: TokenSelectiveConfig,
-        sampling: SamplingConfig,
-        teacher: nn.Module,
-        choose: TokenChoice,
+        self, accelerator: Accelerator, sampling: SamplingConfig, teacher: nn.Module, choose: TokenChoice
     ) -> None:
-        super().__init__(accelerator, sampling, args.gradient_checkpointing_kwargs)
+        super().__init__(accelerator, sampling)
         self.teacher, self.choose = accelerator.unwrap_model(teacher), choose
-        if any(hasattr(p, "ds_status") for p in teacher.parameters()):
-            raise ConfigError(
-                [f"teacher_placement: {args.method} samples with the teacher, which must be whole; set replica"]
-            )
 
-    def generate(
-        self, model: nn.Module, prompts: Sequence[Sequence[int]], limits: Sequence[int], keys: Sequence[Key]
+    def _sample(
+        self,
+        student: PreTrainedModel,
+        prompts: Sequence[Sequence[int]],
+        limits: Sequence[int],
+        seed_keys: Sequence[SeedKey],
     ) -> list[Completion]:
-        """See `Sampler`."""
-        was_training = model.training
-        model.eval()
-        with self._unwrap_for_generation(model) as student:
-            completions = sample_from_models(
-                [student, self.teacher],
-                prompts,
-                limits,
-                [(prompt_generator(*key), prompt_generator(*key, CORRECTION_STREAM)) for key in keys],
-                self.choose,
-                stop_ids=self.sampling.stop_ids,
-                vocab_size=self.sampling.vocab_size,
-            )
-        model.train(was_training)
-        return completions
+        generators: list[list[torch.Generator]] = [
+            [prompt_generator(*key, stream) for stream in _STREAMS] for key in seed_keys
+        ]
+        return sample_from_models(
+            [student, self.teacher],
+            prompts,
+            limits,
+            generators,
+            self.choose,
+            stop_token_ids=self.sampling.stop_token_ids,
+            vocab_size=self.sampling.vocab_size,
+        )

@@ -8,11 +8,9 @@ from torch import Tensor, nn
 from ..data import completion_mask, target_ids
 from ..lm_head.statistics import StatisticsRequest
 from ..objective import PolicyScores
-from ..rollout.seeding import prompt_generator
+from ..rollout.seeding import RandomStream, prompt_generator
 from ..selection import token_index
 from .trainer import Batch, TokenSelectiveTrainer
-
-FORWARD_KL_STREAM = 1  # stream of `prompt_generator`
 
 
 class ScoredRolloutTrainer(TokenSelectiveTrainer):
@@ -57,6 +55,6 @@ class ScoredRolloutTrainer(TokenSelectiveTrainer):
         return logps, (logps - engine_logps).exp().clamp(max=self.args.vllm_importance_sampling_clip_max)
 
     def _random_uniform(self, batch: Batch, step: int) -> Tensor:
-        generators = [prompt_generator(self.args.seed, step, i, FORWARD_KL_STREAM) for i in batch["index"]]
+        generators = [prompt_generator(self.args.seed, step, i, RandomStream.FORWARD_KL) for i in batch["index"]]
         numbers = [torch.rand(n, generator=g) for g, n in zip(generators, batch["lengths"], strict=True)]
         return torch.cat(numbers).to(batch["input_ids"].device, non_blocking=True)

@@ -8,12 +8,12 @@ import torch
 from torch import nn
 from trl.trainer.utils import print_prompt_completions_sample
 
-from ..data import max_sequence_length, pad_sequences
+from ..data import pad_sequences
 from ..grading import is_exact_match
 from ..models.loading import ModelPair
-from ..rollout.base import Completion, Sampler, SamplingConfig
-from ..rollout.hf import HuggingFaceSampler
-from ..rollout.seeding import prompt_generator
+from ..rollout.base import Completion, Sampler
+from ..rollout.build import make_sampler
+from ..rollout.seeding import RandomStream, prompt_generator
 from .forward import HeadForward
 from .metrics import MetricAccumulator
 from .rollout_buffer import Batch
@@ -21,7 +21,6 @@ from .token_records import RecordedCompletion, TokenRecorder
 from .weight_check import check_engine_weights
 
 EVAL_STEP = 2**62  # evaluation rollouts: the same random numbers at every evaluation
-ON_POLICY_STREAM = 2  # stream of `prompt_generator`
 _NUM_LOGGED_COMPLETIONS = 5
 
 
@@ -40,7 +39,7 @@ class RolloutMixin:
     state: Any
     teacher_model: Any
     pair: ModelPair
-    stop_token_ids: set[int]
+    stop_token_ids: frozenset[int]
     sampler: Sampler
     head_forward: HeadForward
     token_recorder: TokenRecorder
@@ -52,24 +51,13 @@ class RolloutMixin:
     # What the trainer of a method may decide
 
     def _make_sampler(self) -> Sampler:
-        args = self.args
-        sampling = SamplingConfig(
-            frozenset(self.stop_token_ids), self.pair.shared_vocab_size, args.temperature, args.top_p
-        )
-        if not args.use_vllm:
-            return HuggingFaceSampler(self.accelerator, sampling, args.gradient_checkpointing_kwargs)
-        from ..rollout.vllm.sampler import VLLMSampler  # vLLM is an extra
-
-        longest = max_sequence_length(args, self.pair.context_length)
-        if args.vllm_mode == "colocate":
-            self.accelerator.print("starting vLLM's engine, which takes a minute or two", flush=True)
-        return VLLMSampler(self.model, self.accelerator, args, sampling, self.pair.tokenizer, longest)
+        return make_sampler(self.model, self.accelerator, self.args, self.pair, self.stop_token_ids)
 
     def _select_completions(
         self, model: nn.Module, rows: list[Batch], step: int, mode: str
     ) -> tuple[list[list[int]], list[Completion]]:
         """Prompts and completions to train on: the student's, or the data set's, by one random number a rollout."""
-        uniform = torch.rand(1, generator=prompt_generator(self.args.seed, step, 0, ON_POLICY_STREAM))
+        uniform = torch.rand(1, generator=prompt_generator(self.args.seed, step, 0, RandomStream.ON_POLICY))
         prompts = [ids for batch in rows for ids in batch["prompt_ids"]]
         if bool(uniform < self.args.lmbda):
             return prompts, self._generate(model, rows, prompts, step, mode)

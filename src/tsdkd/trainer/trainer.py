@@ -25,7 +25,7 @@ from ..config.base import TokenSelectiveConfig
 from ..config.options import enum_value
 from ..data import collate, completion_mask, prepare_dataset, target_ids
 from ..errors import ConfigError, ResumeError
-from ..models.loading import collect_stop_token_ids, get_model_id, load_generation_config, load_student, resolve_pair
+from ..models.loading import get_model_id, load_student, resolve_pair
 from ..models.teacher import load_teacher, prepare_teacher
 from ..objective import CompletionBatch, Objective, ObjectiveOutput
 from ..rollout.base import Completion
@@ -133,7 +133,7 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
     def _set_up(self, teacher_model: str | PreTrainedModel) -> None:
         """What is built of the loaded models."""
         args, accelerator, decode = self.args, self.accelerator, self.pair.tokenizer.decode
-        self.stop_token_ids = self._set_stop_token_ids(teacher_model)
+        self.stop_token_ids = self._set_stop_token_ids()
         self.teacher_name = get_model_id(teacher_model)
         if self._needs_teacher:
             self.teacher_model = prepare_teacher(teacher_model, accelerator, args)
@@ -276,17 +276,11 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
             rows, self.pair.template_tokenizer, args, self.pair.context_length, args.needs_completions
         )
 
-    def _set_stop_token_ids(self, teacher: str | PreTrainedModel) -> set[int]:
+    def _set_stop_token_ids(self) -> frozenset[int]:
         """Where a completion ends. The saved student gets them, and the template it was trained with, too."""
-        sources = [self.model.generation_config, self.pair.tokenizer]
-        if self.args.chat_template_source == "teacher":
-            if isinstance(teacher, str):  # not loaded, as its method doesn't ask it
-                own = load_generation_config(teacher, self.pair.teacher_config, None)
-            else:
-                own = teacher.generation_config
-            sources += [own, self.pair.teacher_tokenizer]
+        if self.pair.template_role == "teacher":
             self.pair.tokenizer.chat_template = self.pair.teacher_tokenizer.chat_template
-        ids = {i for i in collect_stop_token_ids(*sources) if i < self.pair.shared_vocab_size}
+        ids = self.pair.stop_token_ids()
         self.model.generation_config.eos_token_id = sorted(ids) or None
         return ids
 

@@ -54,7 +54,7 @@ def iter_completions(
     Args:
         llm: made with `extra_engine_args()`.
         requests: `prompt` (token ids), `max_tokens` and `seed`.
-        sampling: how completions are drawn.
+        sampling: how completions are sampled.
     """
     engine, draw_ids = llm.llm_engine, [f"{next(_draw_ids)}" for _ in requests]
     with wrap_engine_errors("vLLM failed in a rollout"):
@@ -90,7 +90,7 @@ def shared_sampling_params(sampling: SamplingConfig, vocab_size: int) -> dict[st
         "min_p": 0.0,
         "repetition_penalty": 1.0,
         "ignore_eos": True,  # the checkpoint's; the pair's may be more
-        "stop_token_ids": sorted(sampling.stop_ids),
+        "stop_token_ids": sorted(sampling.stop_token_ids),
     }
     surplus = range(sampling.vocab_size, vocab_size)
     if len(surplus) > _MAX_LOGIT_BIASES:

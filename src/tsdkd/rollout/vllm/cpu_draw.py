@@ -25,7 +25,7 @@ def seeded_sampling_params(
 ) -> SamplingParams:
     """Parameters of a request whose tokens are drawn here; `pop_logps(ticket)` gives their log-probabilities."""
     settings = {"ticket": ticket, "seed": seed, "sampling": sampling}
-    ends = {"max_tokens": limit, "ignore_eos": True, "stop_token_ids": sorted(sampling.stop_ids)}
+    ends = {"max_tokens": limit, "ignore_eos": True, "stop_token_ids": sorted(sampling.stop_token_ids)}
     return SamplingParams(temperature=0.0, extra_args={_EXTRA_ARG: settings}, **ends, **others)
 
 

@@ -12,11 +12,11 @@ from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, gather_object, is_peft_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...config.base import TokenSelectiveConfig
 from ...errors import EngineError
-from ..base import Completion, Key, SamplingConfig
+from ..base import Completion, SamplingConfig, SeedKey
 from ..seeding import prompt_seed
 from .colocate import extra_engine_args, first_line, iter_completions, shared_sampling_params, wrap_engine_errors
 from .server import connect_to_server
@@ -32,6 +32,8 @@ from .weights import iter_merged_parameters
 
 # isort: split
 from trl.generation import vllm_generation
+
+logger = get_logger(__name__)  # speaks on the main process only
 
 
 class VLLMSampler(vllm_generation.VLLMGeneration):
@@ -41,7 +43,7 @@ class VLLMSampler(vllm_generation.VLLMGeneration):
         model: the student, unwrapped.
         accelerator: knows the wrappers and the processes.
         args: the `vllm_…` settings.
-        sampling: how completions are drawn.
+        sampling: how completions are sampled.
         tokenizer: the student's.
         longest: prompt plus completion, tokens.
 
@@ -61,7 +63,7 @@ class VLLMSampler(vllm_generation.VLLMGeneration):
         self.sampling = sampling
         self.args = args
         self.needs_weight_check = False
-        self._synced_version: Hashable = None  # those that the engine holds
+        self._synced_version: Hashable = None  # of the weights that the engine holds
         self._sync_count = 0
         self._llm_weights_sleeping = False  # TRL's, which sets it where an engine can sleep
         super().__init__(
@@ -81,11 +83,10 @@ class VLLMSampler(vllm_generation.VLLMGeneration):
         if self.mode == "server":
             self._run_on_main_process(self._connect)
             return
-        # TRL passes no logits processors
-        llm = partial(vllm_generation.LLM, **extra_engine_args())
+        logger.info("starting vLLM's engine, which takes a minute or two")
         with (
             _preserve_global_state(self.accelerator.device),
-            patch.object(vllm_generation, "LLM", llm),
+            _add_engine_args(extra_engine_args()),
             wrap_engine_errors("vLLM can't start", self.args),
         ):
             super()._init_vllm()
@@ -123,16 +124,16 @@ class VLLMSampler(vllm_generation.VLLMGeneration):
 
     # Weights
 
-    def update(self, weights: Hashable) -> bool:
+    def update(self, weights_version: Hashable) -> bool:
         """See `Sampler`. A sleeping engine has lost its weights and takes the same ones again."""
-        asleep = self.mode == "colocate" and self._llm_weights_sleeping
-        if weights == self._synced_version and not asleep:
+        is_asleep = self.mode == "colocate" and self._llm_weights_sleeping
+        if weights_version == self._synced_version and not is_asleep:
             return False
         self.sync_weights()
-        if weights != self._synced_version:
+        if weights_version != self._synced_version:
             self.needs_weight_check = self._sync_count % self.args.vllm_check_every == 0
             self._sync_count += 1
-        self._synced_version = weights
+        self._synced_version = weights_version
         return True
 
     def sync_weights(self) -> None:
@@ -188,12 +189,12 @@ class VLLMSampler(vllm_generation.VLLMGeneration):
     # Completions
 
     def generate(
-        self, model: nn.Module, prompts: Sequence[Sequence[int]], limits: Sequence[int], keys: Sequence[Key]
+        self, model: nn.Module, prompts: Sequence[Sequence[int]], limits: Sequence[int], seed_keys: Sequence[SeedKey]
     ) -> list[Completion]:
         """See `Sampler`."""
         requests = [
             {"prompt": list(prompt), "max_tokens": limit, "seed": prompt_seed(*key)}
-            for prompt, limit, key in zip(prompts, limits, keys, strict=True)
+            for prompt, limit, key in zip(prompts, limits, seed_keys, strict=True)
         ]
         return self._generate_server(requests) if self.mode == "server" else self._generate_colocate(requests)
 
@@ -236,6 +237,22 @@ def _pack_tied_lm_head(model: Any) -> None:
 
 def _sort_by_position(completions: Iterable[tuple[int, Completion]]) -> list[Completion]:
     return [completion for _, completion in sorted(completions, key=itemgetter(0))]
+
+
+@contextmanager
+def _add_engine_args(engine_args: dict[str, Any]) -> Iterator[None]:
+    """Engines that TRL starts get these arguments too. TRL has no parameter for them; it looks `LLM` up in its module
+    when it starts an engine, so another callable stands there meanwhile. On a GPU there are none, and nothing is
+    replaced."""
+    if not engine_args:
+        yield
+        return
+    engine_class = vllm_generation.LLM
+    vllm_generation.LLM = partial(engine_class, **engine_args)
+    try:
+        yield
+    finally:
+        vllm_generation.LLM = engine_class
 
 
 @contextmanager

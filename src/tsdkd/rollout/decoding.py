@@ -1,0 +1,135 @@
+"""A batch of sequences in the middle of being decoded by one or several transformers models, with their KV caches."""
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .base import TokenChoice
+
+
+@dataclass
+class DecodingBatch:
+    """The sequences that are still being completed, left-padded, and what their next tokens need.
+
+    Attributes:
+        models: see `sample_from_models`.
+        cache_names: what each model's forward calls its cache.
+        prompt_lengths: of all prompts, tokens.
+        rows: which of the prompts are in the batch.
+        input_ids: `[B, T]`, the tokens that aren't in the caches: the prompts, then the last tokens.
+        attention_mask, position_ids: `[B, longest prompt + longest limit]`, of all tokens that will come.
+        uniform: `[B, longest limit, numbers]`, float64, or None.
+        caches: one a model; None before the first step.
+        is_padded: whether a row has padding. Without it there is no mask: transformers would wait for the device to
+            find that out.
+        num_sampled: so many tokens of each completion have been sampled.
+    """
+
+    models: Sequence[PreTrainedModel]
+    cache_names: list[str]
+    prompt_lengths: list[int]
+    rows: list[int]
+    input_ids: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor
+    uniform: Tensor | None
+    caches: list[Any]
+    is_padded: bool
+    num_sampled: int = 0
+
+    @classmethod
+    def start(
+        cls,
+        models: Sequence[PreTrainedModel],
+        prompts: Sequence[Sequence[int]],
+        limits: Sequence[int],
+        generators: Sequence[Sequence[torch.Generator]] | None,
+        device: torch.device,
+    ) -> "DecodingBatch":
+        """All prompts, on the device."""
+        uniform = None
+        if generators is not None:
+            # drawn beforehand, each number from its own stream: the same on every device, whatever the batch holds
+            uniform = torch.stack([_draw_uniform(streams, max(limits)) for streams in generators])
+            uniform = uniform.to(device, non_blocking=True)
+        input_ids, mask, position_ids = (x.to(device, non_blocking=True) for x in _left_pad(prompts, limits))
+        lengths = [len(prompt) for prompt in prompts]
+        return cls(
+            models,
+            [_cache_argument(model) for model in models],
+            lengths,
+            list(range(len(prompts))),
+            input_ids,
+            mask,
+            position_ids,
+            uniform,
+            [None] * len(models),
+            is_padded=min(lengths) < max(lengths),
+        )
+
+    def step(self, choose: TokenChoice, vocab_size: int) -> Tensor:
+        """Append the next token of each row; returns them, `[B]`, without waiting for the device."""
+        end = max(self.prompt_lengths) + self.num_sampled
+        start = end - self.input_ids.shape[1]
+        outputs = [
+            model(
+                input_ids=self.input_ids,
+                attention_mask=self.attention_mask[:, :end] if self.is_padded else None,
+                position_ids=self.position_ids[:, start:end],
+                use_cache=True,
+                logits_to_keep=1,
+                **{name: cache},
+            )
+            for model, name, cache in zip(self.models, self.cache_names, self.caches, strict=True)
+        ]
+        self.caches = [_mark_compileable(output[name]) for output, name in zip(outputs, self.cache_names, strict=True)]
+        logits = [output.logits[:, -1, :vocab_size].float() for output in outputs]
+        next_ids = choose(logits, None if self.uniform is None else self.uniform[:, self.num_sampled])
+        self.input_ids = next_ids.unsqueeze(-1)
+        self.num_sampled += 1
+        return next_ids
+
+    def select(self, positions: list[int]) -> None:
+        """Keep the rows at these positions of the batch."""
+        self.rows = [self.rows[position] for position in positions]
+        self.is_padded = min(self.prompt_lengths[row] for row in self.rows) < max(self.prompt_lengths)
+        keep = torch.tensor(positions).to(self.input_ids.device, non_blocking=True)
+        self.input_ids, self.attention_mask = self.input_ids[keep], self.attention_mask[keep]
+        self.position_ids = self.position_ids[keep]
+        self.uniform = None if self.uniform is None else self.uniform[keep]
+        for cache in self.caches:
+            cache.batch_select_indices(keep)
+
+
+def _draw_uniform(streams: Sequence[torch.Generator], count: int) -> Tensor:
+    """`[count, streams]`, float64 in [0, 1)."""
+    return torch.stack([torch.rand(count, dtype=torch.float64, generator=g) for g in streams], dim=-1)
+
+
+def _cache_argument(model: PreTrainedModel) -> str:
+    """What a model's forward and its output call the cache: `cache` since transformers 5.18, `past_key_values` before
+    and in older remote code."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's forward takes *args
+    return "cache" if "cache" in inspect.signature(base.forward).parameters else "past_key_values"
+
+
+def _mark_compileable(cache: Any) -> Any:
+    """The cache, marked as compileable: for such caches transformers makes a mask without a look at its values."""
+    for layer in getattr(cache, "layers", ()):
+        layer.is_compileable = True
+    return cache
+
+
+def _left_pad(prompts: Sequence[Sequence[int]], limits: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids `[B, longest prompt]`; mask and positions, `[B, longest prompt + longest limit]`, of all that will come."""
+    width = max(len(p) for p in prompts)
+    ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts])
+    position_ids = torch.arange(width + max(limits)) - torch.tensor([[width - len(p)] for p in prompts])
+    # a row that has ended but is still in the batch must not run out of the model's positions
+    last = torch.tensor([[len(p) + limit - 1] for p, limit in zip(prompts, limits, strict=True)])
+    return ids, (position_ids >= 0).long(), position_ids.clamp(min=0).minimum(last)
