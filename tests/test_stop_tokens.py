@@ -17,7 +17,7 @@ from tsdkd.rollout import hf
 from tsdkd.run.arguments import parse_arguments
 
 STUDENT, TEACHER = {1, 7}, {8, 9}
-"""Ids of the tokenizer and of the generation config, and all different; the teacher also has one that is not shared."""
+"""Ids of tokenizer and generation config, all different; the teacher has another one that is not shared."""
 
 
 @pytest.fixture

@@ -70,8 +70,8 @@ class ItemResults:
                 is_damaged = True
             if is_damaged:
                 raise OutputDirError(
-                    f"output_dir: line {number} of {self.path} isn't from this version of tsdkd eval; delete it, and its "
-                    "items are evaluated again"
+                    f"output_dir: line {number} of {self.path} isn't from this version of tsdkd eval; delete it, and "
+                    "its items are evaluated again"
                 )
             changes = [
                 f"{k} was {metadata[k]!r}, now {now!r}" for k, now in self.metadata.items() if metadata[k] != now

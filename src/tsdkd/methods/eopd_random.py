@@ -28,7 +28,7 @@ class EOPDRandomConfig(EOPDRandomOptions, OPDConfig):
 
 @dataclass
 class EOPDRandomObjective(EOPDRandomOptions, EOPDFullObjective):
-    """Eq. 9 with a coin as its trigger."""
+    """Eq. 9 with a random trigger."""
 
     def forward_kl_mask(self, scores: PolicyScores) -> Tensor:
         """The same for a token in every step that its rollout serves."""

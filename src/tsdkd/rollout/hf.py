@@ -6,7 +6,6 @@ checkpoint's generation config says (Qwen2.5 ships a repetition penalty); this l
 
 from collections.abc import Collection, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -32,7 +31,7 @@ class HuggingFaceSampler:
 
     needs_weight_check = False
 
-    def __init__(self, accelerator: Accelerator, sampling: SamplingConfig, *_: Any) -> None:  # trainer.py passes three
+    def __init__(self, accelerator: Accelerator, sampling: SamplingConfig) -> None:  # trainer.py passes three
         self.accelerator, self.sampling = accelerator, sampling
 
     def update(self, weights_version: Hashable) -> bool:

@@ -280,7 +280,7 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
         """Where a completion ends. The saved student gets them, and the template it was trained with, too."""
         if self.pair.template_role == "teacher":
             self.pair.tokenizer.chat_template = self.pair.teacher_tokenizer.chat_template
-        ids = self.pair.stop_token_ids()
+        ids = self.pair.stop_token_ids(generation_config=self.model.generation_config)
         self.model.generation_config.eos_token_id = sorted(ids) or None
         return ids
 

@@ -32,8 +32,9 @@ def connect_to_server(args: TokenSelectiveConfig, max_model_length: int, name: s
     context, root = served.get("max_model_len"), str(served.get("root") or served["id"])
     if context is not None and context < max_model_length:
         raise EngineError(
-            f"max_length: a prompt and its completion may have {max_model_length} tokens, the vLLM server at {base_url} "
-            f"takes {context}; start it with --max-model-len {max_model_length}, or set vllm_max_model_length: {context}"
+            f"max_length: a prompt and its completion may have {max_model_length} tokens, the vLLM server at "
+            f"{base_url} takes {context}; start it with --max-model-len {max_model_length}, or set "
+            f"vllm_max_model_length: {context}"
         )
     if name is not None and Path(root).name != Path(name).name:
         raise EngineError(f"vllm_server_base_url: the server at {base_url} serves {root}, not {name}")
