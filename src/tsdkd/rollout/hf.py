@@ -31,7 +31,7 @@ class HuggingFaceSampler:
 
     needs_weight_check = False
 
-    def __init__(self, accelerator: Accelerator, sampling: SamplingConfig) -> None:  # trainer.py passes three
+    def __init__(self, accelerator: Accelerator, sampling: SamplingConfig) -> None:
         self.accelerator, self.sampling = accelerator, sampling
 
     def update(self, weights_version: Hashable) -> bool:
