@@ -32,7 +32,7 @@ def build_sbatch_script(
         flags: of `tsdkd train`.
         accelerate_config: a shipped name or a file; none: the configuration's, or else zero2. The script says how
             many nodes and processes there are.
-        written_by: the arguments of the command that asks for it, for the script's head.
+        command_line: the arguments of the command that asks for it, for the script's head.
         settings: what `slurm.sh.j2` names: nodes, gpus_per_node (0: a CPU job of a process a node), time, ….
 
     Raises:

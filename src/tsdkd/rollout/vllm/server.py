@@ -58,8 +58,8 @@ class RolloutClient(VLLMClient):
     Args:
         base_url: where the server listens.
         group_port: of the group through which weights are sent.
-        patience: how long to wait for the server to be up, seconds.
-        deadline: how long to wait for an answer, seconds.
+        connection_timeout: how long to wait for the server to be up, seconds.
+        request_timeout: how long to wait for an answer, seconds.
 
     Raises:
         EngineError: here and in every method: no server, no answer, or one that isn't a success.
