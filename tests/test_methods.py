@@ -485,7 +485,7 @@ def test_grpo_puts_the_suffix_after_the_question(tmp_path: Any) -> None:
 
 def test_grpo_rewards_right_answers() -> None:
     pytest.importorskip("math_verify")
-    from tsdkd.methods.grpo import accuracy_reward
+    from tsdkd.methods.grpo_trainer import accuracy_reward
 
     texts = ["so 4 + 3 = 7 . answer 7", r"thus \boxed{\frac{1}{2}}", "answer 8", ""]
     assert accuracy_reward(texts, ["7", "0.5", "7", "7"]) == [1.0, 1.0, 0.0, 0.0]

@@ -171,9 +171,9 @@ WORK = Workload(
     rollout_size=1,
     steps_per_rollout=1,
     sequence_length=256,
-    weight_bytes=4,
-    compute_bytes=2,
-    teacher_bytes=2,
+    weight_itemsize=4,
+    compute_itemsize=2,
+    teacher_bytes_per_parameter=2,
     uses_gradient_checkpointing=True,
     uses_eager_attention=False,
     head_gib=1.0,
@@ -208,14 +208,14 @@ def test_buffers_by_their_definitions():
     )
     assert zero1["gradients"] == pytest.approx(2 * size / gib) and zero2["gradients"] == pytest.approx(2 * partition)
     assert zero2["optimizer"] == zero3["optimizer"] == pytest.approx(12 * size / 8 / gib)
-    assert totals(student, replace(WORK, weight_bytes=2), "ddp")["optimizer"] == pytest.approx(4 * size / gib)
+    assert totals(student, replace(WORK, weight_itemsize=2), "ddp")["optimizer"] == pytest.approx(4 * size / gib)
     alone = totals(student, WORK, "single", gpus=1)
     assert alone["gradients"] == pytest.approx(4 * size / gib) and alone["buckets"] == 0
 
 
 def test_an_adapters_states_are_small():
     whole, lora = compute_model_size(CONFIGS[STUDENT]), compute_model_size(CONFIGS[STUDENT], lora_r=16)
-    found = totals(lora, replace(WORK, weight_bytes=2), "single", gpus=1)
+    found = totals(lora, replace(WORK, weight_itemsize=2), "single", gpus=1)
     assert lora.adapter_parameters < 0.02 * whole.num_parameters
     assert found["student"] == pytest.approx((2 * whole.num_parameters + 4 * lora.adapter_parameters) / 2**30)
     assert found["optimizer"] == pytest.approx(8 * lora.adapter_parameters / 2**30)

@@ -1,5 +1,7 @@
 """Both trainers on real tiny models: what is logged and what is learned equals the papers' equations."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -7,11 +9,13 @@ import pytest
 import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl.experimental import gkd as trl_gkd
 
 import reference
 from conftest import QUIET, build_model, build_tokenizer, make_rows, policy_scores
 from tsdkd import ConfigError, EOPDConfig, EOPDTrainer, TokenizerMismatchError, TSDKDConfig, TSDKDTrainer
 from tsdkd.lm_head.dense import DenseHead
+from tsdkd.methods import METHODS
 from tsdkd.methods.eopd import EOPDObjective
 from tsdkd.objective import CompletionBatch
 from tsdkd.rollout.hf import sample_completions
@@ -428,3 +432,13 @@ def test_importance_weights_act_on_the_sampled_term_alone():
 def test_a_trainer_refuses_another_methods_configuration(tmp_path: Any) -> None:
     with pytest.raises(ConfigError, match=r"args: TSDKDTrainer takes a TSDKDConfig, found a EOPDConfig"):
         TSDKDTrainer("student", "teacher", EOPDConfig(str(tmp_path), **QUIET), train_dataset=None)
+    with pytest.raises(ConfigError, match=r"args: GKDTrainer takes a GKDConfig, found a trl\."):
+        METHODS["gkd"]("student", "teacher", trl_gkd.GKDConfig(str(tmp_path), **QUIET), train_dataset=None)
+    with pytest.raises(ConfigError, match=r"args: GRPOTrainer takes a GRPOConfig, found a TSDKDConfig"):
+        METHODS["grpo"]("student", args=TSDKDConfig(str(tmp_path), **QUIET), train_dataset=None)
+
+
+def test_the_methods_do_not_import_vllm() -> None:
+    """It takes seconds, and where it is broken, no method must be."""
+    code = "import sys, tsdkd.methods; sys.exit('trl.generation.vllm_generation' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

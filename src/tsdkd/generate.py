@@ -154,8 +154,9 @@ def _append_completions(setup: GenerationSetup, output: Path, num_completions: i
         _log_progress("starting vLLM's engine, which takes a minute or two")
     metadata = setup.metadata
     generate = _generate_with_vllm if setup.args.use_vllm else _generate_with_transformers
+    completions = generate(setup, requests)
     with open_for_append(output, "output_file") as file:
-        for position, completion in _with_progress(generate(setup, requests), len(requests)):
+        for position, completion in _with_progress(completions, len(requests)):
             row = _build_row(setup, requests[position], completion) | metadata
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()

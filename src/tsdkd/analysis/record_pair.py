@@ -41,7 +41,7 @@ def record_pair(arguments: RunArguments, count: int) -> Path:
         for name, field in zip(names, fields, strict=True)
     )
     stop_token_ids = pair.stop_token_ids()
-    heads = HeadForward(Accelerator(cpu=training.use_cpu), training, pair.shared_vocab_size)
+    head_forward = HeadForward(Accelerator(cpu=training.use_cpu), training, pair.shared_vocab_size)
     samples, parts = [], []
     for start in range(0, len(prepared), _BATCH_SIZE):
         some = prepared.select(range(start, min(start + _BATCH_SIZE, len(prepared))))
@@ -58,7 +58,7 @@ def record_pair(arguments: RunArguments, count: int) -> Path:
         )
         batch = pad_sequences(prompts, [c.ids for c in completions])
         batch = send_to_device(batch, training.device)
-        parts.append(compute_token_records(heads, student, teacher, batch, recorded_divergence(training)))
+        parts.append(compute_token_records(head_forward, student, teacher, batch, recorded_divergence(training)))
         samples += [
             RecordedCompletion(i, p, c.ids) for i, p, c in zip(some["index"], prompts, completions, strict=True)
         ]

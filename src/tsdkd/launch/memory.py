@@ -62,7 +62,7 @@ def estimate_memory(
         "teacher": _teacher_bytes(teacher, workload, teacher_placement, gpus),
     }
     engine = workload.engine or VllmMemoryConfig(memory_bytes=0.0)
-    idle = min(engine.memory_bytes, SLEEPING_ENGINE_BYTES) if engine.has_sleep_mode else engine.memory_bytes
+    idle = min(engine.memory_bytes, SLEEPING_ENGINE_BYTES) if engine.enable_sleep_mode else engine.memory_bytes
     phases = (
         {**_backward_bytes(student, teacher, workload, launch, gpus), "vLLM": idle},
         {**_optimizer_step_bytes(student, workload, launch, gpus), "vLLM": idle},
@@ -87,15 +87,15 @@ def _teacher_bytes(teacher: ModelSize | None, workload: Workload, placement: str
     if teacher is None:
         return 0.0
     if placement == "replica":
-        return teacher.num_parameters * workload.teacher_bytes
+        return teacher.num_parameters * workload.teacher_bytes_per_parameter
     gathered = min(teacher.num_parameters, _MAX_LIVE_PARAMETERS + teacher.embedding_parameters)
     shard = teacher.num_parameters / gpus if placement == "zero3" else 0
-    return (gathered + shard) * workload.teacher_bytes
+    return (gathered + shard) * workload.teacher_bytes_per_parameter
 
 
 def _bytes_per_weight(student: ModelSize, workload: Workload, launch: Sharding) -> tuple[int, int]:
     """Of a weight, and of a trained one: DeepSpeed casts all, peft keeps adapters in float32."""
-    bytes_per_weight = workload.compute_bytes if launch.zero_stage else workload.weight_bytes
+    bytes_per_weight = workload.compute_itemsize if launch.zero_stage else workload.weight_itemsize
     return bytes_per_weight, bytes_per_weight if launch.zero_stage or not student.adapter_parameters else 4
 
 
@@ -131,14 +131,16 @@ def _backward_bytes(
     rows = workload.micro_batch_size * workload.sequence_length
     residual_bytes = bytes_per_weight
     if student.adapter_parameters and not launch.zero_stage:
-        residual_bytes = max(bytes_per_weight, workload.compute_bytes)
+        residual_bytes = max(bytes_per_weight, workload.compute_itemsize)
     one_layer = rows * _activation_bytes(student, workload, residual_bytes)
     if workload.uses_gradient_checkpointing:
         activations = rows * student.num_hidden_layers * student.hidden_size * residual_bytes + one_layer
     else:
         activations = one_layer * student.num_hidden_layers
     # the teacher's pass comes before the student's
-    teacher_activations = rows * _activation_bytes(teacher, workload, workload.teacher_bytes) if teacher else 0.0
+    teacher_activations = (
+        rows * _activation_bytes(teacher, workload, workload.teacher_bytes_per_parameter) if teacher else 0.0
+    )
     head = workload.head_gib * GIB
     if not student.adapter_parameters and (
         student.has_tied_embeddings or workload.gradient_accumulation_steps > 1 or bytes_per_trained_weight < 4
@@ -155,29 +157,31 @@ def _backward_bytes(
 
 def _activation_bytes(model: ModelSize, workload: Workload, residual_bytes: int) -> float:
     """What a decoder layer keeps of a token."""
-    kept: float = model.residual_numbers * residual_bytes + model.activation_numbers * workload.compute_bytes
-    if residual_bytes > workload.compute_bytes:
+    kept: float = model.residual_numbers * residual_bytes + model.activation_numbers * workload.compute_itemsize
+    if residual_bytes > workload.compute_itemsize:
         # the norms' outputs, cast for the matrix products
-        kept += model.residual_numbers / 2 * workload.compute_bytes
+        kept += model.residual_numbers / 2 * workload.compute_itemsize
     if workload.uses_eager_attention:  # scores, capped scores, float32 probabilities and their cast, masks
-        kept += model.num_attention_heads * workload.sequence_length * (3 * workload.compute_bytes + 8)
+        kept += model.num_attention_heads * workload.sequence_length * (3 * workload.compute_itemsize + 8)
     return kept
 
 
 def _autocast_copy_bytes(student: ModelSize, workload: Workload, launch: Sharding) -> float:
     """Weights that are wider than their products. Autocast keeps copies of trained ones only, of others a layer's."""
-    if launch.zero_stage or workload.weight_bytes <= workload.compute_bytes:
+    if launch.zero_stage or workload.weight_itemsize <= workload.compute_itemsize:
         return 0.0
     frozen = student.parameters_per_layer + student.embedding_parameters  # a layer's and the output layer's
     looked_up = 0 if student.has_tied_embeddings else student.embedding_parameters
-    return workload.compute_bytes * (frozen if student.adapter_parameters else student.num_parameters - looked_up)
+    return workload.compute_itemsize * (frozen if student.adapter_parameters else student.num_parameters - looked_up)
 
 
 def _optimizer_step_bytes(student: ModelSize, workload: Workload, launch: Sharding, gpus: int) -> dict[str, float]:
     """ZeRO-1 and 2 make float32 gradients of their partition beside those there are."""
     gradients, _ = _gradient_bytes(student, workload, launch, gpus)
     wide = (
-        student.num_trainable_parameters / gpus * (4 + workload.compute_bytes) if launch.zero_stage in (1, 2) else 0.0
+        student.num_trainable_parameters / gpus * (4 + workload.compute_itemsize)
+        if launch.zero_stage in (1, 2)
+        else 0.0
     )
     return {"gradients": gradients + wide}
 
@@ -187,9 +191,9 @@ def _rollout_bytes(student: ModelSize, teacher: ModelSize | None, workload: Work
     whole weights where they are sharded, autocast's copies."""
     if workload.engine is not None or not workload.rollout_size:
         return 0.0
-    models = [(student, workload.compute_bytes)]
+    models = [(student, workload.compute_itemsize)]
     if workload.needs_teacher_in_rollout and teacher:
-        models.append((teacher, workload.teacher_bytes))
+        models.append((teacher, workload.teacher_bytes_per_parameter))
     kv_cache = (
         sum(
             (model.num_hidden_layers + 1) * model.kv_cache_numbers * bytes_per_weight
@@ -198,5 +202,5 @@ def _rollout_bytes(student: ModelSize, teacher: ModelSize | None, workload: Work
         * workload.sequence_length
     )
     logits = SAMPLING_BYTES_PER_LOGIT * student.vocab_size * len(models)
-    whole = student.num_parameters * workload.compute_bytes if launch.zero_stage == 3 else 0
+    whole = student.num_parameters * workload.compute_itemsize if launch.zero_stage == 3 else 0
     return workload.rollout_size * (kv_cache + logits) + whole + _autocast_copy_bytes(student, workload, launch)

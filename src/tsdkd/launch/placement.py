@@ -85,9 +85,9 @@ def plan(
         yield text
     total = sum(estimates[current].values())
     yield _describe_fit(current, estimates[current], limit, can_engine_start)
-    stays_awake = engine is not None and engine.memory_bytes and not engine.has_sleep_mode
+    stays_awake = engine is not None and engine.memory_bytes and not engine.enable_sleep_mode
     if engine and stays_awake and total > _COMFORTABLE_FRACTION * limit:
-        asleep = estimate(current, replace(workload, engine=replace(engine, has_sleep_mode=True)))
+        asleep = estimate(current, replace(workload, engine=replace(engine, enable_sleep_mode=True)))
         yield f"with --vllm_enable_sleep_mode true it takes {sum(asleep.values()):.1f} GiB"
     yield _describe_fastest(estimates, limit, gpus)
     yield _describe_step_seconds(student, teacher, workload)

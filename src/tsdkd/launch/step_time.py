@@ -51,9 +51,9 @@ def _estimate_rollout_seconds(student: ModelSize, teacher: ModelSize | None, wor
             / 2
             * model.num_hidden_layers
             * model.kv_cache_numbers
-            * workload.compute_bytes
+            * workload.compute_itemsize
         )
-        reads = (model.num_parameters * workload.compute_bytes + cache) / _GPU_BANDWIDTH
+        reads = (model.num_parameters * workload.compute_itemsize + cache) / _GPU_BANDWIDTH
         matmul_seconds = 2 * model.num_parameters * concurrent_sequences / _GPU_FLOPS
         launches = model.num_hidden_layers * _KERNELS_PER_LAYER * _KERNEL_LAUNCH_SECONDS
         token += (

@@ -21,14 +21,14 @@ class VllmMemoryConfig:
 
     Attributes:
         memory_bytes: of a GPU that trains; 0 for a server elsewhere.
-        has_sleep_mode: whether it gives its memory back while the student trains.
+        enable_sleep_mode: whether it gives its memory back while the student trains.
         tensor_parallel_size: processes that share one engine.
         max_model_len: its context, tokens.
         max_num_seqs: sequences that it may sample at once.
     """
 
     memory_bytes: float
-    has_sleep_mode: bool = False
+    enable_sleep_mode: bool = False
     tensor_parallel_size: int = 1
     max_model_len: int = 0
     max_num_seqs: int = 256
@@ -42,8 +42,8 @@ class Workload:
         micro_batch_size: completions of a micro-batch; `gradient_accumulation_steps`: micro-batches of a step.
         rollout_size: completions of a rollout, 0 without any; `steps_per_rollout`: steps that it serves.
         sequence_length: of prompt and completion, tokens.
-        weight_bytes: of a student's number outside DeepSpeed; `compute_bytes`: in matrix products.
-        teacher_bytes: of a teacher's number.
+        weight_itemsize: of a student's number outside DeepSpeed; `compute_itemsize`: in matrix products.
+        teacher_bytes_per_parameter: of a teacher's number.
         uses_gradient_checkpointing: layers are computed again in the backward pass.
         uses_eager_attention: attention keeps its whole matrices.
         head_gib: of a chunk of the fused head, or of whole logits.
@@ -56,9 +56,9 @@ class Workload:
     rollout_size: int
     steps_per_rollout: int
     sequence_length: int
-    weight_bytes: int
-    compute_bytes: int
-    teacher_bytes: int
+    weight_itemsize: int
+    compute_itemsize: int
+    teacher_bytes_per_parameter: int
     uses_gradient_checkpointing: bool
     uses_eager_attention: bool
     head_gib: float
@@ -79,7 +79,7 @@ def build_workload(
     steps_per_rollout = rollout / samples_per_step * values.get("num_iterations", 1)
     generates = values["lmbda"] > 0 or cls.always_needs_completions
     half = values["fp16"] or values["bf16"] is not False  # TRL's default is bf16
-    weight_bytes = _itemsize(values["dtype"], values["model_init_kwargs"], models[0])
+    weight_itemsize = _itemsize(values["dtype"], values["model_init_kwargs"], models[0])
     longest = _max_sequence_length(values, models)
     tokens = min(longest, values["max_completion_length"] + _PROMPT_TOKENS)
     logits = values["per_device_train_batch_size"] * tokens * models[0].get_text_config().vocab_size
@@ -90,9 +90,9 @@ def build_workload(
         rollout_size=rollout if generates else 0,
         steps_per_rollout=int(steps_per_rollout),
         sequence_length=tokens,
-        weight_bytes=weight_bytes,
-        compute_bytes=2 if half else weight_bytes,
-        teacher_bytes=_itemsize("auto", values["teacher_model_init_kwargs"], models[1]),
+        weight_itemsize=weight_itemsize,
+        compute_itemsize=2 if half else weight_itemsize,
+        teacher_bytes_per_parameter=_itemsize("auto", values["teacher_model_init_kwargs"], models[1]),
         uses_gradient_checkpointing=bool(values["gradient_checkpointing"]),
         uses_eager_attention=values["attn_implementation"] == "eager",
         head_gib=chunk_gib if values["fused_head"] else logits * _DENSE_BYTES_PER_LOGIT / GIB,
@@ -107,7 +107,7 @@ def _build_engine_config(values: dict[str, Any], longest: int, gpu_gib: float) -
         return VllmMemoryConfig(memory_bytes=0.0, max_num_seqs=slots)
     return VllmMemoryConfig(
         memory_bytes=values["vllm_gpu_memory_utilization"] * gpu_gib * GIB,
-        has_sleep_mode=values["vllm_enable_sleep_mode"],
+        enable_sleep_mode=values["vllm_enable_sleep_mode"],
         tensor_parallel_size=values["vllm_tensor_parallel_size"],
         max_model_len=longest,
         max_num_seqs=slots,

@@ -119,10 +119,16 @@ class DistiLLMTrainer(TokenSelectiveTrainer):
 
     def _get_extra_state(self) -> dict[str, Any]:
         replay_buffer = [[torch.tensor(ids) for ids in pair] for pair in self.replay_buffer]
-        own = {"on_policy_share": self.on_policy_share, "last_loss": self._last_eval_loss, "replay": replay_buffer}
+        own = {
+            "on_policy_share": self.on_policy_share,
+            "last_eval_loss": self._last_eval_loss,
+            "replay_buffer": replay_buffer,
+        }
         return {**super()._get_extra_state(), **own}
 
     def _set_extra_state(self, state: dict[str, Any]) -> None:
         super()._set_extra_state(state)
-        self.on_policy_share, self._last_eval_loss = state["on_policy_share"], state["last_loss"]
-        self.replay_buffer.extend((prompt.tolist(), completion.tolist()) for prompt, completion in state["replay"])
+        self.on_policy_share, self._last_eval_loss = state["on_policy_share"], state["last_eval_loss"]
+        self.replay_buffer.extend(
+            (prompt.tolist(), completion.tolist()) for prompt, completion in state["replay_buffer"]
+        )

@@ -1,20 +1,10 @@
 """GRPO: reinforcement by right answers, on TRL's trainer (Shao et al. 2024, arXiv 2402.03300)."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
-import trl
-from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-
-from ..checkpointing.preemption import PreemptionCallback
-from ..checkpointing.trainer_mixin import CheckpointMixin
 from ..config.base import TokenSelectiveConfig
-from ..config.inherited import UNSUPPORTED_OPTIONS
 from ..config.options import AT_LEAST_ONE, OPEN_FRACTION, option
-from ..data import append_prompt_suffix, prepare_dataset, resolve_columns, split_prompt_completion
-from ..errors import ConfigError, DataError
-from ..models.loading import load_student, resolve_pair
 from .defaults import NO_BETA
 
 
@@ -54,124 +44,13 @@ class GRPOConfig(TokenSelectiveConfig):
     rollout_batch_size: int = option(128, "Prompts in one rollout, over all processes.", AT_LEAST_ONE)
 
 
-def accuracy_reward(completions: list[Any], answer: list[str], **columns: Any) -> list[float]:
-    """1 where math-verify finds the completion's answer equal to `answer`, else 0."""
-    from ..grading import is_math_equivalent  # math-verify is an extra
-
-    texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
-    return [float(is_math_equivalent(text, str(expected))) for text, expected in zip(texts, answer, strict=True)]
-
-
-class GRPOTrainer(CheckpointMixin, trl.GRPOTrainer):
-    """Group relative policy optimization (arXiv 2402.03300).
-
-    Args:
-        model: the student: path, hub id or loaded model.
-        teacher_model: not used; there so that all trainers are made alike.
-        args: the configuration.
-        train_dataset: rows with a prompt and an `answer`, or a `solution` that has a boxed one or is one.
-        eval_dataset, processing_class, callbacks, optimizers, peft_config: as in TRL's.
-
-    Raises:
-        ConfigError, DataError, ModelError: the input can't be used; nothing has been written.
-    """
+class GRPOTrainer:
+    """Makes a `tsdkd.methods.grpo_trainer.GRPOTrainer`. That file is imported when it is needed: TRL's trainer imports
+    vLLM, which takes seconds, wherever it is installed."""
 
     config_class = GRPOConfig
 
-    def __init__(
-        self,
-        model: str | PreTrainedModel,
-        teacher_model: Any = None,
-        args: GRPOConfig | None = None,
-        *,
-        train_dataset: Dataset,
-        eval_dataset: Dataset | None = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
-        teacher_processing_class: Any = None,
-        callbacks: list[TrainerCallback] | None = None,
-        optimizers: tuple[Any, Any] = (None, None),
-        peft_config: Any | None = None,
-    ) -> None:
-        assert args is not None
-        _require_math_verify()
-        pair = resolve_pair(model, model, args, processing_class, processing_class)
-        rows = [
-            None if d is None else _prepare_prompts(d, pair.template_tokenizer, args, pair.context_length)
-            for d in (train_dataset, eval_dataset)
-        ]
-        super().__init__(
-            load_student(model, args) if isinstance(model, str) else model,
-            reward_funcs=accuracy_reward,
-            args=_to_trl_config(args),
-            train_dataset=rows[0],
-            eval_dataset=rows[1],
-            processing_class=pair.tokenizer,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            peft_config=peft_config,
-        )
-        self.preemption = PreemptionCallback(self.accelerator)
-        self.add_callback(self.preemption)
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        from .grpo_trainer import GRPOTrainer
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """See `Trainer`; a final model gets TRL's model card."""
-        super().save_model(output_dir, _internal_call)
-        if not _internal_call:
-            self.create_model_card()
-
-    def _get_extra_state(self) -> dict[str, Any]:
-        return {"step": self._step, "buffered": self._buffered_inputs}
-
-    def _set_extra_state(self, state: dict[str, Any]) -> None:
-        self._step = state["step"]
-        buffered = state["buffered"]
-        self._buffered_inputs = None if buffered is None else [self._prepare_input(batch) for batch in buffered]
-
-
-def _require_math_verify() -> None:
-    try:
-        import math_verify  # noqa: F401
-    except ImportError as error:
-        raise ConfigError(["method: grpo's reward needs math-verify; pip install 'tsdkd[eval]'"]) from error
-
-
-def _to_trl_config(args: GRPOConfig) -> trl.GRPOConfig:
-    """TRL's configuration, with what both have in common."""
-    names = {f.name for f in fields(trl.GRPOConfig) if f.init and hasattr(args, f.name)}
-    not_trls = {*UNSUPPORTED_OPTIONS, "beta", "generation_batch_size"}  # these are GKD's or SFT's
-    common = {name: getattr(args, name) for name in names - not_trls}
-    try:
-        return trl.GRPOConfig(**common, generation_batch_size=args.rollout_batch_size * args.num_generations)
-    except ValueError as error:
-        raise ConfigError([f"rollout_batch_size, num_generations: {' '.join(str(error).split())}"]) from error
-
-
-def _prepare_prompts(rows: Dataset, template: PreTrainedTokenizerBase, args: GRPOConfig, context: int) -> Dataset:
-    """Prompts that leave room for a completion, as TRL takes them, and answers."""
-    source = next((name for name in ("answer", "solution") if name in rows.column_names), None)
-    if source is None:
-        raise DataError(
-            "grpo rewards right answers: the data set has no column 'answer' or 'solution', it has "
-            f"{', '.join(rows.column_names)}"
-        )
-    from ..grading import extract_answer  # math-verify is an extra
-
-    shape = resolve_columns(rows, args)
-    kept = prepare_dataset(rows, template, args, context, needs_completion=False)["index"]
-
-    def prompt_and_answer(row: dict[str, Any], index: int) -> dict[str, Any]:
-        prompt = append_prompt_suffix(split_prompt_completion(row, index, shape)[0], index, args.prompt_suffix)
-        if isinstance(prompt, str) and args.chat_template_source != "none" and template.chat_template is not None:
-            prompt = [{"role": "user", "content": prompt}]
-        given = row[source]
-        if given is None:
-            raise DataError(f"row {index}: no answer: its {source} is empty")
-        answer = given if source == "answer" else extract_answer(str(given))
-        if answer is None:
-            raise DataError(
-                f"row {index}: no answer: its solution has no \\boxed{{}}, and isn't a bare answer: {given[-60:]!r}"
-            )
-        return {"prompt": prompt, "answer": str(answer)}
-
-    chosen = rows.select(kept)
-    return chosen.map(prompt_and_answer, with_indices=True, remove_columns=rows.column_names, desc="Prompts")
+        return GRPOTrainer(*args, **kwargs)

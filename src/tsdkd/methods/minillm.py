@@ -49,6 +49,11 @@ class MiniLLMConfig(MiniLLMOptions, RolloutConfig):
     rollout_batch_size: int = option(256)
     num_iterations: int = option(4, "How often a rollout's completions are trained on.", AT_LEAST_ONE)
 
+    @property
+    def iterations_per_rollout(self) -> int:
+        """See `TokenSelectiveConfig`."""
+        return self.num_iterations
+
     def steps_per_rollout(self, processes: int | None = None) -> int:
         """With every epoch over it."""
         return super().steps_per_rollout(processes) * self.num_iterations
@@ -152,8 +157,7 @@ class MiniLLMTrainer(ScoredRolloutTrainer):
 def mixture_choice(teacher_share: float, temperature: float) -> TokenChoice:
     """MiniLLM, Eq. 5: from `teacher_share P + (1 - teacher_share) Q`."""
 
-    def choose(logits: list[Tensor], uniform: Tensor | None) -> Tensor:
-        assert uniform is not None
+    def choose(logits: list[Tensor], uniform: Tensor) -> Tensor:
         student, teacher = ((x / temperature).softmax(-1) for x in logits)
         return sample_tokens((teacher_share * teacher + (1 - teacher_share) * student).log(), uniform[:, 0])[0]
 

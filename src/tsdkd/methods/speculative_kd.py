@@ -64,9 +64,8 @@ def speculative_choice(options: SpeculativeKDOptions) -> TokenChoice:
     """Speculative KD, Algorithm 1: the student's token if the teacher has it among its top ones, else a sample of the
     teacher's."""
 
-    def choose(logits: list[Tensor], uniform: Tensor | None) -> Tensor:
+    def choose(logits: list[Tensor], uniform: Tensor) -> Tensor:
         student, teacher = logits
-        assert uniform is not None
         drafted, _ = sample_tokens(student / options.draft_temperature, uniform[:, 0], options.draft_top_p)
         corrected, _ = sample_tokens(teacher / options.correction_temperature, uniform[:, 1], options.correction_top_p)
         better = (teacher > teacher.gather(-1, drafted.unsqueeze(-1))).sum(-1)

@@ -187,11 +187,11 @@ class TSDKDObjective(TSDKDOptions, Objective):
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs to continue."""
-        return {"window": list(self.difficulties)}
+        return {"difficulties": list(self.difficulties)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict()`."""
-        self.difficulties = deque(state["window"], maxlen=5)
+        self.difficulties = deque(state["difficulties"], maxlen=5)
 
 
 class TSDKDTrainer(TokenSelectiveTrainer):

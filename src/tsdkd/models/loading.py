@@ -48,7 +48,7 @@ class ModelPair:
         return self.teacher_tokenizer if self.template_role == "teacher" else self.tokenizer
 
     def stop_token_ids(
-        self, writer: Role = "student", generation_config: GenerationConfig | None = None
+        self, role: Role = "student", generation_config: GenerationConfig | None = None
     ) -> frozenset[int]:
         """Where a completion ends; see `tokenizers.stop_token_ids` for the rule.
 
@@ -60,7 +60,7 @@ class ModelPair:
             "student": (self.student_generation_config, self.tokenizer),
             "teacher": (self.teacher_generation_config, self.teacher_tokenizer),
         }
-        writer_sources = (generation_config or models[writer][0], models[writer][1])
+        writer_sources = (generation_config or models[role][0], models[role][1])
         return stop_token_ids(self.shared_vocab_size, writer_sources, models[self.template_role])
 
     @property

@@ -14,11 +14,11 @@ from torch import Tensor
 SeedKey = tuple[int, int, int]
 """(seed, step, prompt index)."""
 
-TokenChoice = Callable[[list[Tensor], Tensor | None], Tensor]
+TokenChoice = Callable[[list[Tensor], Tensor], Tensor]
 """Chooses the next token of each row of a batch.
 
-Its arguments: each model's logits, float32 `[B, V]`, and uniform numbers in [0, 1), float64 `[B, numbers]`, None
-without generators. It returns ids `[B]`.
+Its arguments: each model's logits, float32 `[B, V]`, and uniform numbers in [0, 1), float64 `[B, numbers]`
+(without generators there are none of them, `[B, 0]`). It returns ids `[B]`.
 """
 
 

@@ -23,7 +23,7 @@ class DecodingBatch:
         rows: which of the prompts are in the batch.
         input_ids: `[B, T]`, the tokens that aren't in the caches: the prompts, then the last tokens.
         attention_mask, position_ids: `[B, longest prompt + longest limit]`, of all tokens that will come.
-        uniform: `[B, longest limit, numbers]`, float64, or None.
+        uniform: `[B, longest limit, numbers]`, float64; without generators `[B, longest limit, 0]`.
         caches: one a model; None before the first step.
         is_padded: whether a row has padding. Without it there is no mask: transformers would wait for the device to
             find that out.
@@ -37,7 +37,7 @@ class DecodingBatch:
     input_ids: Tensor
     attention_mask: Tensor
     position_ids: Tensor
-    uniform: Tensor | None
+    uniform: Tensor
     caches: list[Any]
     is_padded: bool
     num_sampled: int = 0
@@ -52,11 +52,10 @@ class DecodingBatch:
         device: torch.device,
     ) -> "DecodingBatch":
         """All prompts, on the device."""
-        uniform = None
-        if generators is not None:
-            # drawn beforehand, each number from its own stream: the same on every device, whatever the batch holds
-            uniform = torch.stack([_draw_uniform(streams, max(limits)) for streams in generators])
-            uniform = uniform.to(device, non_blocking=True)
+        # drawn beforehand, each number from its own stream: the same on every device, whatever the batch holds
+        streams = generators if generators is not None else [()] * len(prompts)
+        uniform = torch.stack([_draw_uniform(of_prompt, max(limits)) for of_prompt in streams])
+        uniform = uniform.to(device, non_blocking=True)
         input_ids, mask, position_ids = (x.to(device, non_blocking=True) for x in _left_pad(prompts, limits))
         lengths = [len(prompt) for prompt in prompts]
         return cls(
@@ -89,7 +88,7 @@ class DecodingBatch:
         ]
         self.caches = [_mark_compileable(output[name]) for output, name in zip(outputs, self.cache_names, strict=True)]
         logits = [output.logits[:, -1, :vocab_size].float() for output in outputs]
-        next_ids = choose(logits, None if self.uniform is None else self.uniform[:, self.num_sampled])
+        next_ids = choose(logits, self.uniform[:, self.num_sampled])
         self.input_ids = next_ids.unsqueeze(-1)
         self.num_sampled += 1
         return next_ids
@@ -101,14 +100,15 @@ class DecodingBatch:
         keep = torch.tensor(positions).to(self.input_ids.device, non_blocking=True)
         self.input_ids, self.attention_mask = self.input_ids[keep], self.attention_mask[keep]
         self.position_ids = self.position_ids[keep]
-        self.uniform = None if self.uniform is None else self.uniform[keep]
+        self.uniform = self.uniform[keep]
         for cache in self.caches:
             cache.batch_select_indices(keep)
 
 
 def _draw_uniform(streams: Sequence[torch.Generator], count: int) -> Tensor:
     """`[count, streams]`, float64 in [0, 1)."""
-    return torch.stack([torch.rand(count, dtype=torch.float64, generator=g) for g in streams], dim=-1)
+    numbers = [torch.rand(count, dtype=torch.float64, generator=g) for g in streams]
+    return torch.stack(numbers, dim=-1) if numbers else torch.empty(count, 0, dtype=torch.float64)
 
 
 def _cache_argument(model: PreTrainedModel) -> str:

@@ -50,7 +50,7 @@ class HuggingFaceSampler:
         model.eval()
         # The wrapper of the model's forward leaves autocast after each token, and torch forgets the weights in half
         # precision when the outermost autocast is left: hence one around all tokens.
-        with _gather_parameters(model, self.accelerator) as unwrapped, self.accelerator.autocast():
+        with _unwrapped_for_generation(model, self.accelerator) as unwrapped, self.accelerator.autocast():
             completions = self._sample(unwrapped, prompts, limits, seed_keys)
         model.train(was_training)
         return completions
@@ -67,7 +67,7 @@ class HuggingFaceSampler:
 
 
 @contextmanager
-def _gather_parameters(model: nn.Module, accelerator: Accelerator) -> Iterator[PreTrainedModel]:
+def _unwrapped_for_generation(model: nn.Module, accelerator: Accelerator) -> Iterator[PreTrainedModel]:
     """The unwrapped model, under ZeRO-3 with whole parameters and without the hooks that would gather each again.
 
     TRL's `unwrap_model_for_generation` also turns gradient checkpointing off and on again. That isn't needed here: in
@@ -113,9 +113,9 @@ def sample_completions(
         Completions in the order of `prompts`.
     """
 
-    def choose(logits: list[Tensor], uniform: Tensor | None) -> Tensor:
+    def choose(logits: list[Tensor], uniform: Tensor) -> Tensor:
         scaled = logits[0] if temperature == 1.0 else logits[0] / temperature
-        return scaled.argmax(-1) if uniform is None else sample_tokens(scaled, uniform[:, 0], top_p)[0]
+        return scaled.argmax(-1) if generators is None else sample_tokens(scaled, uniform[:, 0], top_p)[0]
 
     streams = None if generators is None else [(g,) for g in generators]
     return sample_from_models(

@@ -33,7 +33,7 @@ class HeadForward:
 
     def __init__(self, accelerator: Accelerator, args: TokenSelectiveConfig, vocab_size: int) -> None:
         self.accelerator, self.args, self.vocab_size = accelerator, args, vocab_size
-        self._checked: WeakSet[nn.Module] = WeakSet()
+        self._verified_models: WeakSet[nn.Module] = WeakSet()
 
     def forward(
         self,
@@ -91,7 +91,7 @@ class HeadForward:
         with ExitStack() as stack:
             of_teacher: tuple[Any, ...] = ()
             if teacher is not None:
-                _gather_parameters(stack, get_output_layer(teacher.model))
+                _gather_output_layer(stack, get_output_layer(teacher.model))
                 of_teacher = (teacher.states, get_projection(teacher.model))
             head = FusedHead(
                 hidden,
@@ -132,10 +132,10 @@ class HeadForward:
     def _hidden(self, model: PreTrainedModel, batch: dict[str, Tensor], index: Tensor) -> Tensor:
         """`[N, H]`, the last hidden states."""
         with self.accelerator.autocast():
-            if model not in self._checked:
-                _check_logits(model, batch["input_ids"][:1, :8])
+            if model not in self._verified_models:
+                _verify_output_layer(model, batch["input_ids"][:1, :8])
                 torch.clear_autocast_cache()  # older torches keep casts of weights that were made without a gradient
-                self._checked.add(model)
+                self._verified_models.add(model)
             return _select_positions(index, _forward_backbone(model, batch["input_ids"], batch.get("attention_mask")))
 
 
@@ -170,7 +170,7 @@ def _run_as_output_layer(model: PreTrainedModel, function: Callable[[Tensor], An
 
 
 @torch.no_grad()
-def _check_logits(model: PreTrainedModel, ids: Tensor) -> None:
+def _verify_output_layer(model: PreTrainedModel, ids: Tensor) -> None:
     """Once a model: a head that forgets a scale would train on other distributions, without any error."""
     was_training = model.training
     model.eval()
@@ -199,7 +199,7 @@ def _project(model: PreTrainedModel, dtype: torch.dtype, hidden: Tensor) -> Tens
     return projection.slice_vocab(len(projection.weight), dtype).logits(hidden.to(dtype))
 
 
-def _gather_parameters(stack: ExitStack, layer: Any) -> None:
+def _gather_output_layer(stack: ExitStack, layer: Any) -> None:
     """A layer's parameters, sharded by ZeRO-3 or not, whole within the stack."""
     sharded = [p for p in (layer.weight, layer.bias) if p is not None and hasattr(p, "ds_status")]
     if sharded:

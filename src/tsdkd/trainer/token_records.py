@@ -54,7 +54,7 @@ def recorded_divergence(args: TokenSelectiveConfig) -> Divergence:
 
 @torch.no_grad()
 def compute_token_records(
-    heads: HeadForward, student: nn.Module, teacher: nn.Module, batch: dict[str, Tensor], divergence: Divergence
+    head_forward: HeadForward, student: nn.Module, teacher: nn.Module, batch: dict[str, Tensor], divergence: Divergence
 ) -> dict[str, Tensor]:
     """What both models say at the N completion tokens of a batch, on the CPU.
 
@@ -74,15 +74,17 @@ def compute_token_records(
     both = StatisticsRequest(
         entropy=True, teacher_entropy=True, divergence=divergence, top_k=NUM_CANDIDATES, ids=sampled
     )
-    student_statistics = heads.forward(
-        student, batch, index, both, teacher=heads.teacher_forward(teacher, batch, index)
+    student_statistics = head_forward.forward(
+        student, batch, index, both, teacher=head_forward.teacher_forward(teacher, batch, index)
     )
     ids = torch.cat([sampled, student_statistics.topk_ids], dim=-1)
-    teacher_statistics = heads.compute_statistics(
+    teacher_statistics = head_forward.compute_statistics(
         teacher, batch, index, StatisticsRequest(top_k=MASS_TOP_K[-1], ids=ids)
     )
     top = teacher_statistics.topk_ids[:, :FORWARD_KL_TOP_K]
-    student_logps_at_teacher_topk = heads.compute_statistics(student, batch, index, StatisticsRequest(ids=top)).logps
+    student_logps_at_teacher_topk = head_forward.compute_statistics(
+        student, batch, index, StatisticsRequest(ids=top)
+    ).logps
     student.train(was_training)
     masses = teacher_statistics.topk_logps.exp().cumsum(-1)
     columns = {
@@ -150,8 +152,10 @@ class TokenRecorder:
         decode: token ids -> text.
     """
 
-    def __init__(self, heads: HeadForward, args: TokenSelectiveConfig, decode: Callable[[list[int]], str]) -> None:
-        self.heads, self.args, self.decode = heads, args, decode
+    def __init__(
+        self, head_forward: HeadForward, args: TokenSelectiveConfig, decode: Callable[[list[int]], str]
+    ) -> None:
+        self.head_forward, self.args, self.decode = head_forward, args, decode
         self._next = 0
 
     def is_due(self, step: int, mode: str) -> bool:
@@ -163,10 +167,10 @@ class TokenRecorder:
         self._next = (step // self.args.record_steps + 1) * self.args.record_steps
         chosen = samples[: self.args.record_completions]
         padded = pad_sequences([s.prompt for s in chosen], [s.completion for s in chosen])
-        device = self.heads.accelerator.device
+        device = self.head_forward.accelerator.device
         batch = {name: values.to(device) for name, values in padded.items()}
-        columns = compute_token_records(self.heads, student, teacher, batch, recorded_divergence(self.args))
-        if self.heads.accelerator.is_main_process:
+        columns = compute_token_records(self.head_forward, student, teacher, batch, recorded_divergence(self.args))
+        if self.head_forward.accelerator.is_main_process:
             write_token_records(Path(str(self.args.output_dir)), step, chosen, columns, self.decode)
 
 

@@ -21,10 +21,10 @@ from trl.trainer.utils import disable_dropout_in_model
 
 from ..checkpointing.preemption import PreemptionCallback
 from ..checkpointing.trainer_mixin import CheckpointMixin
-from ..config.base import TokenSelectiveConfig
+from ..config.base import TokenSelectiveConfig, require_config
 from ..config.options import enum_value
 from ..data import collate, completion_mask, prepare_dataset, target_ids
-from ..errors import ConfigError, ResumeError
+from ..errors import ResumeError
 from ..models.loading import get_model_id, load_student, resolve_pair
 from ..models.teacher import load_teacher, prepare_teacher
 from ..objective import CompletionBatch, Objective, ObjectiveOutput
@@ -86,7 +86,7 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
         self._tag_names = ["tsdkd", args.method]
         self.objective = self._make_objective(args)
         self.rollout_buffer = RolloutBuffer(
-            args.gradient_accumulation_steps, args.steps_per_rollout(), getattr(args, "num_iterations", 1)
+            args.gradient_accumulation_steps, args.steps_per_rollout(), args.iterations_per_rollout
         )
         self.pair = resolve_pair(model, teacher_model, args, processing_class, teacher_processing_class)
         train_dataset = self._tokenize_dataset(train_dataset, args)
@@ -112,13 +112,10 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
         self.model_accepts_loss_kwargs = True  # the loss is divided by the global count, never by accumulation too
         if args.disable_dropout:
             disable_dropout_in_model(self.model)
-        self._set_up(teacher_model)
+        self._build_components(teacher_model)
 
     def _check_args(self, args: TokenSelectiveConfig) -> None:
-        if args.method != self.config_class.method:
-            raise ConfigError(
-                [f"args: {type(self).__name__} takes a {self.config_class.__name__}, found a {type(args).__name__}"]
-            )
+        require_config(args, self.config_class, type(self).__name__)
         if args.use_vllm:
             require_vllm()
 
@@ -130,7 +127,7 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
     def _needs_teacher(self) -> bool:
         return self.objective.needs_teacher_distribution or self.objective.scores_class is not None
 
-    def _set_up(self, teacher_model: str | PreTrainedModel) -> None:
+    def _build_components(self, teacher_model: str | PreTrainedModel) -> None:
         """What is built of the loaded models."""
         args, accelerator, decode = self.args, self.accelerator, self.pair.tokenizer.decode
         self.stop_token_ids = self._set_stop_token_ids()
@@ -145,7 +142,7 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
         self.add_callback(self.preemption)
         self.metric_accumulators = {mode: MetricAccumulator(accelerator) for mode in ("train", "eval")}
         self._is_first_micro_batch = False
-        self._load_count = 0  # how often the weights changed otherwise than by a step
+        self._weights_version = 0  # how often the weights changed otherwise than by a step
         self._logged_completions: list[tuple[str, str, Completion]] = []
 
     # A step
@@ -324,12 +321,12 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """See `CheckpointMixin.train`."""
-        self._load_count += 1  # steps are counted from 0 again, or from a checkpoint's
+        self._weights_version += 1  # steps are counted from 0 again, or from a checkpoint's
         return super().train(*args, **kwargs)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        self._load_count += 1
+        self._weights_version += 1
 
     def _get_extra_state(self) -> dict[str, Any]:
         return {

@@ -19,7 +19,7 @@ _NUM_COMPLETIONS = 4
 
 
 def check_engine_weights(
-    heads: HeadForward,
+    head_forward: HeadForward,
     accelerator: Accelerator,
     model: nn.Module,
     prompts: Sequence[Sequence[int]],
@@ -40,7 +40,7 @@ def check_engine_weights(
     batch = {name: value.to(accelerator.device) for name, value in batch.items()}
     index = token_index(completion_mask(batch))
     sampled = target_ids(batch, index).unsqueeze(-1)
-    student_statistics = heads.compute_statistics(model, batch, index, StatisticsRequest(ids=sampled, top_k=1))
+    student_statistics = head_forward.compute_statistics(model, batch, index, StatisticsRequest(ids=sampled, top_k=1))
     engine_logps = torch.tensor([logp for _, c in chosen for logp in c.logps or []], device=index.device)
     difference = (student_statistics.logps.squeeze(-1) - engine_logps).abs().mean()
     tolerance = 2 * 2**-7 * student_statistics.topk_logits.abs().mean() - math.log(top_p)

@@ -58,9 +58,9 @@ def iter_completions(
     """
     engine, draw_ids = llm.llm_engine, [f"{next(_draw_ids)}" for _ in requests]
     with wrap_engine_errors("vLLM failed in a rollout"):
-        for position, (request, draw_id) in enumerate(zip(requests, draw_ids, strict=True)):
+        for position, (request, request_id) in enumerate(zip(requests, draw_ids, strict=True)):
             prompt = {"prompt_token_ids": request["prompt"]}
-            engine.add_request(str(position), prompt, _sampling_params(request, draw_id, llm, sampling))
+            engine.add_request(str(position), prompt, _sampling_params(request, request_id, llm, sampling))
         while engine.has_unfinished_requests():
             for finished in engine.step():
                 position, (output,) = int(finished.request_id), finished.outputs
@@ -72,10 +72,10 @@ def iter_completions(
                 yield position, Completion(ids, output.finish_reason == "stop", logps)
 
 
-def _sampling_params(request: dict[str, Any], draw_id: str, llm: LLM, sampling: SamplingConfig) -> SamplingParams:
+def _sampling_params(request: dict[str, Any], request_id: str, llm: LLM, sampling: SamplingConfig) -> SamplingParams:
     common: dict[str, Any] = {"detokenize": False, "output_kind": RequestOutputKind.FINAL_ONLY}
     if current_platform.is_cpu():
-        return seeded_sampling_params(draw_id, request["seed"], request["max_tokens"], sampling, **common)
+        return seeded_sampling_params(request_id, request["seed"], request["max_tokens"], sampling, **common)
     parameters = shared_sampling_params(sampling, llm.model_config.get_vocab_size())
     own = {"max_tokens": request["max_tokens"], "seed": request["seed"]}
     return SamplingParams(logprobs=0, **own, **parameters, **common)

@@ -17,27 +17,27 @@ from ..base import SamplingConfig
 from ..categorical import sample_tokens
 
 _EXTRA_ARG = "tsdkd_draw"
-_logps: dict[str, dict[int, float]] = {}  # ticket -> position -> log-probability, of the requests under way
+_logps: dict[str, dict[int, float]] = {}  # request_id -> position -> log-probability, of the requests under way
 
 
 def seeded_sampling_params(
-    ticket: str, seed: int, limit: int, sampling: SamplingConfig, **others: Any
+    request_id: str, seed: int, limit: int, sampling: SamplingConfig, **others: Any
 ) -> SamplingParams:
-    """Parameters of a request whose tokens are drawn here; `pop_logps(ticket)` gives their log-probabilities."""
-    settings = {"ticket": ticket, "seed": seed, "sampling": sampling}
+    """Parameters of a request whose tokens are drawn here; `pop_logps(request_id)` gives their log-probabilities."""
+    settings = {"request_id": request_id, "seed": seed, "sampling": sampling}
     ends = {"max_tokens": limit, "ignore_eos": True, "stop_token_ids": sorted(sampling.stop_token_ids)}
     return SamplingParams(temperature=0.0, extra_args={_EXTRA_ARG: settings}, **ends, **others)
 
 
-def pop_logps(ticket: str, count: int) -> list[float] | None:
+def pop_logps(request_id: str, count: int) -> list[float] | None:
     """The log-probabilities of a finished request's tokens; None where the engine runs in another process."""
-    found = _logps.pop(ticket, None)
+    found = _logps.pop(request_id, None)
     return None if found is None else [found[position] for position in range(count)]
 
 
 @dataclass
 class _RequestState:
-    ticket: str
+    request_id: str
     uniform: list[float]
     output_ids: list[int]  # vLLM's own list, which grows
 
@@ -63,8 +63,8 @@ class SeededLogitsProcessor(LogitsProcessor):
         self.sampling = settings["sampling"]  # the same for a whole batch
         generator = torch.Generator().manual_seed(settings["seed"])
         uniform = torch.rand(params.max_tokens, dtype=torch.float64, generator=generator).tolist()
-        _logps.setdefault(settings["ticket"], {})
-        return _RequestState(settings["ticket"], uniform, output_ids)
+        _logps.setdefault(settings["request_id"], {})
+        return _RequestState(settings["request_id"], uniform, output_ids)
 
     def apply(self, logits: Tensor) -> Tensor:
         if not self.requests:
@@ -79,6 +79,6 @@ class SeededLogitsProcessor(LogitsProcessor):
             active_logits = active_logits / self.sampling.temperature
         ids, logps = sample_tokens(active_logits, torch.tensor(uniform, dtype=torch.float64), self.sampling.top_p)
         for request, position, logp in zip(requests, positions, logps.tolist(), strict=True):
-            _logps[request.ticket][position] = logp
+            _logps[request.request_id][position] = logp
         logits[places, ids] = torch.inf
         return logits
