@@ -52,7 +52,7 @@ def build(method: str, layers: int, vocabulary: int, fused: bool, folder: str) -
     kind = METHODS[method].config_class
     values = {**QUIET, "use_cpu": False, "bf16": True, "max_steps": STEPS, "logging_steps": 100, "fused_head": fused}
     values |= {"per_device_train_batch_size": ROWS, "gradient_accumulation_steps": ACCUMULATED}
-    values |= {"max_new_tokens": TOKENS, "dataloader_pin_memory": False}
+    values |= {"max_completion_length": TOKENS, "dataloader_pin_memory": False}
     for name, value in {"rollout_batch_size": ROWS * ACCUMULATED, "num_iterations": 1, "on_policy_share": 1.0}.items():
         if hasattr(kind, name):
             values[name] = value

@@ -429,6 +429,7 @@ def test_importance_weights_act_on_the_sampled_term_alone():
     torch.testing.assert_close(logits.grad.flatten(), torch.tensor(numeric, dtype=torch.float64), rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing")  # TRL's own
 def test_a_trainer_refuses_another_methods_configuration(tmp_path: Any) -> None:
     with pytest.raises(ConfigError, match=r"args: TSDKDTrainer takes a TSDKDConfig, found a EOPDConfig"):
         TSDKDTrainer("student", "teacher", EOPDConfig(str(tmp_path), **QUIET), train_dataset=None)

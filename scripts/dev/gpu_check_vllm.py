@@ -43,7 +43,7 @@ def train(folder: Path, sleep: bool) -> None:
     values = {**QUIET, "use_cpu": not CUDA, "bf16": True, "model_init_kwargs": {"dtype": "float32"}}
     values |= {"use_vllm": True, "vllm_check_every": 1, "vllm_enable_sleep_mode": sleep}
     values |= {"max_steps": STEPS, "logging_steps": 1, "per_device_train_batch_size": 16}
-    values |= {"max_length": 64, "max_new_tokens": 32}
+    values |= {"max_length": 64, "max_completion_length": 32}
     values |= {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0, "lr_scheduler_type": "constant"}
     trainer = TSDKDTrainer(
         str(folder / "student"),

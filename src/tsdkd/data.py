@@ -11,16 +11,16 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.logging import get_logger
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetNotFoundError
 from transformers import PreTrainedTokenizerBase
 
 from .config.base import TokenSelectiveConfig
+from .config.logs import get_logger
 from .errors import DataError
 from .models.hub import offline_reason
 
-logger = get_logger(__name__)  # speaks on the main process only
+logger = get_logger(__name__)
 _FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 

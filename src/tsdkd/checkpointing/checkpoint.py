@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..config.logs import get_logger
 from ..errors import CheckpointError, ResumeError
 
 logger = get_logger(__name__)

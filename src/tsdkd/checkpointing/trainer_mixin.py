@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model, send_to_device
 from torch import nn
 from transformers import Trainer
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
+from ..config.logs import get_logger
 from . import checkpoint, preemption
 from .deepspeed_files import safe_deepspeed_load
 from .state_file import load_state, save_state

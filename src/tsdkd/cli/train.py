@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     launch.warn_about_compile_locks()
     launch_flags = {name: value for name in _LAUNCH_FLAGS if (value := getattr(args, name)) is not None}
-    for name in launch_flags.keys() & _LAUNCH_CONFIG_KEYS:
+    for name in (n for n in _LAUNCH_CONFIG_KEYS if n in launch_flags):
         flags += [f"--{name}", str(launch_flags[name])]
     raw_values = {**(read_yaml(args.config) if args.config is not None else {}), **read_flags(flags, [])}
     launch_spec = resolve_launch(raw_values, launch_flags, do_train=not args.dry_run) if raw_values else None

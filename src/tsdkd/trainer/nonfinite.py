@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.logging import get_logger
 from torch import Tensor
 
+from ..config.logs import get_logger
 from ..errors import NonFiniteError
 
 logger = get_logger(__name__)

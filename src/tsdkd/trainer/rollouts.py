@@ -45,7 +45,7 @@ class RolloutMixin:
     token_recorder: TokenRecorder
     metric_accumulators: dict[str, MetricAccumulator]
     _prepare_inputs: Any  # Trainer's
-    _load_count: int
+    _weights_version: int
     _logged_completions: list[tuple[str, str, Completion]]
 
     # What the trainer of a method may decide
@@ -103,7 +103,7 @@ class RolloutMixin:
         indices = [i for batch in rows for i in batch["index"]]
         limits = [limit for batch in rows for limit in batch["limit"]]
         accumulator, start = self.metric_accumulators[mode], time.perf_counter()
-        if self.sampler.update((self.state.global_step, self._load_count)):
+        if self.sampler.update((self.state.global_step, self._weights_version)):
             accumulator.add("speed/weight_sync_seconds", time.perf_counter() - start, 1)
         start = time.perf_counter()
         completions = self.sampler.generate(model, prompts, limits, [(self.args.seed, step, i) for i in indices])

@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, gather_object, is_peft_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...config.base import TokenSelectiveConfig
+from ...config.logs import get_logger
 from ...errors import EngineError
 from ..base import Completion, SamplingConfig, SeedKey
 from ..seeding import prompt_seed
@@ -33,7 +33,7 @@ from .weights import iter_merged_parameters
 # isort: split
 from trl.generation import vllm_generation
 
-logger = get_logger(__name__)  # speaks on the main process only
+logger = get_logger(__name__)
 
 
 class VLLMSampler(vllm_generation.VLLMGeneration):
