@@ -243,7 +243,7 @@ def _generate_with_vllm(setup: GenerationSetup, requests: list[GenerationRequest
 def _generate_with_transformers(
     setup: GenerationSetup, requests: list[GenerationRequest]
 ) -> Iterator[tuple[int, Completion]]:
-    """As `_generate_with_vllm`."""
+    """Yield positions and completions, as `_generate_with_vllm` does."""
     from .rollout.hf import sample_completions
 
     field, size = _MODEL_FIELDS[setup.role], setup.args.per_device_eval_batch_size
@@ -259,7 +259,7 @@ def _generate_with_transformers(
 
 
 def _with_progress(completions: Iterator[tuple[int, Completion]], total: int) -> Iterator[tuple[int, Completion]]:
-    """The same, with progress logged now and then."""
+    """Pass completions through and log progress every `_PROGRESS_INTERVAL` seconds."""
     start = last_logged = time.perf_counter()
     num_tokens = 0
     for count, (position, completion) in enumerate(completions, 1):

@@ -89,7 +89,7 @@ def write_checkpoint(output_dir: Path, step: int, write_files: Callable[[Path], 
 
 
 def get_last_valid_checkpoint(output_dir: Path) -> Path:
-    """The newest checkpoint in a run's folder that verifies; what is passed over is said. All processes must call it.
+    """Return the newest checkpoint that passes verification; log those that are skipped. All processes must call it.
 
     Raises:
         ResumeError: there is none.
@@ -159,8 +159,10 @@ def _read_manifest(folder: Path) -> Manifest | str:
 
 
 def rotate_checkpoints(newest: Path, keep: int | None, best: str | None) -> None:
-    """Delete the oldest checkpoints until `keep` are left: never `newest`, which is complete, never `best`, never by
-    halves."""
+    """Delete the oldest checkpoints until `keep` are left.
+
+    Never deletes `newest` or `best`; a deleted checkpoint disappears atomically.
+    """
     if not keep:
         return
     folders = list_checkpoints(newest.parent)

@@ -1,4 +1,4 @@
-"""What a run is continued from: a `Trainer` whose checkpoints are whole, verified, and hold no pickle of ours."""
+"""A `Trainer` whose checkpoints are written atomically, verified, and free of pickles (DeepSpeed's are restricted)."""
 
 import random
 from contextlib import nullcontext
@@ -139,7 +139,7 @@ class CheckpointMixin(Trainer):
 
 
 def _get_rng_state() -> dict[str, Any]:
-    """Of Python, numpy, torch, and this process's device."""
+    """RNG states of Python, NumPy, torch and this process's device."""
     algorithm, words, *rest = np.random.get_state(legacy=True)
     return {
         "python": random.getstate(),

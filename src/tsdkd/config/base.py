@@ -90,13 +90,12 @@ class TokenSelectiveConfig(GKDConfig):
 
     method: ClassVar[str]
     paper: ClassVar[str]
-    always_needs_completions: ClassVar[bool] = (
-        False  # whether it trains on the data set's completions whatever lmbda is
-    )
-    completions_source: ClassVar[str] = "the student's; the data set's in 1 - lmbda of the steps"  # that it trains on
-    unsupported_options: ClassVar[dict[str, str]] = {
-        "beta": "the method has no generalised JSD"
-    }  # inherited options, and why
+    # whether the method trains on the data set's completions whatever lmbda is
+    always_needs_completions: ClassVar[bool] = False
+    # the completions that the method trains on
+    completions_source: ClassVar[str] = "the student's; the data set's in 1 - lmbda of the steps"
+    # inherited option -> why the method doesn't support it
+    unsupported_options: ClassVar[dict[str, str]] = {"beta": "the method has no generalised JSD"}
 
     conflicts: ClassVar[tuple[ConflictRule, ...]] = (
         (
@@ -210,11 +209,11 @@ class TokenSelectiveConfig(GKDConfig):
         self.remove_unused_columns = False
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the hub's tokens: `Trainer` pickles its arguments into what it pushes to the hub."""
+        """The values without the hub's tokens: `Trainer` pickles its arguments into what it pushes to the hub."""
         return {name: None if name.endswith("hub_token") else value for name, value in vars(self).items()}
 
     def _resolve_aliases(self) -> list[str]:
-        """What was given by another name, by the name that everything else uses."""
+        """Move values given under an alias to the canonical name. Returns conflicts."""
         problems = []
         for alias, name in ALIASES.items():
             given, value = getattr(self, alias, None), getattr(self, name)

@@ -18,7 +18,7 @@ _LOGITS_GIB = 0.5  # that exist at once for the entropy
 
 @dataclass
 class ProblemSet:
-    """What is to be solved.
+    """Prompts with answers, and how completions are sampled and graded.
 
     Attributes:
         prompts: token ids.

@@ -11,7 +11,7 @@ from .softmax import GradOutputs, SoftmaxRows, Tiles, accumulation_dtype, comput
 from .statistics import PerTokenLoss, StatisticsRequest, TokenStatistics
 
 DIFFERENTIABLE = ("entropy", "divergence", "topk_logits", "logps")
-_STUDENT, _TEACHER, _KL, _RATIO = slice(0, 3), slice(3, 6), 6, 7  # rows of `Scan.table`
+_STUDENT, _TEACHER, _KL, _RATIO = slice(0, 3), slice(3, 6), 6, 7  # rows of `ChunkedStatistics.row_statistics`
 
 
 class ChunkedStatistics:

@@ -50,7 +50,7 @@ class MiniLLMConfig(MiniLLMOptions, RolloutConfig):
     num_iterations: int = option(4, "How often a rollout's completions are trained on.", AT_LEAST_ONE)
 
     def steps_per_rollout(self, processes: int | None = None) -> int:
-        """With every epoch over it."""
+        """Optimizer steps that one rollout serves; counts all `num_iterations` passes over it."""
         return super().steps_per_rollout(processes) * self.num_iterations
 
 

@@ -1,4 +1,4 @@
-"""What a sampler is: completions for prompts, by whatever engine.
+"""The `Sampler` interface: generates completions for prompts with any engine.
 
 Each completion is seeded by (seed, step, prompt index), so that neither the ambient generators nor the way a batch is
 split over micro-batches and processes changes what is sampled. `tsdkd.rollout.build` chooses the sampler

@@ -234,7 +234,8 @@ def _note_dataset_completions(
     from_file: Mapping[str, Any],
     from_flags: Mapping[str, Any],
 ) -> list[str]:
-    """Where a flag changes the data set, its completions may be anybody's; a local file's are the user's own."""
+    """Note that completions from a data set named by a flag aren't checked to be the teacher's; a local JSONL file
+    is trusted."""
     name = from_flags.get("dataset_name")
     needs_completions = cls.always_needs_completions or values["lmbda"] < 1
     if not needs_completions or name in (None, from_file.get("dataset_name")) or str(name).endswith(".jsonl"):

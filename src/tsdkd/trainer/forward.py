@@ -26,7 +26,7 @@ class HeadForward:
     """Forward passes of the pair's models, as they are wrapped for training: input ids -> hidden states -> statistics.
 
     Args:
-        accelerator: knows the wrappers and the precision.
+        accelerator: unwraps models and provides autocast.
         args: fused_head, head_chunk_gib, temperature.
         vocab_size: ids that both models have.
     """
@@ -116,7 +116,7 @@ class HeadForward:
     def compute_statistics(
         self, model: nn.Module, batch: dict[str, Tensor], index: Tensor, request: StatisticsRequest
     ) -> TokenStatistics:
-        """The same as `forward`, of a model in eval mode and without gradients."""
+        """Like `forward`, but in eval mode and without gradients."""
         was_training = model.training
         model.eval()
         statistics = self.forward(model, batch, index, request)

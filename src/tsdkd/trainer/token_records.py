@@ -142,7 +142,9 @@ def _decode_in_context(token: int, decode: Callable[[list[int]], str]) -> str:
 
 
 class TokenRecorder:
-    """Writes records in training. All processes describe, as sharded models need all of them; the first one writes.
+    """Records tokens during training.
+
+    All processes run the forward passes, because sharded models need them; the main process writes.
 
     Args:
         heads: of the pair.
@@ -159,7 +161,7 @@ class TokenRecorder:
         return mode == "train" and self.args.record_steps > 0 and step >= self._next
 
     def record(self, student: nn.Module, teacher: nn.Module, samples: Sequence[RecordedCompletion], step: int) -> None:
-        """Describe some of this process's completions, and write them."""
+        """Score some of this process's completions with both models and write the record."""
         self._next = (step // self.args.record_steps + 1) * self.args.record_steps
         chosen = samples[: self.args.record_completions]
         padded = pad_sequences([s.prompt for s in chosen], [s.completion for s in chosen])

@@ -43,8 +43,8 @@ from .token_records import TokenRecorder
 class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
     """Distils by the method that `args` configures; a subclass says which, and may roll out in its own way.
 
-    It is a `GKDTrainer`, whose place it takes in scripts. Of `GKDTrainer` itself only the parents run: `SFTTrainer`'s
-    construction (model, PEFT) and `Trainer`'s loop. The rest can't: `__init__` refuses pairs with differently padded
+    A drop-in replacement for TRL's `GKDTrainer`. It reuses `SFTTrainer`'s construction (model, PEFT) and `Trainer`'s
+    loop, and none of `GKDTrainer`'s own methods, because: `__init__` refuses pairs with differently padded
     vocabularies; `training_step` rolls out after the loss has been divided by a count of the data set's tokens, and
     samples from the ambient random generator; `compute_loss` needs whole logits and ignores the number of processes.
 
@@ -131,7 +131,7 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
         return self.objective.needs_teacher_distribution or self.objective.scores_class is not None
 
     def _set_up(self, teacher_model: str | PreTrainedModel) -> None:
-        """What is built of the loaded models."""
+        """Build the components that need the loaded models."""
         args, accelerator, decode = self.args, self.accelerator, self.pair.tokenizer.decode
         self.stop_token_ids = self._set_stop_token_ids()
         self.teacher_name = get_model_id(teacher_model)
@@ -207,7 +207,7 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
             return self.head_forward.teacher_forward(self.teacher_model, batch, index)
 
     def _count_units(self, batch: Batch) -> int:
-        """How many of what the loss is a mean of."""
+        """Number of items that the loss is averaged over: completions, tokens or micro-batches."""
         lengths: list[int] = batch["lengths"]
         completions = sum(length > 0 for length in lengths)
         counts = {"completions": completions, "tokens": sum(lengths), "micro-batches": min(completions, 1)}
@@ -233,7 +233,7 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
         return not is_sharded and is_first and every > 0 and self.state.global_step % every == 0
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """Trainer's last call before the optimizer's step. DeepSpeed has then left out a step that isn't finite."""
+        """Runs right before the optimizer step; DeepSpeed has already skipped a non-finite one."""
         grad_norm = super()._get_grad_norm(model, grad_norm)
         is_scaled = self.accelerator.mixed_precision == "fp16"  # its scaler leaves out steps that overflow
         is_finite = self.nonfinite_guard.is_step_finite(0.0 if is_scaled else grad_norm, self.state.global_step + 1)
@@ -244,7 +244,7 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
     def _time_teacher(self, batch: Batch, mode: str) -> AbstractContextManager[None]:
         return self.metric_accumulators[mode].track_throughput("speed/teacher_tokens_per_second", batch["num_tokens"])
 
-    # What the trainer of a method may decide
+    # Hooks that a method's trainer may override
 
     def _position_mask(self, batch: Batch) -> Tensor:
         """`[B, S - 1]` bool, the positions of which the objective requests statistics."""
@@ -277,7 +277,8 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
         )
 
     def _set_stop_token_ids(self) -> frozenset[int]:
-        """Where a completion ends. The saved student gets them, and the template it was trained with, too."""
+        """Set the stop token ids and the chat template on the student, so that they are saved with it. Returns the
+        ids."""
         if self.pair.template_role == "teacher":
             self.pair.tokenizer.chat_template = self.pair.teacher_tokenizer.chat_template
         ids = self.pair.stop_token_ids(generation_config=self.model.generation_config)
@@ -350,7 +351,7 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
 
     @cached_property
     def _train_dataset_hash(self) -> str:
-        """Of the training rows as they are trained on: their places in the data set are part of a checkpoint."""
+        """Hash of the tokenized training rows: a checkpoint stores positions in them."""
         digest = hashlib.sha256()
         for rows in self.train_dataset.select_columns(["prompt_ids", "completion_ids", "limit"]).iter(1000):
             digest.update(repr(rows).encode())
