@@ -26,9 +26,9 @@ def open_for_append(path: Path, field: str = "output_dir") -> Iterator[TextIO]:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Where to write a file that is moved to `path` at the end, so that `path` is whole or as before.
+    """Yield a temporary path that is moved to `path` at the end, so that `path` is complete or unchanged.
 
-    Its folder is made. Raises `OutputDirError`.
+    The folder of `path` is made. Raises `OutputDirError`.
     """
     with wrap_os_errors(path, action="written"):
         path.parent.mkdir(parents=True, exist_ok=True)

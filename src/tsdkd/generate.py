@@ -31,7 +31,7 @@ _PROGRESS_INTERVAL = 10.0  # seconds
 
 @dataclass
 class GenerationSetup:
-    """Which model generates, how, and for what.
+    """The generating model, its sampling options, and the prompts.
 
     Attributes:
         role: of the generating model.
@@ -58,7 +58,7 @@ class GenerationSetup:
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """What all rows of a file share."""
+        """The metadata that all rows of an output file share."""
         names = ("seed", "temperature", "top_p", "max_new_tokens", "prompt_suffix")
         return {
             "model": self.model_name_or_path,
@@ -76,7 +76,7 @@ class GenerationSetup:
 
     @property
     def output_columns(self) -> tuple[str, str]:
-        """Of prompt and completion, as the run will look for them."""
+        """Names of the output's columns of prompt and completion, as the run will look for them."""
         return self.args.prompt_column or "prompt", self.args.completion_column or "completion"
 
     def get_prompt(self, index: int) -> Any:

@@ -21,7 +21,7 @@ Metrics = dict[str, tuple[Tensor, Tensor]]
 
 @dataclass
 class RolloutScores:
-    """What is computed once about the N tokens of a rollout, before the student changes (EOPD Alg. 1, line 9).
+    """Scores of the N tokens of a rollout, computed once before the student changes (EOPD Alg. 1, line 9).
 
     Attributes:
         teacher_entropy: `[N]`, the teacher's, over the full vocabulary, nats.

@@ -32,12 +32,12 @@ _PACKAGES = ("tsdkd", "torch", "transformers", "trl", "accelerate")
 
 @dataclass
 class Manifest:
-    """What a checkpoint consists of.
+    """The contents of a checkpoint, for its verification.
 
     Attributes:
         step: optimizer steps that were taken.
         num_processes: how many processes wrote it.
-        versions: of the packages that matter.
+        versions: package -> version, of the packages that matter.
         files: path in the checkpoint -> (bytes, SHA-256).
     """
 
@@ -119,7 +119,9 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 
 
 def find_damage(folder: Path) -> str | None:
-    """Why a checkpoint can't be used; None if it can. All processes must call it: each reads a share of the files.
+    """Return why a checkpoint can't be used, or None if it can.
+
+    All processes must call it: each reads a share of the files.
 
     Raises:
         ResumeError: it was written by another number of processes.
@@ -173,7 +175,7 @@ def rotate_checkpoints(newest: Path, keep: int | None, best: str | None) -> None
 
 
 def remove_partial_checkpoints(output_dir: Path) -> None:
-    """What a killed save or rotation has left."""
+    """Remove the leftovers of a killed save or rotation."""
     for pattern in (f"{_PARTIAL_PREFIX}*", f"{_DELETED_PREFIX}*"):
         for folder in output_dir.glob(pattern):
             shutil.rmtree(folder, ignore_errors=True)

@@ -95,7 +95,7 @@ class CheckpointMixin(Trainer):
         return set(getattr(self.model, "all_tied_weights_keys", {}))
 
     def _export_callbacks(self) -> None:
-        """What `Trainer` writes of its callbacks."""
+        """Store the callbacks' states in the trainer state, as `Trainer` does."""
         exportable = [c for c in [*self.callback_handler.callbacks, self.control] if isinstance(c, ExportableState)]
         for callback in exportable:
             name, states = type(callback).__name__, self.state.stateful_callbacks
@@ -105,8 +105,10 @@ class CheckpointMixin(Trainer):
                 states[name] = callback.state()
 
     def _stateful_objects(self) -> list[tuple[str, Any]]:
-        """What the main process saves besides the model. DeepSpeed keeps the optimizer, a scheduler of its own, and
-        the scaler with the model."""
+        """The objects that the main process saves besides the model, by name.
+
+        DeepSpeed saves the optimizer, a scheduler of its own, and the scaler with the model.
+        """
         if self.is_deepspeed_enabled:
             from accelerate.utils import DeepSpeedSchedulerWrapper  # there is none without DeepSpeed
 

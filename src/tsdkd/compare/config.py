@@ -1,4 +1,4 @@
-"""What a comparison is: its YAML file -> runs, seeds, and the flags of `tsdkd train` for each."""
+"""The configuration of a comparison: its YAML file -> runs, seeds, and the flags of `tsdkd train` for each."""
 
 import json
 import re

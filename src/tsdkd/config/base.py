@@ -1,4 +1,4 @@
-"""What can be set for every method, and the data arguments; `tsdkd.methods` has what each method adds.
+"""The options that all methods share, and the data arguments; `tsdkd.methods` has what each method adds.
 
 Field names, defaults and help follow TRL and transformers. A configuration that can't be run raises one `ConfigError`
 that lists every problem.
@@ -43,12 +43,12 @@ _TEMPLATE_KWARGS: ValueRule = (
 
 @dataclass
 class TokenSelectiveConfig(GKDConfig):
-    """What the methods share; `tsdkd.methods` has one subclass for each.
+    """The options that all methods share; `tsdkd.methods` has one subclass for each method.
 
     Args:
         top_p: nucleus mass of the rollouts, for EOPD (Table 8: 0.8 for Llama); below 1 the sampler is no longer the
             policy that the loss models.
-        max_completion_length: limit of a completion, tokens. `max_new_tokens`, as in `GKDConfig`, is the same.
+        max_completion_length: limit of a completion, tokens. `max_new_tokens`, as in TRL's `GKDConfig`, is the same.
         chat_template_source: whose chat template renders the prompts; a plain string prompt becomes one user message.
             "none" takes strings as they are.
         chat_template_kwargs: passed to the template, e.g. `{"enable_thinking": false}`.
@@ -255,7 +255,7 @@ class TokenSelectiveConfig(GKDConfig):
 
 @dataclass
 class DataArguments:
-    """Where the prompts come from.
+    """The data sets that the prompts come from.
 
     Args:
         dataset_name: a hub name, or a local JSON, JSONL, CSV or Parquet file, or a folder of them.

@@ -1,4 +1,4 @@
-"""How an option is declared, once: its default, its help, and the values that make sense."""
+"""Declares options, each once: default, help, and the rules that its values must fulfil."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, field, fields
@@ -25,7 +25,7 @@ PORT: ValueRule = (lambda v: 0 < v < 2**16, "must be a port, 1 to 65535")
 
 
 class Rules(NamedTuple):
-    """What validation knows of an option; None where there is nothing to check."""
+    """The rules that validation applies to an option; None where there is nothing to check."""
 
     value: ValueRule | None = None
     no_effect: NoEffectRule | None = None

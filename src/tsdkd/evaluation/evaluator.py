@@ -28,7 +28,7 @@ _COMPLETIONS_PER_CHUNK = 64  # completions between two writes of the file
 
 @dataclass
 class EvalArguments:
-    """What `tsdkd eval` measures, and how.
+    """The arguments of `tsdkd eval`.
 
     Args:
         models: name -> folder or hub id.

@@ -1,4 +1,4 @@
-"""How good a model is at problems with known answers: greedy, the average sample, the best of several."""
+"""Evaluates a model on problems with known answers: greedy, the average sample, the best of several."""
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ class ProblemSet:
 
 @dataclass
 class EvalResult:
-    """What a model solved, problem by problem.
+    """The problems that a model solved.
 
     Attributes:
         is_greedy_correct: whether the greedy completion is right.

@@ -243,7 +243,7 @@ def _is_used(column: str, task: Task, benchmark: Benchmark, row: dict[str, Any])
 
 
 def hash_local_data(tasks: Sequence[Task], data_dir: Path | None) -> str | None:
-    """Of the files in `--data_dir` that some tasks read; None without."""
+    """Hash of the files in `data_dir` that the tasks read; None without local data."""
     if data_dir is None:
         return None
     digest = hashlib.sha256()

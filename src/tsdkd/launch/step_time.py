@@ -33,7 +33,7 @@ def estimate_step_seconds(student: ModelSize, teacher: ModelSize | None, workloa
 
 
 def _estimate_rollout_seconds(student: ModelSize, teacher: ModelSize | None, workload: Workload) -> float:
-    """Of a whole rollout, which is as long as its longest completion."""
+    """Estimated seconds of a whole rollout, which takes as long as its longest completion."""
     if not workload.rollout_size:
         return 0.0
     models = [student, teacher] if workload.needs_teacher_in_rollout and teacher else [student]

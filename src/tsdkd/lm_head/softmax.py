@@ -234,7 +234,7 @@ def _grad_at_ids(
     grad_outputs: Tensor | None,
     softcap_grad: Callable[[Tensor], Tensor] | None,
 ) -> Tensor | None:
-    """What reaches the logits at the ids directly, `[C, K]`."""
+    """The part of the gradient that reaches the logits at `ids` directly, `[C, K]`."""
     if grad_outputs is None or ids is None or softcap_grad is None:
         return grad_outputs
     return grad_outputs * softcap_grad(student.logits.gather(-1, ids).to(grad_outputs.dtype))

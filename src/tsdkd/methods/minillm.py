@@ -125,7 +125,7 @@ class MiniLLMTrainer(ScoredRolloutTrainer):
         )
 
     def _postprocess_micro_batch(self, model: nn.Module, batch: Batch, step: int, mode: str) -> None:
-        """Also the mixture's log-probabilities, in place of the student's, and the returns."""
+        """Score the rollout, replace the student's log-probabilities by the mixture's, and compute the returns."""
         super()._postprocess_micro_batch(model, batch, step, mode)
         scores = batch["scores"]
         logps = (scores["old_per_token_logps"], scores["teacher_per_token_logps"])

@@ -1,4 +1,4 @@
-"""Where the teacher is, whatever the student's ZeRO stage: whole on every device, sharded over them, or in the hosts'
+"""Places the teacher, whatever the student's ZeRO stage: whole on every device, sharded over them, or in the hosts'
 memory."""
 
 import os

@@ -40,7 +40,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How all completions of a run are sampled.
+    """Sampling parameters of all completions of a run.
 
     Attributes:
         stop_token_ids: tokens that end a completion.

@@ -1,4 +1,4 @@
-"""From a model and a micro-batch to statistics of its tokens: backbone, then head; the logits are never whole."""
+"""Computes statistics of a micro-batch's tokens: backbone, then head; the logits are never whole."""
 
 from collections.abc import Callable
 from contextlib import ExitStack

@@ -1,4 +1,4 @@
-"""What a step trains on: completions of the student, or of the data set, as padded micro-batches."""
+"""Makes the micro-batches of a step: padded completions of the student, or of the data set."""
 
 import time
 from itertools import chain

@@ -1,7 +1,9 @@
-"""What both models say at each token of some completions: one Parquet file a recorded step, for analyses and reports.
+"""Records both models' distributions at each token of some completions, for analyses and reports.
 
-Only what the models say is kept. What a method makes of it (opener, gate, trigger, ranking) follows from its options,
-when it is looked at: `tsdkd.analysis`.
+There is one Parquet file for each recorded step.
+
+Only the models' statistics are kept. What a method makes of them (opener, gate, trigger, ranking) follows from its
+options, when they are analysed: `tsdkd.analysis`.
 """
 
 import json
@@ -56,7 +58,7 @@ def recorded_divergence(args: TokenSelectiveConfig) -> Divergence:
 def compute_token_records(
     heads: HeadForward, student: nn.Module, teacher: nn.Module, batch: dict[str, Tensor], divergence: Divergence
 ) -> dict[str, Tensor]:
-    """What both models say at the N completion tokens of a batch, on the CPU.
+    """Statistics of both models at the N completion tokens of a batch, on the CPU.
 
     Args:
         heads: of the pair.

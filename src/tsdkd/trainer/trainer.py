@@ -293,7 +293,7 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """The same terms on held-out prompts, and accuracy where rows carry an `answer`."""
+        """Evaluate the same loss terms on held-out prompts, and accuracy where rows carry an `answer`."""
         if eval_dataset is not None and not isinstance(eval_dataset, str):
             eval_dataset = self._tokenize_dataset(eval_dataset, self.args)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)

@@ -154,7 +154,7 @@ def _pivot_root(root: str, interpreter: str, disk: int) -> None:
 
 
 def _bind_mount(path: str, target: str) -> None:
-    """The same path, read-only."""
+    """Mount a path read-only at `target`; a symbolic link is copied."""
     os.makedirs(os.path.dirname(target), exist_ok=True)
     if os.path.islink(path):
         os.symlink(os.readlink(path), target)
