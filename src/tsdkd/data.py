@@ -5,6 +5,7 @@ A row is `prompt` (a string or messages), `messages` (the last assistant turn is
 token.
 """
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -226,6 +227,14 @@ def _completion_ids(completion: str, template_tokenizer: PreTrainedTokenizerBase
     ids = list(template_tokenizer(completion, add_special_tokens=False)["input_ids"])
     cut = template_tokenizer.eos_token_id is None or row.get("finish_reason") == "length"
     return ids if cut else [*ids, template_tokenizer.eos_token_id]
+
+
+def hash_rows(rows: Dataset) -> str:
+    """A digest of tokenized rows as they are trained on."""
+    digest = hashlib.sha256()
+    for some in rows.select_columns(["prompt_ids", "completion_ids", "limit"]).iter(1000):
+        digest.update(repr(some).encode())
+    return digest.hexdigest()
 
 
 def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from .errors import OutputDirError, TSDKDError
 
 
 def ensure_dir(folder: Path, field: str = "output_dir") -> None:
-    """Raises `OutputDirError`."""
+    """Create a folder and its parents. Raises `OutputDirError`."""
     with wrap_os_errors(folder, field, "made"):
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -26,9 +26,9 @@ def open_for_append(path: Path, field: str = "output_dir") -> Iterator[TextIO]:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Where to write a file that is moved to `path` at the end, so that `path` is whole or as before.
+    """Yield a temporary path that is moved to `path` at the end, so that `path` is complete or unchanged.
 
-    Its folder is made. Raises `OutputDirError`.
+    The folder of `path` is made. Raises `OutputDirError`.
     """
     with wrap_os_errors(path, action="written"):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -44,7 +44,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def require_empty_dir(folder: Path) -> None:
-    """Raises `OutputDirError` where there is something already."""
+    """Raise `OutputDirError` if the folder exists and isn't empty."""
     require_dir_path(folder)
     if folder.is_dir() and (present := sorted(path.name for path in folder.iterdir())):
         raise OutputDirError(f"output_dir: {folder} holds files already ({present[0]}, …); choose another")
@@ -52,7 +52,7 @@ def require_empty_dir(folder: Path) -> None:
 
 @contextmanager
 def wrap_os_errors(path: Path, field: str = "output_dir", action: str = "written or read") -> Iterator[None]:
-    """What the system says of a file, or of a disk that is full, in one line. Raises `OutputDirError`."""
+    """Turn an `OSError` within the block into a one-line `OutputDirError`."""
     try:
         yield
     except TSDKDError:  # some are an OSError too
@@ -83,7 +83,7 @@ def iter_whole_lines(path: Path, prefix: bytes = b"") -> Iterator[tuple[int, byt
 
 
 def require_dir_path(folder: Path) -> None:
-    """Raises `OutputDirError` where it, or what it would be in, is a file."""
+    """Raise `OutputDirError` if the path, or one of its parents, is a file."""
     for place in (folder, *folder.parents):
         if place.exists() and not place.is_dir():
             raise OutputDirError(f"output_dir: {place} is a file, expected a folder")

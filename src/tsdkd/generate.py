@@ -31,7 +31,7 @@ _PROGRESS_INTERVAL = 10.0  # seconds
 
 @dataclass
 class GenerationSetup:
-    """Which model generates, how, and for what.
+    """The generating model, its sampling options, and the prompts.
 
     Attributes:
         role: of the generating model.
@@ -58,7 +58,7 @@ class GenerationSetup:
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """What all rows of a file share."""
+        """The metadata that all rows of an output file share."""
         names = ("seed", "temperature", "top_p", "max_new_tokens", "prompt_suffix")
         return {
             "model": self.model_name_or_path,
@@ -76,7 +76,7 @@ class GenerationSetup:
 
     @property
     def output_columns(self) -> tuple[str, str]:
-        """Of prompt and completion, as the run will look for them."""
+        """Names of the output's columns of prompt and completion, as the run will look for them."""
         return self.args.prompt_column or "prompt", self.args.completion_column or "completion"
 
     def get_prompt(self, index: int) -> Any:
@@ -244,7 +244,7 @@ def _generate_with_vllm(setup: GenerationSetup, requests: list[GenerationRequest
 def _generate_with_transformers(
     setup: GenerationSetup, requests: list[GenerationRequest]
 ) -> Iterator[tuple[int, Completion]]:
-    """As `_generate_with_vllm`."""
+    """Yield positions and completions, as `_generate_with_vllm` does."""
     from .rollout.hf import sample_completions
 
     field, size = _MODEL_FIELDS[setup.role], setup.args.per_device_eval_batch_size
@@ -260,7 +260,7 @@ def _generate_with_transformers(
 
 
 def _with_progress(completions: Iterator[tuple[int, Completion]], total: int) -> Iterator[tuple[int, Completion]]:
-    """The same, with progress logged now and then."""
+    """Pass completions through and log progress every `_PROGRESS_INTERVAL` seconds."""
     start = last_logged = time.perf_counter()
     num_tokens = 0
     for count, (position, completion) in enumerate(completions, 1):

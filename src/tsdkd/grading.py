@@ -20,7 +20,7 @@ def is_exact_match(completion: str, answer: str) -> bool:
 
 
 def extract_boxed(text: str) -> str | None:
-    r"""What is in the last `\boxed{...}`."""
+    r"""Extract the content of the last `\boxed{...}`, or None."""
     found = _BOXED.findall(text)
     return found[-1] if found else None
 
@@ -46,7 +46,8 @@ def is_math_equivalent(response: str, answer: str) -> bool:
 
 
 def extract_answer(solution: str) -> str | None:
-    r"""What is in the last `\boxed{}`, or the whole where it is nothing but an answer, as in DAPO-Math-17k-Processed.
+    r"""Extract the content of the last `\boxed{}`, or the whole text if it is nothing but an answer
+    (DAPO-Math-17k-Processed).
 
     That is one line without a word, an equals sign or an arrow, of which math-verify can make something: no worked
     solution, whose last number may be anything, is taken for its answer.

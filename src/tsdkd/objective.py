@@ -21,7 +21,7 @@ Metrics = dict[str, tuple[Tensor, Tensor]]
 
 @dataclass
 class RolloutScores:
-    """What is computed once about the N tokens of a rollout, before the student changes (EOPD Alg. 1, line 9).
+    """Scores of the N tokens of a rollout, computed once before the student changes (EOPD Alg. 1, line 9).
 
     Attributes:
         teacher_entropy: `[N]`, the teacher's, over the full vocabulary, nats.
@@ -65,7 +65,7 @@ class CompletionBatch:
     Attributes:
         mask: `[B, T]` bool with N true entries: the positions that predict the tokens, in row order.
         ids: `[N]`, the tokens.
-        is_training: whether an objective's own state moves on.
+        is_training: whether the objective updates its state (adaptive c).
         sampling_per_token_logps: `[N]`, log-probabilities under the engine that sampled, nats, for the log.
         scores: of the objective's `scores_class`, where it has one.
         loss_mask: `[B, T]` bool, the part of `mask` that is trained on; by default all of it.
@@ -158,7 +158,8 @@ class Objective:
         raise NotImplementedError
 
     def per_token_loss(self, completions: CompletionBatch) -> PerTokenLoss | None:
-        """What a head may evaluate chunk by chunk."""
+        """The per-token terms, for a head to evaluate chunk by chunk; None if a term needs other tokens'
+        statistics."""
         return PerTokenLoss(self.term_weights, partial(self.per_token_terms, completions))
 
     def loss(self, statistics: TokenStatistics, completions: CompletionBatch) -> ObjectiveOutput:
@@ -167,7 +168,7 @@ class Objective:
         return ObjectiveOutput(statistics.loss, statistics.loss_terms, self.term_weights, metrics)
 
     def metrics(self, statistics: TokenStatistics, completions: CompletionBatch) -> Metrics:
-        """What is logged beside the terms."""
+        """Metrics to log besides the loss terms."""
         return common_metrics(statistics, completions)
 
     def __call__(self, head: Head, completions: CompletionBatch) -> ObjectiveOutput:
@@ -175,7 +176,7 @@ class Objective:
         return self.loss(head(self.request(completions), self.per_token_loss(completions)), completions)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs to continue; most objectives have no state."""
+        """The state that a checkpoint stores; most objectives have none."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -198,7 +199,7 @@ def approx_kl(log_ratio: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def common_metrics(statistics: TokenStatistics, completions: CompletionBatch) -> Metrics:
-    """Entropies, and how far the engine that sampled is from the student; the latter's names are TRL's."""
+    """Student and teacher entropy, and the engine's log-probability error (metric names as in TRL)."""
     metrics = {"entropy/student": mean_metric(statistics.entropy)}
     if statistics.teacher_entropy is not None:
         metrics["entropy/teacher"] = mean_metric(statistics.teacher_entropy)

@@ -1,4 +1,5 @@
-"""Which tokens a term looks at, as pure functions on entropies: opener, most uncertain tokens, gate, adaptive c.
+"""Selects the tokens of each loss term, as pure functions on entropies: opener, most uncertain tokens, gate, adaptive
+c.
 
 Every response (row) is judged on its own. Masks may have holes and may start anywhere; a row without a token gives an
 empty selection. Nothing here has a gradient.
@@ -9,7 +10,7 @@ from torch import Tensor
 
 
 def token_index(mask: Tensor, count: int | None = None) -> Tensor:
-    """Where a mask is true.
+    """Positions at which a mask is true.
 
     Taken once a micro-batch and used throughout: the host must wait for the device to learn N, and each indexing by
     the mask itself would be another wait.

@@ -32,12 +32,12 @@ _PACKAGES = ("tsdkd", "torch", "transformers", "trl", "accelerate")
 
 @dataclass
 class Manifest:
-    """What a checkpoint consists of.
+    """The contents of a checkpoint, for its verification.
 
     Attributes:
         step: optimizer steps that were taken.
         num_processes: how many processes wrote it.
-        versions: of the packages that matter.
+        versions: package -> version, of the packages that matter.
         files: path in the checkpoint -> (bytes, SHA-256).
     """
 
@@ -89,7 +89,7 @@ def write_checkpoint(output_dir: Path, step: int, write_files: Callable[[Path], 
 
 
 def get_last_valid_checkpoint(output_dir: Path) -> Path:
-    """The newest checkpoint in a run's folder that verifies; what is passed over is said. All processes must call it.
+    """Return the newest checkpoint that passes verification; log those that are skipped. All processes must call it.
 
     Raises:
         ResumeError: there is none.
@@ -119,7 +119,9 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 
 
 def find_damage(folder: Path) -> str | None:
-    """Why a checkpoint can't be used; None if it can. All processes must call it: each reads a share of the files.
+    """Return why a checkpoint can't be used, or None if it can.
+
+    All processes must call it: each reads a share of the files.
 
     Raises:
         ResumeError: it was written by another number of processes.
@@ -159,8 +161,10 @@ def _read_manifest(folder: Path) -> Manifest | str:
 
 
 def rotate_checkpoints(newest: Path, keep: int | None, best: str | None) -> None:
-    """Delete the oldest checkpoints until `keep` are left: never `newest`, which is complete, never `best`, never by
-    halves."""
+    """Delete the oldest checkpoints until `keep` are left.
+
+    Never deletes `newest` or `best`; a deleted checkpoint disappears atomically.
+    """
     if not keep:
         return
     folders = list_checkpoints(newest.parent)
@@ -171,7 +175,7 @@ def rotate_checkpoints(newest: Path, keep: int | None, best: str | None) -> None
 
 
 def remove_partial_checkpoints(output_dir: Path) -> None:
-    """What a killed save or rotation has left."""
+    """Remove the leftovers of a killed save or rotation."""
     for pattern in (f"{_PARTIAL_PREFIX}*", f"{_DELETED_PREFIX}*"):
         for folder in output_dir.glob(pattern):
             shutil.rmtree(folder, ignore_errors=True)

@@ -25,7 +25,7 @@ def save_state(state: Any, path: str | Path) -> None:
 
 
 def load_state(path: str | Path) -> Any:
-    """What `save_state` wrote, bit for bit, on the CPU. Raises `OSError`, `SafetensorError`."""
+    """Load a state that `save_state` wrote, bit for bit, on the CPU. Raises `OSError`, `SafetensorError`."""
     with safe_open(str(path), framework="pt") as file:
         return _restore_tensors(json.loads(file.metadata()["state"]), file)
 

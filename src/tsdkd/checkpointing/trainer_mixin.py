@@ -1,4 +1,4 @@
-"""What a run is continued from: a `Trainer` whose checkpoints are whole, verified, and hold no pickle of ours."""
+"""A `Trainer` whose checkpoints are written atomically, verified, and free of pickles (DeepSpeed's are restricted)."""
 
 import random
 from contextlib import nullcontext
@@ -95,7 +95,7 @@ class CheckpointMixin(Trainer):
         return set(getattr(self.model, "all_tied_weights_keys", {}))
 
     def _export_callbacks(self) -> None:
-        """What `Trainer` writes of its callbacks."""
+        """Store the callbacks' states in the trainer state, as `Trainer` does."""
         exportable = [c for c in [*self.callback_handler.callbacks, self.control] if isinstance(c, ExportableState)]
         for callback in exportable:
             name, states = type(callback).__name__, self.state.stateful_callbacks
@@ -105,8 +105,10 @@ class CheckpointMixin(Trainer):
                 states[name] = callback.state()
 
     def _stateful_objects(self) -> list[tuple[str, Any]]:
-        """What the main process saves besides the model. DeepSpeed keeps the optimizer, a scheduler of its own, and
-        the scaler with the model."""
+        """The objects that the main process saves besides the model, by name.
+
+        DeepSpeed saves the optimizer, a scheduler of its own, and the scaler with the model.
+        """
         if self.is_deepspeed_enabled:
             from accelerate.utils import DeepSpeedSchedulerWrapper  # there is none without DeepSpeed
 
@@ -139,7 +141,7 @@ class CheckpointMixin(Trainer):
 
 
 def _get_rng_state() -> dict[str, Any]:
-    """Of Python, numpy, torch, and this process's device."""
+    """RNG states of Python, NumPy, torch and this process's device."""
     algorithm, words, *rest = np.random.get_state(legacy=True)
     return {
         "python": random.getstate(),

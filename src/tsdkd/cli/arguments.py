@@ -1,4 +1,4 @@
-"""What several commands take: a run's configuration, and numbers with what they must fulfil in the error messages."""
+"""Arguments that several commands share: a run's configuration, and checked numbers."""
 
 import argparse
 import math

@@ -13,8 +13,8 @@ _EPILOG = """examples:
   tsdkd eval tsdkd://demo/student after=runs/demo teacher=tsdkd://demo/teacher --suite demo
   tsdkd eval before=Qwen/Qwen3-1.7B-Base after=runs/eopd --suite eopd --backend vllm
   tsdkd eval runs/student --suite tsd-kd --benchmarks gsm8k,math --data_dir benchmarks
-Each model is a folder or hub id, with a name of its own before a `=` if you like. What is there isn't asked again: the
-same command goes on where it stopped."""
+Each model is a folder or hub id, optionally as NAME=MODEL. Items that have results aren't evaluated again: the same
+command goes on where it stopped."""
 
 
 def main(argv: Sequence[str]) -> int:

@@ -1,4 +1,4 @@
-"""What the library logs, as the command line shows it."""
+"""Shows the library's log messages on the command line."""
 
 import logging
 import os

@@ -14,7 +14,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _print_methods() -> None:
-    """What each method is, its paper, and the options that only some methods have."""
+    """Print each method with its paper and the options that only some methods have."""
     from rich.console import Console
     from rich.markup import escape
     from rich.padding import Padding

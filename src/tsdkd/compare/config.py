@@ -1,4 +1,4 @@
-"""What a comparison is: its YAML file -> runs, seeds, and the flags of `tsdkd train` for each."""
+"""The configuration of a comparison: its YAML file -> runs, seeds, and the flags of `tsdkd train` for each."""
 
 import json
 import re
@@ -38,7 +38,7 @@ class ComparisonTask:
 
     @property
     def title(self) -> str:
-        """For people."""
+        """Display name."""
         return self.run if self.seed is None else f"{self.run}, seed {self.seed}"
 
 
@@ -72,7 +72,7 @@ class Comparison:
 
     @property
     def teacher_completions_path(self) -> Path:
-        """Where the teacher's completions are."""
+        """Path of the file with the teacher's completions."""
         return self.folder / "teacher_completions.jsonl"
 
     @property
@@ -86,7 +86,7 @@ class Comparison:
         ]
 
     def train_flags(self, task: ComparisonTask) -> list[str]:
-        """Of `tsdkd train --config …`."""
+        """Flags of `tsdkd train` for this task."""
         assert isinstance(self.runs, dict)
         reserved = {"output_dir": str(task.folder), "resume": True}
         if task.seed is not None:
@@ -112,7 +112,8 @@ class Comparison:
 
     @property
     def shared_flags(self) -> list[str]:
-        """What holds for all runs, as one that samples: the teacher's completions and the measurement go by it."""
+        """Flags shared by all runs, with sampling enabled; used to generate the teacher's completions and to
+        evaluate."""
         values = {**self.settings, "output_dir": self.output_dir}
         method = resolve_run_values(self.config, _to_flags(values)).method
         return _to_flags(
@@ -120,8 +121,10 @@ class Comparison:
         )
 
     def generate_flags(self, is_on_gpu: bool) -> list[str]:
-        """Of `tsdkd generate --config …`, for the teacher's completions: on a GPU, which its engine has to itself,
-        without the share that the engines of the runs have."""
+        """Flags of `tsdkd generate` for the teacher's completions.
+
+        On a GPU the runs' `vllm_gpu_memory_utilization` is dropped, because the engine has the GPU to itself.
+        """
         left_out = {"vllm_gpu_memory_utilization"} if is_on_gpu else set()
         return replace(self, settings={k: v for k, v in self.settings.items() if k not in left_out}).shared_flags
 

@@ -68,7 +68,7 @@ def _plot_runs(axis: Axes, runs: Sequence[RunSummary], metric: str) -> None:
 
 
 def _axis_limits(percents: Sequence[float]) -> tuple[float, float]:
-    """Of the seeds' values, not of their intervals, which with few seeds are far longer."""
+    """Axis limits from the seeds' values; intervals are ignored, as they are far wider with few seeds."""
     low, high = min(percents), max(percents)
     margin = max(2.0, 0.15 * (high - low))
     return max(0.0, low - margin), min(100.0, high + margin)

@@ -1,4 +1,4 @@
-"""What a comparison writes: results.jsonl, a Markdown table, a plot."""
+"""Writes the results of a comparison: results.jsonl, a Markdown table, a plot."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a comparison says over its seeds: means, intervals, the test against the baseline, as a Markdown table."""
+"""Summarizes a comparison over its seeds: means, intervals, the test against the baseline, as a Markdown table."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ class RunSummary:
 
 
 def summarize(run_name: str, results: Sequence[dict[str, Any]], metrics: Sequence[str]) -> RunSummary:
-    """Of the results of one run, a seed each."""
+    """Summarize the results of one run, one result per seed."""
     seed_values = {metric: [float(result[metric]) for result in results] for metric in metrics}
     means = {metric: float(np.mean(values)) for metric, values in seed_values.items()}
     half_widths = {metric: _half_width(values) for metric, values in seed_values.items()}

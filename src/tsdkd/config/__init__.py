@@ -1,1 +1,1 @@
-"""What can be set, and what values make sense."""
+"""Configuration: the options, and the rules that their values must fulfil."""

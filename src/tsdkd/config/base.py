@@ -1,4 +1,4 @@
-"""What can be set for every method, and the data arguments; `tsdkd.methods` has what each method adds.
+"""The options that all methods share, and the data arguments; `tsdkd.methods` has what each method adds.
 
 Field names, defaults and help follow TRL and transformers. A configuration that can't be run raises one `ConfigError`
 that lists every problem.
@@ -43,12 +43,12 @@ _TEMPLATE_KWARGS: ValueRule = (
 
 @dataclass
 class TokenSelectiveConfig(GKDConfig):
-    """What the methods share; `tsdkd.methods` has one subclass for each.
+    """The options that all methods share; `tsdkd.methods` has one subclass for each method.
 
     Args:
         top_p: nucleus mass of the rollouts, for EOPD (Table 8: 0.8 for Llama); below 1 the sampler is no longer the
             policy that the loss models.
-        max_completion_length: limit of a completion, tokens. `max_new_tokens`, as in `GKDConfig`, is the same.
+        max_completion_length: limit of a completion, tokens. `max_new_tokens`, as in TRL's `GKDConfig`, is the same.
         chat_template_source: whose chat template renders the prompts; a plain string prompt becomes one user message.
             "none" takes strings as they are.
         chat_template_kwargs: passed to the template, e.g. `{"enable_thinking": false}`.
@@ -90,13 +90,12 @@ class TokenSelectiveConfig(GKDConfig):
 
     method: ClassVar[str]
     paper: ClassVar[str]
-    always_needs_completions: ClassVar[bool] = (
-        False  # whether it trains on the data set's completions whatever lmbda is
-    )
-    completions_source: ClassVar[str] = "the student's; the data set's in 1 - lmbda of the steps"  # that it trains on
-    unsupported_options: ClassVar[dict[str, str]] = {
-        "beta": "the method has no generalised JSD"
-    }  # inherited options, and why
+    # whether the method trains on the data set's completions whatever lmbda is
+    always_needs_completions: ClassVar[bool] = False
+    # the completions that the method trains on
+    completions_source: ClassVar[str] = "the student's; the data set's in 1 - lmbda of the steps"
+    # inherited option -> why the method doesn't support it
+    unsupported_options: ClassVar[dict[str, str]] = {"beta": "the method has no generalised JSD"}
 
     conflicts: ClassVar[tuple[ConflictRule, ...]] = (
         (
@@ -212,11 +211,11 @@ class TokenSelectiveConfig(GKDConfig):
         self.remove_unused_columns = False
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the hub's tokens: `Trainer` pickles its arguments into what it pushes to the hub."""
+        """The values without the hub's tokens: `Trainer` pickles its arguments into what it pushes to the hub."""
         return {name: None if name.endswith("hub_token") else value for name, value in vars(self).items()}
 
     def _resolve_aliases(self) -> list[str]:
-        """What was given by another name, by the name that everything else uses."""
+        """Move values given under an alias to the canonical name. Returns conflicts."""
         problems = []
         for alias, name in ALIASES.items():
             given, value = getattr(self, alias, None), getattr(self, name)
@@ -275,7 +274,7 @@ def require_config(args: Any, config_class: type[TokenSelectiveConfig], trainer:
 
 @dataclass
 class DataArguments:
-    """Where the prompts come from.
+    """The data sets that the prompts come from.
 
     Args:
         dataset_name: a hub name, or a local JSON, JSONL, CSV or Parquet file, or a folder of them.

@@ -1,4 +1,4 @@
-"""What TRL's and transformers' options must fulfil here: their declarations say no such thing.
+"""Validation rules for options inherited from TRL and transformers.
 
 tsdkd's own options have their rules where they are declared (`tsdkd.config.options.option`).
 """

@@ -1,4 +1,4 @@
-"""How the processes of a run are started: its options, and accelerate's launch configurations, shipped or a user's."""
+"""Options for starting the processes of a run, and accelerate's launch configurations, shipped or a user's."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ def launch_config_names() -> list[str]:
 
 @dataclass
 class LaunchArguments:
-    """How a run's processes are started.
+    """Options for starting a run's processes.
 
     Args:
         accelerate_config: a launch configuration of accelerate: a file, or one of `launch_config_names()`.
@@ -49,7 +49,7 @@ def find_launch_config(config: str) -> Path:
 
 
 def read_launch_config(config: str | None) -> dict[str, Any]:
-    """What a launch configuration says; nothing where there is none. Raises `ConfigError`."""
+    """The values of a launch configuration; empty if there is none. Raises `ConfigError`."""
     if config is None:
         return {}
     path = find_launch_config(config)
@@ -60,7 +60,8 @@ def read_launch_config(config: str | None) -> dict[str, Any]:
 
 
 def launch_num_processes(config: str, options: Mapping[str, Any]) -> int:
-    """How many processes a launch configuration starts with these options of `accelerate launch`, on all machines."""
+    """Number of processes that a launch configuration starts with these options of `accelerate launch`, on all
+    machines."""
     return int(options.get("num_processes") or read_launch_config(config).get("num_processes") or 1)
 
 

@@ -21,7 +21,7 @@ RENAMED = {
 
 
 def resolve_aliases(values: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
-    """The same values by the names that everything else uses; a contradiction is added to `problems`."""
+    """Move values given under an alias to the canonical name; a contradiction is added to `problems`."""
     resolved = {name: value for name, value in values.items() if name not in ALIASES}
     for alias, name in ALIASES.items():
         if alias not in values:

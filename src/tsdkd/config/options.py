@@ -1,4 +1,4 @@
-"""How an option is declared, once: its default, its help, and the values that make sense."""
+"""Declares options, each once: default, help, and the rules that its values must fulfil."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, field, fields
@@ -25,7 +25,7 @@ PORT: ValueRule = (lambda v: 0 < v < 2**16, "must be a port, 1 to 65535")
 
 
 class Rules(NamedTuple):
-    """What validation knows of an option; None where there is nothing to check."""
+    """The rules that validation applies to an option; None where there is nothing to check."""
 
     value: ValueRule | None = None
     no_effect: NoEffectRule | None = None
@@ -34,15 +34,15 @@ class Rules(NamedTuple):
 def option(
     default: Any, help: str | None = None, rule: ValueRule | None = None, no_effect: NoEffectRule | None = None
 ) -> Any:
-    """A dataclass field.
+    """Declare an option as a dataclass field.
 
-    A class that gives an inherited option another default names the default only: help and rules stay those of the
-    declaration that it overrides (`get_help`, `get_rules`).
+    A class that gives an inherited option another default names the default only: help and rules are inherited from
+    the overridden declaration (`get_help`, `declared_rules`).
 
     Args:
-        default: the paper's value, where it gives one; a class makes a new one each time.
+        default: the paper's value, if it gives one. A callable is used as `default_factory`.
         help: one line for `--help_keys` and docs/configuration.md.
-        rule: what its values must fulfil.
+        rule: the rule that its values must fulfil.
         no_effect: when the option has no effect.
     """
     metadata = {"help": help, "rules": Rules(rule, no_effect)}

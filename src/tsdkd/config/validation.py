@@ -14,7 +14,7 @@ from .options import Rules, declared_rules, get_default
 
 
 def declared_fields(cls: type) -> list[str]:
-    """The fields that tsdkd declares, or gives a type or default of its own; each by one name."""
+    """Names of the fields that tsdkd declares or overrides, without aliases."""
     package = __name__.partition(".")[0]
     declared = [c.__annotations__ for c in cls.__mro__ if c.__module__.partition(".")[0] == package]
     names = {f.name for f in fields(cls)} - ALIASES.keys()
@@ -57,7 +57,7 @@ def validate_options(cls: Any, values: Mapping[str, Any]) -> list[str]:
 
 
 def _explain_value(rules: Rules, value: Any) -> str | None:
-    """What is wrong with a value by itself."""
+    """Explain why a single value is invalid, or return None."""
     if value is not None and rules.value and not rules.value[0](value):
         return rules.value[1]
     return "must be finite" if isinstance(value, float) and not math.isfinite(value) and rules.value else None

@@ -28,7 +28,7 @@ _COMPLETIONS_PER_CHUNK = 64  # completions between two writes of the file
 
 @dataclass
 class EvalArguments:
-    """What `tsdkd eval` measures, and how.
+    """The arguments of `tsdkd eval`.
 
     Args:
         models: name -> folder or hub id.
@@ -74,7 +74,7 @@ class EvalArguments:
         return self.num_samples if self.num_samples and benchmark.num_samples > 1 else benchmark.num_samples
 
     def model_path(self, model: str) -> str:
-        """Its folder or hub id."""
+        """Folder or hub id of a model."""
         return str(resolve_path(self.models[model]))
 
     @property

@@ -32,7 +32,7 @@ _FEWSHOT_SEED = 1234
 
 
 def load_revision_and_tokenizer(path: str, model_args: dict[str, Any]) -> tuple[str, PreTrainedTokenizerBase]:
-    """What is known of a model without its weights: their revision, and its tokenizer.
+    """Load a model's revision and tokenizer, without its weights.
 
     Raises:
         ModelError: there is no such model.

@@ -1,4 +1,4 @@
-"""How good a model is at problems with known answers: greedy, the average sample, the best of several."""
+"""Evaluates a model on problems with known answers: greedy, the average sample, the best of several."""
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ _LOGITS_GIB = 0.5  # that exist at once for the entropy
 
 @dataclass
 class ProblemSet:
-    """What is to be solved.
+    """Prompts with answers, and how completions are sampled and graded.
 
     Attributes:
         prompts: token ids.
@@ -41,7 +41,7 @@ class ProblemSet:
 
 @dataclass
 class EvalResult:
-    """What a model solved, problem by problem.
+    """The problems that a model solved.
 
     Attributes:
         is_greedy_correct: whether the greedy completion is right.

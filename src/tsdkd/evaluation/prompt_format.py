@@ -1,4 +1,4 @@
-"""How prompts are rendered for a model: as in the training of the run that made it, or else as its suite says."""
+"""Renders prompts for a model: as in the training of the run that made it, or else as its suite says."""
 
 import hashlib
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ ENABLE_THINKING = "enable_thinking"
 
 @dataclass(frozen=True)
 class PromptFormat:
-    """What becomes of a prompt before its tokens.
+    """How a prompt is rendered before it is tokenized.
 
     Attributes:
         template_hash: a digest of the chat template; None: prompts are plain text.

@@ -76,7 +76,7 @@ def write_results(
 
 
 def find_results(folder: Path) -> dict[str, Path]:
-    """What `write_results` has left in a folder, or in its subfolders `eval*`: name -> JSON file."""
+    """Find the JSON files of `write_results` in a folder and its subfolders `eval*`: name -> file."""
     paths = [*sorted(folder.glob("results-*.json")), *sorted(folder.glob("eval*/results-*.json"))]
     return {f"{path.parent.name}/{path.stem.removeprefix('results-')}": path for path in paths}
 
@@ -139,7 +139,7 @@ def _format_markdown(
 
 
 def format_difference(entry: dict[str, Any]) -> str:
-    """In points, with interval and p."""
+    """Format a difference in points, with its interval and p-value."""
     low, high = entry["difference_low"], entry["difference_high"]
     return f"{entry['difference']:+.1f} [{low:+.1f}, {high:+.1f}] ({format_p_value(entry['p'])})"
 

@@ -1,4 +1,4 @@
-"""What items say about a model: means with bootstrap intervals, pass@k, and a paired test between two models."""
+"""Statistics of a model's items: means with bootstrap intervals, pass@k, and a paired test between two models."""
 
 import numpy as np
 from scipy import stats
@@ -64,5 +64,5 @@ def paired_permutation_test(ours: np.ndarray, theirs: np.ndarray, seed: int = 0)
 
 
 def format_p_value(p: float) -> str:
-    """With three decimals; what they don't show as a bound."""
+    """Format a p-value with three decimals; below 0.001 as a bound."""
     return f"p {p:.3f}" if p >= 0.001 else "p < 0.001"

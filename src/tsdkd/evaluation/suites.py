@@ -40,6 +40,7 @@ class Suite:
     """Benchmarks that belong together.
 
     Attributes:
+        benchmarks: the benchmarks, in the order of the table.
         apply_chat_template: prompts go through the model's chat template, if the command line says nothing else.
         paper: where shots and settings are from.
         chat_template_kwargs: for chat templates that know them, for models that no run of tsdkd made.

@@ -132,7 +132,7 @@ def build_tasks(benchmark: Benchmark, num_samples: int, max_new_tokens: int, dat
 
 
 def _validate_rows(task: Task, benchmark: Benchmark, data_dir: Path) -> None:
-    """What the harness would stumble over when models have been loaded, or have answered."""
+    """Check local rows for errors that the harness would otherwise raise only after models are loaded."""
     examples = list(task.fewshot_docs() or []) if benchmark.num_fewshot else []
     if len(examples) < benchmark.num_fewshot:
         raise DataError(
@@ -243,7 +243,7 @@ def _is_used(column: str, task: Task, benchmark: Benchmark, row: dict[str, Any])
 
 
 def hash_local_data(tasks: Sequence[Task], data_dir: Path | None) -> str | None:
-    """Of the files in `--data_dir` that some tasks read; None without."""
+    """Hash of the files in `data_dir` that the tasks read; None without local data."""
     if data_dir is None:
         return None
     digest = hashlib.sha256()

@@ -1,1 +1,1 @@
-"""How the processes of a run are started, and what they need."""
+"""Starts the processes of a run, and checks what they need."""

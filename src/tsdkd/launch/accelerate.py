@@ -83,7 +83,7 @@ def _sigusr1_to_sigterm(*_: Any) -> None:
 
 
 def default_launch_config() -> str:
-    """What `accelerate config` wrote for several processes, or else ddp."""
+    """The configuration that `accelerate config` wrote, if it is for several processes, otherwise ddp."""
     from accelerate.commands.config.config_args import default_config_file
 
     if Path(default_config_file).exists() and read_launch_config(default_config_file).get("distributed_type") != "NO":

@@ -1,4 +1,4 @@
-"""How much memory a run takes on each GPU, from the models' configurations alone.
+"""Estimates the memory of a run on each GPU, from the models' configurations alone.
 
 Buffers are as deepspeed 0.19, torch 2.13 and trl 1.16 allocate them; `benchmarks/plan.py` measures what a CPU can.
 """
@@ -31,10 +31,10 @@ _MAX_LIVE_PARAMETERS = 1_000_000_000  # stage3_max_live_parameters: gathered at 
 
 
 class Sharding(NamedTuple):
-    """How the student is spread over the GPUs.
+    """The distribution of the student over the GPUs.
 
     Attributes:
-        zero_stage: of ZeRO; 0: DDP, or one process.
+        zero_stage: ZeRO stage; 0: DDP, or one process.
         is_offloaded: weights and optimizer are in the memory of the host.
         is_single_process: one process, however many GPUs there are.
     """
@@ -94,7 +94,7 @@ def _teacher_bytes(teacher: ModelSize | None, workload: Workload, placement: str
 
 
 def _bytes_per_weight(student: ModelSize, workload: Workload, launch: Sharding) -> tuple[int, int]:
-    """Of a weight, and of a trained one: DeepSpeed casts all, peft keeps adapters in float32."""
+    """Bytes of a weight, and bytes of a trained weight: DeepSpeed casts all, peft keeps adapters in float32."""
     bytes_per_weight = workload.compute_itemsize if launch.zero_stage else workload.weight_itemsize
     return bytes_per_weight, bytes_per_weight if launch.zero_stage or not student.adapter_parameters else 4
 
@@ -156,7 +156,7 @@ def _backward_bytes(
 
 
 def _activation_bytes(model: ModelSize, workload: Workload, residual_bytes: int) -> float:
-    """What a decoder layer keeps of a token."""
+    """Bytes per token that a decoder layer keeps for its backward pass."""
     kept: float = model.residual_numbers * residual_bytes + model.activation_numbers * workload.compute_itemsize
     if residual_bytes > workload.compute_itemsize:
         # the norms' outputs, cast for the matrix products

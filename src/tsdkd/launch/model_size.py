@@ -11,14 +11,16 @@ class ModelSize:
     """The size of a model, in numbers (not bytes).
 
     Attributes:
-        num_parameters: all of them; `num_trainable_parameters`: those that are trained.
+        num_parameters: number of all parameters.
+        num_trainable_parameters: number of the parameters that are trained.
         parameters_per_layer: parameters of a decoder layer.
-        embedding_parameters: of the input embedding, `V x H`; `has_tied_embeddings`: it is the output layer too.
+        embedding_parameters: parameters of the input embedding, `V x H`.
+        has_tied_embeddings: whether the input embedding is the output layer too.
         vocab_size, num_hidden_layers, hidden_size, num_attention_heads: of the decoder.
-        residual_numbers: a token's, that one layer keeps of the residual stream for its backward pass, in its
-            precision.
-        activation_numbers: a token's, that one layer keeps besides, in the precision of matrix products.
-        kv_cache_numbers: a token's, that one layer keeps in the key-value cache.
+        residual_numbers: numbers per token that one layer keeps of the residual stream for its backward pass, in the
+            stream's precision.
+        activation_numbers: numbers per token that one layer keeps besides, in the precision of matrix products.
+        kv_cache_numbers: numbers per token that one layer keeps in the key-value cache.
         max_position_embeddings: the longest sequence, tokens.
     """
 

@@ -105,7 +105,7 @@ def _detect_gpus(gpus: int | None, gpu_gib: float | None, processes: int | None)
 
 
 def configured_placement(values: dict[str, Any], gpus: int) -> Placement:
-    """Where a configuration's values put student and teacher."""
+    """The placement of student and teacher that a configuration's values ask for."""
     launch = values["accelerate_config"] or ("ddp" if gpus > 1 else "single")
     if gpus == 1 and launch in launch_config_names() and not read_sharding(launch).is_offloaded:
         launch = "single"  # as `tsdkd train` does it
@@ -114,7 +114,7 @@ def configured_placement(values: dict[str, Any], gpus: int) -> Placement:
 
 
 def read_sharding(config: str) -> Sharding:
-    """What a launch configuration, shipped or a file, does to the student. Raises `ConfigError`."""
+    """Read how a launch configuration, shipped or a file, shards the student. Raises `ConfigError`."""
     values = read_launch_config(config)
     try:
         if str(values.get("distributed_type")).upper() == "NO":
@@ -186,7 +186,7 @@ def _tight_suffix(total: float, limit: float) -> str:
 def _describe_engine_memory(
     student: ModelSize, workload: Workload, engine: VllmMemoryConfig, gpu_gib: float
 ) -> tuple[str, bool]:
-    """What a colocated engine's share holds, and whether it can start."""
+    """Describe the contents of a colocated engine's memory share, and return whether the engine can start."""
     memory = split_engine_memory(student, engine, workload.sequence_length)
     share, needed = engine.memory_bytes / GIB, memory.minimum / GIB
     if share < needed:

@@ -32,7 +32,7 @@ class LaunchSpec:
 
     @property
     def num_processes(self) -> int:
-        """How many, over all machines."""
+        """Number of processes, over all machines."""
         return launch_num_processes(self.config, self.options)
 
     @property
@@ -42,7 +42,7 @@ class LaunchSpec:
 
 
 def num_visible_gpus() -> int:
-    """How many GPUs a process here would see; asks NVML, so that CUDA isn't initialised."""
+    """Number of GPUs that a process here would see; asks NVML, so that CUDA isn't initialised."""
     if not os.environ.get("ACCELERATE_TORCH_DEVICE", "cuda").startswith("cuda"):
         return 0
     import torch
@@ -129,8 +129,10 @@ def _is_externally_launched(gpus: int) -> bool:
 
 
 def configured_num_processes(config: str | None, on_cpu: bool) -> int | None:
-    """How many processes a run is for by its launch configuration, where there is no GPU whose number would say so;
-    None without a configuration, and on CPUs."""
+    """Number of processes of a launch configuration, for machines without a GPU whose count would tell it.
+
+    None without a configuration, and on CPUs.
+    """
     return None if config is None or on_cpu or num_visible_gpus() else launch_num_processes(config, {})
 
 

@@ -1,4 +1,4 @@
-"""What a run needs that isn't installed: told before a process is started or a model loaded."""
+"""Checks that everything a run needs is installed, before a process is started or a model loaded."""
 
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec

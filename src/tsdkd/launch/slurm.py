@@ -78,7 +78,7 @@ def render_job_script(
 
 
 def _validate_settings(settings: Mapping[str, Any], words: Sequence[str]) -> list[str]:
-    """What SLURM or the shell would make something else of."""
+    """Problems with values that SLURM or the shell would misread."""
     problems = [f"{word!r}: has a line break, which a script can't hold" for word in words if "\n" in word]
     for name in ("partition", "account"):
         if not re.fullmatch(r"[\w.,@-]*", settings[name]):
@@ -95,7 +95,7 @@ def _validate_settings(settings: Mapping[str, Any], words: Sequence[str]) -> lis
 
 
 def _parse_time_limit(time: str) -> int | None:
-    """Of MM, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS."""
+    """Seconds of a SLURM time limit (MM, MM:SS, HH:MM:SS, D-HH, D-HH:MM, D-HH:MM:SS), or None."""
     found = _TIME_LIMIT.fullmatch(time)
     if found is None:
         return None

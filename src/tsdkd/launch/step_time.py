@@ -1,4 +1,5 @@
-"""For how long a step computes on A100s, from the models' configurations alone; nothing of it was measured by us."""
+"""Estimates the compute time of a step on A100s from the models' configurations; not validated by measurements of
+ours."""
 
 import math
 
@@ -32,7 +33,7 @@ def estimate_step_seconds(student: ModelSize, teacher: ModelSize | None, workloa
 
 
 def _estimate_rollout_seconds(student: ModelSize, teacher: ModelSize | None, workload: Workload) -> float:
-    """Of a whole rollout, which is as long as its longest completion."""
+    """Estimated seconds of a whole rollout, which takes as long as its longest completion."""
     if not workload.rollout_size:
         return 0.0
     models = [student, teacher] if workload.needs_teacher_in_rollout and teacher else [student]

@@ -1,4 +1,4 @@
-"""What a colocated vLLM engine does with its share of a GPU."""
+"""Estimates how a colocated vLLM engine uses its share of a GPU's memory."""
 
 from dataclasses import dataclass
 
@@ -13,12 +13,14 @@ SLEEPING_ENGINE_BYTES = 2.0 * GIB  # asleep it gives back weights and cache, not
 
 @dataclass
 class EngineMemory:
-    """What a colocated engine's share holds on each GPU, bytes.
+    """Contents of a colocated engine's memory share on each GPU, bytes.
 
     Attributes:
-        weights: in half precision; `overhead`: beside them while it samples.
-        kv_cache: what is left; `kv_cache_per_sequence`: what a sequence of full length takes of it.
-        minimum: the smallest share that starts: a cache for one sequence of the engine's context.
+        weights: the student's weights in half precision.
+        overhead: memory beside the weights while the engine samples.
+        kv_cache: the key-value cache: what is left of the share.
+        kv_cache_per_sequence: what one sequence of full length takes of the cache.
+        minimum: the smallest share with which the engine starts: a cache for one sequence of its context.
     """
 
     weights: float
@@ -29,7 +31,13 @@ class EngineMemory:
 
 
 def split_engine_memory(student: ModelSize, engine: VllmMemoryConfig, sequence_length: int) -> EngineMemory:
-    """Where an engine's share goes; `sequence_length`: of a sequence."""
+    """Split an engine's memory share into its parts.
+
+    Args:
+        student: the model that the engine serves.
+        engine: the engine's configuration.
+        sequence_length: length of one sequence, tokens.
+    """
     weights = 2 * student.num_parameters / engine.tensor_parallel_size
     overhead = _CUDA_GRAPH_BYTES + engine.max_num_seqs * student.vocab_size * SAMPLING_BYTES_PER_LOGIT
     bytes_per_token = 2 * student.num_hidden_layers * student.kv_cache_numbers / engine.tensor_parallel_size

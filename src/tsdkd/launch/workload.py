@@ -1,4 +1,4 @@
-"""What a GPU does in a step, from the values of a configuration."""
+"""Sizes and precisions of a training step on one GPU, from the values of a configuration."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,19 +36,22 @@ class VllmMemoryConfig:
 
 @dataclass
 class Workload:
-    """What a GPU does in a step.
+    """Sizes and precisions that determine a training step's memory and time on one GPU.
 
     Attributes:
-        micro_batch_size: completions of a micro-batch; `gradient_accumulation_steps`: micro-batches of a step.
-        rollout_size: completions of a rollout, 0 without any; `steps_per_rollout`: steps that it serves.
-        sequence_length: of prompt and completion, tokens.
-        weight_itemsize: of a student's number outside DeepSpeed; `compute_itemsize`: in matrix products.
-        teacher_bytes_per_parameter: of a teacher's number.
+        micro_batch_size: completions of a micro-batch.
+        gradient_accumulation_steps: micro-batches of a step.
+        rollout_size: completions of a rollout; 0 if nothing is generated.
+        steps_per_rollout: optimizer steps that one rollout serves.
+        sequence_length: length of prompt plus completion, tokens.
+        weight_itemsize: bytes per parameter of the student outside DeepSpeed.
+        compute_itemsize: bytes per number in matrix products.
+        teacher_bytes_per_parameter: bytes per parameter of the teacher.
         uses_gradient_checkpointing: layers are computed again in the backward pass.
         uses_eager_attention: attention keeps its whole matrices.
-        head_gib: of a chunk of the fused head, or of whole logits.
+        head_gib: GiB of one chunk of the fused head, or of whole logits.
         needs_teacher_in_rollout: the teacher takes part in every token of a rollout.
-        engine: None: transformers' generation rolls out.
+        engine: the vLLM engine; None: transformers' generation rolls out.
     """
 
     micro_batch_size: int
@@ -73,7 +76,15 @@ def build_workload(
     gpus: int,
     gpu_gib: float,
 ) -> Workload:
-    """What a GPU does in a step, by a method and a configuration's values; `models`: student's and teacher's."""
+    """Derive the workload of one GPU from a method and the values of its configuration.
+
+    Args:
+        cls: the method's configuration class.
+        values: all values of the configuration, by name.
+        models: the student's configuration and the teacher's.
+        gpus: number of GPUs.
+        gpu_gib: memory of one GPU, GiB.
+    """
     samples_per_step = values["per_device_train_batch_size"] * values["gradient_accumulation_steps"]
     rollout = max(samples_per_step, -(-values.get("rollout_batch_size", 0) // gpus))
     steps_per_rollout = rollout / samples_per_step * values.get("num_iterations", 1)
@@ -115,7 +126,7 @@ def _build_engine_config(values: dict[str, Any], longest: int, gpu_gib: float) -
 
 
 def _max_sequence_length(values: dict[str, Any], models: Sequence[PretrainedConfig]) -> int:
-    """Prompt plus completion, tokens, as `data.longest_sequence` has it."""
+    """Maximum length of prompt plus completion, tokens; the counterpart of `data.max_sequence_length`."""
     contexts = [getattr(m.get_text_config(), "max_position_embeddings", None) for m in models]
     limits = [values["max_length"], values["vllm_max_model_length"] if values["use_vllm"] else None, *contexts]
     return min([limit for limit in limits if limit], default=2**31)

@@ -11,7 +11,7 @@ from .softmax import GradOutputs, SoftmaxRows, Tiles, accumulation_dtype, comput
 from .statistics import PerTokenLoss, StatisticsRequest, TokenStatistics
 
 DIFFERENTIABLE = ("entropy", "divergence", "topk_logits", "logps")
-_STUDENT, _TEACHER, _KL, _RATIO = slice(0, 3), slice(3, 6), 6, 7  # rows of `Scan.table`
+_STUDENT, _TEACHER, _KL, _RATIO = slice(0, 3), slice(3, 6), 6, 7  # rows of `ChunkedStatistics.row_statistics`
 
 
 class ChunkedStatistics:
@@ -239,7 +239,7 @@ def _nonzero_grad_mask(grad_outputs: list[Tensor | None]) -> Tensor | None:
 
 
 def _nonzero_indices(*masks: Tensor | None) -> list[Tensor | None]:
-    """Where each mask `[N]` is true. The host waits for the device once for all of them."""
+    """Indices at which each mask `[N]` is true. The host waits for the device once for all of them."""
     given = [mask for mask in masks if mask is not None]
     counts = iter(torch.stack([mask.sum() for mask in given]).tolist() if given else ())
     return [None if mask is None else torch.nonzero_static(mask, size=next(counts)).squeeze(-1) for mask in masks]

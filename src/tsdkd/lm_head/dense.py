@@ -22,7 +22,11 @@ class DenseHead:
     teacher_logits: Tensor | None = None
 
     def __call__(self, request: StatisticsRequest, per_token_loss: PerTokenLoss | None = None) -> TokenStatistics:
-        """Raises `ValueError` for a request that can't be met, e.g. where it needs a teacher and there is none."""
+        """Compute the requested statistics.
+
+        Raises:
+            ValueError: the request can't be met, e.g. it needs a teacher and there is none.
+        """
         validate_request(request, len(self.student_logits), self.teacher_logits is not None)
         student = upcast(self.student_logits)
         teacher: Any = None if self.teacher_logits is None else self.teacher_logits.detach()

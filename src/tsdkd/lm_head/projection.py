@@ -40,7 +40,7 @@ class Projection:
         return logits
 
     def softcap_grad(self, logits: Tensor, temperature: float) -> Tensor:
-        """What the cap does to a gradient, `1 - (z / softcap)^2`, where the cap is set; shape of `logits`."""
+        """Derivative of the soft cap, `1 - (z / softcap)^2`, if a cap is set; shape of `logits`."""
         assert self.softcap is not None
         return 1.0 - (logits * (temperature / self.softcap)).square()
 

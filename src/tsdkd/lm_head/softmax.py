@@ -175,9 +175,9 @@ def logits_grad_(
     (teacher) and b (student) `b q (log q - log m - KL(Q||M)) + (s b - (1 - s) a) q (p / m - sum q p / m)`.
 
     Args:
-        student, teacher: rows; the teacher's only where `upstream.divergence` is set.
+        student, teacher: softmax rows; the teacher's are needed only if `grad_outputs.divergence` is set.
         divergence, student_kl, ratio: of `compute_divergence`.
-        ids: `[C, K]`, where `upstream.logps` belong.
+        ids: `[C, K]`, the ids that `grad_outputs.logps` refers to.
         grad_outputs: derivatives with respect to the statistics.
         softcap_grad: logits -> derivative of a cap on them, or None.
         tiles: columns and scratch.
@@ -234,7 +234,7 @@ def _grad_at_ids(
     grad_outputs: Tensor | None,
     softcap_grad: Callable[[Tensor], Tensor] | None,
 ) -> Tensor | None:
-    """What reaches the logits at the ids directly, `[C, K]`."""
+    """The part of the gradient that reaches the logits at `ids` directly, `[C, K]`."""
     if grad_outputs is None or ids is None or softcap_grad is None:
         return grad_outputs
     return grad_outputs * softcap_grad(student.logits.gather(-1, ids).to(grad_outputs.dtype))

@@ -1,4 +1,4 @@
-"""What an objective can request of a head for each token of a micro-batch.
+"""The statistics that an objective can request of a head for each token of a micro-batch.
 
 An objective makes a `StatisticsRequest`, a head returns `TokenStatistics`. `tsdkd.lm_head.dense` is the readable
 specification; `tsdkd.lm_head.fused` gives the same numbers and gradients from hidden states.
@@ -16,7 +16,7 @@ from ..losses import Divergence
 
 @dataclass(frozen=True)
 class StatisticsRequest:
-    """Which statistics of N tokens to compute; what isn't requested costs nothing.
+    """Which statistics of N tokens to compute; statistics that aren't requested cost nothing.
 
     Attributes:
         entropy: of the student's distribution.
@@ -92,7 +92,7 @@ class Head(Protocol):
 
 
 def validate_request(request: StatisticsRequest, count: int, has_teacher: bool) -> None:
-    """Raises `ValueError` for a request that can't be met for `count` tokens."""
+    """Raise `ValueError` if a request can't be met for `count` tokens."""
     if request.needs_teacher and not has_teacher:
         raise ValueError("the request needs the teacher's distribution (teacher_entropy or divergence), there is none")
     if request.ids is not None and (request.ids.ndim != 2 or len(request.ids) != count):

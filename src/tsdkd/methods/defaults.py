@@ -1,4 +1,4 @@
-"""What configurations of several methods share."""
+"""Options and defaults that several methods share."""
 
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ NO_VLLM = {"use_vllm": "the teacher takes part in every token, and an engine hol
 
 @dataclass
 class TSDKDDefaults(TokenSelectiveConfig):
-    """What the runs in TSD-KD's tables share (Table 10)."""
+    """The defaults that the runs in TSD-KD's tables share (Table 10)."""
 
     warmup_steps: float = option(0.1, "Warmup steps; below 1 a share of all steps.")
 

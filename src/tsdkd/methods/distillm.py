@@ -80,8 +80,11 @@ class DistiLLMTrainer(TokenSelectiveTrainer):
     def _select_completions(
         self, model: nn.Module, rows: list[Batch], step: int, mode: str
     ) -> tuple[list[list[int]], list[Completion]]:
-        """Of Algorithm 1: fresh ones with a probability that falls over the run, or while there are too few to choose
-        from; replayed ones; or the data set's, on which the validation loss always is."""
+        """Choose the completions of a rollout by Algorithm 1.
+
+        Generate fresh completions with a probability that decreases over the run (or while the buffer is filling),
+        otherwise replay; else use the data set's. Evaluation always uses the data set's.
+        """
         prompts = [ids for batch in rows for ids in batch["prompt_ids"]]
         coin = float(torch.rand(1, generator=prompt_generator(self.args.seed, step, 0, RandomStream.ON_POLICY)))
         if mode == "eval" or coin >= self.on_policy_share:
@@ -95,7 +98,7 @@ class DistiLLMTrainer(TokenSelectiveTrainer):
         return [self.replay_buffer[i][0] for i in chosen], [Completion(self.replay_buffer[i][1], True) for i in chosen]
 
     def _is_replay_buffer_full(self) -> bool:
-        """On all processes alike: generating is a matter of all of them."""
+        """Return whether the replay buffer is full. Collective, so that all processes take the same branch."""
         stored = torch.tensor(len(self.replay_buffer), device=self.accelerator.device)
         return int(self.accelerator.reduce(stored, reduction="sum")) >= self.args.replay_capacity
 

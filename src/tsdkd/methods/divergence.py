@@ -16,7 +16,7 @@ class DivergenceObjective(Objective):
 
     @property
     def divergence(self) -> Divergence:
-        """Between student and teacher."""
+        """The divergence between student and teacher."""
         raise NotImplementedError
 
     @property

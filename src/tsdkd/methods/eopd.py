@@ -32,7 +32,7 @@ class EOPDObjective(EOPDOptions, EOPDFullObjective):
 
     @property
     def uncertainty_threshold(self) -> float:  # type: ignore[override]
-        """What the log calls uncertain."""
+        """Entropy above which the log counts a token as uncertain, nats."""
         return self.entropy_threshold
 
     def forward_kl_mask(self, scores: PolicyScores) -> Tensor:

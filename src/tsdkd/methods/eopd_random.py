@@ -31,7 +31,7 @@ class EOPDRandomObjective(EOPDRandomOptions, EOPDFullObjective):
     """Eq. 9 with a random trigger."""
 
     def forward_kl_mask(self, scores: PolicyScores) -> Tensor:
-        """The same for a token in every step that its rollout serves."""
+        """Random tokens. A token's choice is the same in every step that trains on its rollout."""
         return scores.random_uniform < self.forward_kl_random_ratio
 
 

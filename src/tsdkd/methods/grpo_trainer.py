@@ -31,7 +31,7 @@ class GRPOTrainer(CheckpointMixin, trl.GRPOTrainer):
 
     Args:
         model: the student: path, hub id or loaded model.
-        teacher_model: not used; there so that all trainers are made alike.
+        teacher_model, teacher_processing_class: ignored; accepted so that all trainers are built alike.
         args: the configuration.
         train_dataset: rows with a prompt and an `answer`, or a `solution` that has a boxed one or is one.
         eval_dataset, processing_class, callbacks, optimizers, peft_config: as in TRL's.

@@ -47,7 +47,7 @@ class KDObjective(KDOptions, Objective):
 
     @property
     def teacher_top_k(self) -> int:  # type: ignore[override]
-        """How many of the teacher's tokens are kept."""
+        """Number of the teacher's tokens that are kept."""
         return self.forward_kl_top_k
 
     @property

@@ -55,7 +55,7 @@ class MiniLLMConfig(MiniLLMOptions, RolloutConfig):
         return self.num_iterations
 
     def steps_per_rollout(self, processes: int | None = None) -> int:
-        """With every epoch over it."""
+        """Optimizer steps that one rollout serves; counts all `num_iterations` passes over it."""
         return super().steps_per_rollout(processes) * self.num_iterations
 
 
@@ -130,7 +130,7 @@ class MiniLLMTrainer(ScoredRolloutTrainer):
         )
 
     def _postprocess_micro_batch(self, model: nn.Module, batch: Batch, step: int, mode: str) -> None:
-        """Also the mixture's log-probabilities, in place of the student's, and the returns."""
+        """Score the rollout, replace the student's log-probabilities by the mixture's, and compute the returns."""
         super()._postprocess_micro_batch(model, batch, step, mode)
         scores = batch["scores"]
         logps = (scores["old_per_token_logps"], scores["teacher_per_token_logps"])

@@ -1,6 +1,6 @@
 """Speculative KD: forward KL on what student and teacher wrote together (Xu et al. 2025, arXiv 2410.11325).
 
-How they write is `tsdkd.rollout.mixed`'s to say.
+`speculative_choice` below picks each token; `tsdkd.rollout.mixed` runs both models.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from .supervised_kd import SupervisedKDObjective
 
 @dataclass
 class SpeculativeKDOptions:
-    """Options of the speculative_choice sampling, as in the paper's public code."""
+    """Options of speculative sampling; defaults are those of the paper's public code."""
 
     accept_top_k: int = option(25, "The student's token stays if it is among so many of the teacher's.", AT_LEAST_ONE)
     draft_temperature: float = option(0.5, "Divides the student's logits when it samples.", POSITIVE)

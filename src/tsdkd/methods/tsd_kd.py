@@ -135,7 +135,10 @@ class TSDKDObjective(TSDKDOptions, Objective):
         self, statistics: TokenStatistics, completions: CompletionBatch, opener: Tensor, opener_index: Tensor
     ) -> Tensor:
         """Eq. 5 summed over completions; a response's positions are averaged, summed, or divided by its length.
-        `opener_index`: which of the N tokens are in an opener."""
+
+        Args:
+            opener_index: positions, among the N tokens, of those in an opener.
+        """
         student, teacher = statistics.topk_logits[opener_index], statistics.teacher_topk_logits[opener_index]
         nll = plackett_luce_nll(student, teacher, self.indirect_top_k)
         divisor = {
@@ -186,7 +189,7 @@ class TSDKDObjective(TSDKDOptions, Objective):
         return metrics
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs to continue."""
+        """The state that a checkpoint stores."""
         return {"difficulties": list(self.difficulties)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -88,7 +88,10 @@ def _reversed_plackett_luce_nll(statistics: TokenStatistics, rows: Tensor) -> Te
 
 
 class TSDKDReleasedTrainer(TokenSelectiveTrainer):
-    """Asks about every row's completion and its padding, up to the longest. See `TokenSelectiveTrainer`."""
+    """Computes statistics for every completion and its padding, up to the length of the longest completion.
+
+    Arguments: see `TokenSelectiveTrainer`.
+    """
 
     config_class = TSDKDReleasedConfig
     objective_class = TSDKDReleasedObjective

@@ -28,7 +28,7 @@ INIT_KWARGS = {"model_name_or_path": "model_init_kwargs", "teacher_model_name_or
 
 @cache
 def offline_reason() -> str | None:
-    """Why nothing can be loaded from the hub; None where it answers.
+    """Return why nothing can be loaded from the hub, or None if it answers.
 
     If it doesn't answer, cached copies are used without a request, as with HF_HUB_OFFLINE=1.
     """

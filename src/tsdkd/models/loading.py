@@ -50,7 +50,7 @@ class ModelPair:
     def stop_token_ids(
         self, role: Role = "student", generation_config: GenerationConfig | None = None
     ) -> frozenset[int]:
-        """Where a completion ends; see `tokenizers.stop_token_ids` for the rule.
+        """The ids that end a completion; see `tokenizers.stop_token_ids` for the rule.
 
         Args:
             writer: whose completion it is.
@@ -72,13 +72,16 @@ class ModelPair:
 
     @property
     def vocab_sizes(self) -> tuple[int, int]:
-        """How many ids the student and the teacher have logits for."""
+        """Numbers of ids that the student and the teacher have logits for."""
         return self.student_config.get_text_config().vocab_size, self.teacher_config.get_text_config().vocab_size
 
     @property
     def shared_vocab_size(self) -> int:
-        """How many ids both have logits for: one tokenizer often comes with differently padded vocabularies
-        (Qwen2.5: 152064 rows at 14B, 151936 at 1.5B)."""
+        """Number of ids that both models have logits for.
+
+        One tokenizer often comes with differently padded vocabularies (Qwen2.5: 152064 rows at 14B, 151936 at
+        1.5B).
+        """
         return min(self.vocab_sizes)
 
 
@@ -126,7 +129,7 @@ def _get_config(model: str | PreTrainedModel, field: str, kwargs: dict[str, Any]
 def _get_generation_config(
     model: str | PreTrainedModel, field: str, config: PretrainedConfig, kwargs: dict[str, Any]
 ) -> GenerationConfig | None:
-    """What a model generates with, as its `from_pretrained` finds it."""
+    """The generation configuration of a model, as its `from_pretrained` finds it."""
 
     def load(name: str, **revision: str) -> GenerationConfig:
         try:

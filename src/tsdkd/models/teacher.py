@@ -1,4 +1,4 @@
-"""Where the teacher is, whatever the student's ZeRO stage: whole on every device, sharded over them, or in the hosts'
+"""Places the teacher, whatever the student's ZeRO stage: whole on every device, sharded over them, or in the hosts'
 memory."""
 
 import os
@@ -65,7 +65,7 @@ def _student_is_sharded(args: TokenSelectiveConfig) -> bool:
 
 
 def _zero3_config(config: PretrainedConfig, dtype: torch.dtype, args: TokenSelectiveConfig) -> dict[str, Any]:
-    """DeepSpeed's configuration of a model that is only asked; bucket sizes as transformers computes them."""
+    """DeepSpeed configuration for a model that is used for inference only; bucket sizes follow transformers."""
     hidden = config.get_text_config().hidden_size
     zero: dict[str, Any] = {
         "stage": 3,

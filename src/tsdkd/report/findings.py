@@ -1,4 +1,4 @@
-"""How a run went, in sentences."""
+"""Describes in sentences how a run went."""
 
 import math
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ class Finding:
 
 
 def find_notable(run: RunReport) -> list[Finding]:
-    """What stands out, the most important first."""
+    """Collect the notable findings about a run, the most important first."""
     parts = (_progress, _accuracy, _benchmarks, _loss, _entropy, _completions, _nonfinite, _missing_data)
     findings = [finding for part in parts for finding in part(run)]
     return sorted(findings, key=lambda finding: ["warning", "good", "note"].index(finding.level))
@@ -103,7 +103,7 @@ def _nonfinite(run: RunReport) -> Iterator[Finding]:
 
 
 def _missing_data(run: RunReport) -> Iterator[Finding]:
-    """What isn't in the report, and why."""
+    """Findings about data that the report lacks, and why."""
     for reason in run.skipped:
         yield Finding("warning", f"Left out: {reason}.")
     if run.state and len(run.curves.get("loss", [])) < 2:

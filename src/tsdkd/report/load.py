@@ -102,14 +102,14 @@ def load_run(name: str, folder: Path) -> RunReport:
 
 
 def _read_differences(path: Path, folder: Path) -> list[dict[str, Any]]:
-    """Of the run's student, and of its checkpoints."""
+    """Entries that compare the run's student or checkpoints with a baseline."""
     models, entries = read_results(path)
     names = {name for name, model in models.items() if folder in (Path(model), Path(model).parent)}
     return [entry for entry in entries if entry["model"] in names and "difference" in entry]
 
 
 def _read_trainer_state(folder: Path) -> dict[str, Any]:
-    """Of the end, or else of the last checkpoint."""
+    """Trainer state from the end of the run, otherwise from its last checkpoint."""
     checkpoints = [
         path for path in folder.glob(f"checkpoint-*/{TRAINER_STATE_NAME}") if path.parent.name[11:].isdigit()
     ]

@@ -81,7 +81,7 @@ def _read_asset(name: str) -> str:
 
 
 def _markdown_to_html(markdown: str) -> Markup:
-    """Of the tables that tsdkd writes itself: rows of cells between bars, and paragraphs."""
+    """Convert the Markdown that tsdkd writes itself: tables (rows of cells between bars) and paragraphs."""
     parts: list[Markup] = []
     lines: list[list[str]] = []
 

@@ -26,7 +26,8 @@ TOKEN_METRICS = (
 
 
 def pack_records(records: Sequence[StepRecord]) -> dict[str, Any]:
-    """Of one run, for the page's script: as many whole records as have at most 50 completions together."""
+    """Pack the records of one run for the page's script: as many whole records as have at most 50 completions
+    together."""
     chosen = subsample_records(records)
     texts = sorted({i for record in chosen for i in record.texts})
     place = {token: i for i, token in enumerate(texts)}

@@ -1,4 +1,4 @@
-"""What a sampler is: completions for prompts, by whatever engine.
+"""The `Sampler` interface: generates completions for prompts with any engine.
 
 Each completion is seeded by (seed, step, prompt index), so that neither the ambient generators nor the way a batch is
 split over micro-batches and processes changes what is sampled. `tsdkd.rollout.build` chooses the sampler
@@ -40,7 +40,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How all completions of a run are sampled.
+    """Sampling parameters of all completions of a run.
 
     Attributes:
         stop_token_ids: tokens that end a completion.

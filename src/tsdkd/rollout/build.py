@@ -1,4 +1,4 @@
-"""Who samples the completions of a run."""
+"""Chooses and builds the sampler of a run."""
 
 from collections.abc import Collection
 

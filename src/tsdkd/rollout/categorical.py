@@ -35,7 +35,11 @@ def sample_tokens(logits: Tensor, uniform: Tensor, top_p: float = 1.0) -> tuple[
 
 
 def _inverse_cdf(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """Where `uniform` of the total is passed, `[B, 1]`, and what share of that place's weight it is, `[B]`."""
+    """Find the position where the cumulative weight passes `uniform` of the total.
+
+    Returns:
+        the position `[B, 1]`, and the share of its weight that lies below that point `[B]`.
+    """
     cumulative = weights.cumsum(-1)
     target = uniform.clamp(max=1 - 2**-52).unsqueeze(-1) * cumulative[:, -1:]  # always below the total
     position = torch.searchsorted(cumulative, target, right=True).clamp(max=weights.shape[-1] - 1)

@@ -112,8 +112,10 @@ def _draw_uniform(streams: Sequence[torch.Generator], count: int) -> Tensor:
 
 
 def _cache_argument(model: PreTrainedModel) -> str:
-    """What a model's forward and its output call the cache: `cache` since transformers 5.18, `past_key_values` before
-    and in older remote code."""
+    """Name of the cache in a model's forward and output.
+
+    It is `cache` since transformers 5.18, `past_key_values` before and in older remote code.
+    """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's forward takes *args
     return "cache" if "cache" in inspect.signature(base.forward).parameters else "past_key_values"
 

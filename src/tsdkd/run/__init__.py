@@ -1,1 +1,1 @@
-"""From a request to a trained student."""
+"""Runs: from a configuration to a trained student."""

@@ -190,7 +190,7 @@ def _can_build(build: Callable[[], Any]) -> bool:
 def _drop_options_of_other_methods(
     explicit_values: dict[str, Any], method: str, from_file: dict[str, Any], from_flags: dict[str, Any]
 ) -> list[str]:
-    """With `--method` on the command line, the file's options of the method it was written for are left out."""
+    """Drop the file's options of the method it was written for if `--method` names another one. Returns notes."""
     if "method" not in from_flags or from_file.get("method", "tsd-kd") == method:
         return []
     config_class = METHODS[method].config_class
@@ -213,8 +213,8 @@ def _drop_unused_vllm_options(
     cls: type[TokenSelectiveConfig],
     from_flags: Mapping[str, Any],
 ) -> list[str]:
-    """Where a flag turns vLLM off, or changes its mode, the file's options of it are left out: they don't change the
-    result."""
+    """Drop the file's vLLM options that have no effect because a flag turns vLLM off or changes its mode. Returns
+    notes."""
     if not from_flags.keys() & {"use_vllm", "vllm_mode", "lmbda", "method"}:
         return []
     of_file = [key for key in explicit_values if key.removeprefix("use_").startswith("vllm") and key not in from_flags]
@@ -234,7 +234,8 @@ def _note_dataset_completions(
     from_file: Mapping[str, Any],
     from_flags: Mapping[str, Any],
 ) -> list[str]:
-    """Where a flag changes the data set, its completions may be anybody's; a local file's are the user's own."""
+    """Note that completions from a data set named by a flag aren't checked to be the teacher's; a local JSONL file
+    is trusted."""
     name = from_flags.get("dataset_name")
     needs_completions = cls.always_needs_completions or values["lmbda"] < 1
     if not needs_completions or name in (None, from_file.get("dataset_name")) or str(name).endswith(".jsonl"):

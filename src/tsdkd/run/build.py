@@ -84,7 +84,7 @@ def explain_error(error: Exception, given: dict[str, Any]) -> str:
 
 
 def teacher_name_or_path(arguments: RunArguments) -> str:
-    """Its name; for a method without one the student's."""
+    """Teacher name or path; the student's if the method has no teacher."""
     return str(arguments.training_args.teacher_model_name_or_path or arguments.model_args.model_name_or_path)
 
 

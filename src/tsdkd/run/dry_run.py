@@ -1,4 +1,4 @@
-"""What a run would do, without loading weights or writing anything."""
+"""Shows what a run would do, without loading weights or writing anything."""
 
 import math
 from collections.abc import Iterator
@@ -58,7 +58,7 @@ def _prepare_datasets(arguments: RunArguments) -> tuple[ModelPair, dict[str, Dat
 
 
 def _summarize_config(arguments: RunArguments, processes: int, checkpoint: str | None) -> dict[str, str]:
-    """What follows from the configuration alone."""
+    """Table rows that follow from the configuration alone."""
     training = arguments.training_args
     return {
         "method": arguments.method,
@@ -73,7 +73,7 @@ def _summarize_config(arguments: RunArguments, processes: int, checkpoint: str |
 def _summarize_datasets(
     arguments: RunArguments, processes: int, pair: ModelPair, prepared: dict[str, Dataset]
 ) -> dict[str, str]:
-    """What follows from the models and the data set."""
+    """Table rows that follow from the models and the data sets."""
     training = arguments.training_args
     prompts = len(prepared["train"])
     batches = math.ceil(prompts / (training.per_device_train_batch_size * processes))
@@ -93,7 +93,7 @@ def _summarize_datasets(
 
 
 def _summarize_rollouts(training: TokenSelectiveConfig, processes: int) -> dict[str, str]:
-    """How completions are sampled, where they are."""
+    """Table rows about sampling; empty if nothing is sampled."""
     if training.lmbda == 0 and not training.always_needs_completions:
         return {}
     engine = f"vLLM, {training.vllm_mode}" if training.use_vllm else "transformers"

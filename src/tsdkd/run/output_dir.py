@@ -140,7 +140,7 @@ def read_run_config(folder: Path) -> dict[str, Any]:
 
 
 def build_run_config(arguments: RunArguments) -> dict[str, Any]:
-    """Every of our keys, and every key of transformers and TRL that was set; no token of the hub."""
+    """All of tsdkd's keys and every transformers or TRL key that was set, without hub tokens."""
     values = {
         name: getattr(arguments.training_args, name)
         for name in declared_fields(METHODS[arguments.method].config_class)
@@ -150,7 +150,8 @@ def build_run_config(arguments: RunArguments) -> dict[str, Any]:
 
 
 def _describe_changes(arguments: RunArguments, folder: Path) -> str:
-    """In what a run differs from this one so that it isn't the same; what else differs is said."""
+    """Describe the differences that make the run in `folder` a different run; harmless ones (its length) are
+    logged."""
     try:
         before, now = read_run_config(folder), build_run_config(arguments)
     except DataError as error:

@@ -1,7 +1,8 @@
-"""From a model and a micro-batch to statistics of its tokens: backbone, then head; the logits are never whole."""
+"""Computes statistics of a micro-batch's tokens: backbone, then head; the logits are never whole."""
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 from weakref import WeakSet
@@ -26,7 +27,7 @@ class HeadForward:
     """Forward passes of the pair's models, as they are wrapped for training: input ids -> hidden states -> statistics.
 
     Args:
-        accelerator: knows the wrappers and the precision.
+        accelerator: unwraps models and provides autocast.
         args: fused_head, head_chunk_gib, temperature.
         vocab_size: ids that both models have.
     """
@@ -62,47 +63,34 @@ class HeadForward:
             states = None if teacher is None else teacher.states
             return DenseHead(self._logits(model, batch, index), states)(request, per_token_loss)
         unwrapped = self.accelerator.unwrap_model(model)
-        head = partial(self._head, unwrapped, teacher, request, per_token_loss, loss_in_forward)
-        backbone = partial(self._backbone_and_head, unwrapped, batch, index, head)
-        return TokenStatistics(**run_as_forward(model, unwrapped, backbone, batch["input_ids"]))
+        call = _HeadCall(unwrapped, teacher, request, per_token_loss, loss_in_forward)
+        forward = partial(self._backbone_and_head, call, batch, index)
+        return TokenStatistics(**run_as_forward(model, unwrapped, forward, batch["input_ids"]))
 
     def _backbone_and_head(
-        self,
-        model: PreTrainedModel,
-        batch: dict[str, Tensor],
-        index: Tensor,
-        head: Callable[[Tensor], dict[str, Any]],
-        input_ids: Tensor,
+        self, call: "_HeadCall", batch: dict[str, Tensor], index: Tensor, input_ids: Tensor
     ) -> dict[str, Any]:
-        hidden = self._hidden(model, {**batch, "input_ids": input_ids}, index)
+        hidden = self._hidden(call.student, {**batch, "input_ids": input_ids}, index)
         with self.accelerator.autocast():
-            return _run_as_output_layer(model, head, hidden)
+            return _run_as_output_layer(call.student, partial(self._head, call), hidden)
 
-    def _head(
-        self,
-        model: PreTrainedModel,
-        teacher: "TeacherOutput | None",
-        request: StatisticsRequest,
-        per_token_loss: PerTokenLoss | None,
-        loss_in_forward: bool,
-        hidden: Tensor,
-    ) -> dict[str, Any]:
+    def _head(self, call: "_HeadCall", hidden: Tensor) -> dict[str, Any]:
         """The statistics as a dictionary: DDP and DeepSpeed look for tensors in plain containers only."""
         with ExitStack() as stack:
             of_teacher: tuple[Any, ...] = ()
-            if teacher is not None:
-                _gather_output_layer(stack, get_output_layer(teacher.model))
-                of_teacher = (teacher.states, get_projection(teacher.model))
+            if call.teacher is not None:
+                _gather_output_layer(stack, get_output_layer(call.teacher.model))
+                of_teacher = (call.teacher.states, get_projection(call.teacher.model))
             head = FusedHead(
                 hidden,
-                get_projection(model),
+                get_projection(call.student),
                 *of_teacher,
                 vocab_size=self.vocab_size,
                 temperature=self.args.temperature,
                 chunk_gib=self.args.head_chunk_gib,
-                loss_in_forward=loss_in_forward,
+                loss_in_forward=call.loss_in_forward,
             )
-            return vars(head(request, per_token_loss))
+            return vars(head(call.request, call.per_token_loss))
 
     @torch.no_grad()
     def teacher_forward(self, model: nn.Module, batch: dict[str, Tensor], index: Tensor) -> "TeacherOutput":
@@ -116,7 +104,7 @@ class HeadForward:
     def compute_statistics(
         self, model: nn.Module, batch: dict[str, Tensor], index: Tensor, request: StatisticsRequest
     ) -> TokenStatistics:
-        """The same as `forward`, of a model in eval mode and without gradients."""
+        """Like `forward`, but in eval mode and without gradients."""
         was_training = model.training
         model.eval()
         statistics = self.forward(model, batch, index, request)
@@ -137,6 +125,17 @@ class HeadForward:
                 torch.clear_autocast_cache()  # older torches keep casts of weights that were made without a gradient
                 self._verified_models.add(model)
             return _select_positions(index, _forward_backbone(model, batch["input_ids"], batch.get("attention_mask")))
+
+
+@dataclass(frozen=True)
+class _HeadCall:
+    """What the fused head is called with, besides the hidden states; see `HeadForward.forward`."""
+
+    student: PreTrainedModel
+    teacher: "TeacherOutput | None"
+    request: StatisticsRequest
+    per_token_loss: PerTokenLoss | None
+    loss_in_forward: bool
 
 
 class TeacherOutput(NamedTuple):

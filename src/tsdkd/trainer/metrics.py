@@ -1,4 +1,4 @@
-"""Running means over micro-batches and processes: sums and counts, divided once. And maxima."""
+"""Running means (sums and counts, divided once) and maxima over micro-batches and processes."""
 
 import time
 from collections import defaultdict
@@ -34,7 +34,7 @@ class _TimedBlock:
 
 
 class MetricAccumulator:
-    """Named sums and counts of one mode (training or evaluation); of a name that ends in "/max" the largest value."""
+    """Named sums and counts of one mode (training or evaluation). Names that end in "/max" keep the largest value."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
@@ -53,9 +53,10 @@ class MetricAccumulator:
 
     @contextmanager
     def track_throughput(self, name: str, tokens: float, excluding: str | None = None) -> Iterator[None]:
-        """Log `tokens` per second of the block (a process), without the time that metric `excluding` took in it.
+        """Log the tokens per second of the block on this process, without the time that metric `excluding` took in it.
 
-        On CUDA the device's clock is read, when the metrics are drained: nothing waits for the device here."""
+        On CUDA the time comes from events that are read in `reduce_and_reset`, so this doesn't synchronize.
+        """
         others = self._spans[excluding] if excluding else []
         start, before = self._now(), len(others)
         yield
@@ -69,7 +70,7 @@ class MetricAccumulator:
         return event
 
     def reduce_and_reset(self) -> dict[str, float]:
-        """Sum over count of every metric, over all processes, and start anew. All processes must call it."""
+        """Return every metric's sum over its count, over all processes, and clear them. All processes must call it."""
         for name, spans in self._spans.items():
             for span in spans:
                 self.add(name, span.tokens, span.seconds)

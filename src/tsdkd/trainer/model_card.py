@@ -1,27 +1,26 @@
 """The README.md beside a saved student."""
 
 import re
-from collections.abc import Mapping
 from importlib import metadata, resources
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
+
+from ..config.base import TokenSelectiveConfig
+from ..config.options import enum_value
 
 _ARXIV_ID = re.compile(r"arXiv (\d{4}\.\d{5})")
 
 
 def write_model_card(
     path: Path,
+    args: TokenSelectiveConfig,
     *,
-    method: str,
-    paper: str,
     model_name: str,
     student: str,
     teacher: str,
     dataset: str,
     tags: list[str],
-    settings: Mapping[str, Any],
 ) -> None:
     """Write a model card that names method, student, teacher, data, settings and the method's papers.
 
@@ -36,17 +35,24 @@ def write_model_card(
             tags=["generated_from_trainer", "knowledge-distillation", *tags],
         ),
         template_path=str(resources.files("tsdkd").joinpath("trainer/model_card.md.j2")),
-        method=method,
-        paper=_ARXIV_ID.sub(r"[arXiv \1](https://arxiv.org/abs/\1)", paper),
-        cited=[name for name in ("TSD-KD", "EOPD") if name in f"{method.upper()} {paper}"],
+        method=args.method,
+        paper=_ARXIV_ID.sub(r"[arXiv \1](https://arxiv.org/abs/\1)", args.paper),
+        cited=[name for name in ("TSD-KD", "EOPD") if name in f"{args.method.upper()} {args.paper}"],
         model_name=model_name,
         student=student or "a model built in memory",
         teacher=teacher or "a model built in memory",
         dataset=dataset or "a data set built in memory",
-        settings=settings,
+        settings={name: enum_value(getattr(args, name)) for name in _settings(args)},
         versions={name: metadata.version(name) for name in ("tsdkd", "trl", "transformers", "torch", "datasets")},
     )
     card.save(path)
+
+
+def _settings(args: TokenSelectiveConfig) -> list[str]:
+    """The options that the card lists."""
+    names = [name for name in args.method_options() if name not in ("max_length", "warmup_steps")]
+    names += ["learning_rate", "lr_scheduler_type", "num_train_epochs", "temperature", "top_p", "lmbda"]
+    return list(dict.fromkeys([*names, "max_completion_length"]))
 
 
 def _is_hub_id(name: str) -> bool:

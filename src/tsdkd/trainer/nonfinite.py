@@ -45,7 +45,9 @@ class NonFiniteGuard:
         self._micro_batches.append((batch, loss.detach().isfinite()))
 
     def is_step_finite(self, grad_norm: float | Tensor, step: int) -> bool:
-        """Whether the step may be taken; all processes must ask.
+        """Return whether to take the step. Collective: all processes must call it.
+
+        On failure it writes the suspect completions and counts the skipped step.
 
         Args:
             grad_norm: of the whole gradient.

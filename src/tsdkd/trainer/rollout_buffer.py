@@ -1,4 +1,4 @@
-"""What is rolled out and not yet trained on."""
+"""Buffer of rollouts that are still to be trained on."""
 
 from collections import deque
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""`ScoredRolloutTrainer`: one rollout is scored once and serves several optimizer steps (EOPD's Algorithm 1)."""
+"""Scores each rollout once and trains on it for several optimizer steps (EOPD, Algorithm 1)."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from .trainer import Batch, TokenSelectiveTrainer
 
 
 class ScoredRolloutTrainer(TokenSelectiveTrainer):
-    """For methods whose teacher scores a rollout once. Arguments: see `TokenSelectiveTrainer`."""
+    """A trainer for methods whose teacher scores each rollout once. Arguments: see `TokenSelectiveTrainer`."""
 
     def _postprocess_micro_batch(self, model: nn.Module, batch: Batch, step: int, mode: str) -> None:
         """Score by the teacher, of which the top k are kept, and by the policy that sampled."""

@@ -1,4 +1,4 @@
-"""What a step trains on: completions of the student, or of the data set, as padded micro-batches."""
+"""Makes the micro-batches of a step: padded completions of the student, or of the data set."""
 
 import time
 from itertools import chain
@@ -28,9 +28,16 @@ class RolloutMixin:
     """The part of a trainer that rolls out; a method's trainer may override how.
 
     Attributes:
+        args: the method's configuration.
+        model: the student.
+        accelerator, state: the trainer's.
+        teacher_model: the teacher, where the method has one.
         pair: student and teacher, as far as they are known without their weights.
-        stop_token_ids: where a completion ends.
-        sampler: of the student's completions.
+        stop_token_ids: ids that end a completion.
+        sampler: samples the student's completions.
+        head_forward: runs forward passes of both models.
+        token_recorder: records tokens of some rollouts.
+        metric_accumulators: "train" or "eval" -> its metrics.
     """
 
     args: Any
@@ -48,7 +55,7 @@ class RolloutMixin:
     _weights_version: int
     _logged_completions: list[tuple[str, str, Completion]]
 
-    # What the trainer of a method may decide
+    # Hooks that a method's trainer may override
 
     def _make_sampler(self) -> Sampler:
         return make_sampler(self.model, self.accelerator, self.args, self.pair, self.stop_token_ids)
@@ -66,7 +73,7 @@ class RolloutMixin:
     def _postprocess_micro_batch(self, model: nn.Module, batch: Batch, step: int, mode: str) -> None:
         """Add to a rolled-out micro-batch what must be known before the student changes."""
 
-    # What it uses
+    # Helpers
 
     def _roll_out(self, model: nn.Module, rows: list[Batch], step: int, mode: str) -> list[Batch]:
         """Collated rows -> padded micro-batches with the student's or the data set's completions."""

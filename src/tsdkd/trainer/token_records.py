@@ -1,7 +1,9 @@
-"""What both models say at each token of some completions: one Parquet file a recorded step, for analyses and reports.
+"""Records both models' distributions at each token of some completions, for analyses and reports.
 
-Only what the models say is kept. What a method makes of it (opener, gate, trigger, ranking) follows from its options,
-when it is looked at: `tsdkd.analysis`.
+There is one Parquet file for each recorded step.
+
+Only the models' statistics are kept. What a method makes of them (opener, gate, trigger, ranking) follows from its
+options, when they are analysed: `tsdkd.analysis`.
 """
 
 import json
@@ -56,7 +58,7 @@ def recorded_divergence(args: TokenSelectiveConfig) -> Divergence:
 def compute_token_records(
     head_forward: HeadForward, student: nn.Module, teacher: nn.Module, batch: dict[str, Tensor], divergence: Divergence
 ) -> dict[str, Tensor]:
-    """What both models say at the N completion tokens of a batch, on the CPU.
+    """Statistics of both models at the N completion tokens of a batch, on the CPU.
 
     Args:
         heads: of the pair.
@@ -144,7 +146,9 @@ def _decode_in_context(token: int, decode: Callable[[list[int]], str]) -> str:
 
 
 class TokenRecorder:
-    """Writes records in training. All processes describe, as sharded models need all of them; the first one writes.
+    """Records tokens during training.
+
+    All processes run the forward passes, because sharded models need them; the main process writes.
 
     Args:
         heads: of the pair.
@@ -163,7 +167,7 @@ class TokenRecorder:
         return mode == "train" and self.args.record_steps > 0 and step >= self._next
 
     def record(self, student: nn.Module, teacher: nn.Module, samples: Sequence[RecordedCompletion], step: int) -> None:
-        """Describe some of this process's completions, and write them."""
+        """Score some of this process's completions with both models and write the record."""
         self._next = (step // self.args.record_steps + 1) * self.args.record_steps
         chosen = samples[: self.args.record_completions]
         padded = pad_sequences([s.prompt for s in chosen], [s.completion for s in chosen])

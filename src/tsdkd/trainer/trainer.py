@@ -3,7 +3,6 @@
 A step: next window -> its counts -> forward to hidden states -> statistics -> objective -> loss.
 """
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import fields
@@ -22,8 +21,7 @@ from trl.trainer.utils import disable_dropout_in_model
 from ..checkpointing.preemption import PreemptionCallback
 from ..checkpointing.trainer_mixin import CheckpointMixin
 from ..config.base import TokenSelectiveConfig, require_config
-from ..config.options import enum_value
-from ..data import collate, completion_mask, prepare_dataset, target_ids
+from ..data import collate, completion_mask, hash_rows, prepare_dataset, target_ids
 from ..errors import ResumeError
 from ..models.loading import get_model_id, load_student, resolve_pair
 from ..models.teacher import load_teacher, prepare_teacher
@@ -43,8 +41,8 @@ from .token_records import TokenRecorder
 class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
     """Distils by the method that `args` configures; a subclass says which, and may roll out in its own way.
 
-    It is a `GKDTrainer`, whose place it takes in scripts. Of `GKDTrainer` itself only the parents run: `SFTTrainer`'s
-    construction (model, PEFT) and `Trainer`'s loop. The rest can't: `__init__` refuses pairs with differently padded
+    A drop-in replacement for TRL's `GKDTrainer`. It reuses `SFTTrainer`'s construction (model, PEFT) and `Trainer`'s
+    loop, and none of `GKDTrainer`'s own methods, because: `__init__` refuses pairs with differently padded
     vocabularies; `training_step` rolls out after the loss has been divided by a count of the data set's tokens, and
     samples from the ambient random generator; `compute_loss` needs whole logits and ignores the number of processes.
 
@@ -128,7 +126,7 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
         return self.objective.needs_teacher_distribution or self.objective.scores_class is not None
 
     def _build_components(self, teacher_model: str | PreTrainedModel) -> None:
-        """What is built of the loaded models."""
+        """Build the components that need the loaded models."""
         args, accelerator, decode = self.args, self.accelerator, self.pair.tokenizer.decode
         self.stop_token_ids = self._set_stop_token_ids()
         self.teacher_name = get_model_id(teacher_model)
@@ -204,7 +202,7 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
             return self.head_forward.teacher_forward(self.teacher_model, batch, index)
 
     def _count_units(self, batch: Batch) -> int:
-        """How many of what the loss is a mean of."""
+        """Number of items that the loss is averaged over: completions, tokens or micro-batches."""
         lengths: list[int] = batch["lengths"]
         completions = sum(length > 0 for length in lengths)
         counts = {"completions": completions, "tokens": sum(lengths), "micro-batches": min(completions, 1)}
@@ -230,7 +228,7 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
         return not is_sharded and is_first and every > 0 and self.state.global_step % every == 0
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """Trainer's last call before the optimizer's step. DeepSpeed has then left out a step that isn't finite."""
+        """Runs right before the optimizer step; DeepSpeed has already skipped a non-finite one."""
         grad_norm = super()._get_grad_norm(model, grad_norm)
         is_scaled = self.accelerator.mixed_precision == "fp16"  # its scaler leaves out steps that overflow
         is_finite = self.nonfinite_guard.is_step_finite(0.0 if is_scaled else grad_norm, self.state.global_step + 1)
@@ -241,7 +239,7 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
     def _time_teacher(self, batch: Batch, mode: str) -> AbstractContextManager[None]:
         return self.metric_accumulators[mode].track_throughput("speed/teacher_tokens_per_second", batch["num_tokens"])
 
-    # What the trainer of a method may decide
+    # Hooks that a method's trainer may override
 
     def _position_mask(self, batch: Batch) -> Tensor:
         """`[B, S - 1]` bool, the positions of which the objective requests statistics."""
@@ -274,7 +272,8 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
         )
 
     def _set_stop_token_ids(self) -> frozenset[int]:
-        """Where a completion ends. The saved student gets them, and the template it was trained with, too."""
+        """Set the stop token ids and the chat template on the student, so that they are saved with it. Returns the
+        ids."""
         if self.pair.template_role == "teacher":
             self.pair.tokenizer.chat_template = self.pair.teacher_tokenizer.chat_template
         ids = self.pair.stop_token_ids(generation_config=self.model.generation_config)
@@ -289,7 +288,7 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """The same terms on held-out prompts, and accuracy where rows carry an `answer`."""
+        """Evaluate the same loss terms on held-out prompts, and accuracy where rows carry an `answer`."""
         if eval_dataset is not None and not isinstance(eval_dataset, str):
             eval_dataset = self._tokenize_dataset(eval_dataset, self.args)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
@@ -347,11 +346,8 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
 
     @cached_property
     def _train_dataset_hash(self) -> str:
-        """Of the training rows as they are trained on: their places in the data set are part of a checkpoint."""
-        digest = hashlib.sha256()
-        for rows in self.train_dataset.select_columns(["prompt_ids", "completion_ids", "limit"]).iter(1000):
-            digest.update(repr(rows).encode())
-        return digest.hexdigest()
+        """A checkpoint counts on the places of the rows in the data set."""
+        return hash_rows(self.train_dataset)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save student, tokenizer, generation config and, for a final model, the model card."""
@@ -365,17 +361,12 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
         """Write README.md into the output directory: method, teacher, data, the method's papers."""
         if not self.is_world_process_zero():
             return
-        names = [n for n in self.args.method_options() if n not in ("max_length", "warmup_steps")]
-        names += ["learning_rate", "lr_scheduler_type", "num_train_epochs", "temperature", "top_p", "lmbda"]
-        names = list(dict.fromkeys([*names, "max_completion_length"]))
         model_card.write_model_card(
             Path(self.args.output_dir) / "README.md",
-            method=self.args.method,
-            paper=self.args.paper,
+            self.args,
             model_name=model_name or Path(self.args.output_dir).name,
             student=get_model_id(self.model),
             teacher=self.teacher_name,
             dataset=dataset_name or getattr(self, "dataset_name", None) or self.train_dataset.info.dataset_name or "",
             tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
-            settings={name: enum_value(getattr(self.args, name)) for name in names},
         )

@@ -1,5 +1,7 @@
-"""Proof that an engine samples from the student's weights: an engine that kept old ones trains fine and learns
-nothing."""
+"""Checks that an engine samples from the student's current weights.
+
+An engine with stale weights trains without any error and learns nothing.
+"""
 
 import math
 from collections.abc import Sequence

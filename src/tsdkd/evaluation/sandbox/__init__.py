@@ -26,7 +26,7 @@ class SandboxError(TSDKDError, RuntimeError):
 
 @dataclass(frozen=True)
 class ResourceLimits:
-    """What a program may use.
+    """The resources that a program may use.
 
     Attributes:
         timeout_seconds: of wall time; also of each process's CPU time.
@@ -45,7 +45,7 @@ class ResourceLimits:
 
 @dataclass(frozen=True)
 class ProgramResult:
-    """How a program ended.
+    """The outcome of a program.
 
     Attributes:
         passed: it ran through to its last line.

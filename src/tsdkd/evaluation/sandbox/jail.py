@@ -98,7 +98,11 @@ def _die_with_parent() -> None:
 
 
 def _enter_namespaces() -> None:
-    """Root makes the namespaces as root; anyone else in a user namespace, in which nobody is he himself."""
+    """Enter new namespaces.
+
+    Root creates them directly where it may; other users create a user namespace first, in which they are mapped to
+    nobody.
+    """
     namespaces = sum(_NAMESPACE_FLAGS.values())
     uid, gid = os.geteuid(), os.getegid()
     if uid == 0 and _libc.unshare(namespaces) == 0:
@@ -150,7 +154,7 @@ def _pivot_root(root: str, interpreter: str, disk: int) -> None:
 
 
 def _bind_mount(path: str, target: str) -> None:
-    """The same path, read-only."""
+    """Mount a path read-only at `target`; a symbolic link is copied."""
     os.makedirs(os.path.dirname(target), exist_ok=True)
     if os.path.islink(path):
         os.symlink(os.readlink(path), target)

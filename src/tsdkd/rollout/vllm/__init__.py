@@ -10,7 +10,7 @@ _VLLM = ("0.22", "0.32")  # TRL 1.16's range, as in pyproject.toml
 
 
 def require_vllm() -> None:
-    """Raises `ConfigError` where vLLM isn't installed, or not in a version that TRL can drive."""
+    """Raise `ConfigError` if vLLM isn't installed, or not in a version that TRL can drive."""
     names = packages_distributions().get("vllm")
     if not names:
         raise ConfigError(

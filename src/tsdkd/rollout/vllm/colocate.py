@@ -24,7 +24,7 @@ _draw_ids = itertools.count()
 
 
 def extra_engine_args() -> dict[str, Any]:
-    """What an engine needs beside the usual options."""
+    """Engine arguments besides the usual options."""
     return {"logits_processors": [SeededLogitsProcessor]} if current_platform.is_cpu() else {}
 
 

@@ -98,7 +98,7 @@ class VLLMSampler(vllm_generation.VLLMGeneration):
                 self.vllm_client.init_communicator(device=self.accelerator.device)
 
     def _run_on_main_process(self, work: Callable[[], Any]) -> Any:
-        """What `work` gives on the main process, the only one that talks to a server. Its error is everyone's."""
+        """Run `work` on the main process and broadcast its result; an error is raised on all processes."""
         outcome: list[Any] = [None]
         if self.accelerator.is_main_process:
             try:

@@ -18,9 +18,11 @@ _CONNECTIONS = 256  # requests in flight: vLLM's usual batch
 
 
 def connect_to_server(args: TokenSelectiveConfig, max_model_length: int, name: str | None = None) -> "RolloutClient":
-    """The client of the server that the `vllm_server_…` settings name, which must take `max_model_length` tokens.
+    """Connect to the server that the `vllm_server_…` settings name, and check that it can be used.
 
     Args:
+        args: the `vllm_server_…` fields.
+        max_model_length: the longest sequence that the server must accept, tokens.
         name: the model that it must serve, where its weights aren't replaced.
 
     Raises:

@@ -40,5 +40,5 @@ def _merge_layer(module: Any) -> dict[str, Tensor]:
 
 
 def _base_model_name(name: str) -> str:
-    """As the base model calls it."""
+    """The parameter's name in the base model."""
     return name.removeprefix("base_model.model.").replace(".base_layer", "").replace("modules_to_save.default.", "")
