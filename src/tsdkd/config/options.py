@@ -37,7 +37,7 @@ def option(
     """A dataclass field.
 
     A class that gives an inherited option another default names the default only: help and rules stay those of the
-    declaration that it overrides (`get_help`, `get_rules`).
+    declaration that it overrides (`get_help`, `declared_rules`).
 
     Args:
         default: the paper's value, where it gives one; a class makes a new one each time.
@@ -66,6 +66,11 @@ def get_default(cls: type, name: str) -> Any:
 def get_help(cls: type, name: str) -> str:
     """The help of an option, by the nearest declaration that has one."""
     return next((text for metadata in _declarations(cls, name) if (text := metadata.get("help"))), "")
+
+
+def is_option(cls: type, name: str) -> bool:
+    """Whether a class or a base declares the field with `option`; a subclass may give it a plain default."""
+    return any("rules" in metadata for metadata in _declarations(cls, name))
 
 
 def declared_rules(cls: type, name: str) -> Rules:

@@ -3,6 +3,7 @@
 The rules are where the options are declared, those of TRL's and transformers' options in `tsdkd.config.inherited`.
 """
 
+import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import fields
@@ -10,15 +11,14 @@ from typing import Any
 
 from .inherited import CONFLICTS, INHERITED_RULES, UNSUPPORTED_OPTIONS
 from .names import ALIASES
-from .options import Rules, declared_rules, get_default
+from .options import Rules, declared_rules, get_default, is_option
 
 
 def declared_fields(cls: type) -> list[str]:
-    """The fields that tsdkd declares, or gives a type or default of its own; each by one name."""
-    package = __name__.partition(".")[0]
-    declared = [c.__annotations__ for c in cls.__mro__ if c.__module__.partition(".")[0] == package]
-    names = {f.name for f in fields(cls)} - ALIASES.keys()
-    return [name for name in dict.fromkeys(n for annotations in declared for n in annotations) if name in names]
+    """The fields that `option` declares or gives another default, each by one name, those of subclasses first."""
+    annotated = dict.fromkeys(name for base in cls.__mro__ for name in inspect.get_annotations(base))
+    names = {f.name for f in fields(cls) if is_option(cls, f.name)} - ALIASES.keys()
+    return [name for name in annotated if name in names]
 
 
 def get_rules(cls: type) -> dict[str, Rules]:
