@@ -22,12 +22,7 @@ def launch_config_names() -> list[str]:
 
 @dataclass
 class LaunchArguments:
-    """How a run's processes are started.
-
-    Args:
-        accelerate_config: a launch configuration of accelerate: a file, or one of `launch_config_names()`.
-        num_processes: how many; by default one a visible GPU.
-    """
+    """How a run's processes are started."""
 
     accelerate_config: str | None = option(
         None,

@@ -40,8 +40,8 @@ def option(
     declaration that it overrides (`get_help`, `declared_rules`).
 
     Args:
-        default: the paper's value, where it gives one; a class makes a new one each time.
-        help: one line for `--help_keys` and docs/configuration.md.
+        default: the paper's value, where it gives one. A callable is used as `default_factory`.
+        help: the option's only description: one or two short sentences, for `--help_keys` and docs/configuration.md.
         rule: what its values must fulfil.
         no_effect: when the option has no effect.
     """

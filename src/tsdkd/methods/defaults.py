@@ -22,14 +22,14 @@ class TSDKDDefaults(TokenSelectiveConfig):
 
 @dataclass
 class RolloutConfig(TokenSelectiveConfig):
-    """One rollout for several steps.
+    """One rollout for several steps."""
 
-    Args:
-        rollout_batch_size: prompts in one rollout, over all processes; it serves
-            `rollout_batch_size / (per-device batch x accumulation x processes)` optimizer steps.
-    """
-
-    rollout_batch_size: int = option(128, "Prompts in one rollout, over all processes.", AT_LEAST_ONE)
+    rollout_batch_size: int = option(
+        128,
+        "Prompts in one rollout, over all processes. "
+        "Each optimizer step takes per-device batch x accumulation x processes of them.",
+        AT_LEAST_ONE,
+    )
 
     def steps_per_rollout(self, processes: int | None = None) -> int:
         """Optimizer steps that one rollout serves. Raises `ConfigError` where they aren't whole."""

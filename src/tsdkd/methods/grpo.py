@@ -20,12 +20,7 @@ from .defaults import NO_BETA
 
 @dataclass
 class GRPOConfig(TokenSelectiveConfig):
-    """Reinforcement by right answers, compared within a group of completions: TRL's trainer, no teacher.
-
-    Args:
-        num_generations: completions for each prompt; the mini-batch counts completions.
-        rollout_batch_size: prompts in one rollout, over all processes.
-    """
+    """Reinforcement by right answers, compared within a group of completions: TRL's trainer, no teacher."""
 
     method = "grpo"
     completions_source = "the student's, num_generations for each prompt; rows have an answer or a solution"
@@ -49,7 +44,11 @@ class GRPOConfig(TokenSelectiveConfig):
     learning_rate: float = option(3e-6)
     max_completion_length: int = option(4096)
     max_length: int | None = option(None)
-    num_generations: int = option(8, "Completions for each prompt.", (lambda v: v >= 2, "must be at least 2"))
+    num_generations: int = option(
+        8,
+        "Completions for each prompt; the mini-batch counts completions.",
+        (lambda v: v >= 2, "must be at least 2"),
+    )
     epsilon: float = option(0.2, "PPO's clip.", OPEN_FRACTION)
     rollout_batch_size: int = option(128, "Prompts in one rollout, over all processes.", AT_LEAST_ONE)
 
