@@ -50,6 +50,15 @@ def test_no_rule_is_for_an_unknown_name() -> None:
         assert cls.unsupported_options.keys() <= {f.name for f in fields(cls)}
 
 
+def test_a_method_refuses_what_its_facts_leave_no_use_for() -> None:
+    for cls in CONFIG_CLASSES:
+        refused = cls.unsupported_options.keys()
+        assert cls.has_lmbda == ("lmbda" not in refused) and cls.has_jsd == ("beta" not in refused), cls
+        assert cls.has_teacher or "teacher_model_name_or_path" in refused, cls
+        assert cls.loads_teacher or refused >= {"teacher_placement", "record_steps"}, cls
+        assert not cls.teacher_samples or "use_vllm" in refused, cls
+
+
 def test_an_option_of_tsdkd_has_no_second_rule() -> None:
     for cls in CONFIG_CLASSES:
         assert not [name for name in INHERITED_RULES if any(declared_rules(cls, name))], cls

@@ -50,13 +50,19 @@ class TokenSelectiveConfig(GKDConfig):
 
     method: ClassVar[str]
     paper: ClassVar[str]
-    always_needs_completions: ClassVar[bool] = (
-        False  # whether it trains on the data set's completions whatever lmbda is
-    )
-    completions_source: ClassVar[str] = "the student's; the data set's in 1 - lmbda of the steps"  # that it trains on
-    unsupported_options: ClassVar[dict[str, str]] = {
-        "beta": "the method has no generalised JSD"
-    }  # inherited options, and why
+    # Whether it trains on the data set's completions whatever lmbda is.
+    always_needs_completions: ClassVar[bool] = False
+    # The completions that it trains on, for people.
+    completions_source: ClassVar[str] = "the student's; the data set's in 1 - lmbda of the steps"
+    # Whether it distils from a teacher, needs the teacher's weights, and has the teacher take part in rollouts.
+    has_teacher: ClassVar[bool] = True
+    loads_teacher: ClassVar[bool] = True
+    teacher_samples: ClassVar[bool] = False
+    # Whether lmbda decides which completions a step trains on, and beta is that of its generalised JSD.
+    has_lmbda: ClassVar[bool] = True
+    has_jsd: ClassVar[bool] = False
+    # Inherited options that it refuses, and why: text for messages, from which nothing else follows.
+    unsupported_options: ClassVar[dict[str, str]] = {"beta": "the method has no generalised JSD"}
 
     conflicts: ClassVar[tuple[ConflictRule, ...]] = (
         (

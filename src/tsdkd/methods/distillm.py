@@ -39,6 +39,7 @@ class DistiLLMConfig(DistiLLMOptions, TSDKDDefaults):
     completions_source = "the data set's; the student's, or replayed ones, the more the validation loss rises"
     paper = "Ko et al. 2024, arXiv 2402.03898"
     always_needs_completions = True
+    has_lmbda = False
     unsupported_options = OWN_ROLLOUTS
 
     on_policy_share: float = option(0.0, "Share of steps on own or replayed completions, at the start.", FRACTION)

@@ -22,6 +22,7 @@ class GKDConfig(GKDOptions, TSDKDDefaults):
 
     method = "gkd"
     paper = "Agarwal et al. 2024, arXiv 2306.13649"
+    has_jsd = True
     unsupported_options = NO_TOP_P
 
 

@@ -25,6 +25,9 @@ class GRPOConfig(TokenSelectiveConfig):
     method = "grpo"
     completions_source = "the student's, num_generations for each prompt; rows have an answer or a solution"
     paper = "Shao et al. 2024, arXiv 2402.03300; EOPD Table 8"
+    has_lmbda = False
+    has_teacher = False
+    loads_teacher = False
     unsupported_options = {
         **NO_BETA,
         "lmbda": "the method always samples",

@@ -30,6 +30,7 @@ class KDConfig(KDOptions, TokenSelectiveConfig):
     method = "kd"
     completions_source = "the data set's"
     paper = "Hinton et al. 2015; EOPD Table 2"
+    has_lmbda = False
     unsupported_options = OFF_POLICY
 
     lmbda: float = option(0.0, "The method never generates.")

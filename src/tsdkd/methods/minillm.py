@@ -43,6 +43,8 @@ class MiniLLMConfig(MiniLLMOptions, RolloutConfig):
     method = "minillm"
     completions_source = "from a mixture of teacher and student; each serves num_iterations epochs"
     paper = "Gu et al. 2023, arXiv 2306.08543"
+    has_lmbda = False
+    teacher_samples = True
     unsupported_options = {**OWN_ROLLOUTS, **NO_VLLM}
 
     warmup_steps: float = option(0.1, "Warmup steps; below 1 a share of all steps.")

@@ -18,6 +18,8 @@ class SeqKDConfig(TSDKDDefaults):
     method = "seq-kd"
     completions_source = "the data set's"
     paper = "Kim and Rush 2016, arXiv 1606.07947"
+    has_lmbda = False
+    loads_teacher = False
     unsupported_options = {
         **OFF_POLICY,
         **dict.fromkeys(("teacher_placement", "record_steps"), "the teacher isn't loaded"),

@@ -35,6 +35,8 @@ class SpeculativeKDConfig(SpeculativeKDOptions, TSDKDDefaults):
     method = "speculative-kd"
     completions_source = "the student's, in which the teacher replaces unlikely tokens"
     paper = "Xu et al. 2025, arXiv 2410.11325"
+    has_lmbda = False
+    teacher_samples = True
     unsupported_options = {**OWN_ROLLOUTS, **NO_VLLM}
 
     learning_rate: float = option(1e-5)

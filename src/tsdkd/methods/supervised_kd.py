@@ -16,6 +16,7 @@ class SupervisedKDConfig(TSDKDDefaults):
     method = "supervised-kd"
     completions_source = "the data set's"
     paper = "Hinton et al. 2015, arXiv 1503.02531"
+    has_lmbda = False
     unsupported_options = OFF_POLICY
 
     lmbda: float = option(0.0, "The method never generates.")

@@ -63,6 +63,7 @@ class TSDKDConfig(TSDKDOptions, TSDKDDefaults):
 
     method = "tsd-kd"
     paper = "Kim and Baek 2026 (ICLR)"
+    has_jsd = True
     unsupported_options = NO_TOP_P
 
 

@@ -38,6 +38,7 @@ class TSDKDReleasedConfig(TSDKDReleasedOptions, TSDKDDefaults):
 
     method = "tsd-kd-released"
     paper = "github.com/kmswin1/TSD-KD"
+    has_jsd = True
     unsupported_options = NO_TOP_P
 
 
