@@ -28,7 +28,7 @@ from .options import (
 )
 from .validation import declared_fields, validate_options
 
-_OFF_POLICY = (lambda v: v["lmbda"] == 0, "lmbda is 0: nothing is generated")
+_NEVER_SAMPLES = (lambda v: v["lmbda"] == 0, "lmbda is 0: nothing is generated")
 _WITHOUT_VLLM = (lambda v: not v["use_vllm"], "use_vllm is false")
 _NOT_COLOCATE = (lambda v: v["vllm_mode"] != "colocate", "vllm_mode is not colocate")
 _NOT_SERVER = (lambda v: v["vllm_mode"] != "server", "vllm_mode is not server")
@@ -84,7 +84,7 @@ class TokenSelectiveConfig(GKDConfig):
         "Nucleus mass of the rollouts (EOPD Table 8: 0.8 for Llama). "
         "Below 1 the sampler is no longer the policy that the loss models.",
         POSITIVE_FRACTION,
-        _OFF_POLICY,
+        _NEVER_SAMPLES,
     )
     max_completion_length: int = option(
         1024, "Completion limit, tokens; prompt and completion together obey max_length.", AT_LEAST_ONE
@@ -113,7 +113,9 @@ class TokenSelectiveConfig(GKDConfig):
     )
     prompt_column: str | None = option(None, "Column of the prompt, if it is not 'prompt' or 'messages'.")
     completion_column: str | None = option(None, "Column of the completion, if it is not 'completion'.")
-    log_completions: bool = option(False, "Print a table of completions at every logging step.", no_effect=_OFF_POLICY)
+    log_completions: bool = option(
+        False, "Print a table of completions at every logging step.", no_effect=_NEVER_SAMPLES
+    )
     log_term_gradients: int = option(
         100,
         "Log each term's gradient norm, of the step's first micro-batch, every so many optimizer steps; 0 is never.",
@@ -157,7 +159,7 @@ class TokenSelectiveConfig(GKDConfig):
         "How many steps with a non-finite loss or gradient are left out before the run stops.",
         NON_NEGATIVE,
     )
-    use_vllm: bool = option(False, "Roll out with vLLM.", no_effect=_OFF_POLICY)
+    use_vllm: bool = option(False, "Roll out with vLLM.", no_effect=_NEVER_SAMPLES)
     vllm_mode: Literal["colocate", "server"] = option(
         "colocate",
         "Where vLLM runs: an engine in each process (colocate), or one that vllm serve runs (server).",

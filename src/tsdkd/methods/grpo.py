@@ -15,7 +15,7 @@ from ..config.options import AT_LEAST_ONE, OPEN_FRACTION, option
 from ..data import append_prompt_suffix, prepare_dataset, resolve_columns, split_prompt_completion
 from ..errors import ConfigError, DataError
 from ..models.loading import load_student, resolve_pair
-from .defaults import NO_BETA
+from .defaults import BETA_UNSUPPORTED
 
 
 @dataclass
@@ -29,7 +29,7 @@ class GRPOConfig(TokenSelectiveConfig):
     has_teacher = False
     loads_teacher = False
     unsupported_options = {
-        **NO_BETA,
+        **BETA_UNSUPPORTED,
         "lmbda": "the method always samples",
         "completion_column": "the reward looks at the column `answer`",
         "max_length": "TRL's trainer bounds completions only; set max_completion_length",

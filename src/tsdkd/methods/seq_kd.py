@@ -8,7 +8,7 @@ from ..config.options import option
 from ..lm_head.statistics import StatisticsRequest, TokenStatistics
 from ..objective import CompletionBatch, Objective
 from ..trainer.trainer import TokenSelectiveTrainer
-from .defaults import OFF_POLICY, TSDKDDefaults
+from .defaults import OFF_POLICY_UNSUPPORTED, TSDKDDefaults
 
 
 @dataclass
@@ -21,7 +21,7 @@ class SeqKDConfig(TSDKDDefaults):
     has_lmbda = False
     loads_teacher = False
     unsupported_options = {
-        **OFF_POLICY,
+        **OFF_POLICY_UNSUPPORTED,
         **dict.fromkeys(("teacher_placement", "record_steps"), "the teacher isn't loaded"),
     }
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from ..config.options import option
 from ..losses import FORWARD_KL, Divergence
 from ..trainer.trainer import TokenSelectiveTrainer
-from .defaults import OFF_POLICY, TSDKDDefaults
+from .defaults import OFF_POLICY_UNSUPPORTED, TSDKDDefaults
 from .divergence import DivergenceObjective
 
 
@@ -17,7 +17,7 @@ class SupervisedKDConfig(TSDKDDefaults):
     completions_source = "the data set's"
     paper = "Hinton et al. 2015, arXiv 1503.02531"
     has_lmbda = False
-    unsupported_options = OFF_POLICY
+    unsupported_options = OFF_POLICY_UNSUPPORTED
 
     lmbda: float = option(0.0, "The method never generates.")
 

@@ -13,7 +13,7 @@ from ..losses import jsd, plackett_luce_nll
 from ..objective import CompletionBatch, Metrics, Objective, ObjectiveOutput, mean_metric
 from ..selection import adaptive_opener_ratio, entropy_gap_gate, opener_mask, top_entropy_mask
 from ..trainer.trainer import TokenSelectiveTrainer
-from .defaults import NO_TOP_P, TSDKDDefaults
+from .defaults import TOP_P_UNSUPPORTED, TSDKDDefaults
 
 _ALPHA_IS_ZERO = (lambda v: v["alpha"] == 0, "alpha is 0")
 _AT_LEAST_TWO = (lambda v: v >= 2, "must be at least 2 (one candidate has no ranking)")
@@ -64,7 +64,7 @@ class TSDKDConfig(TSDKDOptions, TSDKDDefaults):
     method = "tsd-kd"
     paper = "Kim and Baek 2026 (ICLR)"
     has_jsd = True
-    unsupported_options = NO_TOP_P
+    unsupported_options = TOP_P_UNSUPPORTED
 
 
 @dataclass
