@@ -14,11 +14,11 @@ from conftest import QUIET
 from tsdkd import ConfigError, EOPDConfig, TSDKDConfig
 from tsdkd.cli import main
 from tsdkd.compare.config import Comparison
+from tsdkd.config.aliases import ALIASES, RENAMED
 from tsdkd.config.base import DataArguments, TokenSelectiveConfig
 from tsdkd.config.coercion import coerce
 from tsdkd.config.inherited import INHERITED_RULES, UNSUPPORTED_OPTIONS
 from tsdkd.config.launch import LaunchArguments
-from tsdkd.config.names import ALIASES, RENAMED
 from tsdkd.config.options import AT_LEAST_ONE, POSITIVE, Rules, declared_rules, get_default, get_help, option
 from tsdkd.config.validation import declared_fields, get_rules
 from tsdkd.methods import METHODS

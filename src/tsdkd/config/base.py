@@ -11,8 +11,8 @@ from transformers import SchedulerType
 from trl.experimental.gkd import GKDConfig
 
 from ..errors import ConfigError
+from .aliases import ALIASES, describe_alias_conflict
 from .coercion import coerce
-from .names import ALIASES, describe_alias_conflict
 from .options import (
     AT_LEAST_ONE,
     FRACTION,

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+from .aliases import ALIASES
 from .inherited import CONFLICTS, INHERITED_RULES, UNSUPPORTED_OPTIONS
-from .names import ALIASES
 from .options import Rules, declared_rules, get_default, is_option
 
 

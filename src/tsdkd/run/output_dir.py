@@ -10,8 +10,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from trl import ModelConfig
 
 from ..checkpointing import checkpoint
+from ..config.aliases import rename_deprecated
 from ..config.base import DataArguments
-from ..config.names import modernize_names
 from ..config.options import enum_value, get_default
 from ..config.validation import declared_fields
 from ..errors import DataError, OutputDirError, ResumeError
@@ -152,7 +152,7 @@ def build_run_config(arguments: RunArguments) -> dict[str, Any]:
 def _describe_changes(arguments: RunArguments, folder: Path) -> str:
     """In what a run differs from this one so that it isn't the same; what else differs is said."""
     try:
-        before, now = modernize_names(read_run_config(folder)), build_run_config(arguments)
+        before, now = rename_deprecated(read_run_config(folder)), build_run_config(arguments)
     except DataError as error:
         raise OutputDirError(f"output_dir: {error}") from error
     defaults = {"method": None}
