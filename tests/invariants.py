@@ -114,7 +114,7 @@ def train_command(method: str, options: dict[str, Any], inputs: Path, output: Pa
     values |= {**METHOD_OPTIONS.get(method, {}), **options}
     values |= {"method": method, "model_name_or_path": inputs / "student", "output_dir": output}
     values |= {"dataset_name": inputs / "train.jsonl", "eval_dataset_name": inputs / "eval.jsonl"}
-    if "teacher_model_name_or_path" not in config.unsupported_options:
+    if config.has_teacher:
         values["teacher_model_name_or_path"] = inputs / "teacher"
     if values["eval_strategy"] == "no":
         del values["eval_dataset_name"], values["eval_steps"]

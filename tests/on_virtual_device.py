@@ -52,7 +52,7 @@ def command(method: str, saved_model: Any, folder: Path, **options: Any) -> list
     data, held_out = (write_jsonl(folder.parent / f"{n}.jsonl", make_rows(n)) for n in (16, 4))
     values = {**QUIET, "use_cpu": False, "method": method, "dataset_name": data, "eval_dataset_name": held_out}
     values |= {"model_name_or_path": saved_model("gemma2", 0), "output_dir": folder, "dataloader_pin_memory": False}
-    if "teacher_model_name_or_path" not in METHODS[method].config_class.unsupported_options:
+    if METHODS[method].config_class.has_teacher:
         values |= {"teacher_model_name_or_path": saved_model("qwen3", 1, rows=70)}
     values |= {"max_steps": 2, "per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "seed": 3}
     values |= {"max_new_tokens": 18, "save_strategy": "steps", "save_steps": 1, "logging_steps": 1}

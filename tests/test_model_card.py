@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from conftest import QUIET
 from tsdkd.methods import METHODS
 from tsdkd.trainer.model_card import write_model_card
 
@@ -13,8 +14,7 @@ TSD_KD, EOPD = "Explain in Your Own Words", "Entropy-Aware On-Policy Distillatio
 
 def written(folder: Path, method: str, **changes: str) -> str:
     names = {"model_name": "m", "student": "Qwen/Qwen3-0.6B-Base", "teacher": "t", "dataset": "d", **changes}
-    paper = METHODS[method].config_class.paper
-    write_model_card(folder / "README.md", method=method, paper=paper, tags=[method], settings={"a": 1}, **names)
+    write_model_card(folder / "README.md", METHODS[method].config_class(str(folder), **QUIET), tags=[method], **names)
     return (folder / "README.md").read_text(encoding="utf-8")
 
 

@@ -14,14 +14,15 @@ from conftest import QUIET
 from tsdkd import ConfigError, EOPDConfig, TSDKDConfig
 from tsdkd.cli import main
 from tsdkd.compare.config import Comparison
+from tsdkd.config.aliases import ALIASES, RENAMED
 from tsdkd.config.base import DataArguments, TokenSelectiveConfig
 from tsdkd.config.coercion import coerce
 from tsdkd.config.inherited import INHERITED_RULES, UNSUPPORTED_OPTIONS
 from tsdkd.config.launch import LaunchArguments
-from tsdkd.config.names import ALIASES, RENAMED
 from tsdkd.config.options import AT_LEAST_ONE, POSITIVE, Rules, declared_rules, get_default, get_help, option
 from tsdkd.config.validation import declared_fields, get_rules
 from tsdkd.methods import METHODS
+from tsdkd.methods.defaults import TSDKDDefaults
 from tsdkd.run.arguments import resolve_run_values
 
 CONFIG_CLASSES = [trainer.config_class for trainer in METHODS.values()]
@@ -49,6 +50,15 @@ def test_no_rule_is_for_an_unknown_name() -> None:
         assert cls.unsupported_options.keys() <= {f.name for f in fields(cls)}
 
 
+def test_a_method_refuses_what_its_facts_leave_no_use_for() -> None:
+    for cls in CONFIG_CLASSES:
+        refused = cls.unsupported_options.keys()
+        assert cls.has_lmbda == ("lmbda" not in refused) and cls.has_jsd == ("beta" not in refused), cls
+        assert cls.has_teacher or "teacher_model_name_or_path" in refused, cls
+        assert cls.loads_teacher or refused >= {"teacher_placement", "record_steps"}, cls
+        assert not cls.teacher_samples or "use_vllm" in refused, cls
+
+
 def test_an_option_of_tsdkd_has_no_second_rule() -> None:
     for cls in CONFIG_CLASSES:
         assert not [name for name in INHERITED_RULES if any(declared_rules(cls, name))], cls
@@ -72,6 +82,29 @@ def test_another_default_keeps_help_and_rules() -> None:
     assert get_default(Grandchild, "size") == 3 and get_help(Grandchild, "size") == "How large."
     assert declared_rules(Child, "size") == Rules(POSITIVE, off)
     assert declared_rules(Grandchild, "size") == Rules(AT_LEAST_ONE, off)
+
+
+def test_a_configuration_of_another_module_has_its_options() -> None:
+    @dataclass
+    class UncertainKLConfig(TSDKDDefaults):
+        method = "uncertain-kl"
+        paper = "none"
+
+        teacher_threshold: float = option(0.8, "Teacher's entropy, nats, above which a token counts.", POSITIVE)
+        plain_weight: float = 1.0  # no option of tsdkd: declared without `option`
+        lmbda: float = 0.5  # still the option that TokenSelectiveConfig declares
+
+    cls: Any = UncertainKLConfig
+    assert cls.__module__ == __name__
+    assert cls.method_options() == ["teacher_threshold", "lmbda", "warmup_steps"]
+    args = cls("out", **QUIET, teacher_threshold="0.5", lmbda="0.25")
+    assert (args.teacher_threshold, args.lmbda) == (0.5, 0.25)
+    for value, text in (
+        ("high", "teacher_threshold: expected a number"),
+        (-1.0, "teacher_threshold: must be greater than 0"),
+    ):
+        with pytest.raises(ConfigError, match=text):
+            cls("out", **QUIET, teacher_threshold=value)
 
 
 def test_both_names_of_the_completion_limit_agree() -> None:

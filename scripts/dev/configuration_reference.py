@@ -11,10 +11,10 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from trl import ModelConfig
 
 from tsdkd.compare.config import Comparison
+from tsdkd.config.aliases import ALIASES
 from tsdkd.config.base import DataArguments, TokenSelectiveConfig
 from tsdkd.config.inherited import UNSUPPORTED_OPTIONS
 from tsdkd.config.launch import LaunchArguments
-from tsdkd.config.names import ALIASES
 from tsdkd.config.options import get_default, get_help
 from tsdkd.config.validation import get_rules
 from tsdkd.methods import METHODS

@@ -26,8 +26,8 @@ def always_on_policy(config: str | None, flags: Sequence[str]) -> list[str]:
 
     raw_values = {**(read_yaml(config) if config is not None else {}), **read_flags(flags, [])}
     trainer = METHODS.get(str(raw_values.get("method", "tsd-kd")))
-    is_fixed = trainer is not None and "lmbda" in trainer.config_class.unsupported_options
-    return [*flags] if is_fixed else [*flags, "--lmbda", "1"]
+    has_lmbda = trainer is None or trainer.config_class.has_lmbda
+    return [*flags, "--lmbda", "1"] if has_lmbda else [*flags]
 
 
 def int_at_least(least: int) -> Callable[[str], int]:

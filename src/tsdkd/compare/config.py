@@ -116,9 +116,7 @@ class Comparison:
         evaluate."""
         values = {**self.settings, "output_dir": self.output_dir}
         method = resolve_run_values(self.config, _to_flags(values)).method
-        return _to_flags(
-            values if "lmbda" in METHODS[method].config_class.unsupported_options else {**values, "lmbda": 1}
-        )
+        return _to_flags({**values, "lmbda": 1} if METHODS[method].config_class.has_lmbda else values)
 
     def generate_flags(self, is_on_gpu: bool) -> list[str]:
         """Flags of `tsdkd generate` for the teacher's completions.

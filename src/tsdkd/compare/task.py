@@ -18,7 +18,7 @@ from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
-from ..config.names import modernize_names
+from ..config.aliases import rename_deprecated
 from ..data import load_split, prepare_dataset
 from ..errors import DataError, EngineError, OutputDirError, PreemptedError
 from ..evaluation import ProblemSet, evaluate
@@ -48,7 +48,7 @@ def read_result(comparison: Comparison, task: ComparisonTask) -> dict[str, Any] 
     path = task.folder / RESULT_NAME
     try:
         result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        before = modernize_names(dict(result["settings"]))
+        before = rename_deprecated(dict(result["settings"]))
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, KeyError) as error:
@@ -228,7 +228,7 @@ def _result_settings(comparison: Comparison, task: ComparisonTask) -> dict[str, 
     names = ("config", "eval_dataset_name", "eval_problems", "eval_samples", "teacher_completions")
     eval_values = {name: getattr(comparison, name) for name in names}
     values = {**read_yaml(comparison.config), **comparison.settings, **run_values, **eval_values}
-    return modernize_names(values)
+    return rename_deprecated(values)
 
 
 @contextmanager

@@ -11,8 +11,8 @@ from transformers import SchedulerType
 from trl.experimental.gkd import GKDConfig
 
 from ..errors import ConfigError
+from .aliases import ALIASES, describe_alias_conflict
 from .coercion import coerce
-from .names import ALIASES, describe_alias_conflict
 from .options import (
     AT_LEAST_ONE,
     FRACTION,
@@ -45,56 +45,23 @@ _TEMPLATE_KWARGS: ValueRule = (
 class TokenSelectiveConfig(GKDConfig):
     """The options that all methods share; `tsdkd.methods` has one subclass for each method.
 
-    Args:
-        top_p: nucleus mass of the rollouts, for EOPD (Table 8: 0.8 for Llama); below 1 the sampler is no longer the
-            policy that the loss models.
-        max_completion_length: limit of a completion, tokens. `max_new_tokens`, as in TRL's `GKDConfig`, is the same.
-        chat_template_source: whose chat template renders the prompts; a plain string prompt becomes one user message.
-            "none" takes strings as they are.
-        chat_template_kwargs: passed to the template, e.g. `{"enable_thinking": false}`.
-        prompt_suffix: a line after each prompt, of a conversation after its last user message. EOPD's evaluation
-            has one ("Please reason step by step, ..."); neither paper says so of its training.
-        prompt_column: the column that holds the prompt, where it isn't called `prompt` (or `messages`).
-        completion_column: the column that holds the completion, where it isn't called `completion`.
-        log_completions: print some completions, as a table, at every logging step.
-        log_term_gradients: every how many optimizer steps the gradient norm of each term is logged (on the first
-            micro-batch of the step); 0 is never.
-        record_steps: every how many optimizer steps the next rollout is recorded in `<output_dir>/records`, for
-            `tsdkd analyze` and `tsdkd report`: what both models say at each token of some completions; 0 is never.
-        record_completions: how many of them.
-        fused_head: compute the loss from hidden states, a chunk of tokens at a time. False: from whole logits, for
-            models whose logits are more than a scaled, soft-capped projection.
-        head_chunk_gib: GiB for the logits of one chunk; the numbers don't depend on it. By default 0.25 on a CPU and
-            1 on a GPU.
-        teacher_placement: "replica" (whole on every device), "zero3" (sharded over them) or "cpu_offload" (sharded
-            over the hosts' memory), whatever the student's ZeRO stage. By default sharded where the student is.
-        resume: continue from the newest complete checkpoint in `output_dir`, or start where there is none: what a job
-            that is requeued needs. (`resume_from_checkpoint` wants one, and takes a path too.)
-        max_nonfinite_steps: how many steps with a loss or gradient that isn't finite are left out before the run
-            stops.
-        use_vllm: roll out with vLLM.
-        vllm_mode: "colocate" (an engine in each process) or "server" (one that `vllm serve` runs).
-        vllm_model_impl: vLLM's own implementation of the model, or transformers'.
-        vllm_gpu_memory_utilization: share of a device's memory (on a CPU: of the machine's) for a colocated engine.
-        vllm_tensor_parallel_size: processes that share a colocated engine.
-        vllm_enable_sleep_mode: a colocated engine gives its memory back while the student trains.
-        vllm_server_base_url: where the server listens; instead of host and port.
-        vllm_server_host, vllm_server_port: the same, by default on this machine.
-        vllm_server_timeout: how long to wait for the server to be up, seconds.
-        vllm_request_timeout: how long to wait for an answer of the server, seconds.
-        vllm_group_port: of the group through which a server gets the weights.
-        vllm_max_model_length: the engine's context, tokens; by default `max_length`, or the models' context.
-        vllm_check_every: every how many weight syncs, the first included, the engine's log-probabilities are compared
-            with the student's.
+    Options are described by their `help`, which docs/configuration.md lists.
     """
 
     method: ClassVar[str]
     paper: ClassVar[str]
-    # whether the method trains on the data set's completions whatever lmbda is
+    # Whether it trains on the data set's completions whatever lmbda is.
     always_needs_completions: ClassVar[bool] = False
-    # the completions that the method trains on
+    # The completions that it trains on, for people.
     completions_source: ClassVar[str] = "the student's; the data set's in 1 - lmbda of the steps"
-    # inherited option -> why the method doesn't support it
+    # Whether it distils from a teacher, needs the teacher's weights, and has the teacher take part in rollouts.
+    has_teacher: ClassVar[bool] = True
+    loads_teacher: ClassVar[bool] = True
+    teacher_samples: ClassVar[bool] = False
+    # Whether lmbda decides which completions a step trains on, and beta is that of its generalised JSD.
+    has_lmbda: ClassVar[bool] = True
+    has_jsd: ClassVar[bool] = False
+    # Inherited options that it refuses, and why: text for messages, from which nothing else follows.
     unsupported_options: ClassVar[dict[str, str]] = {"beta": "the method has no generalised JSD"}
 
     conflicts: ClassVar[tuple[ConflictRule, ...]] = (
@@ -112,37 +79,52 @@ class TokenSelectiveConfig(GKDConfig):
     learning_rate: float = option(5e-6, "Initial learning rate of AdamW.")
     lr_scheduler_type: SchedulerType | str = option("cosine", "Learning rate schedule.")
     logging_nan_inf_filter: bool = option(False, "Hide non-finite losses in the log. Off: a diverged run shows.")
-    top_p: float = option(1.0, "Nucleus mass of the rollouts.", POSITIVE_FRACTION, _NEVER_SAMPLES)
+    top_p: float = option(
+        1.0,
+        "Nucleus mass of the rollouts (EOPD Table 8: 0.8 for Llama). "
+        "Below 1 the sampler is no longer the policy that the loss models.",
+        POSITIVE_FRACTION,
+        _NEVER_SAMPLES,
+    )
     max_completion_length: int = option(
         1024, "Completion limit, tokens; prompt and completion together obey max_length.", AT_LEAST_ONE
     )
-    max_new_tokens: int | None = option(None, "GKDConfig's name of max_completion_length.")
+    max_new_tokens: int | None = option(None, "GKDConfig's name of max_completion_length; the same option.")
     max_length: int | None = option(
         1024, "Limit of prompt plus completion, tokens; none: the models' context.", SEQUENCE_LENGTH
     )
     chat_template_source: Literal["student", "teacher", "none"] = option(
-        "student", "Whose chat template renders the prompts; 'none' takes string prompts as they are."
+        "student",
+        "Whose chat template renders the prompts; a string prompt becomes one user message. "
+        "'none' takes string prompts as they are.",
     )
     model_init_kwargs: dict[str, Any] | None = option(None, "Keyword arguments of the student's from_pretrained.")
     teacher_model_init_kwargs: dict[str, Any] | None = option(None, "Keyword arguments of the teacher's.")
     chat_template_kwargs: dict[str, Any] | None = option(
         None,
-        "Keyword arguments of the chat template.",
+        'Keyword arguments of the chat template, e.g. {"enable_thinking": false}.',
         _TEMPLATE_KWARGS,
         (lambda v: v["chat_template_source"] == "none", "chat_template_source is none"),
     )
-    prompt_suffix: str | None = option(None, "A line to put after each prompt, before the chat template.")
+    prompt_suffix: str | None = option(
+        None,
+        "A line after each prompt, before the chat template; in a conversation after its last user message. "
+        "EOPD evaluates with one ('Please reason step by step, ...'); neither paper says so of training.",
+    )
     prompt_column: str | None = option(None, "Column of the prompt, if it is not 'prompt' or 'messages'.")
     completion_column: str | None = option(None, "Column of the completion, if it is not 'completion'.")
     log_completions: bool = option(
         False, "Print a table of completions at every logging step.", no_effect=_NEVER_SAMPLES
     )
     log_term_gradients: int = option(
-        100, "Log each term's gradient norm every so many steps; 0 is never.", NON_NEGATIVE
+        100,
+        "Log each term's gradient norm, of the step's first micro-batch, every so many optimizer steps; 0 is never.",
+        NON_NEGATIVE,
     )
     record_steps: int = option(
         0,
-        "Record what both models say at each token of some completions, every so many steps; 0 is never.",
+        "Record what both models say at each token of some completions, every so many optimizer steps; 0 is never. "
+        "Written to records/ in output_dir, for tsdkd analyze and tsdkd report.",
         NON_NEGATIVE,
     )
     record_completions: int = option(
@@ -151,27 +133,46 @@ class TokenSelectiveConfig(GKDConfig):
         AT_LEAST_ONE,
         (lambda v: v["record_steps"] == 0, "record_steps is 0"),
     )
-    fused_head: bool = option(True, "Compute the loss from hidden states, without whole logits.")
+    fused_head: bool = option(
+        True,
+        "Compute the loss from hidden states, a chunk of tokens at a time. "
+        "False: from whole logits, for models whose logits are more than a scaled, soft-capped projection.",
+    )
     head_chunk_gib: float | None = option(
         None,
-        "GiB for the logits of one chunk; none: 0.25 on a CPU, 1 on a GPU.",
+        "GiB for the logits of one chunk; none: 0.25 on a CPU, 1 on a GPU. The numbers don't depend on it.",
         POSITIVE,
         (lambda v: not v["fused_head"], "fused_head is false"),
     )
     teacher_placement: Literal["replica", "zero3", "cpu_offload"] | None = option(
-        None, "Where the teacher's weights are; none: sharded where the student's are, else on every device."
+        None,
+        "Where the teacher's weights are, whatever the student's ZeRO stage: whole on every device, sharded over them "
+        "(zero3), or over the hosts' memory (cpu_offload). None: sharded if the student's are, else whole.",
     )
-    resume: bool = option(False, "Continue from the newest complete checkpoint in output_dir; without one, start.")
+    resume: bool = option(
+        False,
+        "Continue from the newest complete checkpoint in output_dir; without one, start: for jobs that are requeued. "
+        "resume_from_checkpoint needs one, and takes a path too.",
+    )
     max_nonfinite_steps: int = option(
-        0, "How many steps with a non-finite loss or gradient are left out.", NON_NEGATIVE
+        0,
+        "How many steps with a non-finite loss or gradient are left out before the run stops.",
+        NON_NEGATIVE,
     )
     use_vllm: bool = option(False, "Roll out with vLLM.", no_effect=_NEVER_SAMPLES)
-    vllm_mode: Literal["colocate", "server"] = option("colocate", "Where vLLM runs.", no_effect=_WITHOUT_VLLM)
+    vllm_mode: Literal["colocate", "server"] = option(
+        "colocate",
+        "Where vLLM runs: an engine in each process (colocate), or one that vllm serve runs (server).",
+        no_effect=_WITHOUT_VLLM,
+    )
     vllm_model_impl: Literal["auto", "vllm", "transformers"] = option(
-        "auto", "Whose implementation vLLM runs.", no_effect=_NOT_COLOCATE
+        "auto", "Whose implementation of the model vLLM runs: its own, or transformers'.", no_effect=_NOT_COLOCATE
     )
     vllm_gpu_memory_utilization: float = option(
-        0.3, "Share of memory for a colocated engine.", POSITIVE_FRACTION, _NOT_COLOCATE
+        0.3,
+        "Share of a device's memory (on a CPU: of the machine's) for a colocated engine.",
+        POSITIVE_FRACTION,
+        _NOT_COLOCATE,
     )
     vllm_tensor_parallel_size: int = option(1, "Processes that share a colocated engine.", AT_LEAST_ONE, _NOT_COLOCATE)
     vllm_enable_sleep_mode: bool = option(
@@ -180,7 +181,9 @@ class TokenSelectiveConfig(GKDConfig):
     vllm_server_base_url: str | None = option(
         None, "URL of the vLLM server; instead of host and port.", no_effect=_NOT_SERVER
     )
-    vllm_server_host: str = option("127.0.0.1", "Host of the vLLM server.", no_effect=_NOT_SERVER)
+    vllm_server_host: str = option(
+        "127.0.0.1", "Host of the vLLM server; by default this machine.", no_effect=_NOT_SERVER
+    )
     vllm_server_port: int = option(8000, "Port of the vLLM server.", PORT, _NOT_SERVER)
     vllm_server_timeout: float = option(
         240.0, "How long to wait for the vLLM server to be up, seconds.", NON_NEGATIVE, _NOT_SERVER
@@ -190,10 +193,17 @@ class TokenSelectiveConfig(GKDConfig):
     )
     vllm_group_port: int = option(51216, "Port through which the vLLM server gets the weights.", PORT, _NOT_SERVER)
     vllm_max_model_length: int | None = option(
-        None, "The engine's context, tokens; none: max_length.", SEQUENCE_LENGTH, _WITHOUT_VLLM
+        None,
+        "The engine's context, tokens; none: max_length, or without one the models' context.",
+        SEQUENCE_LENGTH,
+        _WITHOUT_VLLM,
     )
     vllm_check_every: int = option(
-        50, "Every how many weight syncs the engine's log-probabilities are checked.", AT_LEAST_ONE, _WITHOUT_VLLM
+        50,
+        "Every how many weight syncs, the first included, the engine's log-probabilities are compared with the "
+        "student's.",
+        AT_LEAST_ONE,
+        _WITHOUT_VLLM,
     )
 
     _VALID_DICT_FIELDS = [*GKDConfig._VALID_DICT_FIELDS, "chat_template_kwargs"]
@@ -274,18 +284,12 @@ def require_config(args: Any, config_class: type[TokenSelectiveConfig], trainer:
 
 @dataclass
 class DataArguments:
-    """The data sets that the prompts come from.
+    """Where the prompts come from."""
 
-    Args:
-        dataset_name: a hub name, or a local JSON, JSONL, CSV or Parquet file, or a folder of them.
-        dataset_config: configuration (subset) of a hub data set.
-        dataset_train_split: split to train on.
-        eval_dataset_name: held-out prompts, if they aren't a split of `dataset_name`.
-        dataset_test_split: split to evaluate on.
-    """
-
-    dataset_name: str | None = option(None, "Hub name or local file (JSON, JSONL, CSV, Parquet).")
-    dataset_config: str | None = option(None, "Configuration of a hub data set.")
+    dataset_name: str | None = option(
+        None, "Hub name, local file (JSON, JSONL, CSV, Parquet), or a folder of such files."
+    )
+    dataset_config: str | None = option(None, "Configuration (subset) of a hub data set.")
     dataset_train_split: str = option("train", "Split to train on.")
-    eval_dataset_name: str | None = option(None, "Held-out prompts, if not a split of dataset_name.")
+    eval_dataset_name: str | None = option(None, "Held-out prompts, if they aren't a split of dataset_name.")
     dataset_test_split: str = option("test", "Split to evaluate on.")

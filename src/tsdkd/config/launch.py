@@ -22,12 +22,7 @@ def launch_config_names() -> list[str]:
 
 @dataclass
 class LaunchArguments:
-    """Options for starting a run's processes.
-
-    Args:
-        accelerate_config: a launch configuration of accelerate: a file, or one of `launch_config_names()`.
-        num_processes: how many; by default one a visible GPU.
-    """
+    """Options for starting a run's processes."""
 
     accelerate_config: str | None = option(
         None,

@@ -41,7 +41,7 @@ def option(
 
     Args:
         default: the paper's value, if it gives one. A callable is used as `default_factory`.
-        help: one line for `--help_keys` and docs/configuration.md.
+        help: the option's only description: one or two short sentences, for `--help_keys` and docs/configuration.md.
         rule: the rule that its values must fulfil.
         no_effect: when the option has no effect.
     """
@@ -66,6 +66,11 @@ def get_default(cls: type, name: str) -> Any:
 def get_help(cls: type, name: str) -> str:
     """The help of an option, by the nearest declaration that has one."""
     return next((text for metadata in _declarations(cls, name) if (text := metadata.get("help"))), "")
+
+
+def is_option(cls: type, name: str) -> bool:
+    """Whether a class or a base declares the field with `option`; a subclass may give it a plain default."""
+    return any("rules" in metadata for metadata in _declarations(cls, name))
 
 
 def declared_rules(cls: type, name: str) -> Rules:

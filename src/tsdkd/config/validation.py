@@ -3,22 +3,22 @@
 The rules are where the options are declared, those of TRL's and transformers' options in `tsdkd.config.inherited`.
 """
 
+import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+from .aliases import ALIASES
 from .inherited import CONFLICTS, INHERITED_RULES, UNSUPPORTED_OPTIONS
-from .names import ALIASES
-from .options import Rules, declared_rules, get_default
+from .options import Rules, declared_rules, get_default, is_option
 
 
 def declared_fields(cls: type) -> list[str]:
-    """Names of the fields that tsdkd declares or overrides, without aliases."""
-    package = __name__.partition(".")[0]
-    declared = [c.__annotations__ for c in cls.__mro__ if c.__module__.partition(".")[0] == package]
-    names = {f.name for f in fields(cls)} - ALIASES.keys()
-    return [name for name in dict.fromkeys(n for annotations in declared for n in annotations) if name in names]
+    """The fields that `option` declares or gives another default, each by one name, those of subclasses first."""
+    annotated = dict.fromkeys(name for base in cls.__mro__ for name in inspect.get_annotations(base))
+    names = {f.name for f in fields(cls) if is_option(cls, f.name)} - ALIASES.keys()
+    return [name for name in annotated if name in names]
 
 
 def get_rules(cls: type) -> dict[str, Rules]:

@@ -57,7 +57,7 @@ def plan(
     """
     method, values = resolve_run_values(config, flags)[:2]
     cls = METHODS[method].config_class
-    if "teacher_model_name_or_path" in cls.unsupported_options:
+    if not cls.has_teacher:
         raise ConfigError([f"method: {method} isn't a distillation; plan estimates those only"])
     gpus, gpu_gib, text = _detect_gpus(gpus, gpu_gib, values["num_processes"])
     if text:
@@ -66,8 +66,7 @@ def plan(
     gpus = 1 if read_sharding(current[0]).is_single_process else gpus
     models = [_load_model_config(values, f"{role}model_name_or_path") for role in ("", "teacher_")]
     student = compute_model_size(models[0], values["lora_r"] if values["use_peft"] else 0)
-    is_teacher_loaded = "teacher_placement" not in cls.unsupported_options
-    teacher = compute_model_size(models[1]) if is_teacher_loaded else None
+    teacher = compute_model_size(models[1]) if cls.loads_teacher else None
     workload = build_workload(cls, values, models, gpus, gpu_gib)
 
     def estimate(placement: Placement, of: Workload = workload) -> dict[str, float]:

@@ -107,7 +107,7 @@ def build_workload(
         uses_gradient_checkpointing=bool(values["gradient_checkpointing"]),
         uses_eager_attention=values["attn_implementation"] == "eager",
         head_gib=chunk_gib if values["fused_head"] else logits * _DENSE_BYTES_PER_LOGIT / GIB,
-        needs_teacher_in_rollout="use_vllm" in cls.unsupported_options,
+        needs_teacher_in_rollout=cls.teacher_samples,
         engine=_build_engine_config(values, longest, gpu_gib) if values["use_vllm"] else None,
     )
 

@@ -6,11 +6,18 @@ from ..config.base import TokenSelectiveConfig
 from ..config.options import AT_LEAST_ONE, option
 from ..errors import ConfigError
 
-NO_BETA = TokenSelectiveConfig.unsupported_options
-NO_TOP_P = {"top_p": "the loss is of the distribution that is sampled from, the whole one"}
-OFF_POLICY = {**NO_BETA, "lmbda": "the method trains on the data set's completions; `tsdkd generate` writes them"}
-OWN_ROLLOUTS = {**NO_BETA, **NO_TOP_P, "lmbda": "the method says by itself which completions a step trains on"}
-NO_VLLM = {"use_vllm": "the teacher takes part in every token, and an engine holds the student only"}
+BETA_UNSUPPORTED = TokenSelectiveConfig.unsupported_options
+TOP_P_UNSUPPORTED = {"top_p": "the loss is of the distribution that is sampled from, the whole one"}
+OFF_POLICY_UNSUPPORTED = {
+    **BETA_UNSUPPORTED,
+    "lmbda": "the method trains on the data set's completions; `tsdkd generate` writes them",
+}
+SELF_SAMPLING_UNSUPPORTED = {
+    **BETA_UNSUPPORTED,
+    **TOP_P_UNSUPPORTED,
+    "lmbda": "the method says by itself which completions a step trains on",
+}
+VLLM_UNSUPPORTED = {"use_vllm": "the teacher takes part in every token, and an engine holds the student only"}
 
 
 @dataclass
@@ -22,14 +29,14 @@ class TSDKDDefaults(TokenSelectiveConfig):
 
 @dataclass
 class RolloutConfig(TokenSelectiveConfig):
-    """One rollout for several steps.
+    """One rollout for several steps."""
 
-    Args:
-        rollout_batch_size: prompts in one rollout, over all processes; it serves
-            `rollout_batch_size / (per-device batch x accumulation x processes)` optimizer steps.
-    """
-
-    rollout_batch_size: int = option(128, "Prompts in one rollout, over all processes.", AT_LEAST_ONE)
+    rollout_batch_size: int = option(
+        128,
+        "Prompts in one rollout, over all processes. "
+        "Each optimizer step takes per-device batch x accumulation x processes of them.",
+        AT_LEAST_ONE,
+    )
 
     def steps_per_rollout(self, processes: int | None = None) -> int:
         """Optimizer steps that one rollout serves. Raises `ConfigError` where they aren't whole."""

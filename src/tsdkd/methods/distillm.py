@@ -15,7 +15,7 @@ from ..losses import Divergence, skew_forward_kl, skew_reverse_kl
 from ..rollout.base import Completion
 from ..rollout.seeding import RandomStream, prompt_generator
 from ..trainer.trainer import Batch, TokenSelectiveTrainer
-from .defaults import OWN_ROLLOUTS, TSDKDDefaults
+from .defaults import SELF_SAMPLING_UNSUPPORTED, TSDKDDefaults
 from .divergence import DivergenceObjective
 
 _NEVER_EVALUATED = (lambda v: enum_value(v["eval_strategy"]) == "no", "eval_strategy is no")
@@ -39,7 +39,8 @@ class DistiLLMConfig(DistiLLMOptions, TSDKDDefaults):
     completions_source = "the data set's; the student's, or replayed ones, the more the validation loss rises"
     paper = "Ko et al. 2024, arXiv 2402.03898"
     always_needs_completions = True
-    unsupported_options = OWN_ROLLOUTS
+    has_lmbda = False
+    unsupported_options = SELF_SAMPLING_UNSUPPORTED
 
     on_policy_share: float = option(0.0, "Share of steps on own or replayed completions, at the start.", FRACTION)
     on_policy_share_step: float = option(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from ..config.options import FRACTION, option
 from ..losses import Divergence, jsd
 from ..trainer.trainer import TokenSelectiveTrainer
-from .defaults import NO_TOP_P, TSDKDDefaults
+from .defaults import TOP_P_UNSUPPORTED, TSDKDDefaults
 from .divergence import DivergenceObjective
 
 
@@ -22,7 +22,8 @@ class GKDConfig(GKDOptions, TSDKDDefaults):
 
     method = "gkd"
     paper = "Agarwal et al. 2024, arXiv 2306.13649"
-    unsupported_options = NO_TOP_P
+    has_jsd = True
+    unsupported_options = TOP_P_UNSUPPORTED
 
 
 @dataclass

@@ -1,7 +1,6 @@
 """`GRPOTrainer`: TRL's, on tsdkd's configuration, with a reward for right answers and tsdkd's checkpoints."""
 
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 import trl
@@ -10,12 +9,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from ..checkpointing.preemption import PreemptionCallback
 from ..checkpointing.trainer_mixin import CheckpointMixin
-from ..config.base import require_config
 from ..config.inherited import UNSUPPORTED_OPTIONS
 from ..data import append_prompt_suffix, prepare_dataset, resolve_columns, split_prompt_completion
 from ..errors import ConfigError, DataError
-from ..models.loading import get_model_id, load_student, resolve_pair
-from .grpo import GRPOConfig
+from ..models.loading import load_student, resolve_pair
 
 
 def accuracy_reward(completions: list[Any], answer: list[str], **columns: Any) -> list[float]:
@@ -31,8 +28,7 @@ class GRPOTrainer(CheckpointMixin, trl.GRPOTrainer):
 
     Args:
         model: the student: path, hub id or loaded model.
-        teacher_model, teacher_processing_class: ignored; accepted so that all trainers are built alike.
-        args: the configuration.
+        args: a `GRPOConfig` of `tsdkd.methods`.
         train_dataset: rows with a prompt and an `answer`, or a `solution` that has a boxed one or is one.
         eval_dataset, processing_class, callbacks, optimizers, peft_config: as in TRL's.
 
@@ -45,19 +41,15 @@ class GRPOTrainer(CheckpointMixin, trl.GRPOTrainer):
     def __init__(
         self,
         model: str | PreTrainedModel,
-        teacher_model: Any = None,
-        args: GRPOConfig | None = None,
+        args: Any,
         *,
         train_dataset: Dataset,
         eval_dataset: Dataset | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
-        teacher_processing_class: Any = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
         peft_config: Any | None = None,
     ) -> None:
-        args = args or GRPOConfig(f"{Path(get_model_id(model)).name}-grpo")
-        require_config(args, GRPOConfig, type(self).__name__)
         _require_math_verify()
         pair = resolve_pair(model, model, args, processing_class, processing_class)
         rows = [
@@ -100,7 +92,7 @@ def _require_math_verify() -> None:
         raise ConfigError(["method: grpo's reward needs math-verify; pip install 'tsdkd[eval]'"]) from error
 
 
-def _to_trl_config(args: GRPOConfig) -> trl.GRPOConfig:
+def _to_trl_config(args: Any) -> trl.GRPOConfig:
     """TRL's configuration, with what both have in common."""
     names = {f.name for f in fields(trl.GRPOConfig) if f.init and hasattr(args, f.name)}
     not_trls = {*UNSUPPORTED_OPTIONS, "beta", "generation_batch_size"}  # these are GKD's or SFT's
@@ -111,7 +103,7 @@ def _to_trl_config(args: GRPOConfig) -> trl.GRPOConfig:
         raise ConfigError([f"rollout_batch_size, num_generations: {' '.join(str(error).split())}"]) from error
 
 
-def _prepare_prompts(rows: Dataset, template: PreTrainedTokenizerBase, args: GRPOConfig, context: int) -> Dataset:
+def _prepare_prompts(rows: Dataset, template: PreTrainedTokenizerBase, args: Any, context: int) -> Dataset:
     """Prompts that leave room for a completion, as TRL takes them, and answers."""
     source = next((name for name in ("answer", "solution") if name in rows.column_names), None)
     if source is None:

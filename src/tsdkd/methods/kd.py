@@ -11,7 +11,7 @@ from ..lm_head.statistics import StatisticsRequest, TokenStatistics
 from ..losses import forward_kl_on
 from ..objective import CompletionBatch, Objective, RolloutScores
 from ..trainer.rollout_scores import ScoredRolloutTrainer
-from .defaults import OFF_POLICY
+from .defaults import OFF_POLICY_UNSUPPORTED
 
 
 @dataclass
@@ -30,7 +30,8 @@ class KDConfig(KDOptions, TokenSelectiveConfig):
     method = "kd"
     completions_source = "the data set's"
     paper = "Hinton et al. 2015; EOPD Table 2"
-    unsupported_options = OFF_POLICY
+    has_lmbda = False
+    unsupported_options = OFF_POLICY_UNSUPPORTED
 
     lmbda: float = option(0.0, "The method never generates.")
     learning_rate: float = option(1e-5)

@@ -20,7 +20,7 @@ from ..rollout.build import make_sampler
 from ..rollout.categorical import sample_tokens
 from ..trainer.rollout_scores import ScoredRolloutTrainer
 from ..trainer.trainer import Batch
-from .defaults import NO_VLLM, OWN_ROLLOUTS, RolloutConfig
+from .defaults import SELF_SAMPLING_UNSUPPORTED, VLLM_UNSUPPORTED, RolloutConfig
 
 
 @dataclass
@@ -43,7 +43,9 @@ class MiniLLMConfig(MiniLLMOptions, RolloutConfig):
     method = "minillm"
     completions_source = "from a mixture of teacher and student; each serves num_iterations epochs"
     paper = "Gu et al. 2023, arXiv 2306.08543"
-    unsupported_options = {**OWN_ROLLOUTS, **NO_VLLM}
+    has_lmbda = False
+    teacher_samples = True
+    unsupported_options = {**SELF_SAMPLING_UNSUPPORTED, **VLLM_UNSUPPORTED}
 
     warmup_steps: float = option(0.1, "Warmup steps; below 1 a share of all steps.")
     rollout_batch_size: int = option(256)

@@ -23,13 +23,7 @@ class OPDOptions:
 
 @dataclass
 class OPDConfig(OPDOptions, RolloutConfig):
-    """Clipped reverse KL on the sampled tokens: on-policy distillation (EOPD's Table 8).
-
-    Args:
-        vllm_importance_sampling_correction: weigh the policy's loss by the student's probability of a token over the
-            engine's, truncated. Without it the engine is the policy that sampled (Q_old).
-        vllm_importance_sampling_clip_max: where that weight is truncated.
-    """
+    """Clipped reverse KL on the sampled tokens: on-policy distillation (EOPD's Table 8)."""
 
     method = "opd"
     paper: ClassVar[str] = "Lu and Lab 2025; EOPD Sec. 2.3, arXiv 2603.07079"
@@ -39,7 +33,8 @@ class OPDConfig(OPDOptions, RolloutConfig):
     max_length: int | None = option(None)
     vllm_importance_sampling_correction: bool = option(
         False,
-        "Weigh tokens by student / engine probability.",
+        "Weigh the policy's loss by a token's student / engine probability, truncated. "
+        "Without it the engine is the policy that sampled (Q_old).",
         no_effect=(lambda v: not v["use_vllm"], "use_vllm is false"),
     )
     vllm_importance_sampling_clip_max: float = option(

@@ -8,7 +8,7 @@ from ..config.options import option
 from ..lm_head.statistics import StatisticsRequest, TokenStatistics
 from ..objective import CompletionBatch, Objective
 from ..trainer.trainer import TokenSelectiveTrainer
-from .defaults import OFF_POLICY, TSDKDDefaults
+from .defaults import OFF_POLICY_UNSUPPORTED, TSDKDDefaults
 
 
 @dataclass
@@ -18,8 +18,10 @@ class SeqKDConfig(TSDKDDefaults):
     method = "seq-kd"
     completions_source = "the data set's"
     paper = "Kim and Rush 2016, arXiv 1606.07947"
+    has_lmbda = False
+    loads_teacher = False
     unsupported_options = {
-        **OFF_POLICY,
+        **OFF_POLICY_UNSUPPORTED,
         **dict.fromkeys(("teacher_placement", "record_steps"), "the teacher isn't loaded"),
     }
 

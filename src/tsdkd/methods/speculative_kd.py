@@ -13,7 +13,7 @@ from ..rollout.base import Sampler, TokenChoice
 from ..rollout.build import make_sampler
 from ..rollout.categorical import sample_tokens
 from ..trainer.trainer import TokenSelectiveTrainer
-from .defaults import NO_VLLM, OWN_ROLLOUTS, TSDKDDefaults
+from .defaults import SELF_SAMPLING_UNSUPPORTED, VLLM_UNSUPPORTED, TSDKDDefaults
 from .supervised_kd import SupervisedKDObjective
 
 
@@ -35,7 +35,9 @@ class SpeculativeKDConfig(SpeculativeKDOptions, TSDKDDefaults):
     method = "speculative-kd"
     completions_source = "the student's, in which the teacher replaces unlikely tokens"
     paper = "Xu et al. 2025, arXiv 2410.11325"
-    unsupported_options = {**OWN_ROLLOUTS, **NO_VLLM}
+    has_lmbda = False
+    teacher_samples = True
+    unsupported_options = {**SELF_SAMPLING_UNSUPPORTED, **VLLM_UNSUPPORTED}
 
     learning_rate: float = option(1e-5)
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from ..config.options import option
 from ..losses import FORWARD_KL, Divergence
 from ..trainer.trainer import TokenSelectiveTrainer
-from .defaults import OFF_POLICY, TSDKDDefaults
+from .defaults import OFF_POLICY_UNSUPPORTED, TSDKDDefaults
 from .divergence import DivergenceObjective
 
 
@@ -16,7 +16,8 @@ class SupervisedKDConfig(TSDKDDefaults):
     method = "supervised-kd"
     completions_source = "the data set's"
     paper = "Hinton et al. 2015, arXiv 1503.02531"
-    unsupported_options = OFF_POLICY
+    has_lmbda = False
+    unsupported_options = OFF_POLICY_UNSUPPORTED
 
     lmbda: float = option(0.0, "The method never generates.")
 

@@ -13,7 +13,7 @@ from ..losses import jsd, plackett_luce_nll
 from ..objective import CompletionBatch, Metrics, Objective, ObjectiveOutput, mean_metric
 from ..selection import adaptive_opener_ratio, entropy_gap_gate, opener_mask, top_entropy_mask
 from ..trainer.trainer import TokenSelectiveTrainer
-from .defaults import NO_TOP_P, TSDKDDefaults
+from .defaults import TOP_P_UNSUPPORTED, TSDKDDefaults
 
 _ALPHA_IS_ZERO = (lambda v: v["alpha"] == 0, "alpha is 0")
 _AT_LEAST_TWO = (lambda v: v >= 2, "must be at least 2 (one candidate has no ranking)")
@@ -21,40 +21,29 @@ _AT_LEAST_TWO = (lambda v: v >= 2, "must be at least 2 (one candidate has no ran
 
 @dataclass
 class TSDKDOptions:
-    """Options of TSD-KD (Table 10; Sec. 4.1).
+    """Options of TSD-KD (Table 10; Sec. 4.1)."""
 
-    Args:
-        alpha: weight of indirect distillation (Eq. 13); 0 turns it off.
-        beta: of the generalised JSD (Eq. 1).
-        indirect_top_k: number of candidates that the student proposes.
-        opener_ratio: c, the opener's share of a response's entropy.
-        adaptive_opener: choose c by the difficulty of the last five completions (A.7).
-        gate: weigh direct distillation by the entropy gap (Eq. 11).
-        gate_temperature: tau of the gate, nats.
-        entropy_weight: weight of entropy minimisation (1 in the paper); 0 turns it off.
-        entropy_ratio: share of a response's tokens whose entropy is minimised.
-        indirect_reduction: over the opener's positions: "mean", "sum" (Eq. 5 as written), or "length" (sum / L).
-    """
-
-    alpha: float = option(0.1, "Weight of indirect distillation; 0 turns it off.", NON_NEGATIVE)
-    beta: float = option(0.9, "Interpolates between forward (0) and reverse (1) KL.", FRACTION)
+    alpha: float = option(0.1, "Weight of indirect distillation (Eq. 13); 0 turns it off.", NON_NEGATIVE)
+    beta: float = option(0.9, "The JSD (Eq. 1) interpolates between forward (0) and reverse (1) KL.", FRACTION)
     indirect_top_k: int = option(
         10, "Number of candidates that the student proposes to the teacher.", _AT_LEAST_TWO, _ALPHA_IS_ZERO
     )
     opener_ratio: float = option(
         0.1,
-        "The opener's share of a response's entropy.",
+        "c, the opener's share of a response's entropy.",
         POSITIVE_FRACTION,
         (lambda v: v["alpha"] == 0 or v["adaptive_opener"], "alpha is 0 or adaptive_opener is true"),
     )
     adaptive_opener: bool = option(
-        False, "Choose the opener's share by the difficulty of recent completions.", no_effect=_ALPHA_IS_ZERO
+        False, "Choose c by the difficulty of the last five completions (A.7).", no_effect=_ALPHA_IS_ZERO
     )
-    gate: bool = option(True, "Weigh direct distillation by the entropy gap.")
+    gate: bool = option(True, "Weigh direct distillation by the entropy gap (Eq. 11).")
     gate_temperature: float = option(
-        1.0, "Temperature of the gate, nats.", POSITIVE, (lambda v: not v["gate"], "gate is false")
+        1.0, "Tau, the gate's temperature, nats.", POSITIVE, (lambda v: not v["gate"], "gate is false")
     )
-    entropy_weight: float = option(1.0, "Weight of entropy minimisation; 0 turns it off.", NON_NEGATIVE)
+    entropy_weight: float = option(
+        1.0, "Weight of entropy minimisation (1 in the paper); 0 turns it off.", NON_NEGATIVE
+    )
     entropy_ratio: float = option(
         0.1,
         "Share of a response's tokens whose entropy is minimised.",
@@ -62,7 +51,9 @@ class TSDKDOptions:
         (lambda v: v["entropy_weight"] == 0, "entropy_weight is 0"),
     )
     indirect_reduction: Literal["mean", "sum", "length"] = option(
-        "mean", "Reduction over the opener's positions.", no_effect=_ALPHA_IS_ZERO
+        "mean",
+        "Reduction over the opener's positions: mean, sum (Eq. 5 as written), or length (sum / L).",
+        no_effect=_ALPHA_IS_ZERO,
     )
 
 
@@ -72,7 +63,8 @@ class TSDKDConfig(TSDKDOptions, TSDKDDefaults):
 
     method = "tsd-kd"
     paper = "Kim and Baek 2026 (ICLR)"
-    unsupported_options = NO_TOP_P
+    has_jsd = True
+    unsupported_options = TOP_P_UNSUPPORTED
 
 
 @dataclass

@@ -16,7 +16,7 @@ from ..losses import jsd
 from ..objective import CompletionBatch, Objective, ObjectiveOutput
 from ..selection import entropy_gap_gate
 from ..trainer.trainer import Batch, TokenSelectiveTrainer
-from .defaults import NO_TOP_P, TSDKDDefaults
+from .defaults import TOP_P_UNSUPPORTED, TSDKDDefaults
 
 _NUM_CANDIDATES = 10
 
@@ -38,7 +38,8 @@ class TSDKDReleasedConfig(TSDKDReleasedOptions, TSDKDDefaults):
 
     method = "tsd-kd-released"
     paper = "github.com/kmswin1/TSD-KD"
-    unsupported_options = NO_TOP_P
+    has_jsd = True
+    unsupported_options = TOP_P_UNSUPPORTED
 
 
 @dataclass

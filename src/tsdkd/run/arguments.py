@@ -12,10 +12,10 @@ import torch
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import ModelConfig
 
+from ..config.aliases import ALIASES, RENAMED, resolve_aliases
 from ..config.base import DataArguments, TokenSelectiveConfig
 from ..config.coercion import coerce, did_you_mean
 from ..config.launch import LaunchArguments
-from ..config.names import ALIASES, RENAMED, resolve_aliases
 from ..config.options import get_default
 from ..config.validation import get_rules, validate_options
 from ..errors import ConfigError

@@ -82,7 +82,7 @@ def _summarize_datasets(
     return {
         "student": f"{arguments.model_args.model_name_or_path} ({student.model_type}, {pair.vocab_sizes[0]} logits)",
         "teacher": f"{training.teacher_model_name_or_path} ({teacher.model_type}, {pair.vocab_sizes[1]} logits)"
-        f"{', not loaded' if 'teacher_placement' in training.unsupported_options else ''}"
+        f"{'' if training.loads_teacher else ', not loaded'}"
         if training.teacher_model_name_or_path
         else "none",
         "shared vocabulary": str(pair.shared_vocab_size),

@@ -9,9 +9,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 from trl import ModelConfig
 
 from ..checkpointing import checkpoint
+from ..config.aliases import rename_deprecated
 from ..config.base import DataArguments
 from ..config.logs import get_logger
-from ..config.names import modernize_names
 from ..config.options import enum_value, get_default
 from ..config.validation import declared_fields
 from ..errors import DataError, OutputDirError, ResumeError
@@ -22,7 +22,7 @@ from .arguments import RunArguments
 logger = get_logger(__name__)
 
 RUN_CONFIG_NAME = "tsdkd_config.yaml"  # the resolved configuration; marks an output directory as ours
-_TMP_RUN_CONFIG_NAME = f".{RUN_CONFIG_NAME}.new"  # what `write_atomically` leaves when it is killed
+_TMP_RUN_CONFIG_NAME = f".{RUN_CONFIG_NAME}.new"  # left by `write_atomically` when it is killed
 
 # What may differ when a run goes on: it decides what is reported, kept, and how fast it goes, not what is learnt.
 _MUTABLE_PREFIXES = ("logging_", "log_", "record_", "save_", "eval_", "hub_", "push_to_", "ddp_", "vllm_", "resume")
@@ -134,7 +134,7 @@ def read_run_config(folder: Path) -> dict[str, Any]:
     """The resolved configuration of the run in a folder, by today's names. Raises `DataError`."""
     path = folder / RUN_CONFIG_NAME
     try:
-        return modernize_names(yaml.safe_load(path.read_text(encoding="utf-8")))
+        return rename_deprecated(yaml.safe_load(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
         raise DataError(f"{path} can't be read: {' '.join(str(error).split())[:200]}") from error
 

@@ -49,9 +49,9 @@ class RecordedCompletion:
 def recorded_divergence(args: TokenSelectiveConfig) -> Divergence:
     """The generalised JSD that records have: the method's own, or TSD-KD's where it has none.
 
-    Every configuration has a `beta`, which it inherits from TRL; it means something where it isn't refused.
+    Every configuration has a `beta`, which it inherits from TRL; it means something where `has_jsd` is true.
     """
-    return jsd(_DEFAULT_BETA if "beta" in args.unsupported_options else args.beta)
+    return jsd(args.beta if args.has_jsd else _DEFAULT_BETA)
 
 
 @torch.no_grad()

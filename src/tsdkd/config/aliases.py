@@ -37,6 +37,6 @@ def describe_alias_conflict(alias: str, value: Any, alias_value: Any) -> str:
     return f"{ALIASES[alias]}, {alias}: two names of one option, found {value!r} and {alias_value!r}; remove one"
 
 
-def modernize_names(values: Mapping[str, Any]) -> dict[str, Any]:
+def rename_deprecated(values: Mapping[str, Any]) -> dict[str, Any]:
     """The values of a configuration that an earlier version wrote, by today's names."""
     return {{**ALIASES, **RENAMED}.get(name, name): value for name, value in dict(values).items()}
