@@ -53,7 +53,7 @@ class GRPOConfig(TokenSelectiveConfig):
 class GRPOTrainer:
     """Group relative policy optimization (arXiv 2402.03300), by TRL's trainer.
 
-    It makes a `tsdkd.methods.grpo_trainer.GRPOTrainer`, which is imported when it is needed: TRL's trainer imports vLLM
+    Makes a `tsdkd.methods.grpo_trainer.GRPOTrainer`, which is imported when it is needed: TRL's trainer imports vLLM
     wherever that is installed, which takes seconds.
 
     Args:

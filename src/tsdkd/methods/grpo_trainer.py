@@ -36,8 +36,6 @@ class GRPOTrainer(CheckpointMixin, trl.GRPOTrainer):
         ConfigError, DataError, ModelError: the input can't be used; nothing has been written.
     """
 
-    config_class = GRPOConfig
-
     def __init__(
         self,
         model: str | PreTrainedModel,
