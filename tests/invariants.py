@@ -211,7 +211,8 @@ def compare(part: str) -> list[str]:
     recorded, measured = json.loads(RECORD.read_text())[part], PARTS[part]()
     exact = recorded["machine"] == machine()
     differences = {case: list_differences(measured[case], run, exact) for case, run in recorded["runs"].items()}
-    return [f"{case}: {text}" for case, texts in differences.items() for text in texts]
+    missing = [f"{case}: not on record; write it" for case in measured.keys() - recorded["runs"].keys()]
+    return missing + [f"{case}: {text}" for case, texts in differences.items() for text in texts]
 
 
 def write(parts: list[str]) -> None:

@@ -53,7 +53,7 @@ class ModelPair:
         """The ids that end a completion; see `tokenizers.stop_token_ids` for the rule.
 
         Args:
-            writer: whose completion it is.
+            role: whose completion it is.
             generation_config: the writer's, where it isn't the pair's: of a trained student, for instance.
         """
         models = {

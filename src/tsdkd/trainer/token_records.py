@@ -61,7 +61,7 @@ def compute_token_records(
     """Statistics of both models at the N completion tokens of a batch, on the CPU.
 
     Args:
-        heads: of the pair.
+        head_forward: of the pair.
         student, teacher: as they are wrapped for training.
         batch: as `tsdkd.data.pad_sequences` makes it.
         divergence: to record.
@@ -151,7 +151,7 @@ class TokenRecorder:
     All processes run the forward passes, because sharded models need them; the main process writes.
 
     Args:
-        heads: of the pair.
+        head_forward: of the pair.
         args: record_steps, record_completions, output_dir.
         decode: token ids -> text.
     """
