@@ -308,4 +308,4 @@ def test_a_hub_that_does_not_answer_is_asked_once(command, config, tmp_path, dro
     assert result.returncode == 2 and len(seen) == 1
     assert result.stderr.count(f"{address} can't be reached") == 1 and "Retry" not in result.stderr, result.stderr
     if "--dry_run" in command:  # says what it can
-        assert "max_new_tokens: 8" in result.stdout and "global batch" in result.stdout
+        assert "max_completion_length: 8" in result.stdout and "global batch" in result.stdout

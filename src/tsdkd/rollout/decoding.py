@@ -1,7 +1,7 @@
 """A batch of sequences in the middle of being decoded by one or several transformers models, with their KV caches."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,10 +114,19 @@ def _draw_uniform(streams: Sequence[torch.Generator], count: int) -> Tensor:
 def _cache_argument(model: PreTrainedModel) -> str:
     """Name of the cache in a model's forward and output.
 
-    It is `cache` since transformers 5.18, `past_key_values` before and in older remote code.
+    It is `cache` since transformers 5.18, `past_key_values` before and in older remote code. A forward of `*args` and
+    `**kwargs`, as PEFT's, passes on what it gets: to the model that it wraps, or to its base class.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's forward takes *args
-    return "cache" if "cache" in inspect.signature(base.forward).parameters else "past_key_values"
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    forwards = [base.forward, *(vars(owner)["forward"] for owner in type(base).__mro__ if "forward" in vars(owner))]
+    named = (forward for forward in forwards if not _passes_on(forward))
+    return "cache" if "cache" in inspect.signature(next(named, base.forward)).parameters else "past_key_values"
+
+
+def _passes_on(forward: Callable[..., Any]) -> bool:
+    """Whether a forward declares `*args` and `**kwargs` only."""
+    kinds = {p.kind for name, p in inspect.signature(forward).parameters.items() if name != "self"}
+    return kinds <= {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
 
 
 def _mark_compileable(cache: Any) -> Any:
