@@ -63,7 +63,7 @@ KEYS = [(0, 0, i) for i in range(4)]
 
 def unpacked(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Has a CPU engine keep its weights as they are and take them as on a GPU; the tensors of each call."""
-    calls, sync = [], VLLMSampler._sync_engine
+    calls, sync = [], VLLMSampler._sync_colocate
     monkeypatch.setattr(
         "vllm.model_executor.layers.utils.dispatch_cpu_unquantized_gemm",
         lambda layer, remove_weight: setattr(layer, "cpu_linear", torch.nn.functional.linear),
@@ -82,7 +82,7 @@ def unpacked(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
             patched.setattr(model, "load_weights", load_weights)
             sync(self, packed=False)
 
-    monkeypatch.setattr(VLLMSampler, "_sync_engine", sync_unpacked)
+    monkeypatch.setattr(VLLMSampler, "_sync_colocate", sync_unpacked)
     return calls
 
 
@@ -237,7 +237,7 @@ def test_over_two_processes(sharing, saved_model, rows_file, tmp_path):
 
 def test_weights_are_copied_once_and_again_after_a_resume(saved_model, tmp_path, monkeypatch):
     synced, proven = [], []
-    sync, check = VLLMSampler.sync_weights, "tsdkd.trainer.trainer.check_engine_weights"
+    sync, check = VLLMSampler.sync_weights, "tsdkd.trainer.rollouts.check_engine_weights"
     monkeypatch.setattr(VLLMSampler, "sync_weights", lambda self: (synced.append(1), sync(self)))
     monkeypatch.setattr(check, lambda *args: proven.append(len(synced)))
     values = {"save_strategy": "steps", "save_steps": 2, "vllm_check_every": 3, "learning_rate": 0.01}
