@@ -30,6 +30,8 @@ from fast_set import mark_slow
 from tsdkd.objective import CompletionBatch, PolicyScores
 
 torch.set_num_threads(1)
+ENVIRONMENT = dict(os.environ)
+"""Before a test module imports vLLM, which adds settings of OpenMP's."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -28,7 +28,18 @@ import transformers
 import trl
 from safetensors.torch import load_file
 
-from conftest import DDP, QUIET, build_model, build_tokenizer, flags, make_rows, on_cpus, run_to_end, write_jsonl
+from conftest import (
+    DDP,
+    ENVIRONMENT,
+    QUIET,
+    build_model,
+    build_tokenizer,
+    flags,
+    make_rows,
+    on_cpus,
+    run_to_end,
+    write_jsonl,
+)
 from tsdkd.cli import main
 from tsdkd.methods import METHODS
 
@@ -178,6 +189,16 @@ def measure_two_processes() -> dict[str, Any]:
         return json.loads(Path(folder, "results.json").read_text())
 
 
+def measure_vllm() -> dict[str, Any]:
+    """`VLLM`, in a process of its own: vLLM's import changes OpenMP's settings, on which bits depend."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_inputs(Path(folder, "inputs"))
+        environment = {**ENVIRONMENT, "OMP_NUM_THREADS": "1"}
+        result = run_to_end([sys.executable, __file__, "--vllm-of", folder], environment, timeout=900)
+        assert result.returncode == 0, result.stderr[-3000:]
+        return json.loads(Path(folder, "results.json").read_text())
+
+
 def list_differences(measured: dict[str, Any], recorded: dict[str, Any], exact: bool) -> list[str]:
     """What differs between two results of one case; without `exact`, what differs by more than rounding."""
     pairs = list(zip(measured["log"], recorded["log"], strict=False))
@@ -202,7 +223,7 @@ def list_differences(measured: dict[str, Any], recorded: dict[str, Any], exact: 
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "one process": lambda: measure_one_process(ONE_PROCESS),
     "two processes": measure_two_processes,
-    "vllm": lambda: measure_one_process(VLLM),
+    "vllm": measure_vllm,
 }
 
 
@@ -234,8 +255,12 @@ if __name__ == "__main__":
     group = parser.add_mutually_exclusive_group(required=True)
     group.add_argument("--write", nargs="+", choices=PARTS, metavar="PART", help=", ".join(PARTS))
     group.add_argument("--rank-of", type=Path, help=argparse.SUPPRESS)
+    group.add_argument("--vllm-of", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.rank_of:
         run_rank(arguments.rank_of)
+    elif arguments.vllm_of:
+        results = measure_all(VLLM, arguments.vllm_of)
+        (arguments.vllm_of / "results.json").write_text(json.dumps(results))
     else:
         write(arguments.write)
