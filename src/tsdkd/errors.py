@@ -56,3 +56,8 @@ class ResumeError(TSDKDError, ValueError):
 
 class OutputDirError(TSDKDError, FileExistsError):
     """The output directory holds files that the run would overwrite."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's text, or its type."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

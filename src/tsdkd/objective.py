@@ -101,6 +101,11 @@ class CompletionBatch:
         return self.gather(lengths.double().reciprocal().expand_as(self.mask))
 
     @property
+    def scored_ids(self) -> Tensor:
+        """`[N, 1 + K]`, the tokens and the teacher's most probable ones, for objectives with `scores`."""
+        return torch.cat([self.ids.unsqueeze(-1), self.scores.teacher_topk_ids], dim=-1)
+
+    @property
     def logged_ids(self) -> Tensor | None:
         """`[N, 1]`, the tokens whose log-probabilities only the log needs."""
         return None if self.sampling_per_token_logps is None else self.ids.unsqueeze(-1)

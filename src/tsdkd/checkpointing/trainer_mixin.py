@@ -10,6 +10,7 @@ import torch
 from accelerate.utils import is_peft_model, send_to_device
 from torch import nn
 from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
@@ -19,7 +20,7 @@ from .deepspeed_files import safe_deepspeed_load
 from .state_file import load_state, save_state
 
 logger = get_logger(__name__)
-_TRAINER_STATE, _OPTIMIZER = "trainer_state.json", "optimizer.safetensors"
+_OPTIMIZER = "optimizer.safetensors"
 
 
 class CheckpointMixin(Trainer):
@@ -79,7 +80,7 @@ class CheckpointMixin(Trainer):
         if self.args.should_save:
             save_state({name: part.state_dict() for name, part in self._stateful_objects()}, folder / _OPTIMIZER)
             self._export_callbacks()
-            self.state.save_to_json(str(folder / _TRAINER_STATE))
+            self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Trainer's, without the pickled arguments, which hold the hub's token."""

@@ -27,6 +27,7 @@ from ..launch.accelerate import launch_processes
 from ..launch.processes import LaunchSpec
 from ..models.loading import ModelPair, Role, resolve_pair
 from ..run.arguments import RunArguments
+from ..run.build import teacher_name_or_path
 from ..run.config_file import read_yaml
 from ..run.output_dir import has_final_model
 from ..run.train import train
@@ -87,7 +88,7 @@ def _run_task(comparison: Comparison, task: ComparisonTask) -> dict[str, Any]:
         seconds = _train(comparison, task, arguments, launch_spec)
         clear_device_cache(garbage_collection=True)  # a trainer's cycles hold its models
     start = time.perf_counter()
-    model = {"student": str(arguments.model_args.model_name_or_path), "teacher": _teacher_name_or_path(arguments)}.get(
+    model = {"student": str(arguments.model_args.model_name_or_path), "teacher": teacher_name_or_path(arguments)}.get(
         task.run
     )
     writer: Role = "teacher" if task.seed is None and task.run == "teacher" else "student"
@@ -192,7 +193,7 @@ def _evaluate(
     """Evaluate a model with the comparison's limits and the run's chat template."""
     training, shared = arguments.training_args, comparison.parse_shared_arguments().training_args
     training.max_completion_length, training.max_length = shared.max_completion_length, shared.max_length
-    student, teacher = str(arguments.model_args.model_name_or_path), _teacher_name_or_path(arguments)
+    student, teacher = str(arguments.model_args.model_name_or_path), teacher_name_or_path(arguments)
     pair = resolve_pair(student, teacher, training)
     prepared = prepare_dataset(rows, pair.template_tokenizer, training, pair.context_length, needs_completion=False)
     dtype = torch.bfloat16 if training.device.type == "cuda" else torch.float32
@@ -215,10 +216,6 @@ def _build_problem_set(pair: ModelPair, prepared: Any, model: Any, writer: Role)
     return ProblemSet(
         prepared["prompt_ids"], prepared["answer"], prepared["limit"], stop_token_ids, vocab_size, decode
     )
-
-
-def _teacher_name_or_path(arguments: RunArguments) -> str:
-    return str(arguments.training_args.teacher_model_name_or_path or arguments.model_args.model_name_or_path)
 
 
 def _result_settings(comparison: Comparison, task: ComparisonTask) -> dict[str, Any]:

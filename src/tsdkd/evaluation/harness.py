@@ -19,7 +19,7 @@ from lm_eval.api.registry import get_model
 from lm_eval.api.task import Task
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import ModelError
+from ..errors import ModelError, first_line
 from ..models.loading import get_revision, load_config
 from ..models.tokenizers import load_tokenizer
 from .items import ItemResult
@@ -69,9 +69,8 @@ def load_lm(path: str, backend: str, batch_size: str, model_args: dict[str, Any]
         if lm.max_length < 1:
             raise ValueError(f"max_length is {lm.max_length}")
     except Exception as error:  # the wrapper's, transformers', vLLM's, torch's own
-        line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         given = f" (with --model_args {', '.join(f'{k}={v}' for k, v in model_args.items())})" if model_args else ""
-        raise ModelError(f"{path}: {line}{given}") from error
+        raise ModelError(f"{path}: {first_line(error)}{given}") from error
     if backend == "hf":  # greedy is greedy, and sampling is from the softmax, whatever the checkpoint's settings add
         lm.model.generation_config.update(repetition_penalty=1.0, top_k=0, top_p=1.0, temperature=1.0)
     return lm

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ..config.base import TokenSelectiveConfig
@@ -58,8 +57,7 @@ class KDObjective(KDOptions, Objective):
 
     def request(self, completions: CompletionBatch) -> StatisticsRequest:
         """See `Objective`."""
-        ids = torch.cat([completions.ids.unsqueeze(-1), completions.scores.teacher_topk_ids], dim=-1)
-        return StatisticsRequest(entropy=True, ids=ids)
+        return StatisticsRequest(entropy=True, ids=completions.scored_ids)
 
     def per_token_terms(
         self, completions: CompletionBatch, statistics: TokenStatistics, rows: slice

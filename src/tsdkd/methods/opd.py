@@ -60,8 +60,7 @@ class OPDObjective(OPDOptions, Objective):
 
     def request(self, completions: CompletionBatch) -> StatisticsRequest:
         """See `Objective`."""
-        ids = torch.cat([completions.ids.unsqueeze(-1), completions.scores.teacher_topk_ids], dim=-1)
-        return StatisticsRequest(entropy=True, ids=ids)
+        return StatisticsRequest(entropy=True, ids=completions.scored_ids)
 
     def per_token_terms(
         self, completions: CompletionBatch, statistics: TokenStatistics, rows: slice

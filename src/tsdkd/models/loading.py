@@ -207,3 +207,8 @@ def get_model_id(model: str | PreTrainedModel) -> str:
 def _hub_kwargs(args: TokenSelectiveConfig, init_kwargs: dict[str, Any] | None) -> dict[str, Any]:
     revision = (init_kwargs or {}).get("revision")
     return {"trust_remote_code": args.trust_remote_code, **({"revision": revision} if revision else {})}
+
+
+def unwrap_peft(model: Any) -> Any:
+    """Without peft's wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -10,6 +10,7 @@ from typing import Any
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..analysis.load import StepRecord, read_records
+from ..checkpointing.checkpoint import list_checkpoints
 from ..config.base import TokenSelectiveConfig
 from ..errors import DataError
 from ..evaluation.results import find_results, read_results
@@ -110,11 +111,8 @@ def _read_differences(path: Path, folder: Path) -> list[dict[str, Any]]:
 
 def _read_trainer_state(folder: Path) -> dict[str, Any]:
     """Trainer state from the end of the run, otherwise from its last checkpoint."""
-    checkpoints = [
-        path for path in folder.glob(f"checkpoint-*/{TRAINER_STATE_NAME}") if path.parent.name[11:].isdigit()
-    ]
-    newest = max(checkpoints, key=lambda path: int(path.parent.name[11:]), default=None)
-    path = folder / TRAINER_STATE_NAME if (folder / TRAINER_STATE_NAME).is_file() else newest
+    newest_first = [folder, *reversed(list_checkpoints(folder))]
+    path = next((f / TRAINER_STATE_NAME for f in newest_first if (f / TRAINER_STATE_NAME).is_file()), None)
     if path is None:
         return {}
     try:

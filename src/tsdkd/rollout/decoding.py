@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..models.loading import unwrap_peft
 from .base import TokenChoice
 
 
@@ -117,7 +118,7 @@ def _cache_argument(model: PreTrainedModel) -> str:
     It is `cache` since transformers 5.18, `past_key_values` before and in older remote code. A forward of `*args` and
     `**kwargs`, as PEFT's, passes on what it gets: to the model that it wraps, or to its base class.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = unwrap_peft(model)
     forwards = [base.forward, *(vars(owner)["forward"] for owner in type(base).__mro__ if "forward" in vars(owner))]
     named = (forward for forward in forwards if not _passes_on(forward))
     return "cache" if "cache" in inspect.signature(next(named, base.forward)).parameters else "past_key_values"

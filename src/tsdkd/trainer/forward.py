@@ -19,6 +19,7 @@ from ..lm_head.dense import DenseHead
 from ..lm_head.fused import FusedHead, compute_dtype
 from ..lm_head.projection import get_output_layer, get_projection
 from ..lm_head.statistics import PerTokenLoss, StatisticsRequest, TokenStatistics
+from ..models.loading import unwrap_peft
 
 _FUSED_HEAD_HINT = "set fused_head: false, which computes whole logits"
 
@@ -216,14 +217,9 @@ def _select_positions(index: Tensor, states: Tensor) -> Tensor:
 
 def _forward_backbone(model: Any, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
     return (
-        _unwrap_peft(model).base_model(input_ids=ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        unwrap_peft(model).base_model(input_ids=ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
     )
 
 
-def _unwrap_peft(model: Any) -> Any:
-    """Without peft's wrapper."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def _class_name(model: Any) -> str:
-    return type(_unwrap_peft(model)).__name__
+    return type(unwrap_peft(model)).__name__

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ...config.base import TokenSelectiveConfig
-from ...errors import EngineError
+from ...errors import EngineError, first_line
 from ..base import Completion, SamplingConfig
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine shares this process
@@ -116,8 +116,3 @@ def wrap_engine_errors(what: str, args: TokenSelectiveConfig | None = None) -> I
         if args is not None and "memory" in line:
             hint = f" (vllm_gpu_memory_utilization is {args.vllm_gpu_memory_utilization})"
         raise EngineError(f"{what}{hint}: {line}") from error
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an exception's text, or its type."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -23,10 +23,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...config.base import TokenSelectiveConfig
 from ...config.logs import get_logger
-from ...errors import EngineError
+from ...errors import EngineError, first_line
 from ..base import Completion, SamplingConfig, SeedKey
 from ..seeding import prompt_seed
-from .colocate import extra_engine_args, first_line, iter_completions, shared_sampling_params, wrap_engine_errors
+from .colocate import extra_engine_args, iter_completions, shared_sampling_params, wrap_engine_errors
 from .server import connect_to_server
 from .weights import iter_merged_parameters
 
