@@ -1,0 +1,3 @@
+"""Attacks: reports."""
+
+ATTACKS = {}
