@@ -12,17 +12,27 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from datasets import Dataset, load_dataset
+from datasets import Dataset, DatasetInfo, Features, List, Value, load_dataset
 from datasets.exceptions import DatasetNotFoundError
 from transformers import PreTrainedTokenizerBase
 
 from .config.base import TokenSelectiveConfig
 from .config.logs import get_logger
 from .errors import DataError
+from .models.chat_template import render_prompt
 from .models.hub import offline_reason
 
 logger = get_logger(__name__)
 _FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+class _PreparedInfo(DatasetInfo):
+    """Marks rows that `prepare_dataset` made, and what is selected of them; no file can carry it."""
+
+
+def is_prepared(rows: Dataset) -> bool:
+    """Whether `prepare_dataset` made these rows."""
+    return isinstance(rows.info, _PreparedInfo)
 
 
 def load_split(name: str, config: str | None, split: str, field: str = "dataset_name") -> Dataset:
@@ -34,6 +44,8 @@ def load_split(name: str, config: str | None, split: str, field: str = "dataset_
     path = Path(name)
     offline = None
     try:
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise DataError(f"{field}: {name} is neither a file nor a folder")
         if path.is_file():
             if path.suffix not in _FORMATS:
                 raise DataError(
@@ -102,10 +114,17 @@ def prepare_dataset(
         ids = [] if completion is None else _completion_ids(completion, template_tokenizer, row)
         return {"index": index, "prompt_ids": prompt_ids, "completion_ids": ids[: max(limit, 0)], "limit": limit}
 
-    removed = [c for c in rows.column_names if c != "answer"]
+    features = {"index": Value("int64"), "prompt_ids": List(Value("int64")), "completion_ids": List(Value("int64"))}
+    features |= {"limit": Value("int64")}  # given: columns of the same names would impose their types
+    features |= {name: type_ for name, type_ in rows.features.items() if name == "answer"}
     with PartialState().main_process_first():
         tokenized = rows.map(
-            tokenize, with_indices=True, remove_columns=removed, num_proc=args.dataset_num_proc, desc="Tokenizing"
+            tokenize,
+            with_indices=True,
+            remove_columns=[name for name in rows.column_names if name != "answer"],
+            features=Features(features),
+            num_proc=args.dataset_num_proc,
+            desc="Tokenizing",
         )
         dataset = tokenized.filter(
             lambda limits: [limit >= 1 for limit in limits], batched=True, input_columns="limit"
@@ -119,6 +138,7 @@ def prepare_dataset(
     if len(dataset) < len(rows):
         dropped = len(rows) - len(dataset)
         logger.warning(f"dropped {dropped} of {len(rows)} prompts: they leave no room for a completion")
+    dataset.info.__class__ = _PreparedInfo
     return dataset
 
 
@@ -210,15 +230,11 @@ def _prompt_ids(
         prompt = [{"role": "user", "content": prompt}]
     if template_tokenizer.chat_template is None:
         raise DataError(f"row {index}: the prompt is a list of messages, but the tokenizer has no chat template")
-    kwargs: Any = args.chat_template_kwargs or {}
     try:
-        return list(
-            template_tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False, **kwargs)
-        )
-    except Exception as error:  # a template is a program; it raises what it likes
-        raise DataError(
-            f"row {index}: the chat template refuses the prompt: {' '.join(str(error).split())}"
-        ) from error
+        text = render_prompt(template_tokenizer, prompt, **(args.chat_template_kwargs or {}))
+    except DataError as error:
+        raise DataError(f"row {index}: {error}") from error
+    return list(template_tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _completion_ids(completion: str, template_tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> list[int]:

@@ -32,8 +32,9 @@ _NEVER_SAMPLES = (lambda v: v["lmbda"] == 0, "lmbda is 0: nothing is generated")
 _WITHOUT_VLLM = (lambda v: not v["use_vllm"], "use_vllm is false")
 _NOT_COLOCATE = (lambda v: v["vllm_mode"] != "colocate", "vllm_mode is not colocate")
 _NOT_SERVER = (lambda v: v["vllm_mode"] != "server", "vllm_mode is not server")
-_RESERVED_TEMPLATE_KWARGS = sorted(
-    ("tokenize", "add_generation_prompt", "return_dict", "return_tensors", "padding", "truncation")
+_RESERVED_TEMPLATE_KWARGS = (
+    *("add_generation_prompt", "continue_final_message", "padding", "return_assistant_tokens_mask", "return_dict"),
+    *("return_tensors", "sanitize_control_tokens", "tokenize", "tokenizer_kwargs", "truncation"),
 )
 _TEMPLATE_KWARGS: ValueRule = (
     lambda v: v.keys().isdisjoint(_RESERVED_TEMPLATE_KWARGS),

@@ -20,6 +20,7 @@ from lm_eval.api.task import Task
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import ModelError, first_line
+from ..models.chat_template import limit_template
 from ..models.loading import get_revision, load_config
 from ..models.tokenizers import load_tokenizer
 from .items import ItemResult
@@ -71,6 +72,7 @@ def load_lm(path: str, backend: str, batch_size: str, model_args: dict[str, Any]
     except Exception as error:  # the wrapper's, transformers', vLLM's, torch's own
         given = f" (with --model_args {', '.join(f'{k}={v}' for k, v in model_args.items())})" if model_args else ""
         raise ModelError(f"{path}: {first_line(error)}{given}") from error
+    lm.apply_chat_template = limit_template()(lm.apply_chat_template)
     if backend == "hf":  # greedy is greedy, and sampling is from the softmax, whatever the checkpoint's settings add
         lm.model.generation_config.update(repetition_penalty=1.0, top_k=0, top_p=1.0, temperature=1.0)
     return lm

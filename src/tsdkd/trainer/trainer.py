@@ -21,7 +21,7 @@ from trl.trainer.utils import disable_dropout_in_model
 from ..checkpointing.preemption import PreemptionCallback
 from ..checkpointing.trainer_mixin import CheckpointMixin
 from ..config.base import TokenSelectiveConfig, require_config
-from ..data import collate, completion_mask, hash_rows, prepare_dataset, target_ids
+from ..data import collate, completion_mask, hash_rows, is_prepared, prepare_dataset, target_ids
 from ..errors import ResumeError
 from ..models.loading import get_model_id, load_student, resolve_pair
 from ..models.teacher import load_teacher, prepare_teacher
@@ -265,7 +265,7 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
     ) -> Dataset | dict[str, Dataset]:
         if isinstance(rows, dict):
             return {name: self._tokenize_dataset(part, args) for name, part in rows.items()}
-        if "prompt_ids" in rows.column_names:
+        if is_prepared(rows):
             return rows
         return prepare_dataset(
             rows, self.pair.template_tokenizer, args, self.pair.context_length, args.needs_completions
