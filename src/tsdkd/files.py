@@ -1,12 +1,21 @@
 """Folders and files that are written: one place, one error for what the system says."""
 
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
 from .errors import OutputDirError, TSDKDError
+
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 
 
 def ensure_dir(folder: Path, field: str = "output_dir") -> None:
@@ -59,6 +68,29 @@ def wrap_os_errors(path: Path, field: str = "output_dir", action: str = "written
         raise
     except OSError as error:
         raise OutputDirError(f"{field}: {path} can't be {action}: {error.strerror or error}") from error
+
+
+def require_regular_file(path: Path) -> None:
+    """Raise `ValueError` for a folder, a pipe, a device or a socket, without opening it; `OSError` for nothing."""
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode):
+        raise ValueError(f"it is {_KINDS.get(stat.S_IFMT(mode), 'no file')}, expected a file")
+
+
+def read_small_file(path: Path, max_bytes: int) -> str:
+    """The text of a regular UTF-8 file. Raises `ValueError`, saying what is wrong with it."""
+    try:
+        require_regular_file(path)
+        with path.open("rb") as file:
+            content = file.read(max_bytes + 1)
+    except OSError as error:
+        raise ValueError(error.strerror) from error
+    if len(content) > max_bytes:
+        raise ValueError(f"it is larger than {max_bytes:,} bytes")
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError("it isn't UTF-8 text") from error
 
 
 def iter_whole_lines(path: Path, prefix: bytes = b"") -> Iterator[tuple[int, bytes]]:

@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
     from ..generate import generate_completions
     from ..run.arguments import parse_arguments  # torch from here on
 
-    flags += ["--output_dir", str(args.output_file.parent)]  # nothing is written there
+    flags.append(f"--output_dir={args.output_file.parent}")  # nothing is written there
     arguments = parse_arguments(args.config, always_on_policy(args.config, flags))
     generate_completions(arguments, args.role, args.output_file, args.num_completions, args.top_p)
     return 0

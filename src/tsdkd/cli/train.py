@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
     launch.warn_about_compile_locks()
     launch_flags = {name: value for name in _LAUNCH_FLAGS if (value := getattr(args, name)) is not None}
     for name in (n for n in _LAUNCH_CONFIG_KEYS if n in launch_flags):
-        flags += [f"--{name}", str(launch_flags[name])]
+        flags.append(f"--{name}={launch_flags[name]}")
     raw_values = {**(read_yaml(args.config) if args.config is not None else {}), **read_flags(flags, [])}
     launch_spec = resolve_launch(raw_values, launch_flags, do_train=not args.dry_run) if raw_values else None
 
@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
         if not launch_flags:
             text = f"tsdkd: starting {launch_spec.num_processes} processes, by {launch_spec.config}"
             print(text, file=sys.stderr, flush=True)
-        config_flags = ["--config", args.config] if args.config is not None else []
+        config_flags = [f"--config={args.config}"] if args.config is not None else []
         return launch.launch_processes(launch_spec.config, launch_spec.options, ["train", *config_flags, *flags])
     arguments = parse_arguments(args.config, flags)
     set_log_level(arguments.training_args.log_level)

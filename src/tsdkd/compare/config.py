@@ -8,8 +8,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from ..config.coercion import coerce, did_you_mean
-from ..config.options import AT_LEAST_ONE, declared_rules, option
+from ..config.aliases import resolve_aliases
+from ..config.coercion import coerce, did_you_mean, shorten
+from ..config.options import AT_LEAST_ONE, declared_rules, enum_value, option
 from ..errors import ConfigError
 from ..launch.processes import LaunchSpec, resolve_launch
 from ..methods import METHODS
@@ -20,6 +21,8 @@ _PRESETS_DIR = Path(str(resources.files("tsdkd").joinpath("configs/compare")))
 _RESERVED_KEYS = ("seed", "output_dir", "resume")
 REFERENCE_MODELS = ("student", "teacher")
 """Measured beside the runs, as they are."""
+_RESERVED_NAMES = (*REFERENCE_MODELS, "results", "teacher_completions")
+_MAX_RUNS = 1000
 
 
 @dataclass(frozen=True)
@@ -86,18 +89,22 @@ class Comparison:
         ]
 
     def train_flags(self, task: ComparisonTask) -> list[str]:
-        """Flags of `tsdkd train` for this task."""
+        """Flags of `tsdkd train` for this task. Raises `ConfigError`."""
+        return _to_flags(self.config, self.train_values(task))
+
+    def train_values(self, task: ComparisonTask) -> dict[str, Any]:
+        """The values that those flags have, by name. Raises `ConfigError`."""
         assert isinstance(self.runs, dict)
         reserved = {"output_dir": str(task.folder), "resume": True}
         if task.seed is not None:
             reserved["seed"] = task.seed
-        flags = _to_flags({**self.settings, **self.runs.get(task.run, {}), **reserved})
-        if self.teacher_completions and self._needs_completions(flags):
-            flags += ["--dataset_name", str(self.teacher_completions_path)]
-        return flags
+        values = {**self.settings, **self.runs.get(task.run, {}), **reserved}
+        if self.teacher_completions and self._needs_completions(values):
+            values["dataset_name"] = str(self.teacher_completions_path)
+        return values
 
-    def _needs_completions(self, flags: list[str]) -> bool:
-        run = resolve_run_values(self.config, flags)
+    def _needs_completions(self, values: Mapping[str, Any]) -> bool:
+        run = resolve_run_values(self.config, values)
         return METHODS[run.method].config_class.always_needs_completions or run.values["lmbda"] < 1
 
     def parse_arguments(self, task: ComparisonTask) -> RunArguments:
@@ -115,8 +122,8 @@ class Comparison:
         """Flags shared by all runs, with sampling enabled; used to generate the teacher's completions and to
         evaluate."""
         values = {**self.settings, "output_dir": self.output_dir}
-        method = resolve_run_values(self.config, _to_flags(values)).method
-        return _to_flags({**values, "lmbda": 1} if METHODS[method].config_class.has_lmbda else values)
+        method = resolve_run_values(self.config, values).method
+        return _to_flags(self.config, {**values, "lmbda": 1} if METHODS[method].config_class.has_lmbda else values)
 
     def generate_flags(self, is_on_gpu: bool) -> list[str]:
         """Flags of `tsdkd generate` for the teacher's completions.
@@ -159,7 +166,7 @@ def read_comparison(name: str) -> Comparison:
     problems = _unknown_keys(raw)
     hints, values = get_type_hints(Comparison), {}
     if "seeds" in raw and not isinstance(raw["seeds"], list):
-        problems.append(f"seeds: must be a list, such as [1, 2, 3], found {raw.pop('seeds')!r}")
+        problems.append(f"seeds: must be a list, such as [1, 2, 3], found {shorten(raw.pop('seeds'))}")
     for key in raw.keys() & hints.keys():
         try:
             values[key] = coerce(raw[key], hints[key])
@@ -168,7 +175,7 @@ def read_comparison(name: str) -> Comparison:
             continue
         rule = declared_rules(Comparison, key).value
         if rule and values[key] is not None and not rule[0](values[key]):
-            problems.append(f"{key}: {rule[1]}, found {values[key]!r}")
+            problems.append(f"{key}: {rule[1]}, found {shorten(values[key])}")
     problems += [
         f"{key}: missing" for key in ("config", "output_dir", "runs") if not values.get(key) and key not in raw
     ]
@@ -177,7 +184,7 @@ def read_comparison(name: str) -> Comparison:
     if isinstance(values["runs"], str):
         other = read_yaml(str(_find_comparison(values["runs"]))).get("runs")
         if not isinstance(other, dict):
-            raise ConfigError([f"runs: {values['runs']}: must have runs of its own, found {other!r}"])
+            raise ConfigError([f"runs: {values['runs']}: must have runs of its own, found {shorten(other)}"])
         values["runs"] = other
     values["runs"] = {str(name): run for name, run in values["runs"].items()}
     values["eval_dataset_name"] = resolve_path(values.get("eval_dataset_name"))
@@ -207,6 +214,8 @@ def _validate_comparison(comparison: Comparison) -> None:
     """Every run's keys, before the first one starts."""
     runs, problems = comparison.runs, []
     assert isinstance(runs, dict)
+    if len(runs) > _MAX_RUNS or len(comparison.seeds) > _MAX_RUNS:
+        raise ConfigError([f"runs, seeds: at most {_MAX_RUNS} of each, found {len(runs)} and {len(comparison.seeds)}"])
     if not runs or not comparison.seeds:
         problems.append("runs, seeds: at least one of each is needed")
     problems += _validate_seeds(comparison.seeds)
@@ -216,31 +225,33 @@ def _validate_comparison(comparison: Comparison) -> None:
         if other != task.run:
             problems.append(f"runs: {other!r} and {task.run!r} would be written into one folder; change a name")
     if comparison.baseline is not None and comparison.baseline not in runs:
-        problems.append(f"baseline: must be one of {', '.join(runs)}, found {comparison.baseline!r}")
+        problems.append(f"baseline: must be one of {', '.join(runs)}, found {shorten(comparison.baseline)}")
     problems += [
-        f"runs: {name}: the model itself is called so; choose another name"
-        for name in REFERENCE_MODELS
-        if name in runs
+        f"runs: {name}: a file or a model of the comparison is called so; choose another name"
+        for name in runs
+        if name.partition(".")[0] in _RESERVED_NAMES
     ]
     for name, values in runs.items():
         if values is None:
             values = runs[name] = {}
         if not isinstance(values, dict):
-            problems.append(f"runs: {name}: must be a mapping of keys to values, found {values!r}")
+            problems.append(f"runs: {name}: must be a mapping of keys to values, found {shorten(values)}")
             continue
         problems += [
             f"runs: {name}: {key}: the comparison sets it; remove it" for key in _RESERVED_KEYS if key in values
         ]
         if comparison.x is not None and not _is_number(values.get(comparison.x)):
             found = values.get(comparison.x, "nothing")
-            problems.append(f"runs: {name}: {comparison.x}: x says that it varies, must be a number, found {found!r}")
+            problems.append(
+                f"runs: {name}: {comparison.x}: x says that it varies, must be a number, found {shorten(found)}"
+            )
         task = ComparisonTask(name, 0, Path("unused"))
         try:
-            resolve_run_values(comparison.config, comparison.train_flags(task))
+            comparison.train_flags(task)
         except ConfigError as error:
             problems += [f"runs: {name}: {line}" for line in error.problems]
     try:
-        resolve_run_values(comparison.config, comparison.shared_flags)
+        comparison.generate_flags(is_on_gpu=False)
     except ConfigError as error:
         problems += [f"config, settings: {line}" for line in error.problems]
     if problems:
@@ -248,10 +259,10 @@ def _validate_comparison(comparison: Comparison) -> None:
 
 
 def _validate_seeds(seeds: list[Any]) -> list[str]:
-    wrong = [seed for seed in seeds if type(seed) is not int or seed < 0]
+    wrong = [seed for seed in seeds if type(seed) is not int or not 0 <= seed < 2**32]
     twice = {seed for seed in seeds if seeds.count(seed) > 1}
     return [
-        *(f"seeds: must be whole numbers of at least 0, found {seed!r}" for seed in wrong),
+        *(f"seeds: must be whole numbers of at least 0 and below 2**32, found {shorten(seed)}" for seed in wrong),
         *(f"seeds: {seed} is there twice" for seed in twice),
     ]
 
@@ -263,13 +274,28 @@ def _is_number(value: Any) -> bool:
         return False
 
 
-def _to_flags(values: Mapping[str, Any]) -> list[str]:
-    return [word for key, value in values.items() for word in _to_flag(key, value)]
+def _to_flags(config: str, values: Mapping[str, Any]) -> list[str]:
+    """Values as flags that a run reads as the same values. Raises `ConfigError`, also where no flags would be."""
+    run = resolve_run_values(config, values)
+    expected = {name: run.values.get(name, run.method) for name in resolve_aliases(values, [])}
+    flags = [word for name, value in expected.items() for word in _to_flag(name, enum_value(value))]
+    refused = [name for name, value in expected.items() if _has_flag_like_element(value)]
+    if not refused:
+        found = {"method": run.method, **resolve_run_values(config, flags).values}
+        refused = [name for name, value in expected.items() if found[name] != value]
+    if refused:
+        raise ConfigError([f"{name}: {shorten(expected[name])} can't be passed on to a run" for name in refused])
+    return flags
+
+
+def _has_flag_like_element(value: Any) -> bool:
+    """Whether argparse could take an element for an option of the command's."""
+    return isinstance(value, list) and len(value) > 1 and any(str(element).startswith("-") for element in value)
 
 
 def _to_flag(key: str, value: Any) -> list[str]:
-    if isinstance(value, dict):
-        return [f"--{key}", json.dumps(value)]
     if isinstance(value, list):
-        return [f"--{key}", *map(str, value)]
-    return [f"--{key}", "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)]
+        return [f"--{key}", *map(str, value)] if len(value) > 1 else [f"--{key}={text}" for text in map(str, value)]
+    if isinstance(value, dict):
+        return [f"--{key}={json.dumps(value)}"]
+    return [f"--{key}={'null' if value is None else str(value).lower() if isinstance(value, bool) else value}"]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..errors import PreemptedError, TSDKDError
 from ..files import ensure_dir
-from ..launch.slurm import render_job_script
+from ..launch.slurm import path_operand, render_job_script
 from .config import Comparison, ComparisonTask
 from .signals import SignalForwarder
 from .task import load_problems, read_result
@@ -46,7 +46,7 @@ def run_tasks(comparison: Comparison, name: str, jobs: int) -> None:
             return None
         start, log = time.perf_counter(), _log_path(task)
         ensure_dir(log.parent)
-        command = [sys.executable, "-m", "tsdkd", "compare", "--config", name, "--task", str(number)]
+        command = [sys.executable, "-m", "tsdkd", "compare", f"--config={name}", "--task", str(number)]
         with log.open("ab") as file:
             process = subprocess.Popen(command, stdout=file, stderr=file, env=_subprocess_env(jobs))
         running.append(process)
@@ -102,5 +102,7 @@ def _log_progress(text: str) -> None:
 
 def build_array_script(comparison: Comparison, name: str, **settings: object) -> str:
     """An sbatch script with a job for every task. Raises `ConfigError`."""
-    variables = {"last": len(comparison.tasks) - 1, "config": shlex.quote(name)}
-    return render_job_script("compare/slurm.sh.j2", comparison.folder, settings, [name], **variables)
+    variables = {"last": len(comparison.tasks) - 1, "config": shlex.quote(path_operand(name))}
+    return render_job_script(
+        "compare/slurm.sh.j2", comparison.folder, settings, [name, str(comparison.folder)], **variables
+    )

@@ -125,8 +125,8 @@ def _generate_in_subprocess(comparison: Comparison, output: Path, lock: TextIO) 
     """Run `tsdkd generate`, whose end gives back all of the GPU's memory. If it outlives this process, it keeps the
     lock."""
     on_gpu = comparison.parse_shared_arguments().training_args.device.type == "cuda"
-    command = [sys.executable, "-m", "tsdkd", "generate", "--config", comparison.config]
-    command += [*comparison.generate_flags(on_gpu), "--output_file", str(output)]
+    command = [sys.executable, "-m", "tsdkd", "generate", f"--config={comparison.config}"]
+    command += [*comparison.generate_flags(on_gpu), f"--output_file={output}"]
     with subprocess.Popen(command, pass_fds=[lock.fileno()]) as process, SignalForwarder([process]):
         code = process.wait()
     if -code in FORWARDED_SIGNALS:
@@ -168,7 +168,7 @@ def _preserve_environ() -> Iterator[None]:
 
 
 def _launch_training(comparison: Comparison, task: ComparisonTask, launch_spec: LaunchSpec) -> None:
-    command = ["train", "--config", comparison.config, *comparison.train_flags(task)]
+    command = ["train", f"--config={comparison.config}", *comparison.train_flags(task)]
     exit_code = launch_processes(launch_spec.config, launch_spec.options, command)
     if exit_code:
         raise SystemExit(exit_code)  # its processes have printed why

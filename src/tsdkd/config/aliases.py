@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from .coercion import shorten
+
 ALIASES = {
     "max_new_tokens": "max_completion_length",  # GKDConfig's name; TRL's other trainers have ours
     "activation_checkpointing": "gradient_checkpointing",  # transformers' name since 5.24; before, only the other
@@ -34,7 +36,8 @@ def resolve_aliases(values: Mapping[str, Any], problems: list[str]) -> dict[str,
 
 def describe_alias_conflict(alias: str, value: Any, alias_value: Any) -> str:
     """Both names of an option, with different values."""
-    return f"{ALIASES[alias]}, {alias}: two names of one option, found {value!r} and {alias_value!r}; remove one"
+    found = f"{shorten(value)} and {shorten(alias_value)}"
+    return f"{ALIASES[alias]}, {alias}: two names of one option, found {found}; remove one"
 
 
 def rename_deprecated(values: Mapping[str, Any]) -> dict[str, Any]:

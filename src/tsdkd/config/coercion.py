@@ -6,16 +6,26 @@ refuses flags' strings, and each of these messages would still be a validator of
 
 import difflib
 import json
+import math
 import types
 from collections.abc import Iterable, Sequence
 from enum import Enum
 from typing import Any, Literal, Union, get_args, get_origin
 
+_MAX_SHOWN = 200  # characters of a value in a message
+_MAX_DEPTH = 50  # levels of a mapping or a list
+
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """ ", did you mean ...?" where something known is close to `word`, else nothing."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    close = difflib.get_close_matches(word[:100], list(known), n=1, cutoff=0.6)
     return f", did you mean {close[0]!r}?" if close else ""
+
+
+def shorten(value: Any) -> str:
+    """A value as a message shows it: a stranger's may be long."""
+    text = repr(value)
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}…"
 
 
 def coerce(value: Any, hint: Any) -> Any:
@@ -38,14 +48,16 @@ def coerce(value: Any, hint: Any) -> Any:
         if optional:
             return None
         raise ValueError(f"expected {_describe_types(type_hints)}, found nothing")
-    errors = []
+    errors: list[str] = []
     for type_hint in sorted(type_hints, key=_specificity):
+        if type_hint is str and any(errors):
+            break  # it was meant to be another type
         try:
             return _coerce_one(value, type_hint)
         except ValueError as error:
             errors.append(str(error))
     chosen = next((e for e in errors if e), None)
-    raise ValueError(chosen or f"expected {_describe_types(type_hints)}, found {value!r}")
+    raise ValueError(chosen or f"expected {_describe_types(type_hints)}, found {shorten(value)}")
 
 
 def _specificity(type_hint: Any) -> int:
@@ -79,7 +91,7 @@ def _match_choice(value: Any, choices: list[Any]) -> Any:
     if value in choices:
         return value
     names = [str(choice) for choice in choices]
-    raise ValueError(f"must be one of {', '.join(names)}, found {value!r}{did_you_mean(str(value), names)}")
+    raise ValueError(f"must be one of {', '.join(names)}, found {shorten(value)}{did_you_mean(str(value), names)}")
 
 
 def _to_bool(value: Any) -> bool:
@@ -91,7 +103,10 @@ def _to_bool(value: Any) -> bool:
 
 
 def _to_int(value: Any) -> int:
-    return int(_to_number(value, int))
+    number = int(_to_number(value, int))
+    if abs(number) >= 2**63:
+        raise ValueError("expected a whole number of at most 64 bits, found a longer one")
+    return number
 
 
 def _to_float(value: Any) -> float:
@@ -103,7 +118,7 @@ def _to_number(value: Any, kind: type[int] | type[float]) -> float:
         raise ValueError("")
     try:
         return kind(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise ValueError("") from None
 
 
@@ -116,12 +131,42 @@ def _to_str(value: Any) -> str:
 def _to_dict(value: Any) -> dict[str, Any]:
     if isinstance(value, str) and value.lstrip().startswith("{"):
         try:
-            value = json.loads(value)
+            value = json.loads(value, object_pairs_hook=_unique_keys)
         except json.JSONDecodeError as error:
-            raise ValueError(f"is not valid JSON ({error.msg}), found {value!r}") from None
+            raise ValueError(f"is not valid JSON ({error.msg}), found {shorten(value)}") from None
+        except RecursionError:
+            raise ValueError(f"has more than {_MAX_DEPTH} levels") from None
     if not isinstance(value, dict):
         raise ValueError("")
     return value
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError("has a key twice")
+    return values
+
+
+def is_plain_text(text: str) -> bool:
+    """Whether a file, a path and a terminal can hold a text: no NUL, no surrogate."""
+    return not any(c == "\0" or "\ud800" <= c <= "\udfff" for c in text)
+
+
+def explain_unusual(value: Any, level: int = 1) -> str | None:
+    """What a text, a mapping or a list of a configuration holds that no file can, or that is nested too deeply."""
+    if isinstance(value, str) and not is_plain_text(value):
+        return f"must be text without \\0 and halves of characters, found {shorten(value)}"
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"must hold finite numbers, found {value}"
+    if isinstance(value, int) and abs(value) >= 2**63:
+        return "must hold numbers of at most 64 bits"
+    if not isinstance(value, (dict, list)):
+        return None
+    if level > _MAX_DEPTH:
+        return f"has more than {_MAX_DEPTH} levels"
+    elements = [part for pair in value.items() for part in pair] if isinstance(value, dict) else value
+    return next((problem for element in elements if (problem := explain_unusual(element, level + 1))), None)
 
 
 def _to_list(value: Any) -> list[Any]:

@@ -6,12 +6,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..errors import ConfigError
+from .coercion import coerce, shorten
 from .options import AT_LEAST_ONE, option
+from .yaml_file import load_yaml
 
 _CONFIGS = resources.files("tsdkd").joinpath("configs/accelerate")
+_COUNTS = {"num_processes": 1, "num_machines": 1, "machine_rank": 0, "main_process_port": 0}  # name -> least
 LAUNCHED = "TSDKD_LAUNCHED"  # in the environment of the processes that are started here: how many they are
 
 
@@ -49,9 +50,29 @@ def read_launch_config(config: str | None) -> dict[str, Any]:
         return {}
     path = find_launch_config(config)
     try:
-        return dict(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
-        raise ConfigError([f"accelerate_config: {path} can't be read: {' '.join(str(error).split())}"]) from error
+        values = load_yaml(path)
+    except ValueError as error:
+        raise ConfigError([f"accelerate_config: {path} can't be read: {error}"]) from error
+    if not isinstance(values, dict):
+        raise ConfigError([f"accelerate_config: {path} must hold a mapping, found {type(values).__name__}"])
+    return values | _coerce_counts(path, values)
+
+
+def _coerce_counts(path: Path, values: Mapping[str, Any]) -> dict[str, int]:
+    counts, problems = {}, []
+    for name, least in _COUNTS.items():
+        if values.get(name) is None:
+            continue
+        try:
+            counts[name] = coerce(values[name], int)
+        except ValueError:
+            counts[name] = -1
+        if counts[name] < least:
+            expected = f"a whole number of at least {least}"
+            problems.append(f"accelerate_config: {path}: {name} must be {expected}, found {shorten(values[name])}")
+    if problems:
+        raise ConfigError(problems)
+    return counts
 
 
 def launch_num_processes(config: str, options: Mapping[str, Any]) -> int:

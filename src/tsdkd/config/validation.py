@@ -10,6 +10,7 @@ from dataclasses import fields
 from typing import Any
 
 from .aliases import ALIASES
+from .coercion import shorten
 from .inherited import CONFLICTS, INHERITED_RULES, UNSUPPORTED_OPTIONS
 from .options import Rules, declared_rules, get_default, is_option
 
@@ -34,7 +35,7 @@ def validate_options(cls: Any, values: Mapping[str, Any]) -> list[str]:
     """All problems of a configuration's values: range, support, contradiction. Values are already of their types."""
     rules = get_rules(cls)
     problems = [
-        f"{name}: {text}, found {values[name]!r}"
+        f"{name}: {text}, found {shorten(values[name])}"
         for name in sorted(rules.keys() & values.keys())
         if (text := _explain_value(rules[name], values[name]))
     ]
@@ -49,7 +50,7 @@ def validate_options(cls: Any, values: Mapping[str, Any]) -> list[str]:
             problems.append(f"{name}: no option of {cls.method}: {unsupported_options[name]}; remove it")
         elif no_effect and no_effect[0](values):
             remedy = "" if ";" in no_effect[1] else "; remove it"
-            problems.append(f"{name}: {values[name]!r} has no effect because {no_effect[1]}{remedy}")
+            problems.append(f"{name}: {shorten(values[name])} has no effect because {no_effect[1]}{remedy}")
     for names, is_violated, text in (*CONFLICTS, *getattr(cls, "conflicts", ())):
         if rules.keys() >= set(names) and is_violated(values):
             problems.append(f"{', '.join(names)}: {text}")
@@ -60,4 +61,4 @@ def _explain_value(rules: Rules, value: Any) -> str | None:
     """Explain why a single value is invalid, or return None."""
     if value is not None and rules.value and not rules.value[0](value):
         return rules.value[1]
-    return "must be finite" if isinstance(value, float) and not math.isfinite(value) and rules.value else None
+    return "must be finite" if isinstance(value, float) and not math.isfinite(value) else None

@@ -37,8 +37,8 @@ def launch_processes(config: str, options: dict[str, Any], command: Sequence[str
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    flags = ["--config_file", str(find_launch_config(config))]
-    flags += [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    flags = [f"--config_file={find_launch_config(config)}"]
+    flags += [f"--{name}={value}" for name, value in options.items()]
     arguments = launch_command_parser().parse_args([*flags, "-m", "tsdkd", *command])
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # seconds to save in, after a SIGTERM
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes say it themselves

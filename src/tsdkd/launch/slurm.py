@@ -10,12 +10,13 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from ..checkpointing.preemption import PREEMPTED_FILE
+from ..config.coercion import is_plain_text, shorten
 from ..config.launch import find_launch_config
 from ..errors import ConfigError
 from ..run.arguments import resolve_run_values
 from ..run.config_file import read_flags
 
-_TIME_LIMIT = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
+_TIME_LIMIT = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", re.ASCII)
 
 
 def build_sbatch_script(
@@ -44,13 +45,21 @@ def build_sbatch_script(
     if "num_processes" in read_flags(flags, []):
         raise ConfigError(["--num_processes: the script starts a process on each GPU; set --gpus_per_node"])
     folder = Path(str(values["output_dir"]))
+    launch_config = accelerate_config or values["accelerate_config"] or "zero2"
     own = {
-        "marker": shlex.quote(str(folder / PREEMPTED_FILE)),
-        "command": shlex.join(["train", *(["--config", config] if config else []), *flags]),
-        "accelerate_config": shlex.quote(accelerate_config or values["accelerate_config"] or "zero2"),
+        "marker": shlex.quote(path_operand(str(folder / PREEMPTED_FILE))),
+        "command": shlex.join(["train", *(["--config", path_operand(config)] if config else []), *flags]),
+        "accelerate_config": shlex.quote(path_operand(launch_config)),
         "written_by": shlex.join(command_line),
     }
-    return render_job_script("launch/slurm.sh.j2", folder, settings, command_line, **own)
+    return render_job_script(
+        "launch/slurm.sh.j2", folder, settings, [*command_line, str(folder), launch_config], **own
+    )
+
+
+def path_operand(name: str) -> str:
+    """A file's name that no command takes for an option."""
+    return f"./{name}" if name.startswith("-") else name
 
 
 def render_job_script(
@@ -62,7 +71,7 @@ def render_job_script(
         template: its file.
         folder: where the jobs write.
         settings: time, signal_seconds, partition, account, and what else the template names.
-        words: of the command, which all end in the script.
+        words: of the command and of its configuration, which all end in the script.
         own: the same, checked and quoted by the caller.
 
     Raises:
@@ -79,9 +88,13 @@ def render_job_script(
 
 def _validate_settings(settings: Mapping[str, Any], words: Sequence[str]) -> list[str]:
     """Problems with values that SLURM or the shell would misread."""
-    problems = [f"{word!r}: has a line break, which a script can't hold" for word in words if "\n" in word]
+    problems = [
+        f"{shorten(word)}: has a line break, or isn't text, which a script can't hold"
+        for word in words
+        if "\n" in word or "\r" in word or not is_plain_text(word)
+    ]
     for name in ("partition", "account"):
-        if not re.fullmatch(r"[\w.,@-]*", settings[name]):
+        if not re.fullmatch(r"[\w.,@-]*", settings[name], re.ASCII):
             problems.append(f"{name}: must be letters, digits, and . , @ - _, found {settings[name]!r}")
     seconds = _parse_time_limit(settings["time"])
     if seconds is None:

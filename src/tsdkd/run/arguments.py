@@ -14,7 +14,7 @@ from trl import ModelConfig
 
 from ..config.aliases import ALIASES, RENAMED, resolve_aliases
 from ..config.base import DataArguments, TokenSelectiveConfig
-from ..config.coercion import coerce, did_you_mean
+from ..config.coercion import coerce, did_you_mean, explain_unusual, shorten
 from ..config.launch import LaunchArguments
 from ..config.options import get_default
 from ..config.validation import get_rules, validate_options
@@ -24,6 +24,7 @@ from .config_file import read_flags, read_yaml, resolve_path
 
 logger = logging.getLogger(__name__)
 
+_MAX_UNKNOWN = 50  # keys that are each explained: what is meant takes time to find
 _PATH_KEYS = ("model_name_or_path", "teacher_model_name_or_path", "dataset_name", "eval_dataset_name")
 
 
@@ -104,20 +105,25 @@ def parse_args_and_config(config: str | None, flags: Sequence[str], do_train: bo
     return arguments
 
 
-def resolve_run_values(config: str | None, flags: Sequence[str]) -> RunValues:
+def resolve_run_values(config: str | None, flags: Sequence[str] | Mapping[str, Any]) -> RunValues:
     """The values of a run, checked as far as they can be without this machine.
+
+    Args:
+        config: the run's file.
+        flags: what overrides it: as the command line has it, or values by name.
 
     Raises:
         ConfigError: with every problem found, one line each.
     """
     problems: list[str] = []
     from_file = resolve_aliases(read_yaml(config) if config is not None else {}, problems)
-    from_flags = resolve_aliases(read_flags(flags, problems), problems)
+    overriding = flags if isinstance(flags, Mapping) else read_flags(flags, problems)
+    from_flags = resolve_aliases(overriding, problems)
     explicit_values = {**from_file, **from_flags}
     method = explicit_values.pop("method", "tsd-kd")
     if not isinstance(method, str) or method not in METHODS:
         problems.append(
-            f"method: must be one of {', '.join(METHODS)}, found {method!r}{did_you_mean(str(method), METHODS)}"
+            f"method: must be one of {', '.join(METHODS)}, found {shorten(method)}{did_you_mean(str(method), METHODS)}"
         )
         raise ConfigError(problems)
     notes = _drop_options_of_other_methods(explicit_values, method, from_file, from_flags)
@@ -141,12 +147,17 @@ def _coerce_values(explicit_values: dict[str, Any], values: dict[str, Any], meth
     for cls in (LaunchArguments, DataArguments, ModelConfig, METHODS[method].config_class):
         hints |= typing.get_type_hints(cls)
     problems = []
-    for key, raw in explicit_values.items():
-        if key not in values:
-            problems.append(_explain_unknown_key(key, method, [name for name in values if name not in ALIASES]))
-            continue
+    known = [name for name in values if name not in ALIASES]
+    unknown = [key for key in explicit_values if key not in values]
+    problems += [_explain_unknown_key(key, method, known) for key in unknown[:_MAX_UNKNOWN]]
+    if len(unknown) > _MAX_UNKNOWN:
+        problems.append(f"{len(unknown) - _MAX_UNKNOWN} more unknown keys")
+    for key in [key for key in explicit_values if key in values]:
+        raw = explicit_values[key]
         try:
             value = coerce(resolve_path(raw) if key in _PATH_KEYS else raw, hints[key])
+            if isinstance(value, (dict, list, str)) and (problem := explain_unusual(value)):
+                raise ValueError(problem)
         except ValueError as error:
             problems.append(f"{key}: {error}")
             continue

@@ -5,9 +5,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..config.coercion import did_you_mean
+from ..config.yaml_file import load_yaml
 from ..errors import ConfigError
 from .presets import find_preset, preset_names
 
@@ -16,7 +15,7 @@ def read_yaml(config: str) -> dict[str, Any]:
     """The flat mapping in a YAML file.
 
     Raises:
-        ConfigError: missing, unreadable, not YAML, not a mapping, or a key twice.
+        ConfigError: missing, not a mapping, or what `load_yaml` refuses.
     """
     try:
         path = Path(config) if Path(config).exists() else find_preset(config)
@@ -25,35 +24,17 @@ def read_yaml(config: str) -> dict[str, Any]:
             raise ConfigError(
                 [f"--config: no file and no shipped preset is called {config!r}{hint}; see `tsdkd configs`"]
             )
-        loaded = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
-    except OSError as error:
+        loaded = load_yaml(path)
+    except OSError as error:  # a name that no file can have
         raise ConfigError([f"--config: {config} can't be read: {error.strerror}"]) from error
-    except UnicodeDecodeError as error:
-        raise ConfigError([f"--config: {config} can't be read: it isn't UTF-8 text"]) from error
-    except (yaml.YAMLError, ValueError, TypeError) as error:
+    except ValueError as error:
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError([f"--config: {config} is not valid YAML: {' '.join(str(error).split())}"]) from error
+        raise ConfigError([f"--config: {config} can't be read: {error}"]) from error
     if not isinstance(loaded, dict):
         found = "an empty file" if loaded is None else f"a {type(loaded).__name__}"
         raise ConfigError([f"--config: {config} must hold a mapping of keys to values, found {found}"])
-    return {str(key): value for key, value in loaded.items()}
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """A key given twice is an error: YAML's silent last-one-wins has cost people runs."""
-
-
-def _construct_unique_mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    seen = set()
-    for key_node, _ in node.value:
-        if key_node.value in seen:
-            raise yaml.YAMLError(f"key {key_node.value!r} is given twice, line {key_node.start_mark.line + 1}")
-        seen.add(key_node.value)
-    return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
-
-
-_UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _construct_unique_mapping)
+    return loaded
 
 
 def read_flags(flags: Sequence[str], problems: list[str]) -> dict[str, Any]:

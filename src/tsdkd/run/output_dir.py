@@ -14,6 +14,7 @@ from ..config.base import DataArguments
 from ..config.logs import get_logger
 from ..config.options import enum_value, get_default
 from ..config.validation import declared_fields
+from ..config.yaml_file import load_yaml
 from ..errors import DataError, OutputDirError, ResumeError
 from ..files import require_dir_path, write_atomically
 from ..methods import METHODS
@@ -134,9 +135,12 @@ def read_run_config(folder: Path) -> dict[str, Any]:
     """The resolved configuration of the run in a folder, by today's names. Raises `DataError`."""
     path = folder / RUN_CONFIG_NAME
     try:
-        return rename_deprecated(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
-        raise DataError(f"{path} can't be read: {' '.join(str(error).split())[:200]}") from error
+        values = load_yaml(path)
+    except ValueError as error:
+        raise DataError(f"{path} can't be read: {error}") from error
+    if not isinstance(values, dict):
+        raise DataError(f"{path} must hold a mapping, found {type(values).__name__}")
+    return rename_deprecated(values)
 
 
 def build_run_config(arguments: RunArguments) -> dict[str, Any]:
