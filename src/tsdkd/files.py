@@ -1,14 +1,18 @@
 """Folders and files that are written: one place, one error for what the system says."""
 
+import errno
+import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from io import FileIO
 from pathlib import Path
-from typing import TextIO
 
 from .errors import OutputDirError, TSDKDError
 
+_MAX_LINE = 2**26  # bytes
 _KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a pipe",
@@ -25,12 +29,29 @@ def ensure_dir(folder: Path, field: str = "output_dir") -> None:
 
 
 @contextmanager
-def open_for_append(path: Path, field: str = "output_dir") -> Iterator[TextIO]:
-    """A text file to append to; its folder is made. Raises `OutputDirError`, also for what fails while it is open."""
+def open_for_append(path: Path, field: str = "output_dir") -> Iterator[Callable[[str], None]]:
+    """A function that appends a text to a file, wholly or not at all; the folder is made.
+
+    Raises:
+        OutputDirError: it is no regular file, or can't be written; also for what fails while it is open.
+    """
     with wrap_os_errors(path, field, "written"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            yield file
+        try:
+            if path.exists():
+                require_regular_file(path)
+        except ValueError as error:
+            raise OutputDirError(f"{field}: {path} can't be written: {error}") from error
+        with path.open("ab", buffering=0) as file:
+            yield partial(_append, file)
+
+
+def _append(file: FileIO, text: str) -> None:
+    """In one system call, which a signal can't split. A full disk can: then what it took is given back."""
+    content, end = text.encode(), file.seek(0, os.SEEK_END)
+    if file.write(content) < len(content):
+        file.truncate(end)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @contextmanager
@@ -93,25 +114,45 @@ def read_small_file(path: Path, max_bytes: int) -> str:
         raise ValueError("it isn't UTF-8 text") from error
 
 
-def iter_whole_lines(path: Path, prefix: bytes = b"") -> Iterator[tuple[int, bytes]]:
-    """The lines of a file that is only ever appended to, with their numbers from 1.
+def iter_whole_lines(path: Path, prefix: bytes, field: str = "output_dir") -> Iterator[tuple[int, bytes]]:
+    """The lines of a JSONL file that is only ever appended to, with their numbers from 1.
 
-    A last line without its end was cut off in the middle of a write. It isn't yielded, and once all others have been
-    taken, it is removed from the file; a caller that refuses the file before has changed nothing.
+    The caller refuses lines that aren't its own, before anything is changed. Only when it has taken all of them, and
+    at least one, a last line that was cut off in a write is removed; one that lacks only its end gets it.
 
     Args:
         path: the file.
         prefix: how each line begins. Only a last line that begins so can have been cut off; another one is yielded.
+        field: the field that names the file.
+
+    Raises:
+        OutputDirError: it has a single line, cut off: nothing says whose it is.
     """
     size = 0
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n") and line.startswith(prefix[: len(line)]):
+        for number, line in enumerate(iter(lambda: file.readline(_MAX_LINE), b""), 1):
+            if len(line) < _MAX_LINE and not line.endswith(b"\n") and line.startswith(prefix[: len(line)]):
                 break
             yield number, line
             size += len(line)
-    if size < path.stat().st_size:
+        else:
+            return
+    if _is_json(line):
+        yield number, line
+        with path.open("ab") as file:
+            file.write(b"\n")
+    elif number == 1:
+        raise OutputDirError(f"{field}: {path} has nothing but a line that was cut off; remove it, or choose another")
+    else:
         os.truncate(path, size)
+
+
+def _is_json(text: bytes) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def require_dir_path(folder: Path) -> None:

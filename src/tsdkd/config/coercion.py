@@ -24,7 +24,10 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 def shorten(value: Any) -> str:
     """A value as a message shows it: a stranger's may be long."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except RecursionError:
+        text = f"a {type(value).__name__} of many levels"
     return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}…"
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ..config.coercion import shorten
 from ..errors import OutputDirError
 from ..files import iter_whole_lines, open_for_append, wrap_os_errors
 
@@ -45,14 +46,15 @@ class ItemResults:
         self.results: dict[tuple[str, int], ItemResult] = {}
         with wrap_os_errors(path):
             if path.exists():
-                self._load()
+                with open_for_append(path):  # a file that can be added to
+                    self._load()
 
     def add(self, items: Iterable[ItemResult]) -> None:
         """Append those that aren't there. Raises `OutputDirError`."""
         new = [item for item in items if (item.task, item.doc_id) not in self.results]
         lines = [json.dumps(asdict(item) | self.metadata, ensure_ascii=False) + "\n" for item in new]
-        with open_for_append(self.path) as file:
-            file.write("".join(lines))
+        with open_for_append(self.path) as append:
+            append("".join(lines))
         self.results |= {(item.task, item.doc_id): item for item in new}
 
     def stack_scores(self, items: Iterable[tuple[str, int]]) -> np.ndarray:
@@ -60,13 +62,13 @@ class ItemResults:
         return np.array([self.results[key].scores for key in items])
 
     def _load(self) -> None:
-        for number, line in iter_whole_lines(self.path):
+        for number, line in iter_whole_lines(self.path, prefix=b'{"task": '):
             try:
                 row = json.loads(line)
                 item = ItemResult(**{name: row[name] for name in ("task", "doc_id", "scores", "responses")})
                 metadata = {name: row[name] for name in self.metadata}
-                is_damaged = len(item.scores) != row["samples"] or not all(0 <= score <= 1 for score in item.scores)
-            except (ValueError, KeyError, TypeError):
+                is_damaged = not _is_item(item) or len(item.scores) != row["samples"]
+            except (ValueError, KeyError, TypeError, RecursionError):
                 is_damaged = True
             if is_damaged:
                 raise OutputDirError(
@@ -74,10 +76,22 @@ class ItemResults:
                     "its items are evaluated again"
                 )
             changes = [
-                f"{k} was {metadata[k]!r}, now {now!r}" for k, now in self.metadata.items() if metadata[k] != now
+                f"{k} was {shorten(metadata[k])}, now {shorten(now)}"
+                for k, now in self.metadata.items()
+                if metadata[k] != now
             ]
             if changes:
                 raise OutputDirError(
                     f"output_dir: {self.path} has other items: {', '.join(changes)}; choose another directory"
                 )
             self.results[item.task, item.doc_id] = item
+
+
+def _is_item(item: ItemResult) -> bool:
+    """Whether the values of a line are of their types and ranges."""
+    is_key = isinstance(item.task, str) and type(item.doc_id) is int and item.doc_id >= 0
+    return (
+        is_key
+        and all(type(score) in (int, float) and 0 <= score <= 1 for score in item.scores)
+        and all(isinstance(response, str) for response in item.responses)
+    )

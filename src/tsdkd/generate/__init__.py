@@ -3,6 +3,7 @@ runs (`lmbda: 0`) and sequence-level distillation."""
 
 import json
 import logging
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,16 +14,17 @@ import torch
 from datasets import Dataset
 from transformers import PretrainedConfig
 
-from .config.base import TokenSelectiveConfig
-from .data import prepare_dataset, resolve_columns, split_prompt_completion
-from .errors import ConfigError, OutputDirError
-from .files import iter_whole_lines, open_for_append
-from .models.loading import ModelPair, Role, get_revision, load_frozen_model, resolve_pair
-from .rollout.base import Completion, SamplingConfig, SeedKey
-from .rollout.seeding import prompt_generator, prompt_seed
-from .rollout.vllm import require_vllm
-from .run.arguments import RunArguments
-from .run.build import load_datasets, set_model_init_kwargs
+from ..config.base import TokenSelectiveConfig
+from ..data import prepare_dataset, resolve_columns, split_prompt_completion
+from ..errors import ConfigError
+from ..files import open_for_append
+from ..models.loading import ModelPair, Role, get_revision, load_frozen_model, resolve_pair
+from ..rollout.base import Completion, SamplingConfig, SeedKey
+from ..rollout.seeding import prompt_generator, prompt_seed
+from ..rollout.vllm import require_vllm
+from ..run.arguments import RunArguments
+from ..run.build import load_datasets, set_model_init_kwargs
+from .rows import SHARED_OPTIONS, output_columns, read_finished, to_json_value
 
 logger = logging.getLogger(__name__)
 _MODEL_FIELDS = {"teacher": "teacher_model_name_or_path", "student": "model_name_or_path"}
@@ -59,12 +61,11 @@ class GenerationSetup:
     @property
     def metadata(self) -> dict[str, Any]:
         """The metadata that all rows of an output file share."""
-        names = ("seed", "temperature", "top_p", "max_new_tokens", "prompt_suffix")
         return {
             "model": self.model_name_or_path,
             "revision": get_revision(self.model_name_or_path, self.config),
             "engine": "vllm" if self.args.use_vllm else "transformers",
-            **{name: getattr(self.args, name) for name in names},
+            **{name: getattr(self.args, name) for name in SHARED_OPTIONS},
         }
 
     @property
@@ -76,8 +77,8 @@ class GenerationSetup:
 
     @property
     def output_columns(self) -> tuple[str, str]:
-        """Names of the output's columns of prompt and completion, as the run will look for them."""
-        return self.args.prompt_column or "prompt", self.args.completion_column or "completion"
+        """Names of the output's columns of prompt and completion."""
+        return output_columns(self.args)
 
     def get_prompt(self, index: int) -> Any:
         """The prompt of a row of the data set, as it stands there."""
@@ -126,7 +127,7 @@ def generate_completions(
         _append_completions(setup, output, num_completions)
     finally:
         if is_new and output.exists() and output.stat().st_size == 0:
-            output.unlink()  # nothing was generated
+            os.unlink(os.path.realpath(output))  # nothing was generated
 
 
 def engine_memory_utilization(arguments: RunArguments, device: torch.device) -> float:
@@ -138,7 +139,7 @@ def engine_memory_utilization(arguments: RunArguments, device: torch.device) -> 
 
 def _append_completions(setup: GenerationSetup, output: Path, num_completions: int) -> None:
     with open_for_append(output, "output_file"):
-        done = _read_finished(output, setup)
+        done = read_finished(output, setup.output_columns[0], setup.metadata, len(setup.dataset), setup.get_prompt)
     requests = [
         GenerationRequest(
             row["index"], sample, row["prompt_ids"], row["limit"], (setup.args.seed, sample, row["index"])
@@ -155,11 +156,10 @@ def _append_completions(setup: GenerationSetup, output: Path, num_completions: i
     metadata = setup.metadata
     generate = _generate_with_vllm if setup.args.use_vllm else _generate_with_transformers
     completions = generate(setup, requests)
-    with open_for_append(output, "output_file") as file:
+    with open_for_append(output, "output_file") as append:
         for position, completion in _with_progress(completions, len(requests)):
             row = _build_row(setup, requests[position], completion) | metadata
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            file.flush()
+            append(json.dumps(row, ensure_ascii=False, default=str) + "\n")
 
 
 def _prepare_setup(arguments: RunArguments, role: Role) -> GenerationSetup:
@@ -171,6 +171,7 @@ def _prepare_setup(arguments: RunArguments, role: Role) -> GenerationSetup:
     if args.use_vllm:
         require_vllm()
         args.vllm_gpu_memory_utilization = engine_memory_utilization(arguments, args.device)
+    output_columns(args)  # raises before anything is loaded
     dataset, _ = load_datasets(arguments.data_args, args)
     set_model_init_kwargs(arguments)
     student, teacher = str(arguments.model_args.model_name_or_path), str(args.teacher_model_name_or_path)
@@ -194,7 +195,7 @@ def _build_row(setup: GenerationSetup, request: GenerationRequest, completion: C
     return {
         prompt_column: setup.get_prompt(request.index),
         completion_column: setup.pair.tokenizer.decode(completion.ids, skip_special_tokens=True),
-        **({"answer": source_row["answer"]} if "answer" in source_row else {}),
+        **({"answer": to_json_value(source_row["answer"])} if "answer" in source_row else {}),
         "index": request.index,
         "sample": request.sample,
         "num_tokens": len(completion.ids),
@@ -202,37 +203,16 @@ def _build_row(setup: GenerationSetup, request: GenerationRequest, completion: C
     }
 
 
-def _read_finished(output: Path, setup: GenerationSetup) -> set[tuple[int, int]]:
-    """(index, sample) of the rows that are there; a last line that was cut off is removed."""
-    done, metadata, (prompt_column, _) = set(), setup.metadata, setup.output_columns
-    for number, line in iter_whole_lines(output, prefix=f'{{"{prompt_column}": '.encode()):
-        try:
-            row = json.loads(line)
-            key = (row["index"], row["sample"])
-            found = {name: row[name] for name in metadata} | {"prompt": row[prompt_column]}
-            expected = metadata | {"prompt": setup.get_prompt(row["index"])}
-        except (ValueError, KeyError, TypeError, IndexError) as error:
-            raise OutputDirError(f"output_file: line {number} of {output} isn't from tsdkd generate") from error
-        for name, value in expected.items():
-            if found[name] != value:
-                raise OutputDirError(
-                    f"output_file: {output} has other rows: {name} was {repr(found[name])[:80]}, now "
-                    f"{repr(value)[:80]}; choose another file"
-                )
-        done.add(key)
-    return done
-
-
 def _generate_with_vllm(setup: GenerationSetup, requests: list[GenerationRequest]) -> Iterator[tuple[int, Completion]]:
     """Position and completion of each request, in the order in which they are finished."""
-    from .rollout.vllm.colocate import iter_completions, shared_sampling_params, start_engine  # vLLM is an extra
+    from ..rollout.vllm.colocate import iter_completions, shared_sampling_params, start_engine  # vLLM is an extra
 
     bodies: list[dict[str, Any]] = [
         {"prompt": r.prompt_ids, "max_tokens": r.max_new_tokens, "seed": prompt_seed(*r.seed_key)} for r in requests
     ]
     longest = max(len(r.prompt_ids) + r.max_new_tokens for r in requests)
     if setup.args.vllm_mode == "server":
-        from .rollout.vllm.server import connect_to_server
+        from ..rollout.vllm.server import connect_to_server
 
         parameters = shared_sampling_params(setup.sampling, setup.config.get_text_config().vocab_size)
         client = connect_to_server(setup.args, longest, setup.model_name_or_path)
@@ -245,7 +225,7 @@ def _generate_with_transformers(
     setup: GenerationSetup, requests: list[GenerationRequest]
 ) -> Iterator[tuple[int, Completion]]:
     """Yield positions and completions, as `_generate_with_vllm` does."""
-    from .rollout.hf import sample_completions
+    from ..rollout.hf import sample_completions
 
     field, size = _MODEL_FIELDS[setup.role], setup.args.per_device_eval_batch_size
     model = load_frozen_model(setup.model_name_or_path, setup.args, field, setup.args.device).eval()

@@ -1,0 +1,81 @@
+"""Rows of the output file: which names their columns have, and which rows are there already."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..config.base import TokenSelectiveConfig
+from ..config.coercion import shorten
+from ..errors import ConfigError, OutputDirError
+from ..files import iter_whole_lines
+
+SHARED_OPTIONS = ("seed", "temperature", "top_p", "max_new_tokens", "prompt_suffix")
+"""Options of the run that are in every row."""
+_OTHER_COLUMNS = {"answer", "index", "sample", "num_tokens", "finish_reason", "model", "revision", "engine"}
+
+
+def output_columns(args: TokenSelectiveConfig) -> tuple[str, str]:
+    """Columns of prompt and completion, as the run will look for them. Raises `ConfigError` for other columns' names."""
+    columns = {
+        "prompt_column": args.prompt_column or "prompt",
+        "completion_column": args.completion_column or "completion",
+    }
+    problems = [
+        f"{field}: {name!r} is a column of the output with another content; rename it in the data set"
+        for field, name in columns.items()
+        if name in {*_OTHER_COLUMNS, *SHARED_OPTIONS} or (list(columns.values()).count(name) > 1)
+    ]
+    if problems:
+        raise ConfigError(problems)
+    return columns["prompt_column"], columns["completion_column"]
+
+
+def read_finished(
+    output: Path, prompt_column: str, metadata: dict[str, Any], num_prompts: int, get_prompt: Callable[[int], Any]
+) -> set[tuple[int, int]]:
+    """(index, sample) of the rows that are there; a last line that was cut off is removed.
+
+    Args:
+        output: the file.
+        prompt_column: the rows' column of the prompt.
+        metadata: what all rows share.
+        num_prompts, get_prompt: of the data set; the prompt of its row.
+
+    Raises:
+        OutputDirError: the file has other rows, and is unchanged.
+    """
+    done, prefix = set(), f"{{{json.dumps(prompt_column, ensure_ascii=False)}: ".encode()
+    for number, line in iter_whole_lines(output, prefix, "output_file"):
+        try:
+            row = json.loads(line)
+            key = _row_key(row, num_prompts)
+            found = {name: row[name] for name in metadata} | {"prompt": row[prompt_column]}
+            expected = metadata | {"prompt": get_prompt(key[0])}
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise OutputDirError(f"output_file: line {number} of {output} isn't from tsdkd generate") from error
+        for name, value in expected.items():
+            if found[name] != value:
+                raise OutputDirError(
+                    f"output_file: {output} has other rows: {name} was {shorten(found[name])}, now "
+                    f"{shorten(value)}; choose another file"
+                )
+        done.add(key)
+    return done
+
+
+def _row_key(row: Any, num_prompts: int) -> tuple[int, int]:
+    """Index and sample of a row of the file. Raises `ValueError` where they are none, and what an odd row raises."""
+    index, sample = row["index"], row["sample"]
+    if not (type(index) is type(sample) is int and 0 <= index < num_prompts and 0 <= sample < 2**31):
+        raise ValueError(f"index {index!r}, sample {sample!r}")
+    return index, sample
+
+
+def to_json_value(value: Any) -> Any:
+    """A value of a data set as JSON can hold it, if need be as text: Parquet has more types."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        return str(value)
+    return value
