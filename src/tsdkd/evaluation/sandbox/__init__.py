@@ -1,23 +1,40 @@
 """Programs that a model wrote, run where they can't do harm: no network, no files but their own, little of the rest.
 
-Linux namespaces, resource limits and a seccomp filter, without root and without a container (`jail.py`). Not covered:
-a hole in the kernel itself, and a program that sets out to fool its own tests, which run in its process.
+Linux namespaces, resource limits and a list of allowed system calls, without root and without a container (`jail.py`,
+`seccomp.py`). Not covered: a hole in the kernel itself, and a program that sets out to fool its own tests, which run
+in its process.
 """
 
+import errno
 import json
 import os
 import secrets
 import subprocess
 import sys
-import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ...errors import TSDKDError
+from .seccomp import build_filter
 
 _JAIL_SCRIPT = Path(__file__).with_name("jail.py")
 _MIB = 2**20
+_SYSTEM_PATHS = (
+    "/usr",
+    "/bin",
+    "/lib",
+    "/lib32",
+    "/lib64",
+    "/etc/ld.so.cache",
+    "/dev/null",
+    "/dev/zero",
+    "/dev/urandom",
+)
+_BUSY = {errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE}
+_PAUSES = (1, 2, 4, 8, 16)
+"""Seconds after each try to start on a machine that has no process, memory or descriptor left."""
 
 
 class SandboxError(TSDKDError, RuntimeError):
@@ -32,7 +49,7 @@ class ResourceLimits:
         timeout_seconds: of wall time; also of each process's CPU time.
         memory_mib: of each process.
         disk_mib: of its directory, which is in memory.
-        file_mib: of one file.
+        file_mib: of one file, the program included.
         max_processes: at once, threads included.
     """
 
@@ -57,55 +74,92 @@ class ProgramResult:
 
 
 def run_program(program: str, limits: ResourceLimits = ResourceLimits()) -> ProgramResult:
-    """Run a Python program to its end.
+    """Run a Python program to its end. When this returns, or raises, nothing that it has started is left.
 
     Raises:
-        SandboxError: the machine doesn't allow it to be locked in; the program wasn't run.
+        SandboxError: the machine doesn't allow it to be locked in, or has had no process or memory left for half a
+            minute; the program wasn't run.
     """
     end_marker = secrets.token_hex(16)
     program += f'\n\nimport os as _os\n_os.write(3, b"{end_marker}")\n'  # an early exit(0) isn't success
-    with (
-        tempfile.TemporaryDirectory() as root,
-        tempfile.TemporaryFile() as stdout_file,
-        tempfile.TemporaryFile() as stderr_file,
-    ):
-        command = [sys.executable, "-I", "-S", str(_JAIL_SCRIPT)]
-        process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=stdout_file, stderr=stderr_file, env={}, cwd="/"
-        )
-        try:
-            process.communicate(
-                json.dumps(_build_jail_spec(program, root, limits)).encode(), timeout=limits.timeout_seconds
-            )
-            stop_reason = ""
-        except subprocess.TimeoutExpired:
-            process.kill()  # and with it all that it has started
-            process.wait()
-            stop_reason = f"stopped after {limits.timeout_seconds} s"
-        stdout_file.seek(0)
-        locked_in, _, end = stdout_file.read(100).decode(errors="replace").partition("\n")
-        stderr_file.seek(max(0, stderr_file.seek(0, os.SEEK_END) - 4096))
-        lines = stderr_file.read().decode(errors="replace").strip().splitlines()
-    last_line = lines[-1] if lines else f"exit code {process.returncode}"
-    if locked_in != "locked in" and not stop_reason:
-        raise SandboxError(f"programs can't be locked in on this machine: {last_line}")
-    passed = end == end_marker and process.returncode == 0 and not stop_reason
-    return ProgramResult(passed, "" if passed else stop_reason or last_line[:200])
+    size, most = len(program.encode("utf-8", "surrogatepass")), min(limits.file_mib, limits.disk_mib)
+    if size > most * _MIB:
+        return ProgramResult(False, f"the program has {size / _MIB:.1f} MiB, at most {most} MiB fit")
+    result = _run_jail(_build_jail_spec(program, limits))
+    if result["timed_out"]:
+        return ProgramResult(False, f"stopped after {limits.timeout_seconds} s")
+    if result["end"] == end_marker and result["exit_code"] == 0:
+        return ProgramResult(True)
+    lines = result["errors"].strip().splitlines()
+    reason = lines[-1] if lines else f"exit code {result['exit_code']}"
+    return ProgramResult(False, "".join(char if char.isprintable() else "\ufffd" for char in reason[:200]))
 
 
-def _build_jail_spec(program: str, root: str, limits: ResourceLimits) -> dict[str, Any]:
+def _build_jail_spec(program: str, limits: ResourceLimits) -> dict[str, Any]:
+    python = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
+    libraries = {
+        f"{os.path.realpath(prefix)}/{name}"
+        for prefix in (sys.base_prefix, sys.base_exec_prefix)
+        for name in ("lib", "lib64")
+    }
     return {
         "program": program,
-        "root": root,
-        "python": os.path.realpath(getattr(sys, "_base_executable", sys.executable)),
-        "interpreter": os.path.realpath(sys.base_prefix),
+        "seconds": limits.timeout_seconds,
+        "grader": os.getpid(),
+        "python": python,
+        "paths": [*_SYSTEM_PATHS, python, *sorted(libraries)],
+        "filter": _build_filter().hex(),
         "disk": limits.disk_mib * _MIB,
         "limits": {
             "CPU": limits.timeout_seconds,
             "AS": limits.memory_mib * _MIB,
             "FSIZE": limits.file_mib * _MIB,
-            "NPROC": limits.max_processes,
+            "NPROC": limits.max_processes + (os.geteuid() != 0),  # init counts where it is the same user
             "NOFILE": 64,
-            "CORE": 0,
+            "STACK": 8 * _MIB,
+            **dict.fromkeys(("CORE", "MEMLOCK", "MSGQUEUE", "NICE", "RTPRIO"), 0),
+            "SIGPENDING": 64,
         },
     }
+
+
+def _build_filter() -> bytes:
+    try:
+        return build_filter()
+    except NotImplementedError as error:
+        raise SandboxError(f"programs can't be locked in on this machine: {error}") from error
+
+
+def _run_jail(spec: dict[str, Any]) -> dict[str, Any]:
+    """A program that couldn't be run hasn't failed: wait for a busy machine."""
+    for pause in _PAUSES:
+        result = _try_jail(spec)
+        if result.get("errno") not in _BUSY:
+            break
+        time.sleep(pause)
+    if "error" in result:
+        raise SandboxError(f"programs can't be locked in on this machine: {result['error']}")
+    return result
+
+
+def _try_jail(spec: dict[str, Any]) -> dict[str, Any]:
+    command = [sys.executable, "-I", "-S", str(_JAIL_SCRIPT)]
+    pipe = subprocess.PIPE
+    try:
+        process = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=pipe, env={}, cwd="/", start_new_session=True
+        )
+    except OSError as error:
+        return {"error": str(error), "errno": error.errno}
+    with process:
+        try:
+            output, errors = process.communicate(json.dumps(spec).encode())
+        except BaseException:  # Ctrl-C
+            process.terminate()
+            process.wait()
+            raise
+    if process.returncode == 0:
+        result: dict[str, Any] = json.loads(output)
+        return result
+    lines = errors.decode(errors="replace").strip().splitlines() or [f"exit code {process.returncode}"]
+    return {"error": lines[-1], "errno": errno.EAGAIN if process.returncode < 0 else None}

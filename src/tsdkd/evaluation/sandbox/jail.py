@@ -1,196 +1,267 @@
-"""The program that locks itself in and becomes a model's program. Run by path, from a process of its own; stdlib only.
+"""The process that locks a model's program in. Run by path, from a process of its own; stdlib only.
 
-It moves into namespaces of its own (processes, network, mounts, IPC, host name), where it is the first process: with
-it, the kernel kills all that it started. Its root becomes a small file system in memory that holds the interpreter,
-read-only, and an empty working directory; nothing else of the machine has a name there. Then it gives up every
-privilege, limits itself, and turns into the program. What was its standard output becomes descriptor 3, which starts
-with the line "locked in"; the program's own output goes nowhere.
+It becomes the *supervisor*, which stays outside, and starts the *init* of new namespaces (users, processes, network,
+mounts, IPC, host name), which starts the *program*. The program can't reach the supervisor, and the kernel protects an
+init from its own processes: so nothing inside decides when it ends. The supervisor kills init when the time is over,
+or when it is told to; the kernel kills init when the supervisor dies, the supervisor when the grader dies, and with
+init everything inside.
+
+The program's root is a small file system in memory that holds the interpreter, read-only, and an empty working
+directory; nothing else of the machine has a name there. It has no privileges, few resources and few system calls, and
+the files that its error output and its last line go to are read when everything inside is dead.
 """
 
+import contextlib
 import ctypes
 import errno
 import json
 import os
 import platform
+import re
 import resource
 import signal
-import struct
 import sys
 from typing import Any
 
-NOBODY = 65534
-_NAMESPACE_FLAGS = {
-    "mounts": 0x00020000,
-    "host": 0x04000000,
-    "ipc": 0x08000000,
-    "processes": 0x20000000,
-    "network": 0x40000000,
-}
-_CLONE_NEWUSER = 0x10000000
-_RDONLY, _NOSUID, _NODEV, _NOEXEC, _REMOUNT, _NOATIME, _NODIRATIME = 1, 2, 4, 8, 32, 1024, 2048
-_BIND, _REC, _PRIVATE, _RELATIME, _DETACH = 4096, 16384, 1 << 18, 1 << 21, 2
-_STATVFS_TO_MOUNT = {
-    1: _RDONLY,
-    2: _NOSUID,
-    4: _NODEV,
-    8: _NOEXEC,
-    1024: _NOATIME,
-    2048: _NODIRATIME,
-    4096: _RELATIME,
-}  # statvfs
-_PDEATHSIG, _NO_NEW_PRIVS, _SECCOMP = 1, 38, 22
-_LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
-_KILL, _ERRNO, _ALLOW = 0x80000000, 0x00050000, 0x7FFF0000
-_CLONE3 = 435
-# In turn: ptrace, mount, umount2, pivot_root, chroot, unshare, setns, bpf, perf_event_open, userfaultfd, keyctl,
-# add_key, request_key, shmget, msgget, semget, mq_open, memfd_create, process_vm_readv, process_vm_writev,
-# open_by_handle_at; and io_uring_setup, open_tree, move_mount, fsopen, memfd_secret, which have one number everywhere
-_COMMON_SYSTEM_CALLS = (425, 428, 429, 430, 447)
-_SYSTEM_CALLS = {  # machine -> audit architecture, clone, forbidden
-    "x86_64": (0xC000003E, 56, (
-        101, 165, 166, 155, 161, 272, 308, 321, 298, 323, 250, 248, 249, 29, 68, 64, 240, 319, 310, 311, 304,
-        *_COMMON_SYSTEM_CALLS,
-    )),
-    "aarch64": (0xC00000B7, 220, (
-        117, 40, 39, 41, 51, 97, 268, 280, 241, 282, 219, 217, 218, 194, 186, 190, 180, 279, 270, 271, 265,
-        *_COMMON_SYSTEM_CALLS,
-    )),
-}  # fmt: skip
-_SYSTEM_PATHS = (
-    "/usr",
-    "/bin",
-    "/lib",
-    "/lib32",
-    "/lib64",
-    "/etc/ld.so.cache",
-    "/dev/null",
-    "/dev/zero",
-    "/dev/urandom",
-)
+# CLONE_NEW...: mounts, cgroup, host name, IPC, users, processes, network
+_NAMESPACES = 0x00020000 | 0x02000000 | 0x04000000 | 0x08000000 | 0x10000000 | 0x20000000 | 0x40000000
+_CLONE = {"x86_64": 56, "aarch64": 220}
+_NOBODY = 65534
+_UNUSED_USERS = 0x70000000  # the 2^28 from here on are nobody's; as is recommended by systemd
+_RDONLY, _NOSUID, _NODEV, _NOEXEC, _REMOUNT, _BIND, _REC, _PRIVATE = 1, 2, 4, 8, 32, 4096, 16384, 1 << 18
+_DETACH = 2
+_PDEATHSIG, _DUMPABLE, _SECCOMP, _NO_NEW_PRIVS = 1, 4, 22, 38
+_WAKING = {signal.SIGCHLD, signal.SIGTERM}
+_FAILED = 125
+_UNFINISHED = json.dumps([errno.EAGAIN, "init ended before it ran the program"])
+_ID_MAPS = ("uid_map", "gid_map")
+_SAFE = os.ST_RDONLY | os.ST_NOSUID
+_OLD_ROOT, _WORK = "/.old-root", "/work"
 
-_libc = ctypes.CDLL(None, use_errno=True)
+_libc = ctypes.PyDLL(None, use_errno=True)
 
 
 def main() -> int:
-    """Read what to run from stdin, run it locked in, and return its exit code."""
+    """Run what stdin says, and print how it went: `error` and `errno` if it couldn't be locked in."""
     spec = json.load(sys.stdin)
+    try:
+        result = _supervise(spec)
+    except OSError as error:
+        result = {"error": error.strerror or str(error), "errno": error.errno}
+    print(json.dumps(result))
+    return 0
+
+
+def _supervise(spec: dict[str, Any]) -> dict[str, Any]:
     _die_with_parent()
-    _enter_namespaces()
-    child = os.fork()
-    if child == 0:
-        try:
-            _exec_program(spec)
-        except OSError as error:
-            print(f"jail: {error}", file=sys.stderr)
-        os._exit(125)
-    _, status = os.waitpid(child, 0)
-    return os.waitstatus_to_exitcode(status) % 256
+    if os.getppid() != spec["grader"]:  # it has died before
+        sys.exit(1)
+    signal.pthread_sigmask(signal.SIG_BLOCK, _WAKING)
+    spec["user"] = _choose_user()
+    report, to_report = os.pipe()
+    from_go, go = os.pipe()
+    errors, end = os.memfd_create("errors"), os.memfd_create("end")  # what the program does to them is its own affair
+    init = _clone()
+    if init == 0:
+        os.close(report)
+        os.close(go)
+        os._exit(_run_init(spec, from_go, to_report, errors, end))
+    os.close(to_report)
+    os.close(from_go)
+    try:
+        os.read(report, 1)
+        _map_ids(init)
+        os.write(go, b".")
+        awoken_by = signal.sigtimedwait(_WAKING, spec["seconds"])
+    finally:
+        os.kill(init, signal.SIGKILL)
+        _, status = os.waitpid(init, 0)  # returns when everything inside is dead
+    message = os.read(report, 2**16).decode(errors="replace")
+    if message != "locked in":
+        raise OSError(*json.loads(message.removeprefix("locked in") or _UNFINISHED))
+    return {
+        "timed_out": awoken_by is None,
+        "exit_code": os.waitstatus_to_exitcode(status),
+        "end": os.pread(end, 100, 0).decode(errors="replace"),
+        "errors": os.pread(errors, 4096, max(0, os.fstat(errors).st_size - 4096)).decode(errors="replace"),
+    }
 
 
-def _call_libc(name: str, *arguments: Any) -> None:
-    if getattr(_libc, name)(*arguments) != 0:
+def _call_libc(name: str, *arguments: Any) -> int:
+    value: int = getattr(_libc, name)(*arguments)
+    if value == -1:
         number = ctypes.get_errno()
         raise OSError(number, f"{name}: {os.strerror(number)}")
+    return value
 
 
 def _die_with_parent() -> None:
     _call_libc("prctl", _PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
-def _enter_namespaces() -> None:
-    """Enter new namespaces.
+def _clone() -> int:
+    """Fork, with the child in new namespaces. Unlike after `unshare`, this process stays outside, as what maps ids."""
+    number, flags = ctypes.c_long(_CLONE[platform.machine()]), ctypes.c_ulong(_NAMESPACES | signal.SIGCHLD)
+    child: int = _libc.syscall(number, flags, None, None, None, None)
+    if child == -1:
+        raise OSError(ctypes.get_errno(), f"no namespaces: {os.strerror(ctypes.get_errno())}")
+    return child
 
-    Root creates them directly where it may; other users create a user namespace first, in which they are mapped to
-    nobody.
+
+def _map_ids(init: int) -> None:
+    """Say who is who in init's namespace. The program is nobody, in a namespace whose processes count on their own.
+
+    For root everyone is who they are outside, so that init reads all files, before it gives the program another user.
     """
-    namespaces = sum(_NAMESPACE_FLAGS.values())
-    uid, gid = os.geteuid(), os.getegid()
-    if uid == 0 and _libc.unshare(namespaces) == 0:
-        return
-    _call_libc("unshare", namespaces | _CLONE_NEWUSER)  # also root of a container, who may not do the other
-    for name, text in (("setgroups", "deny"), ("uid_map", f"{NOBODY} {uid} 1"), ("gid_map", f"{NOBODY} {gid} 1")):
-        with open(f"/proc/self/{name}", "w") as file:
+    if os.geteuid() == 0:
+        maps = {name: "\n".join(f"{first} {first} {count}" for first, count in _extents(name)) for name in _ID_MAPS}
+    else:
+        maps = {"setgroups": "deny"}
+        maps |= dict(zip(_ID_MAPS, (f"{_NOBODY} {own} 1" for own in (os.geteuid(), os.getegid())), strict=True))
+    for name, text in (maps | {"oom_score_adj": "1000"}).items():
+        with open(f"/proc/{init}/{name}", "w") as file:
             file.write(text)
 
 
-def _exec_program(spec: dict[str, Any]) -> None:
-    _die_with_parent()
-    _pivot_root(spec["root"], spec["interpreter"], spec["disk"])
-    with open("/work/program.py", "w", encoding="utf-8", errors="surrogatepass") as file:
-        file.write(spec["program"])
-    os.chdir("/work")
-    os.umask(0o077)
+def _extents(id_map: str) -> list[tuple[int, int]]:
+    """First id and count of each range of ids that there are here."""
+    with open(f"/proc/self/{id_map}") as file:
+        return [(int(first), int(count)) for first, _, count in map(str.split, file)]
+
+
+def _choose_user() -> int:
+    """Who the program of root is: a user whom no one else is; in a container, which has few, nobody."""
+    user = _UNUSED_USERS + int.from_bytes(os.urandom(3))
+    return user if any(first <= user < first + count for first, count in _extents("uid_map")) else _NOBODY
+
+
+def _run_init(spec: dict[str, Any], go: int, report: int, errors: int, end: int) -> int:
+    """Returns the exit code of the program, to which the forked child turns."""
+    try:
+        _die_with_parent()
+        os.write(report, b".")
+        if not os.read(go, 1):  # the supervisor has died before
+            return _FAILED
+        for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+            signal.signal(number, signal.SIG_DFL)  # an init is deaf to what it has no handler for
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        _build_root(spec["paths"], spec["disk"])
+        with open(f"{_WORK}/program.py", "w", encoding="utf-8", errors="surrogatepass") as file:
+            file.write(spec["program"])
+        program = os.fork()
+        if program == 0:
+            _become_program(spec, report, errors, end)
+        _call_libc("prctl", _DUMPABLE, 0, 0, 0, 0)
+        return _wait_for(program)
+    except BaseException as error:
+        os.write(report, json.dumps([getattr(error, "errno", None), f"{type(error).__name__}: {error}"]).encode())
+        return _FAILED
+
+
+def _wait_for(program: int) -> int:
+    while True:
+        pid, status = os.wait()
+        if pid == program:
+            return os.waitstatus_to_exitcode(status) % 256
+
+
+def _become_program(spec: dict[str, Any], report: int, errors: int, end: int) -> None:
     os.setsid()
+    os.chdir(_WORK)
+    os.umask(0o077)
+    null = os.open("/dev/null", os.O_RDWR)
+    for descriptor, number in ((null, 0), (null, 1), (errors, 2), (end, 3)):  # the others close on exec
+        os.dup2(descriptor, number)
+    _give_up_privileges(spec["user"])
+    if os.sched_getscheduler(0) in (os.SCHED_FIFO, os.SCHED_RR):
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+    os.setpriority(os.PRIO_PROCESS, 0, max(0, os.getpriority(os.PRIO_PROCESS, 0)))
+    for name, value in spec["limits"].items():
+        _set_limit(getattr(resource, f"RLIMIT_{name}"), value)
+    _call_libc("prctl", _NO_NEW_PRIVS, 1, 0, 0, 0)
+    _install_filter(bytes.fromhex(spec["filter"]))
+    os.write(report, b"locked in")
+    environment = {"PATH": "/usr/bin:/bin", "HOME": _WORK, "TMPDIR": _WORK, "LANG": "C.UTF-8"}
+    os.execve(spec["python"], [spec["python"], "-I", "-B", f"{_WORK}/program.py"], environment)
+
+
+def _set_limit(limit: int, value: int) -> None:
+    """At most what this user may have."""
+    _, most = resource.getrlimit(limit)
+    value = value if most == resource.RLIM_INFINITY else min(value, most)
+    resource.setrlimit(limit, (value, value))
+
+
+def _give_up_privileges(user: int) -> None:
+    """Root becomes the user. Another's privileges, in the namespace alone, end at exec."""
     if os.geteuid() == 0:
         os.setgroups([])
-        os.setresgid(NOBODY, NOBODY, NOBODY)
-        os.setresuid(NOBODY, NOBODY, NOBODY)
-    _die_with_parent()  # a change of user has undone it
-    for name, value in spec["limits"].items():
-        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
-    _call_libc("prctl", _NO_NEW_PRIVS, 1, 0, 0, 0)
-    _forbid_system_calls()
-    os.dup2(1, 3)
-    os.dup2(os.open("/dev/null", os.O_RDWR), 1)
-    os.dup2(1, 0)
-    os.write(3, b"locked in\n")
-    environment = {"PATH": "/usr/bin:/bin", "HOME": "/work", "TMPDIR": "/work", "LANG": "C.UTF-8"}
-    os.execve(spec["python"], [spec["python"], "-I", "-B", "/work/program.py"], environment)
+        os.setresgid(_NOBODY, _NOBODY, _NOBODY)
+        os.setresuid(user, user, user)
 
 
-def _pivot_root(root: str, interpreter: str, disk: int) -> None:
-    _mount(None, "/", None, _REC | _PRIVATE)
-    _mount("tmpfs", root, "tmpfs", _NOSUID | _NODEV, f"size={disk},nr_inodes=4096,mode=755")
+def _install_filter(rules: bytes) -> None:
+    """Let the seccomp filter decide about every system call from here on."""
+    code = ctypes.create_string_buffer(rules, len(rules))
+    program = (len(rules) // 8).to_bytes(8, sys.byteorder) + ctypes.addressof(code).to_bytes(8, sys.byteorder)
+    _call_libc("prctl", _SECCOMP, 2, program, 0, 0)
+
+
+def _build_root(paths: list[str], disk: int) -> None:
+    """Make a root of `paths`, read-only with all that is mounted below them, and a working directory."""
     os.umask(0o022)
-    for path in dict.fromkeys((*_SYSTEM_PATHS, interpreter)):
-        if os.path.exists(path) and not os.path.exists(root + path):
-            _bind_mount(path, root + path)
-    os.mkdir(root + "/work")
-    os.chmod(root + "/work", 0o777)
-    os.chdir(root)
-    _call_libc("pivot_root", b".", b".")
-    _call_libc("umount2", b".", _DETACH)
+    _mount(None, "/", None, _REC | _PRIVATE)
+    _mount("tmpfs", "/tmp", "tmpfs", _NOSUID | _NODEV, "size=1m,nr_inodes=1024,mode=755")
+    os.mkdir("/tmp" + _OLD_ROOT)
+    _call_libc("pivot_root", b"/tmp", os.fsencode("/tmp" + _OLD_ROOT))
     os.chdir("/")
+    os.mkdir(_WORK)
+    _mount("tmpfs", _WORK, "tmpfs", _NOSUID | _NODEV, f"size={disk},nr_inodes=4096,mode=777")
+    for path in paths:
+        if os.path.lexists(_OLD_ROOT + path) and not os.path.lexists(path):
+            _bind(path)
+    with open(f"{_OLD_ROOT}/proc/self/mountinfo", errors="surrogateescape") as file:
+        mounts = [line.split()[4:6] for line in file]
+    _call_libc("umount2", os.fsencode(_OLD_ROOT), _DETACH)
+    os.rmdir(_OLD_ROOT)
+    _make_read_only([(_unescape(path), options.split(",")) for path, options in mounts])
 
 
-def _bind_mount(path: str, target: str) -> None:
-    """Mount a path read-only at `target`; a symbolic link is copied."""
-    os.makedirs(os.path.dirname(target), exist_ok=True)
-    if os.path.islink(path):
-        os.symlink(os.readlink(path), target)
+def _bind(path: str) -> None:
+    """Give a path of the old root its name in the new one; a symbolic link is copied."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    if os.path.islink(_OLD_ROOT + path):
+        os.symlink(os.readlink(_OLD_ROOT + path), path)
         return
-    if os.path.isdir(path):
-        os.mkdir(target)
+    if os.path.isdir(_OLD_ROOT + path):
+        os.mkdir(path)
     else:
-        open(target, "w").close()
-    _mount(path, target, None, _BIND | _REC)
-    kept = sum(flag for bit, flag in _STATVFS_TO_MOUNT.items() if os.statvfs(target).f_flag & bit)
-    device = path.startswith("/dev/")
-    _mount(None, target, None, _BIND | _REMOUNT | _NOSUID | kept | (0 if device else _RDONLY | _NODEV))
+        open(path, "w").close()
+    _mount(_OLD_ROOT + path, path, None, _BIND | _REC)
+
+
+def _unescape(path: str) -> str:
+    return re.sub(r"\\(\d{3})", lambda match: chr(int(match[1], 8)), path)
+
+
+def _make_read_only(mounts: list[tuple[str, list[str]]]) -> None:
+    """Remount everything but the working directory, with the options that a mount of someone else must keep."""
+    paths = [path for path, _ in mounts if path != _WORK and not (path + "/").startswith(_OLD_ROOT + "/")]
+    for path, options in mounts:
+        flags = _NOEXEC if "noexec" in options else 0
+        if "nodev" in options or not path.startswith("/dev/"):
+            flags |= _NODEV
+        with contextlib.suppress(OSError):  # it may lie below another mount, where no one can reach it
+            if path in paths:
+                _mount(None, path, None, _BIND | _REMOUNT | _RDONLY | _NOSUID | flags)
+    for path in paths:
+        if os.path.exists(path) and os.statvfs(path).f_flag & _SAFE != _SAFE:
+            raise OSError(errno.EPERM, f"{path} can't be mounted read-only")
 
 
 def _mount(source: str | None, target: str, kind: str | None, flags: int, data: str | None = None) -> None:
-    encoded = [None if text is None else text.encode() for text in (source, target, kind, data)]
+    encoded = [None if text is None else os.fsencode(text) for text in (source, target, kind, data)]
     _call_libc("mount", encoded[0], encoded[1], encoded[2], ctypes.c_ulong(flags), encoded[3])
-
-
-def _forbid_system_calls() -> None:
-    """A seccomp filter: what no such program needs and what a kernel's holes were often found in fails with EPERM."""
-    architecture, clone, forbidden = _SYSTEM_CALLS[platform.machine()]
-    rules = [(_LOAD, 0, 0, 4), (_EQUAL, 1, 0, architecture), (_RETURN, 0, 0, _KILL), (_LOAD, 0, 0, 0)]
-    rules += [(_AT_LEAST, 0, 1, 0x40000000), (_RETURN, 0, 0, _KILL)]  # x86's second table of system calls
-    for number in forbidden:
-        rules += [(_EQUAL, 0, 1, number), (_RETURN, 0, 0, _ERRNO | errno.EPERM)]
-    rules += [(_EQUAL, 0, 1, _CLONE3), (_RETURN, 0, 0, _ERRNO | errno.ENOSYS)]  # its flags are out of a filter's sight
-    rules += [
-        (_EQUAL, 0, 3, clone),
-        (_LOAD, 0, 0, 16),
-        (_ANY_BIT, 0, 1, sum(_NAMESPACE_FLAGS.values()) | _CLONE_NEWUSER),
-    ]
-    rules += [(_RETURN, 0, 0, _ERRNO | errno.EPERM), (_RETURN, 0, 0, _ALLOW)]
-    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *rule) for rule in rules))
-    program = struct.pack("HxxxxxxP", len(rules), ctypes.addressof(code))
-    _call_libc("prctl", _SECCOMP, 2, program, 0, 0)
 
 
 if __name__ == "__main__":
