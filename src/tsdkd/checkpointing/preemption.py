@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from transformers import TrainerCallback, TrainerControl
 
-from ..config.stop_signals import handle_stop_signals
+from ..config.stop_signals import announce_stop, handle_stop_signals
 
 PREEMPTED_FILE = ".preempted"
 """In the output directory after such a stop: launchers lose the exit codes of their processes."""
@@ -41,8 +41,7 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
         # the default ends a process that hangs in C, too; in a notebook it would end the session
         signal.signal(signal.SIGINT, signal.default_int_handler if hasattr(sys, "ps1") else signal.SIG_DFL)
         if os.environ.get("RANK", "0") == "0":
-            with suppress(OSError):  # not print: it may have been interrupted
-                os.write(2, b"\ntsdkd: saving a checkpoint after this step; Ctrl-C again stops at once\n")
+            announce_stop()
 
 
 class PreemptionCallback(TrainerCallback):

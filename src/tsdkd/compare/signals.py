@@ -5,7 +5,7 @@ import subprocess
 from collections.abc import Sequence
 from contextlib import ExitStack
 
-from ..config.stop_signals import handle_stop_signals
+from ..config.stop_signals import announce_stop, handle_stop_signals
 from ..launch.children import kill_descendants
 
 
@@ -34,9 +34,11 @@ class SignalForwarder:
 
     def _forward(self, number: int, frame: object) -> None:
         self.has_received_signal = True
-        self._num_interrupts += number == signal.SIGINT
-        if self._num_interrupts > 1:
-            kill_descendants()
+        if number == signal.SIGINT:
+            self._num_interrupts += 1
+            if self._num_interrupts > 1:
+                kill_descendants()
+            announce_stop()
         for process in list(self.processes):
             if process.poll() is None:
                 process.terminate()

@@ -3,10 +3,11 @@
 They are passed on as SIGTERM: a terminal sends Ctrl-C to all of its processes anyway, and a second one means at once.
 """
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
@@ -26,3 +27,9 @@ def handle_stop_signals(handler: Callable[[int, FrameType | None], object]) -> I
     finally:
         for number, previous in before.items():
             signal.signal(number, signal.SIG_DFL if previous is None else previous)  # None: not set by Python
+
+
+def announce_stop() -> None:
+    """For a handler of Ctrl-C. Not by `print`, which it may have interrupted."""
+    with suppress(OSError):
+        os.write(2, b"\ntsdkd: saving a checkpoint after this step; Ctrl-C again stops at once\n")

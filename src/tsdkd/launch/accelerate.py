@@ -10,7 +10,7 @@ from types import FrameType
 from typing import Any
 
 from ..config.launch import LAUNCHED, find_launch_config, launch_num_processes, read_launch_config
-from ..config.stop_signals import handle_stop_signals
+from ..config.stop_signals import announce_stop, handle_stop_signals
 from ..errors import ConfigError, PreemptedError
 from .children import kill_descendants, started_by_this, stop_children
 
@@ -49,10 +49,12 @@ def launch_processes(config: str, options: dict[str, Any], command: Sequence[str
 
     def stop(number: int, frame: FrameType | None) -> None:
         stopped_by.append(number)
+        if number == signal.SIGINT:
+            if stopped_by.count(signal.SIGINT) > 1:
+                kill_descendants()
+            announce_stop()
         if len(stopped_by) == 1:
             raise SignalException("stopped", signal.SIGTERM)  # with which torch ends the processes, and waits for them
-        if stopped_by.count(signal.SIGINT) > 1:
-            kill_descendants()
 
     for_processes = {LAUNCHED: str(launch_num_processes(config, options)), **started_by_this()}
     os.environ.update(for_processes)
