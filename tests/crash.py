@@ -43,6 +43,7 @@ def _child(argv: list[str], environment: dict[str, str], folder: str, kill_at: i
     import torch
 
     from tsdkd.cli import main
+    from tsdkd.cli.output import never_failing_output
 
     torch.set_num_threads(1)
     inner = written_in_rust.serialize_file
@@ -53,7 +54,8 @@ def _child(argv: list[str], environment: dict[str, str], folder: str, kill_at: i
 
     written_in_rust.serialize_file = serialize_file
     sys.addaudithook(hook)
-    code = main(argv)
+    with never_failing_output():
+        code = main(argv)
     if counts is not None:
         counts.put(seen)
     sys.exit(code)

@@ -3,9 +3,14 @@
 `--long` runs the whole campaigns whose figures are in docs/reliability.md; without it, a few cases of each.
 """
 
+import errno
+import fcntl
+import hashlib
 import json
 import os
 import pickle
+import platform
+import pty
 import random
 import resource
 import shutil
@@ -13,17 +18,25 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
 import yaml
+from datasets import Dataset
+from transformers import AutoConfig, TrainerCallback
 
 from conftest import flags, make_rows, on_cpus, write_jsonl
 from crash import Run, count_boundaries, run, run_ranks, wait_for
-from tsdkd import TSDKDConfig
+from tsdkd import TSDKDConfig, TSDKDTrainer
 from tsdkd.checkpointing import checkpoint
+from tsdkd.checkpointing.preemption import catch_signals
+from tsdkd.checkpointing.run_lock import LOCK_NAME, RunLock
 from tsdkd.cli import main
+from tsdkd.config.stop_signals import STOP_SIGNALS
+from tsdkd.errors import OutputDirError
+from tsdkd.models.identity import identify_model
 
 QUIET = {"use_cpu": "true", "bf16": "false", "gradient_checkpointing": "false", "disable_tqdm": "true", "seed": 5}
 QUIET |= {"report_to": "none", "max_new_tokens": 8, "learning_rate": 0.01, "log_term_gradients": 0}
@@ -234,7 +247,7 @@ def test_rotation_keeps_the_one_that_was_just_written(command, tmp_path):
 # Signalled
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_signal_saves_and_stops(number, command, tmp_path):
     folder, whole = tmp_path / "out", tmp_path / "whole"
     long_run = {"max_steps": 40, "save_steps": 20, "num_train_epochs": 10}
@@ -242,7 +255,9 @@ def test_a_signal_saves_and_stops(number, command, tmp_path):
     wait_for(folder / "tsdkd_config.yaml")
     os.kill(child.process.pid, number)
     assert child.wait() == PREEMPTED
-    assert "--resume true" in child.output and (folder / ".preempted").exists()
+    (checkpoint,) = checkpoints(folder)
+    assert f"{folder}/{checkpoint}; continue with --resume true --output_dir {folder}" in child.output
+    assert (folder / ".preempted").exists() and ("Ctrl-C again" in child.output) == (number == signal.SIGINT)
     assert not (folder / "model.safetensors").exists()
     assert run(command(folder, **long_run), folder)[0] == 0
     assert run(command(whole, **long_run), whole)[0] == 0
@@ -287,8 +302,162 @@ def test_a_signal_while_the_processes_wait_for_each_other(command, tmp_path, mon
     assert checkpoints(tmp_path / "out") == ["checkpoint-1"]
 
 
-def test_two_runs_do_not_share_a_directory(command, tmp_path, monkeypatch, capsys):
-    """The second looked before the first had begun."""
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+def test_an_ignored_signal_stays_ignored(number, command, tmp_path, monkeypatch):
+    """As nohup, and the background of a script, leave it."""
+    at_step(monkeypatch, 3, lambda: signal.raise_signal(number))
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        assert main(command()) == 0
+    finally:
+        signal.signal(number, before)
+    assert checkpoints(tmp_path / "out") == ["checkpoint-4", "checkpoint-6"]
+
+
+def test_a_second_ctrl_c_ends_the_process():
+    child = os.fork()
+    if not child:
+        with catch_signals():
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGINT
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGHUP])
+def test_what_stops_a_launcher_stops_its_processes(number, command, tmp_path, long):
+    """Also what it can't tell them of."""
+    if number != signal.SIGKILL and not long:
+        pytest.skip("a launch takes 20 s")
+    folder = tmp_path / "out"
+    argv = command(folder, max_steps=4000, save_steps=2000, num_train_epochs=1000)
+    process = subprocess.Popen([sys.executable, "-m", "tsdkd", *argv, "--num_processes", "2"], env=on_cpus())
+    wait_for(folder / "tsdkd_config.yaml")
+    ranks = psutil.Process(process.pid).children()
+    process.send_signal(number)
+    assert process.wait(60) == (-number if number == signal.SIGKILL else PREEMPTED)
+    assert len(ranks) == 2 and not psutil.wait_procs(ranks, 60)[1]
+    (checkpoint,) = checkpoints(folder)
+    assert (folder / checkpoint / "manifest.json").exists() and (folder / ".preempted").exists()
+
+
+LAUNCHED_BY = {
+    "tsdkd": "import tsdkd.launch.children as c; os.environ.update(c.started_by_this())",
+    "torchrun": "os.environ['TORCHELASTIC_RUN_ID'] = 'none'",
+    "a shell": "",
+    "a shell that a launcher started": "os.environ['TSDKD_STARTED_BY'] = '1@elsewhere'",
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHED_BY)
+def test_who_dies_with_the_process_that_started_it(launcher):
+    """The launcher's processes, not what a shell leaves in its background."""
+    child = "import tsdkd.launch.children as c; c.stop_with_launcher(); print('ready', flush=True); input()"
+    parent = f"import os, subprocess, sys; {LAUNCHED_BY[launcher]}\nsubprocess.run([sys.executable, '-c', {child!r}])"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "-c", parent], **pipes)
+    assert process.stdout.readline() == "ready\n"
+    (started,) = psutil.Process(process.pid).children()
+    process.kill()
+    process.wait()
+    if "shell" not in launcher:
+        assert not psutil.wait_procs([started], 30)[1]
+    process.stdin.write("the shell's child has waited for this\n")
+    with suppress(BrokenPipeError):
+        process.stdin.close()
+    process.stdout.read()
+    assert process.stderr.read() == ""  # input() would have complained of an end
+
+
+# Nobody reads
+
+
+def a_pipe(folder: Path) -> tuple[str, int]:
+    os.mkfifo(folder / "pipe")
+    return str(folder / "pipe"), os.open(folder / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+
+
+def a_terminal(folder: Path) -> tuple[str, int]:
+    master, slave = pty.openpty()
+    name = os.ttyname(slave)
+    os.close(slave)
+    return name, master
+
+
+@pytest.mark.parametrize("output", [a_pipe, a_terminal])
+def test_a_run_that_nobody_reads_saves_and_stops(output, command, tmp_path):
+    folder = tmp_path / "out"
+    long_run = {"max_steps": 40, "save_steps": 20, "num_train_epochs": 10, "logging_steps": 1}
+    name, reader = output(tmp_path)
+    child = Run(command(folder, **long_run), folder, environment={"CRASH_OUTPUT": name})
+    wait_for(folder / "tsdkd_config.yaml")
+    os.close(reader)
+    assert child.wait() == PREEMPTED
+    assert len(checkpoints(folder)) == 1 and (folder / ".preempted").exists()
+
+
+def test_a_full_disk_for_the_log_is_not_the_runs(command, tmp_path):
+    folder = tmp_path / "out"
+    assert Run(command(folder, logging_steps=1), folder, environment={"CRASH_OUTPUT": "/dev/full"}).wait() == 0
+    assert checkpoints(folder) == ["checkpoint-4", "checkpoint-6"]
+
+
+@pytest.mark.parametrize("argv", [["configs"], ["train", "--help"], ["--version"]])
+@pytest.mark.parametrize("output", ["unread", "full", "closed"])
+def test_a_command_whose_output_goes_nowhere(output, argv):
+    """It ends without a word about it."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    stdout = {"unread": writer, "full": os.open("/dev/full", os.O_WRONLY), "closed": None}[output]
+    close = (lambda: os.close(1)) if output == "closed" else None
+    program = [sys.executable, "-m", "tsdkd", *argv]
+    result = subprocess.run(program, stdout=stdout, stderr=subprocess.PIPE, text=True, preexec_fn=close)
+    assert result.returncode == (-signal.SIGPIPE if output == "unread" else 0) and result.stderr == ""
+
+
+# Two at once
+
+
+@pytest.fixture
+def busy(command, tmp_path):
+    """A folder with a run in it, which has saved and is saving; the run's process."""
+    folder = tmp_path / "out"
+    child = Run(command(folder, max_steps=100_000, num_train_epochs=100_000), folder)
+    wait_for(folder / "checkpoint-4")
+    yield folder, child
+    child.process.kill()
+    child.wait()
+
+
+@pytest.mark.parametrize(
+    ("processes", "resume"),
+    [(1, {"resume": "true"}), (1, {"resume": "false", "resume_from_checkpoint": "true"}), (2, {"resume": "true"})],
+)
+def test_a_second_run_is_refused(processes, resume, busy, command):
+    """All of its processes say who is there, before anything is deleted or changed."""
+    folder, child = busy
+    os.kill(child.process.pid, signal.SIGSTOP)
+    (folder / ".writing-checkpoint-100000").mkdir(exist_ok=True)  # as it might be
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    argv = command(folder, max_steps=100_000, num_train_epochs=100_000, **resume)
+    children = run_ranks(argv, folder.with_name("second"), processes)
+    assert [second.wait() for second in children] == [2] * processes
+    (line,) = {line for line in children[0].output.splitlines() if line.startswith("tsdkd train")}
+    assert str(folder) in line and f"process {child.process.pid} on {platform.node()}" in line
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_a_script_s_second_run_is_refused(busy, saved_model):
+    folder, _ = busy
+    args = TSDKDConfig(str(folder), use_cpu=True, bf16=False, report_to="none")
+    rows = Dataset.from_list(make_rows(8))
+    trainer = TSDKDTrainer(saved_model("qwen3", 0), saved_model("qwen3", 1), args, train_dataset=rows)
+    with pytest.raises(OutputDirError, match=f"process {busy[1].process.pid} on"):
+        trainer.train()
+
+
+def test_two_runs_begin_at_once(command, tmp_path, monkeypatch, capsys):
+    """The second looked before the first had begun; by now that one has ended."""
     from tsdkd.run import train as runs
 
     folder = tmp_path / "out"
@@ -302,6 +471,131 @@ def test_two_runs_do_not_share_a_directory(command, tmp_path, monkeypatch, capsy
     monkeypatch.setattr(runs, "build_trainer", slowly)
     assert main(command(folder, max_steps=2, resume="false")) == 2
     assert "another run has begun" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"", b"process 1 on elsewhere", b"\xff" * 10_000])
+def test_the_lock_of_a_dead_run_locks_nothing(content, command, tmp_path):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / LOCK_NAME).write_bytes(content)
+    assert main(command(folder, max_steps=2)) == 0 and not (folder / LOCK_NAME).exists()
+
+
+def test_a_process_that_was_forked_does_not_keep_the_lock(tmp_path):
+    lock = RunLock(tmp_path)
+    lock.acquire()
+    child = os.fork()
+    if not child:
+        signal.pause()
+    try:
+        with pytest.raises(OutputDirError):
+            RunLock(tmp_path).acquire()
+        os.close(os.dup(lock._descriptor))  # whoever reads the file doesn't unlock it
+        lock.close()
+        with RunLock(tmp_path).held():
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_a_file_system_without_locks(command, tmp_path, monkeypatch, capsys):
+    flock = fcntl.flock
+
+    def no_locks(file, flags):
+        if os.readlink(f"/proc/self/fd/{file if isinstance(file, int) else file.fileno()}").endswith(LOCK_NAME):
+            raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+        flock(file, flags)
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    assert main(command(max_steps=2)) == 0
+    assert capsys.readouterr().err.count("don't start a second run") == 1
+    assert not (tmp_path / "out" / LOCK_NAME).exists()
+
+
+# Removed in mid-run
+
+
+def at_step(monkeypatch, step: int, action) -> None:
+    """Do something at the end of a step of the next run."""
+    from tsdkd.run import train as runs
+
+    build = runs.build_trainer
+
+    class Accident(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            if state.global_step == step:
+                action()
+
+    def with_accident(arguments):
+        monkeypatch.setattr(runs, "build_trainer", build)
+        trainer = build(arguments)
+        trainer.add_callback(Accident())
+        return trainer
+
+    monkeypatch.setattr(runs, "build_trainer", with_accident)
+
+
+def replaced_by_a_file(out: Path) -> None:
+    shutil.rmtree(out)
+    out.write_text("")
+
+
+def replaced_by_a_link(out: Path) -> None:
+    shutil.rmtree(out)
+    out.with_name("elsewhere").mkdir()
+    out.symlink_to(out.with_name("elsewhere"))
+
+
+ACCIDENTS = {
+    "deleted": shutil.rmtree,
+    "moved away": lambda out: out.rename(out.with_name("moved")),
+    "emptied": lambda out: [shutil.rmtree(p) if p.is_dir() else p.unlink() for p in list(out.iterdir())],
+    "without its configuration": lambda out: (out / "tsdkd_config.yaml").unlink(),
+    "without its newest checkpoint": lambda out: shutil.rmtree(out / "checkpoint-2"),
+    "without records": lambda out: shutil.rmtree(out / "records"),
+    "replaced by a file": replaced_by_a_file,
+    "replaced by a link": replaced_by_a_link,
+    "replaced by a link to nothing": lambda out: (shutil.rmtree(out), out.symlink_to(out.with_name("nothing"))),
+}
+
+
+@pytest.mark.parametrize("accident", ACCIDENTS)
+def test_a_directory_that_is_changed_in_mid_run(accident, command, tmp_path, monkeypatch, capsys):
+    """The next save writes what a resume needs, or says by name what it couldn't."""
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    assert main(command(whole, record_steps=1)) == 0
+
+    def stop():
+        raise KeyboardInterrupt
+
+    at_step(monkeypatch, 3, lambda: ACCIDENTS[accident](out))
+    at_step(monkeypatch, 5, stop)
+    code, errors = main(command(out, record_steps=1)), capsys.readouterr().err
+    if code == 2:
+        (line,) = [line for line in errors.splitlines() if line.startswith("tsdkd train")]
+        assert str(out) in line and "replaced" in accident
+        out.unlink()
+    else:
+        assert code == 130 and "checkpoint-4" in checkpoints(out)
+    assert main(command(out, record_steps=1)) == 0 and final(out) == final(whole)
+    assert not (out / LOCK_NAME).exists()
+
+
+@pytest.mark.parametrize("place", ["/proc/tsdkd/out", "/sys/out", "limit/runs/out"])
+def test_a_place_that_cannot_be_written(place, command, tmp_path, monkeypatch, capsys):
+    """One line, before models are loaded, and nothing is left."""
+    from tsdkd.run import train as runs
+
+    monkeypatch.setattr(runs, "build_trainer", None)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000 if "limit" in place else soft, hard))
+    try:
+        assert main(command(tmp_path / place)) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert capsys.readouterr().err.startswith(f"tsdkd train: output_dir: {tmp_path / place} can't be written: ")
+    assert not (tmp_path / "limit").exists()
 
 
 def test_a_signal_to_some_ranks(command, tmp_path, long):
@@ -449,6 +743,75 @@ def test_other_rows_are_not_resumed(command, tmp_path, capsys):
     write_jsonl(tmp_path / "rows.jsonl", make_rows(24, seed=1))
     assert main(command(max_steps=4, dataset_name=data)) == 2
     assert "train_dataset" in capsys.readouterr().err
+
+
+def another_seed(folder: Path, saved_model) -> None:
+    shutil.copyfile(Path(saved_model("qwen3", 7), "model.safetensors"), folder / "model.safetensors")
+
+
+def one_bit(folder: Path, saved_model) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(flip(path.read_bytes()))
+
+
+def one_setting(folder: Path, saved_model) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.1}))
+
+
+LORA = {"use_peft": "true", "lora_r": 4, "lora_target_modules": "all-linear"}
+
+
+@pytest.mark.parametrize(
+    ("field", "values", "change"),
+    [
+        ("teacher_model_name_or_path", {}, another_seed),
+        ("teacher_model_name_or_path", {}, one_bit),
+        ("teacher_model_name_or_path", {"method": "eopd", "rollout_batch_size": 4}, one_setting),
+        ("model_name_or_path", LORA, one_bit),
+    ],
+)
+def test_other_frozen_weights_are_not_resumed(field, values, change, command, saved_model, tmp_path, capsys):
+    """Under the same name, with the same sizes and times. A copy with other times is the same model."""
+    folder = tmp_path / "frozen"
+    shutil.copytree(saved_model("qwen3", 0), folder)
+    argv = {"max_steps": 2, **values, field: folder}
+    assert main(command(**argv)) == 0
+    times = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    change(folder, saved_model)
+    for path, time_ns in times.items():
+        os.utime(path, ns=(time_ns, time_ns))
+    assert main(command(**{**argv, "max_steps": 4})) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("tsdkd train")]
+    assert f"resume: {field}: {folder}" in line and line.count("sha256") == 2
+    shutil.rmtree(folder)
+    shutil.copytree(saved_model("qwen3", 0), folder, copy_function=shutil.copyfile)
+    assert main(command(**{**argv, "max_steps": 4})) == 0
+
+
+def test_a_checkpoint_that_does_not_name_the_teacher(command, tmp_path, monkeypatch):
+    """Of an earlier version."""
+    get_state = TSDKDTrainer._get_extra_state
+    without = lambda trainer: {k: v for k, v in get_state(trainer).items() if k != "frozen_models"}  # noqa: E731
+    monkeypatch.setattr(TSDKDTrainer, "_get_extra_state", without)
+    assert main(command(max_steps=2)) == 0
+    monkeypatch.undo()
+    assert main(command(max_steps=4)) == 0
+
+
+def test_a_model_in_the_hub_s_cache_is_known_by_its_files_names(saved_model, tmp_path, monkeypatch):
+    """Without reading them; a copy in a folder is the same model."""
+    source, snapshot, blobs = Path(saved_model("qwen3", 0)), tmp_path / "snapshots/c0", tmp_path / "blobs"
+    for folder in (snapshot, blobs):
+        folder.mkdir(parents=True)
+    for path in source.iterdir():
+        blob = blobs / hashlib.sha256(path.read_bytes()).hexdigest()
+        shutil.copyfile(path, blob)
+        (snapshot / path.name).symlink_to(blob)
+    config = AutoConfig.from_pretrained(source)
+    assert identify_model(str(snapshot), config) == identify_model(str(source), config)
+    config._commit_hash = "c0"
+    assert identify_model("someone/absent", config) == "commit c0"
 
 
 def test_another_number_of_processes_is_refused(command, tmp_path):

@@ -5,6 +5,7 @@ import os
 import sys
 
 from .cli import main
+from .cli.output import never_failing_output
 
 
 def run() -> int:
@@ -23,7 +24,8 @@ def run() -> int:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         atexit.register(leave)  # the first to be registered is the last to run: trackers have ended by then
     try:
-        code = main()
+        with never_failing_output():
+            code = main()
     except SystemExit as end:
         code = end.code or 0
         raise

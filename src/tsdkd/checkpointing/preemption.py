@@ -1,8 +1,9 @@
-"""A run that is told to stop saves first: SIGTERM or SIGUSR1 to any of its processes sets a flag, all processes read
-it together at the end of a step, save a checkpoint, and stop."""
+"""A run that is told to stop saves first: a signal to any of its processes sets a flag, all processes read it together
+at the end of a step, save a checkpoint, and stop."""
 
+import os
 import signal
-import threading
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,29 +14,34 @@ import torch
 from accelerate import Accelerator
 from transformers import TrainerCallback, TrainerControl
 
+from ..config.stop_signals import announce_stop, handle_stop_signals
+
 PREEMPTED_FILE = ".preempted"
 """In the output directory after such a stop: launchers lose the exit codes of their processes."""
 
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _received: list[int] = []  # signals belong to the process, and so does this
 
 
 @contextmanager
 def catch_signals() -> Iterator[None]:
-    """Within it, the signals only set the flag. Without effect in a thread, which can't have handlers."""
-    if threading.current_thread() is not threading.main_thread():
+    """Within it, the signals set the flag, and a second Ctrl-C ends the process. May be entered again within."""
+    if signal.getsignal(signal.SIGTERM) is _on_signal:
         yield
         return
-    before = {number: signal.signal(number, _on_signal) for number in _SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with handle_stop_signals(_on_signal):
+        try:
+            yield
+        finally:
+            _received.clear()
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:
     _received.append(number)
+    if number == signal.SIGINT:
+        # the default ends a process that hangs in C, too; in a notebook it would end the session
+        signal.signal(signal.SIGINT, signal.default_int_handler if hasattr(sys, "ps1") else signal.SIG_DFL)
+        if os.environ.get("RANK", "0") == "0":
+            announce_stop()
 
 
 class PreemptionCallback(TrainerCallback):
@@ -68,6 +74,5 @@ class PreemptionCallback(TrainerCallback):
             control.should_save = control.should_evaluate = False
 
     def on_train_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
-        _received.clear()
         if self.is_preempted and state.is_world_process_zero:
             Path(args.output_dir, PREEMPTED_FILE).touch()

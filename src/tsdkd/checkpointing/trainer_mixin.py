@@ -1,6 +1,7 @@
 """A `Trainer` whose checkpoints are written atomically, verified, and free of pickles (DeepSpeed's are restricted)."""
 
 import random
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from ..config.logs import get_logger
+from ..files import write_atomically
 from . import checkpoint, preemption
 from .deepspeed_files import safe_deepspeed_load
+from .run_lock import RunLock
 from .state_file import load_state, save_state
 
 logger = get_logger(__name__)
@@ -24,7 +27,15 @@ _OPTIMIZER = "optimizer.safetensors"
 
 
 class CheckpointMixin(Trainer):
-    """Comes before a trainer among its bases; the trainer says what of its own belongs to a checkpoint."""
+    """Comes before a trainer among its bases; the trainer says what of its own belongs to a checkpoint.
+
+    Attributes:
+        run_lock: of the output directory; without one, `train` takes it.
+        run_files: texts that belong into the output directory; those that vanish in mid-run are written again.
+    """
+
+    run_lock: RunLock | None = None
+    run_files: Mapping[Path, str] = {}
 
     def _get_extra_state(self) -> Any:
         """This process's part of the state, as `tsdkd.checkpointing.state_file` takes it."""
@@ -38,18 +49,26 @@ class CheckpointMixin(Trainer):
 
         Raises:
             ResumeError: there is none, or the one that is named doesn't verify.
+            OutputDirError: another run is in the output directory.
             CheckpointError: a checkpoint can't be written.
         """
+        self.run_lock = self.run_lock or RunLock(Path(self.args.output_dir))
+        restricted = safe_deepspeed_load() if self.is_deepspeed_enabled else nullcontext()
+        with preemption.catch_signals(), self.run_lock.held(), restricted:
+            return super().train(self._find_checkpoint(resume_from_checkpoint), *args, **kwargs)
+
+    def _find_checkpoint(self, resume_from_checkpoint: str | bool | None) -> str | None:
+        """The checkpoint to continue from, verified. What a killed save left is removed."""
         if self.args.should_save:
             checkpoint.remove_partial_checkpoints(Path(self.args.output_dir))
+        if not resume_from_checkpoint:
+            return None
         if resume_from_checkpoint is True:
             resume_from_checkpoint = str(checkpoint.get_last_valid_checkpoint(Path(self.args.output_dir)))
-        elif resume_from_checkpoint:
+        else:
             checkpoint.verify_checkpoint(Path(resume_from_checkpoint))
-        if resume_from_checkpoint:
-            logger.info(f"resume: continuing from {resume_from_checkpoint}")
-        with preemption.catch_signals(), safe_deepspeed_load() if self.is_deepspeed_enabled else nullcontext():
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+        logger.info(f"resume: continuing from {resume_from_checkpoint}")
+        return resume_from_checkpoint
 
     def _prepare_input(self, data: Any) -> Any:
         """Trainer's, without its cast to DeepSpeed's precision, which is for models that take floating inputs: what
@@ -60,6 +79,7 @@ class CheckpointMixin(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.store_flos()
+        self.restore_output_dir()
         run = Path(self.args.output_dir)
         best = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
         if best.is_dir() or self.state.best_global_step == self.state.global_step:
@@ -70,6 +90,16 @@ class CheckpointMixin(Trainer):
         if self.args.push_to_hub:
             self.create_model_card()
             self._push_from_checkpoint(str(folder))
+
+    def restore_output_dir(self) -> None:
+        """Where somebody has deleted the output directory, or some of it, write again what a resume needs beside a
+        checkpoint. Raises `OutputDirError`."""
+        if self.is_world_process_zero():
+            if self.run_lock is not None:
+                self.run_lock.restore()
+            for path, text in self.run_files.items():
+                if not path.exists():
+                    write_atomically(path, text)
 
     def _write_files(self, folder: Path) -> None:
         self.save_model(str(folder), _internal_call=True)

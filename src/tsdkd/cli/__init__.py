@@ -10,6 +10,7 @@ from importlib import import_module
 from importlib.metadata import version
 
 from ..errors import CheckpointError, NonFiniteError, PreemptedError, TSDKDError
+from ..launch.children import stop_with_launcher
 from .logs import log_to_streams
 
 _COMMANDS = {
@@ -49,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         commands.add_parser(name, help=text, add_help=False)
     # transformers 5.24 tells TRL and PEFT, not the user, that they use the old name
     warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated", category=FutureWarning)
+    stop_with_launcher()
     argv = list(sys.argv[1:] if argv is None else argv)
     command = parser.parse_args(argv[:1]).command
     try:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ..errors import PreemptedError, TSDKDError
 from ..files import ensure_dir
+from ..launch.children import started_by_this
 from ..launch.slurm import path_operand, render_job_script
 from .config import Comparison, ComparisonTask
 from .signals import SignalForwarder
@@ -39,7 +40,7 @@ def run_tasks(comparison: Comparison, name: str, jobs: int) -> None:
     todo = [(i, task) for i, task in tasks if read_result(comparison, task) is None]
     _log_progress(f"{len(tasks) - len(todo)} of {len(tasks)} tasks are done, {len(todo)} to go")
     running: list[subprocess.Popen[bytes]] = []
-    signals = SignalForwarder(running)
+    signals, environment = SignalForwarder(running), _subprocess_env(jobs) | started_by_this()
 
     def run_in_subprocess(number: int, task: ComparisonTask) -> tuple[ComparisonTask, int, float] | None:
         if signals.has_received_signal:
@@ -48,7 +49,7 @@ def run_tasks(comparison: Comparison, name: str, jobs: int) -> None:
         ensure_dir(log.parent)
         command = [sys.executable, "-m", "tsdkd", "compare", f"--config={name}", "--task", str(number)]
         with log.open("ab") as file:
-            process = subprocess.Popen(command, stdout=file, stderr=file, env=_subprocess_env(jobs))
+            process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
         running.append(process)
         if signals.has_received_signal:  # meanwhile
             process.send_signal(signal.SIGTERM)
@@ -59,16 +60,12 @@ def run_tasks(comparison: Comparison, name: str, jobs: int) -> None:
         pending: set[Future[tuple[ComparisonTask, int, float] | None]] = {
             pool.submit(run_in_subprocess, *item) for item in todo
         }
-        try:
-            with signals:
-                while pending:
-                    finished, pending = wait(pending, return_when=FIRST_COMPLETED)
-                    for task, code, seconds in filter(None, (future.result() for future in finished)):
-                        failed += [task] if code else []
-                        _log_task_result(comparison, task, code, seconds)
-        except KeyboardInterrupt:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        with signals:
+            while pending:
+                finished, pending = wait(pending, return_when=FIRST_COMPLETED)
+                for task, code, seconds in filter(None, (future.result() for future in finished)):
+                    failed += [task] if code else []
+                    _log_task_result(comparison, task, code, seconds)
     if signals.has_received_signal:
         raise PreemptedError("stopped by a signal; the same command goes on from here")
     if failed:

@@ -24,6 +24,7 @@ from ..errors import DataError, EngineError, OutputDirError, PreemptedError
 from ..evaluation import ProblemSet, evaluate
 from ..files import ensure_dir, write_atomically
 from ..launch.accelerate import launch_processes
+from ..launch.children import started_by_this
 from ..launch.processes import LaunchSpec
 from ..models.loading import ModelPair, Role, resolve_pair
 from ..run.arguments import RunArguments
@@ -32,7 +33,7 @@ from ..run.config_file import read_yaml
 from ..run.output_dir import has_final_model
 from ..run.train import train
 from .config import Comparison, ComparisonTask
-from .signals import FORWARDED_SIGNALS, SignalForwarder
+from .signals import SignalForwarder
 
 logger = logging.getLogger(__name__)
 
@@ -127,9 +128,13 @@ def _generate_in_subprocess(comparison: Comparison, output: Path, lock: TextIO) 
     on_gpu = comparison.parse_shared_arguments().training_args.device.type == "cuda"
     command = [sys.executable, "-m", "tsdkd", "generate", f"--config={comparison.config}"]
     command += [*comparison.generate_flags(on_gpu), f"--output_file={output}"]
-    with subprocess.Popen(command, pass_fds=[lock.fileno()]) as process, SignalForwarder([process]):
+    environment = {**os.environ, **started_by_this()}
+    with (
+        subprocess.Popen(command, pass_fds=[lock.fileno()], env=environment) as process,
+        SignalForwarder([process]) as signals,
+    ):
         code = process.wait()
-    if -code in FORWARDED_SIGNALS:
+    if code and signals.has_received_signal:
         raise PreemptedError("stopped by a signal; the same command goes on from here")
     if code < 0:
         raise EngineError(f"tsdkd generate was killed by signal {-code} ({signal.Signals(-code).name})")

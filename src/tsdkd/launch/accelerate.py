@@ -3,14 +3,16 @@
 import logging
 import os
 import signal
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from subprocess import CalledProcessError
+from types import FrameType
 from typing import Any
 
 from ..config.launch import LAUNCHED, find_launch_config, launch_num_processes, read_launch_config
+from ..config.stop_signals import announce_stop, handle_stop_signals
 from ..errors import ConfigError, PreemptedError
+from .children import kill_descendants, started_by_this, stop_children
 
 logger = logging.getLogger(__name__)
 
@@ -26,8 +28,8 @@ def launch_processes(config: str, options: dict[str, Any], command: Sequence[str
         command: the arguments of tsdkd.
 
     Returns:
-        The exit code of the process that failed first, or that says more than 1; 0 if none did; 75 after SIGTERM or
-        SIGUSR1 to the launcher.
+        The exit code of the process that failed first, or that says more than 1; 0 if none did; 75 after a signal
+        to the launcher that stops a run.
 
     Raises:
         ConfigError: no such configuration, or options that accelerate refuses.
@@ -40,13 +42,29 @@ def launch_processes(config: str, options: dict[str, Any], command: Sequence[str
     flags = [f"--config_file={find_launch_config(config)}"]
     flags += [f"--{name}={value}" for name, value in options.items()]
     arguments = launch_command_parser().parse_args([*flags, "-m", "tsdkd", *command])
+    arguments.signals_to_handle = "SIGQUIT"  # torch would take those that we handle, ignored ones too
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # seconds to save in, after a SIGTERM
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes say it themselves
-    if signal.getsignal(signal.SIGUSR1) is not signal.SIG_IGN:
-        signal.signal(signal.SIGUSR1, _sigusr1_to_sigterm)
-    os.environ[LAUNCHED] = str(launch_num_processes(config, options))
+    stopped_by: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        stopped_by.append(number)
+        if number == signal.SIGINT:
+            if stopped_by.count(signal.SIGINT) > 1:
+                kill_descendants()
+            announce_stop()
+        if len(stopped_by) == 1:
+            raise SignalException("stopped", signal.SIGTERM)  # with which torch ends the processes, and waits for them
+
+    for_processes = {LAUNCHED: str(launch_num_processes(config, options)), **started_by_this()}
+    os.environ.update(for_processes)
     try:
-        launch_command(arguments)
+        with handle_stop_signals(stop):
+            try:
+                launch_command(arguments)
+            except SignalException:
+                stop_children()  # one that is alone was started otherwise
+                raise
     except ChildFailedError as error:
         # a process that lost another ends with 1, maybe before the launcher looks: errors of ours come before
         rank, first = min(error.failures.items(), key=lambda failure: (failure[1].exitcode <= 1, failure[1].timestamp))
@@ -54,12 +72,12 @@ def launch_processes(config: str, options: dict[str, Any], command: Sequence[str
     except CalledProcessError as error:
         return _to_exit_code(0, error.returncode)
     except SignalException as error:
-        stopped = error.sigval in (signal.SIGTERM, signal.SIGUSR1)  # its processes had time to save
-        return PreemptedError.exit_code if stopped else _SIGNAL_EXIT_BASE + error.sigval
+        return PreemptedError.exit_code if stopped_by else _SIGNAL_EXIT_BASE + error.sigval
     except ValueError as error:
         raise ConfigError([f"accelerate_config: {' '.join(str(error).split())}"]) from error
     finally:
-        del os.environ[LAUNCHED]
+        for name in for_processes:
+            del os.environ[name]
     return 0
 
 
@@ -73,13 +91,6 @@ def warn_about_compile_locks() -> None:
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
     for lock in root.rglob("lock"):
         logger.warning(f"tsdkd: {lock} is there; if no other run is compiling, remove it, or this one waits")
-
-
-def _sigusr1_to_sigterm(*_: Any) -> None:
-    """SIGTERM to itself, which is passed on once there are processes."""
-    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        sys.exit(PreemptedError.exit_code)
-    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def default_launch_config() -> str:

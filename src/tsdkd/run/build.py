@@ -22,8 +22,6 @@ def build_trainer(arguments: RunArguments) -> TokenSelectiveTrainer:
     training, model = arguments.training_args, arguments.model_args
     train_rows, eval_rows = load_datasets(arguments.data_args, training)
     set_model_init_kwargs(arguments)
-    folder = Path(str(training.output_dir))
-    existed = folder.exists()
     try:
         trainer = METHODS[training.method](
             model=str(model.model_name_or_path),
@@ -35,8 +33,6 @@ def build_trainer(arguments: RunArguments) -> TokenSelectiveTrainer:
         )
         validate_optimizer(trainer)
     except Exception as error:
-        if not existed and folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()  # transformers makes it before it checks everything
         if isinstance(error, TSDKDError):
             raise
         raise ConfigError([explain_error(error, arguments.explicit_values)]) from error

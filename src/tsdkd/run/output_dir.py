@@ -1,7 +1,11 @@
 """The output directory of a run: whose it is, of which configuration, and whether there is something to continue."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import yaml
@@ -9,6 +13,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from trl import ModelConfig
 
 from ..checkpointing import checkpoint
+from ..checkpointing.run_lock import LOCK_NAME
 from ..config.aliases import rename_deprecated
 from ..config.base import DataArguments
 from ..config.logs import get_logger
@@ -16,14 +21,14 @@ from ..config.options import enum_value, get_default
 from ..config.validation import declared_fields
 from ..config.yaml_file import load_yaml
 from ..errors import DataError, OutputDirError, ResumeError
-from ..files import require_dir_path, write_atomically
+from ..files import require_dir_path, wrap_os_errors, write_atomically
 from ..methods import METHODS
 from .arguments import RunArguments
 
 logger = get_logger(__name__)
 
 RUN_CONFIG_NAME = "tsdkd_config.yaml"  # the resolved configuration; marks an output directory as ours
-_TMP_RUN_CONFIG_NAME = f".{RUN_CONFIG_NAME}.new"  # left by `write_atomically` when it is killed
+_LEFTOVERS = {f".{RUN_CONFIG_NAME}.new", LOCK_NAME}  # of a run that was killed before it had begun
 
 # What may differ when a run goes on: it decides what is reported, kept, and how fast it goes, not what is learnt.
 _MUTABLE_PREFIXES = ("logging_", "log_", "record_", "save_", "eval_", "hub_", "push_to_", "ddp_", "vllm_", "resume")
@@ -58,36 +63,66 @@ def resolve_resume(arguments: RunArguments) -> str | None:
     """The checkpoint that the run is resumed from, or None to start. All processes must call it.
 
     Raises:
-        OutputDirError: the directory has files that the run would mix with or overwrite, a run of another
-            configuration, or one that has ended without a checkpoint.
+        OutputDirError: as `check_output_dir`, or the directory has a run that has ended without a checkpoint.
         ResumeError: there is nothing to resume from, or a run of another configuration.
     """
-    training = arguments.training_args
-    folder, resume_setting = Path(str(training.output_dir)), _resume_setting(arguments)
-    require_dir_path(folder)
-    present = {path.name for path in folder.iterdir()} - {_TMP_RUN_CONFIG_NAME} if folder.is_dir() else set()
-    if present and RUN_CONFIG_NAME not in present:
-        raise OutputDirError(
-            f"output_dir: {folder} holds files that aren't tsdkd's ({min(present)}, …); choose another"
-        )
-    is_resuming = _is_resuming(arguments)
-    if present and not is_resuming:
-        raise OutputDirError(
-            f"output_dir: {folder} holds an earlier run; continue it with --resume true, or choose another"
-        )
-    if changes := _describe_changes(arguments, folder) if present else "":
-        raise OutputDirError(f"output_dir: {folder} holds another run: {changes}; choose another directory")
-    if not is_resuming:
+    check_output_dir(arguments)
+    if not _is_resuming(arguments):
         return None
+    folder, resume_setting = Path(str(arguments.training_args.output_dir)), _resume_setting(arguments)
     if resume_setting.lower() not in ("true", "false"):
         return _resolve_checkpoint(arguments, Path(resume_setting), folder)
-    if training.resume and not checkpoint.list_checkpoints(folder):
+    if arguments.training_args.resume and not checkpoint.list_checkpoints(folder):
         if has_final_model(folder):
             raise OutputDirError(
                 f"output_dir: {folder} holds a run that has ended, without a checkpoint to go on from; choose another"
             )
         return None
     return str(checkpoint.get_last_valid_checkpoint(folder))
+
+
+def check_output_dir(arguments: RunArguments) -> None:
+    """Check that the run may go into its output directory.
+
+    Raises:
+        OutputDirError: it has files that the run would mix with or overwrite, or a run of another configuration.
+    """
+    folder = Path(str(arguments.training_args.output_dir))
+    require_dir_path(folder)
+    with wrap_os_errors(folder, action="read"):
+        present = {path.name for path in folder.iterdir()} - _LEFTOVERS if folder.is_dir() else set()
+    if present and RUN_CONFIG_NAME not in present:
+        raise OutputDirError(
+            f"output_dir: {folder} holds files that aren't tsdkd's ({min(present)}, …); choose another"
+        )
+    if present and not _is_resuming(arguments):
+        raise OutputDirError(
+            f"output_dir: {folder} holds an earlier run; continue it with --resume true, or choose another"
+        )
+    if changes := _describe_changes(arguments, folder) if present else "":
+        raise OutputDirError(f"output_dir: {folder} holds another run: {changes}; choose another directory")
+
+
+def require_writable(folder: Path) -> None:
+    """Raise `OutputDirError` if nothing could be written into a folder that may not be there yet; leaves nothing."""
+    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    with wrap_os_errors(folder, action="written"), TemporaryFile(dir=place) as file:  # it has no name on most systems
+        file.write(bytes(4096))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def leave_nothing_on_error(folder: Path) -> Iterator[None]:
+    """After an error, remove the folder and its parents, as far as they are new and empty."""
+    new = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            for path in new:
+                path.rmdir()
+        raise
 
 
 def has_final_model(folder: Path) -> bool:
@@ -117,18 +152,21 @@ def _is_resuming(arguments: RunArguments) -> bool:
     return arguments.training_args.resume or _resume_setting(arguments).lower() != "false"
 
 
-def write_run_config(arguments: RunArguments) -> None:
-    """Write the resolved configuration into the output directory, in one go.
+def write_run_config(arguments: RunArguments) -> tuple[Path, str]:
+    """Write the resolved configuration into the output directory, in one go. For the first process.
+
+    Returns:
+        The file, and its text.
 
     Raises:
         OutputDirError: another run has done so since `resolve_resume`.
     """
-    if arguments.training_args.process_index == 0:
-        folder = Path(str(arguments.training_args.output_dir))
-        if (folder / RUN_CONFIG_NAME).exists() and not _is_resuming(arguments):
-            raise OutputDirError(f"output_dir: another run has begun in {folder}; choose another")
-        text = yaml.safe_dump(build_run_config(arguments), sort_keys=True, allow_unicode=True)
-        write_atomically(folder / RUN_CONFIG_NAME, text)
+    path = Path(str(arguments.training_args.output_dir), RUN_CONFIG_NAME)
+    if path.exists() and not _is_resuming(arguments):
+        raise OutputDirError(f"output_dir: another run has begun in {path.parent}; choose another")
+    text = yaml.safe_dump(build_run_config(arguments), sort_keys=True, allow_unicode=True)
+    write_atomically(path, text)
+    return path, text
 
 
 def read_run_config(folder: Path) -> dict[str, Any]:

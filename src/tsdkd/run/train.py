@@ -1,15 +1,28 @@
 """A run from its arguments to the saved student."""
 
 import os
+import shlex
+from contextlib import closing
+from pathlib import Path
+
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..checkpointing.preemption import catch_signals
+from ..checkpointing.run_lock import RunLock, on_main_process
 from ..config.launch import LAUNCHED
 from ..config.logs import get_logger
-from ..errors import CheckpointError, ConfigError, PreemptedError
+from ..errors import CheckpointError, ConfigError, OutputDirError, PreemptedError, TSDKDError
 from ..trainer.trainer import TokenSelectiveTrainer
 from .arguments import RunArguments
 from .build import build_trainer
-from .output_dir import resolve_resume, write_run_config
+from .output_dir import (
+    RUN_CONFIG_NAME,
+    check_output_dir,
+    leave_nothing_on_error,
+    require_writable,
+    resolve_resume,
+    write_run_config,
+)
 
 logger = get_logger(__name__)
 
@@ -30,25 +43,47 @@ def train(arguments: RunArguments) -> TokenSelectiveTrainer:
                 f"{arguments.training_args.world_size}: each would train alone; without a GPU set use_cpu: true"
             ]
         )
-    checkpoint = resolve_resume(arguments)
-    trainer = build_trainer(arguments)
-    with catch_signals():  # until here a signal ends a process at once, as there is nothing to save
-        trainer.accelerator.wait_for_everyone()  # the run's first file says that all of them are watching
-        write_run_config(arguments)
+    folder = Path(str(arguments.training_args.output_dir))
+    with leave_nothing_on_error(folder), closing(RunLock(folder)) as lock:
+        check_output_dir(arguments)
+        require_writable(folder)
+        lock.acquire(only_beside=RUN_CONFIG_NAME)
+        checkpoint = resolve_resume(arguments)
+        trainer = build_trainer(arguments)
+        with catch_signals():  # until here a signal ends a process at once, as there is nothing to save
+            trainer.accelerator.wait_for_everyone()  # the run's first file says that all of them are watching
+            lock.acquire()
+            trainer.run_lock, trainer.run_files = lock, dict([on_main_process(lambda: write_run_config(arguments))])
+            _train_and_save(trainer, checkpoint)
+    logger.info(f"saved the student to {folder}")
+    return trainer
+
+
+def _train_and_save(trainer: TokenSelectiveTrainer, checkpoint: str | None) -> None:
+    folder = Path(str(trainer.args.output_dir))
+    try:
         trainer.train(resume_from_checkpoint=checkpoint)
+    except TSDKDError:
+        raise
+    except OSError as error:
+        if not (isinstance(error.filename, str | os.PathLike) and Path(error.filename).is_relative_to(folder)):
+            raise
+        raise OutputDirError(
+            f"output_dir: {error.filename} can't be written: {error.strerror}; continue with --resume true"
+        ) from error
     if trainer.preemption.is_preempted:
+        step = trainer.state.global_step
         raise PreemptedError(
-            f"stopped by a signal after step {trainer.state.global_step}, the checkpoint is saved; continue with "
-            "--resume true"
+            f"stopped by a signal after step {step}, saved in {folder}/{PREFIX_CHECKPOINT_DIR}-{step}; continue with "
+            f"--resume true --output_dir {shlex.quote(str(folder))}"
         )
     _save_student(trainer)
-    logger.info(f"saved the student to {arguments.training_args.output_dir}")
-    return trainer
 
 
 def _save_student(trainer: TokenSelectiveTrainer) -> None:
     """The student, and then the log, for `tsdkd report`; it also says that the run has ended."""
     try:
+        trainer.restore_output_dir()
         trainer.save_model()
         trainer.save_state()
     except Exception as error:  # safetensors has exceptions of its own for a full disk

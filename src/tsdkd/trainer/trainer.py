@@ -19,10 +19,12 @@ from trl.experimental.gkd import GKDTrainer
 from trl.trainer.utils import disable_dropout_in_model
 
 from ..checkpointing.preemption import PreemptionCallback
+from ..checkpointing.run_lock import on_main_process
 from ..checkpointing.trainer_mixin import CheckpointMixin
 from ..config.base import TokenSelectiveConfig, require_config
 from ..data import collate, completion_mask, hash_rows, is_prepared, prepare_dataset, target_ids
 from ..errors import ResumeError
+from ..models.identity import identify_model
 from ..models.loading import get_model_id, load_student, resolve_pair
 from ..models.teacher import load_teacher, prepare_teacher
 from ..objective import CompletionBatch, Objective, ObjectiveOutput
@@ -90,10 +92,21 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
         train_dataset = self._tokenize_dataset(train_dataset, args)
         if eval_dataset is not None:
             eval_dataset = self._tokenize_dataset(eval_dataset, args)
+        frozen = {"model_name_or_path": (model, self.pair.student_config)} if peft_config is not None else {}
+        if self._needs_teacher:
+            frozen["teacher_model_name_or_path"] = (teacher_model, self.pair.teacher_config)
         if isinstance(model, str):
             model = load_student(model, args)
         if isinstance(teacher_model, str) and self._needs_teacher:
             teacher_model = load_teacher(teacher_model, self.pair.teacher_config, args)
+        # now that their files are here, and in memory
+        self._frozen_models = on_main_process(
+            lambda: {
+                field: [name, identify_model(name, config)]
+                for field, (name, config) in frozen.items()
+                if isinstance(name, str)
+            }
+        )
 
         args.dataset_kwargs = {"skip_prepare_dataset": True}
         super(GKDTrainer, self).__init__(
@@ -330,6 +343,7 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
     def _get_extra_state(self) -> dict[str, Any]:
         return {
             "rows": self._train_dataset_hash,
+            "frozen_models": self._frozen_models,
             "skipped": self.nonfinite_guard.num_skipped,
             "objective": self.objective.state_dict(),
             "rollout_buffer": self.rollout_buffer.state_dict(),
@@ -340,9 +354,20 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
             raise ResumeError(
                 "resume: train_dataset (dataset_name) has other rows, or other tokens of them, than at the checkpoint"
             )
+        self._check_frozen_models(state.get("frozen_models", {}))
         self.nonfinite_guard.num_skipped = state["skipped"]
         self.objective.load_state_dict(state["objective"])
         self.rollout_buffer.load_state_dict(state["rollout_buffer"])
+
+    def _check_frozen_models(self, before: dict[str, list[str]]) -> None:
+        """What isn't trained isn't in a checkpoint. Loaded models, of a script, aren't checked."""
+        for field in before.keys() & self._frozen_models.keys():
+            (old_name, old), (name, new) = before[field], self._frozen_models[field]
+            if old != new:
+                raise ResumeError(
+                    f"resume: {field}: {name} has other weights, or another config.json, than at the checkpoint: "
+                    f"{old_name} ({old}) was used, found {new}"
+                )
 
     @cached_property
     def _train_dataset_hash(self) -> str:
