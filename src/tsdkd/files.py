@@ -1,12 +1,13 @@
-"""Folders and files that are written: one place, one error for what the system says."""
+"""Folders and files that are written or read back: one place, one error for what the system says."""
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
-from .errors import OutputDirError, TSDKDError
+from .errors import DataError, OutputDirError, TSDKDError, first_line
 
 
 def ensure_dir(folder: Path, field: str = "output_dir") -> None:
@@ -87,3 +88,27 @@ def require_dir_path(folder: Path) -> None:
     for place in (folder, *folder.parents):
         if place.exists() and not place.is_dir():
             raise OutputDirError(f"output_dir: {place} is a file, expected a folder")
+
+
+def read_bounded(path: Path, max_mib: int) -> bytes:
+    """The content of a regular file. Raises `DataError`: it can't be read, is something else, or larger."""
+    try:
+        if path.exists() and not path.is_file():
+            raise DataError(f"{path} isn't a regular file")
+        with path.open("rb") as file:
+            content = file.read(max_mib * 2**20 + 1)
+    except OSError as error:
+        raise DataError(f"{path} can't be read: {error.strerror or error}") from error
+    if len(content) > max_mib * 2**20:
+        raise DataError(f"{path} is larger than {max_mib} MiB")
+    return content
+
+
+def parse_json(content: bytes | str, name: object) -> Any:
+    """What JSON holds, NaN and Infinity as Python writes them included. Raises `DataError` that begins with `name`."""
+    try:
+        return json.loads(content)
+    except RecursionError as error:
+        raise DataError(f"{name} is damaged: it is nested too deeply") from error
+    except ValueError as error:
+        raise DataError(f"{name} is damaged: it isn't JSON: {first_line(error)}") from error

@@ -6,10 +6,32 @@ refuses flags' strings, and each of these messages would still be a validator of
 
 import difflib
 import json
+import reprlib
 import types
 from collections.abc import Iterable, Sequence
 from enum import Enum
 from typing import Any, Literal, Union, get_args, get_origin
+
+_MAX_NUMBER = 1e38  # what float32 holds
+_bounded = reprlib.Repr()
+_bounded.maxlevel, _bounded.maxlist, _bounded.maxstring = 3, 10, 60
+
+
+def finite_number(value: Any, low: float = -_MAX_NUMBER, high: float = _MAX_NUMBER) -> float:
+    """A number from a file, within `[low, high]`. Raises `ValueError` for anything else, such as NaN, "1" and true."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (is_number and low <= value <= high):
+        bounds = "" if (low, high) == (-_MAX_NUMBER, _MAX_NUMBER) else f" from {low:g} to {high:g}"
+        raise ValueError(f"must be a finite number{bounds}, found {bounded_repr(value)}")
+    return float(value)
+
+
+def bounded_repr(value: Any) -> str:
+    """`repr` of any value from a file, in bounded time and length."""
+    try:
+        return _bounded.repr(value)
+    except ValueError:  # an int of more digits than Python writes
+        return "a number of too many digits"
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
