@@ -1,5 +1,6 @@
 """The papers' figures: what each shows, in numbers, and how it is drawn."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import cycle
@@ -60,6 +61,13 @@ def label(name: str) -> str:
     short = name if len(name) <= _MAX_LABEL else f"{name[: _MAX_LABEL - 1]}…"
     text = escape_line(short).replace("$", r"\$")
     return f" {text}" if text.startswith("_") else text
+
+
+def save_figure(figure: Figure, target: Any, **options: Any) -> None:
+    """`Figure.savefig`, without a warning for each character of a name that the font lacks."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        figure.savefig(target, **options)
 
 
 # The numbers --------------------------------------------------------------------------------------------------------

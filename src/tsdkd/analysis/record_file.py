@@ -69,7 +69,7 @@ def read_record_file(path: Path) -> RecordFile:
     try:
         if not path.is_file():
             raise ValueError("it isn't a regular file")
-        with pq.ParquetFile(path) as file:
+        with path.open("rb") as stream, pq.ParquetFile(stream) as file:  # Arrow takes no path that isn't UTF-8
             _check_size(file.metadata)
             _check_schema(file.schema_arrow)
             table = file.read(columns=list(_RANGES))

@@ -14,7 +14,7 @@ from ..evaluation.results import ResultEntry, find_results, read_results
 from ..files import ensure_dir, wrap_os_errors, write_atomically
 from ..trainer.token_records import RECORDS_DIR
 from . import pass_at_k
-from .figures import FIGURES, plot_figure
+from .figures import FIGURES, plot_figure, save_figure
 from .left_out import leave_out_damaged, leave_out_failure, warn_of_skipped
 from .load import StepRecord, read_records
 
@@ -38,7 +38,7 @@ def write_figures(folders: Sequence[Path], output: Path) -> None:
     def save(name: str, numbers: Any, figure: Figure, title: str, paper: str) -> None:
         figure.suptitle(title)
         with wrap_os_errors(output, "--figures_dir"):
-            figure.savefig(output / f"{name}.png", dpi=150)
+            save_figure(figure, output / f"{name}.png", dpi=150)
         numbers_by_figure[name] = numbers
         table.add_row(f"{name}.png", title, paper)
 

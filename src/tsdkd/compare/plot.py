@@ -6,7 +6,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..analysis.figures import label
+from ..analysis.figures import label, save_figure
 from .config import Comparison
 from .summary import RunSummary
 
@@ -42,7 +42,7 @@ def plot_accuracy(comparison: Comparison, summaries: Sequence[RunSummary], metri
         axis.spines[["top", "right"]].set_visible(False)
     if student is not None:
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", frameon=False, fontsize="small")
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path, dpi=150)
 
 
 def _plot_sweep(axis: Axes, comparison: Comparison, runs: Sequence[RunSummary], metric: str) -> None:

@@ -65,8 +65,8 @@ class ItemResults:
                 row = json.loads(line)
                 item = ItemResult(**{name: row[name] for name in ("task", "doc_id", "scores", "responses")})
                 metadata = {name: row[name] for name in self.metadata}
-                is_damaged = len(item.scores) != row["samples"] or not all(0 <= score <= 1 for score in item.scores)
-            except (ValueError, KeyError, TypeError):
+                is_damaged = not _is_plausible(item, row["samples"])
+            except (ValueError, KeyError, TypeError, RecursionError):
                 is_damaged = True
             if is_damaged:
                 raise OutputDirError(
@@ -81,3 +81,12 @@ class ItemResults:
                     f"output_dir: {self.path} has other items: {', '.join(changes)}; choose another directory"
                 )
             self.results[item.task, item.doc_id] = item
+
+
+def _is_plausible(item: ItemResult, num_samples: int) -> bool:
+    """Whether the fields have their types, and scores their range."""
+    are_lists = isinstance(item.scores, list) and isinstance(item.responses, list)
+    if not (are_lists and isinstance(item.task, str) and type(item.doc_id) is int):
+        return False
+    are_texts = all(isinstance(text, str) for text in item.responses)
+    return are_texts and len(item.scores) == num_samples and all(0 <= score <= 1 for score in item.scores)

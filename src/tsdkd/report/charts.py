@@ -3,7 +3,6 @@
 import hashlib
 import io
 import re
-import warnings
 from collections.abc import Sequence
 from itertools import cycle
 
@@ -12,7 +11,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from ..analysis import pass_at_k
-from ..analysis.figures import COLORS, FIGURES, label, plot_figure
+from ..analysis.figures import COLORS, FIGURES, label, plot_figure, save_figure
 from ..analysis.left_out import leave_out_failure
 from ..errors import escape_line
 from .load import RunReport
@@ -80,12 +79,8 @@ def to_svg(figure: Figure, title: str) -> Markup:
     """Without a background, its text as text, in the page's own colours."""
     buffer = io.StringIO()
     prefix = f"c{hashlib.sha256(escape_line(title).encode()).hexdigest()[:12]}"  # an id of the page's own
-    with (
-        matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": prefix, "font.family": "sans-serif"}),
-        warnings.catch_warnings(),
-    ):
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # the browser has others
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": prefix, "font.family": "sans-serif"}):
+        save_figure(figure, buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     text = re.sub(r"<[^!>][^>]*>", lambda tag: _adapt_tag(tag[0], prefix), text[text.index("<svg") :])
     return Markup(text.replace("<svg ", f'<svg role="img" aria-label="{Markup.escape(title)}" ', 1))

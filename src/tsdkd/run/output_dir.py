@@ -15,13 +15,14 @@ from ..config.logs import get_logger
 from ..config.options import enum_value, get_default
 from ..config.validation import declared_fields
 from ..errors import DataError, OutputDirError, ResumeError
-from ..files import require_dir_path, write_atomically
+from ..files import read_bounded, require_dir_path, write_atomically
 from ..methods import METHODS
 from .arguments import RunArguments
 
 logger = get_logger(__name__)
 
 RUN_CONFIG_NAME = "tsdkd_config.yaml"  # the resolved configuration; marks an output directory as ours
+_MAX_CONFIG_MIB = 1
 _TMP_RUN_CONFIG_NAME = f".{RUN_CONFIG_NAME}.new"  # left by `write_atomically` when it is killed
 
 # What may differ when a run goes on: it decides what is reported, kept, and how fast it goes, not what is learnt.
@@ -134,8 +135,10 @@ def read_run_config(folder: Path) -> dict[str, Any]:
     """The resolved configuration of the run in a folder, by today's names. Raises `DataError`."""
     path = folder / RUN_CONFIG_NAME
     try:
-        return rename_deprecated(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        return rename_deprecated(yaml.safe_load(read_bounded(path, _MAX_CONFIG_MIB)))
+    except DataError:
+        raise
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError, yaml.YAMLError) as error:
         raise DataError(f"{path} can't be read: {' '.join(str(error).split())[:200]}") from error
 
 
