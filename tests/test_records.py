@@ -1,6 +1,7 @@
 """What training records of tokens, against the models' own logits, and the papers' figures from it."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +178,7 @@ def test_numbers_of_the_figures(run: dict[str, Any], tmp_path: Path) -> None:
     assert numbers["gate"][19] == pytest.approx(share)
 
 
-def test_pass_at_k_of_evaluations(run: dict[str, Any], tmp_path: Path) -> None:
+def test_pass_at_k_of_evaluations(run: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Of a directory of `tsdkd eval`, and of one inside a run."""
     (benchmark,) = select_benchmarks("demo", ["demo"])
     right = np.arange(4) < np.array([0, 1, 4])[:, None]
@@ -190,7 +191,11 @@ def test_pass_at_k_of_evaluations(run: dict[str, Any], tmp_path: Path) -> None:
         assert found["pass_at_k"]["demo"]["a"]["percent"] == pytest.approx([100 * x for x in chances.values()])
     assert [path.name for path in (tmp_path / "figures").glob("*.png")] == ["pass_at_k.png"]
     (tmp_path / "results-demo.json").write_text('{"results": [{}]}')
+    assert main(["analyze", str(tmp_path)]) == 0
+    assert "left out: " in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "eval-1")
     assert main(["analyze", str(tmp_path)]) == 2
+    assert "results-demo.json isn't from tsdkd eval" in capsys.readouterr().err
 
 
 def test_any_two_models(

@@ -1,13 +1,24 @@
 """Every error that a user can cause, with the exit code that the command line gives it.
 
-Each class is also the standard exception that a caller of the Python API would expect to catch.
+Each class is also the standard exception that a caller of the Python API would expect to catch. What an error quotes
+may be a stranger's: `escape_line` and `escape_controls` make it fit for a terminal.
 """
+
+import re
+
+# C0 but tab and newline, DEL, C1, directions of text, separators of lines and paragraphs, halves of surrogate pairs
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class TSDKDError(Exception):
     """Base of all errors that tsdkd raises on bad input."""
 
     exit_code = 2
+
+    @property
+    def lines(self) -> list[str]:
+        """The message, one item a line: a line end within an item was quoted from somewhere."""
+        return [str(self)]
 
 
 class ConfigError(TSDKDError, ValueError):
@@ -16,6 +27,11 @@ class ConfigError(TSDKDError, ValueError):
     def __init__(self, problems: list[str]) -> None:
         self.problems = problems
         super().__init__("\n".join(problems))
+
+    @property
+    def lines(self) -> list[str]:
+        """See the base."""
+        return self.problems
 
 
 class DataError(TSDKDError, ValueError):
@@ -61,3 +77,13 @@ class OutputDirError(TSDKDError, FileExistsError):
 def first_line(error: BaseException) -> str:
     """The first line of an exception's text, or its type."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def escape_controls(text: str) -> str:
+    """Show what would steer a terminal, or couldn't be encoded, as an escape such as `\\x1b`; tab and newline stay."""
+    return _CONTROLS.sub(lambda match: ascii(match[0])[1:-1], text)
+
+
+def escape_line(text: str) -> str:
+    """`escape_controls`, and tab and newline too: a name that has them makes no line of its own."""
+    return escape_controls(text).replace("\t", "\\t").replace("\n", "\\n")

@@ -1,4 +1,4 @@
-"""Folders and files that are written: one place, one error for what the system says."""
+"""Folders and files that are written or read back: one place, one error for what the system says."""
 
 import errno
 import json
@@ -9,8 +9,9 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from io import FileIO
 from pathlib import Path
+from typing import Any
 
-from .errors import OutputDirError, TSDKDError
+from .errors import DataError, OutputDirError, TSDKDError, first_line
 
 _MAX_LINE = 2**26  # bytes
 _KINDS = {
@@ -103,20 +104,17 @@ def require_regular_file(path: Path) -> None:
         raise ValueError(f"it is {_KINDS.get(stat.S_IFMT(mode), 'no file')}, expected a file")
 
 
-def read_small_file(path: Path, max_bytes: int) -> str:
-    """The text of a regular UTF-8 file. Raises `ValueError`, saying what is wrong with it."""
+def read_small_file(path: Path, max_bytes: int) -> bytes:
+    """The content of a regular file. Raises `ValueError`, saying what is wrong with it."""
     try:
         require_regular_file(path)
         with path.open("rb") as file:
             content = file.read(max_bytes + 1)
     except OSError as error:
-        raise ValueError(error.strerror) from error
+        raise ValueError(error.strerror or str(error)) from error
     if len(content) > max_bytes:
         raise ValueError(f"it is larger than {max_bytes:,} bytes")
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError("it isn't UTF-8 text") from error
+    return content
 
 
 def iter_whole_lines(path: Path, prefix: bytes, field: str = "output_dir") -> Iterator[tuple[int, bytes]]:
@@ -165,3 +163,21 @@ def require_dir_path(folder: Path) -> None:
     for place in (folder, *folder.parents):
         if place.exists() and not place.is_dir():
             raise OutputDirError(f"output_dir: {place} is a file, expected a folder")
+
+
+def read_bounded(path: Path, max_mib: int) -> bytes:
+    """`read_small_file`, for files that tsdkd writes. Raises `DataError` that names the file."""
+    try:
+        return read_small_file(path, max_mib * 2**20)
+    except ValueError as error:
+        raise DataError(f"{path} can't be read: {error}") from error
+
+
+def parse_json(content: bytes | str, name: object) -> Any:
+    """What JSON holds, NaN and Infinity as Python writes them included. Raises `DataError` that begins with `name`."""
+    try:
+        return json.loads(content)
+    except RecursionError as error:
+        raise DataError(f"{name} is damaged: it is nested too deeply") from error
+    except ValueError as error:
+        raise DataError(f"{name} is damaged: it isn't JSON: {first_line(error)}") from error

@@ -1,18 +1,17 @@
 """The papers' figures: what each shows, in numbers, and how it is drawn."""
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 import numpy as np
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from ..errors import escape_line
 from ..trainer.token_records import MASS_TOP_K
 from .load import StepRecord
 
@@ -20,6 +19,8 @@ ENTROPY_THRESHOLD, HIGH_ENTROPY = 0.8, 1.0  # nats: EOPD's trigger, and what its
 ENTROPY_BINS = np.linspace(0.0, 4.0, 41)
 # Okabe and Ito's, the light ones darker, so that a thin line is seen on white
 COLORS = ("#0072b2", "#d55e00", "#009170", "#b9628f", "#b27a00", "#3a8fc4")
+
+_MAX_LABEL = 60
 
 RecordsByRun = dict[str, list[StepRecord]]
 FigureData = dict[str, Any]
@@ -45,13 +46,28 @@ class FigureSpec:
 
 
 def plot_figure(spec: FigureSpec, data: FigureData) -> Figure:
-    """The figure, for the caller to save and close."""
-    figure, axis = plt.subplots(figsize=(6.4, 3.4), layout="constrained")
+    """The figure, for the caller to save."""
+    figure = Figure(figsize=(6.4, 3.4), layout="constrained")
+    axis = figure.subplots()
     spec.plot(axis, data)
     axis.spines[["top", "right"]].set_visible(False)
     if axis.get_legend_handles_labels()[0]:
         axis.legend(frameon=False, fontsize="small")
     return figure
+
+
+def label(name: str) -> str:
+    """A run's or a model's name as matplotlib draws it: without formulas, and in legends, which leave out `_name`."""
+    short = name if len(name) <= _MAX_LABEL else f"{name[: _MAX_LABEL - 1]}…"
+    text = escape_line(short).replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
+
+
+def save_figure(figure: Figure, target: Any, **options: Any) -> None:
+    """`Figure.savefig`, without a warning for each character of a name that the font lacks."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        figure.savefig(target, **options)
 
 
 # The numbers --------------------------------------------------------------------------------------------------------
@@ -127,31 +143,31 @@ def _plot_entropy_by_position(axis: Axes, data: FigureData) -> None:
     for (run, curve), color in zip(data.items(), _color_cycle(), strict=False):
         for who, style in (("student", "-"), ("teacher", ":")):
             values = np.array(curve[who], dtype=float)  # None, where no response has a token there, as NaN
-            axis.plot(places, values, color=color, ls=style, label=f"{run}: {who}")
+            axis.plot(places, values, color=color, ls=style, label=f"{label(run)}: {who}")
     axis.set(xlabel="position in the response, %", ylabel="mean entropy, nats")
 
 
 def _plot_entropy_histogram(axis: Axes, data: FigureData) -> None:
     for (run, curve), color in zip(data.items(), _color_cycle(), strict=False):
         for who, style in (("student", "-"), ("teacher", ":")):
-            label = f"{run}: {who}, {100 * curve[who]['above']:.1f} % at {HIGH_ENTROPY} nat or more"
-            axis.stairs(curve[who]["share"], ENTROPY_BINS, color=color, ls=style, label=label)
+            text = f"{label(run)}: {who}, {100 * curve[who]['above']:.1f} % at {HIGH_ENTROPY} nat or more"
+            axis.stairs(curve[who]["share"], ENTROPY_BINS, color=color, ls=style, label=text)
     axis.set(xlabel="entropy of a token, nats", ylabel="share of tokens", yscale="log")
 
 
-def _plot_over_steps(label: str) -> Callable[[Axes, FigureData], None]:
+def _plot_over_steps(title: str) -> Callable[[Axes, FigureData], None]:
     def plot(axis: Axes, data: FigureData) -> None:
         for (run, curve), color in zip(data.items(), _color_cycle(), strict=False):
-            axis.plot(curve["step"], np.array(curve["value"], dtype=float), ".-", color=color, label=run)
+            axis.plot(curve["step"], np.array(curve["value"], dtype=float), ".-", color=color, label=label(run))
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axis.set(xlabel="optimizer step", ylabel=label)
+        axis.set(xlabel="optimizer step", ylabel=title)
 
     return plot
 
 
 def _plot_top_k_mass(axis: Axes, data: FigureData) -> None:
     for (run, mass), color in zip(data["mass"].items(), _color_cycle(), strict=False):
-        axis.plot(data["bytes"], mass, "o-", color=color, label=run)
+        axis.plot(data["bytes"], mass, "o-", color=color, label=label(run))
     for k, size in zip(data["k"], data["bytes"], strict=True):
         lowest = min(m[data["k"].index(k)] for m in data["mass"].values())
         axis.annotate(
@@ -165,19 +181,24 @@ def _plot_opener_lengths(axis: Axes, data: FigureData) -> None:
     for (run, lengths), color in zip(data.items(), _color_cycle(), strict=False):
         shares = 100 * np.array(lengths["length"]) / np.maximum(lengths["of"], 1)
         axis.hist(
-            shares, bins=20, range=(0, 100), histtype="step", color=color, label=f"{run}: {np.mean(shares):.1f} %"
+            shares,
+            bins=20,
+            range=(0, 100),
+            histtype="step",
+            color=color,
+            label=f"{label(run)}: {np.mean(shares):.1f} %",
         )
     axis.set(xlabel="the opener's share of a response's tokens, %", ylabel="responses")
 
 
 def _plot_gate_histogram(axis: Axes, data: FigureData) -> None:
     for (run, shares), color in zip(data.items(), _color_cycle(), strict=False):
-        axis.stairs(shares, np.linspace(0.0, 1.0, 41), color=color, label=run)
+        axis.stairs(shares, np.linspace(0.0, 1.0, 41), color=color, label=label(run))
     axis.set(xlabel="gate of a token", ylabel="share of tokens")
 
 
-def _color_cycle() -> Sequence[str]:
-    return COLORS * 4
+def _color_cycle() -> Iterator[str]:
+    return cycle(COLORS)
 
 
 FIGURES = (

@@ -1,19 +1,27 @@
 """Records of a run, read back, and which tokens a method selects in them."""
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 
+from ..config.coercion import finite_number
 from ..errors import DataError
 from ..run.output_dir import RUN_CONFIG_NAME, read_run_config
 from ..selection import entropy_gap_gate, opener_mask, top_entropy_mask
 from ..trainer.token_records import RECORDS_DIR
+from .record_file import read_record_file
+
+_MAX_GIB = 2  # of memory, for all records of a run
+_OPTION_RANGES = {
+    "opener_ratio": (0.0, 1.0),
+    "entropy_ratio": (0.0, 1.0),
+    "gate_temperature": (1e-6, 1e6),
+    "entropy_threshold": (-1e6, 1e6),
+}
 
 
 @dataclass(frozen=True)
@@ -95,7 +103,7 @@ def read_records(run: Path, skipped: list[str] | None = None) -> list[StepRecord
         skipped: takes the reasons why some can't be read, instead of an error.
 
     Raises:
-        DataError: there are none, or one can't be read.
+        DataError: there are none, the run's configuration can't be read, or a record can't.
     """
     paths = sorted((run / RECORDS_DIR).glob("step-*.parquet"))
     if not paths:
@@ -103,43 +111,35 @@ def read_records(run: Path, skipped: list[str] | None = None) -> list[StepRecord
             f"{run} has no records; training writes them with --record_steps N, and tsdkd analyze --config makes some"
         )
     options = _read_options(run)
-    records = []
-    for path in paths:
+    records: list[StepRecord] = []
+    num_bytes = 0
+    for i, path in enumerate(paths):
         try:
-            records.append(_read_record(path, options))
+            file = read_record_file(path)
         except DataError as error:
             if skipped is None:
                 raise
             skipped.append(str(error))
+            continue
+        num_bytes += file.num_bytes
+        if num_bytes > _MAX_GIB * 2**30:
+            reason = f"{path} and {len(paths) - i - 1} records after it: all take more than {_MAX_GIB} GiB of memory"
+            if skipped is None:
+                raise DataError(reason)
+            skipped.append(reason)
+            break
+        records.append(StepRecord(file.step, file.columns, file.samples, file.texts, options))
     return records
-
-
-def _read_record(path: Path, options: SelectionOptions) -> StepRecord:
-    try:
-        table = pq.read_table(path)
-        metadata = json.loads(table.schema.metadata[b"tsdkd"])
-        columns = {name: _to_numpy(table[name]) for name in table.column_names}
-        texts = {int(i): text for i, text in metadata["texts"].items()}
-        return StepRecord(metadata["step"], columns, metadata["samples"], texts, options)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())[:200].rstrip(".")
-        raise DataError(f"{path} isn't a record of tsdkd, or is damaged: {reason}") from error
-
-
-def _to_numpy(column: Any) -> np.ndarray:
-    whole = column.combine_chunks()
-    size = getattr(whole.type, "list_size", None)
-    flat = whole.flatten() if size else whole
-    numbers = flat.to_numpy(zero_copy_only=False)
-    numbers = numbers.astype(np.float32) if numbers.dtype == np.float16 else numbers
-    return numbers.reshape(-1, size) if size else numbers.copy()
 
 
 def _read_options(run: Path) -> SelectionOptions:
     path = run / RUN_CONFIG_NAME
-    config = read_run_config(run) if path.is_file() else {}
-    values = {name: config[name] for name in SelectionOptions.__dataclass_fields__ if config.get(name) is not None}
-    try:
-        return SelectionOptions(**{name: float(value) for name, value in values.items()})
-    except (ValueError, TypeError) as error:
-        raise DataError(f"{path}: one of {values} isn't a number") from error
+    config = read_run_config(run) if path.exists() else {}
+    given = {name: config[name] for name in _OPTION_RANGES if config.get(name) is not None}
+    values = {}
+    for name, value in given.items():
+        try:
+            values[name] = finite_number(value, *_OPTION_RANGES[name])
+        except ValueError as error:
+            raise DataError(f"{path}: {name}: {error}") from error
+    return SelectionOptions(**values)

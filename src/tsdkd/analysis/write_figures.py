@@ -5,78 +5,96 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.table import Table
 
-from ..errors import DataError
-from ..evaluation.results import find_results
-from ..files import ensure_dir, write_atomically
+from ..config.console import PlainConsole
+from ..errors import DataError, escape_line
+from ..evaluation.results import ResultEntry, find_results, read_results
+from ..files import ensure_dir, wrap_os_errors, write_atomically
 from ..trainer.token_records import RECORDS_DIR
 from . import pass_at_k
-from .figures import FIGURES, plot_figure
+from .figures import FIGURES, plot_figure, save_figure
+from .left_out import leave_out_damaged, leave_out_failure, warn_of_skipped
 from .load import StepRecord, read_records
 
 
 def write_figures(folders: Sequence[Path], output: Path) -> None:
     """Write `<name>.png` of every figure and `analysis.json` with all their numbers.
 
+    What can't be read is left out, with a warning.
+
     Raises:
-        DataError: a folder with neither records nor evaluations.
-        OutputDirError: `output` can't be made.
+        DataError: a folder with neither records nor evaluations that can be read.
+        OutputDirError: `output` can't be written.
     """
-    runs, result_files = _load_runs(folders)
-    curves = pass_at_k.read_pass_at_k(result_files)
+    skipped: list[str] = []
+    runs, entries_by_file = _load_runs(folders, skipped)
+    curves = pass_at_k.collect_pass_at_k(entries_by_file)
     ensure_dir(output, "--figures_dir")
     numbers_by_figure: dict[str, Any] = {}
     table = Table("figure", "shows", "in the paper")
 
     def save(name: str, numbers: Any, figure: Figure, title: str, paper: str) -> None:
-        numbers_by_figure[name] = numbers
         figure.suptitle(title)
-        figure.savefig(output / f"{name}.png", dpi=150)
-        plt.close(figure)
+        with wrap_os_errors(output, "--figures_dir"):
+            save_figure(figure, output / f"{name}.png", dpi=150)
+        numbers_by_figure[name] = numbers
         table.add_row(f"{name}.png", title, paper)
 
     for spec in FIGURES if runs else ():
-        data = spec.compute(runs)
-        save(spec.name, data, plot_figure(spec, data), spec.title, spec.paper)
+        with leave_out_failure(spec.title, skipped):
+            data = spec.compute(runs)
+            save(spec.name, data, plot_figure(spec, data), spec.title, spec.paper)
     if curves:
-        save("pass_at_k", curves, pass_at_k.plot_pass_at_k(curves), pass_at_k.TITLE, pass_at_k.PAPER)
+        with leave_out_failure(pass_at_k.TITLE, skipped):
+            figure = pass_at_k.plot_pass_at_k(curves, skipped)
+            save("pass_at_k", curves, figure, pass_at_k.TITLE, pass_at_k.PAPER)
     write_atomically(output / "analysis.json", json.dumps(numbers_by_figure, indent=1, allow_nan=False))
-    console = Console(highlight=False)
+    warn_of_skipped(skipped)
+    console = PlainConsole()
     console.print(table)
     for run, records in runs.items():
         console.print(_summarize_run(run, records))
-    console.print(f"written to {output}, the numbers in analysis.json")
+    console.print(escape_line(f"written to {output}, the numbers in analysis.json"))
 
 
-def _load_runs(folders: Sequence[Path]) -> tuple[dict[str, list[StepRecord]], dict[str, Path]]:
+def _load_runs(
+    folders: Sequence[Path], skipped: list[str]
+) -> tuple[dict[str, list[StepRecord]], dict[str, list[ResultEntry]]]:
     """Records of the folders that have some, and results of evaluations. Raises `DataError`."""
     runs: dict[str, list[StepRecord]] = {}
-    result_files: dict[str, Path] = {}
+    entries_by_file: dict[str, list[ResultEntry]] = {}
     for name, folder in name_folders(folders).items():
-        results = {f"{name}/{key}": path for key, path in find_results(folder).items()}
-        result_files |= results
-        if not results or (folder / RECORDS_DIR).is_dir():
-            runs[name] = read_records(folder)
-    return runs, result_files
+        before = len(skipped)
+        with wrap_os_errors(folder, "RUN_DIR", "read"):
+            paths = find_results(folder)
+            for key, path in paths.items():
+                with leave_out_damaged(skipped):
+                    entries_by_file[f"{name}/{key}"] = read_results(path)[1]
+            if not paths or (folder / RECORDS_DIR).is_dir():
+                with leave_out_damaged(skipped):
+                    runs[name] = read_records(folder, skipped)
+        if not runs.get(name) and not any(f"{name}/{key}" in entries_by_file for key in paths):
+            raise DataError(skipped[before])
+    runs = {name: records for name, records in runs.items() if records}
+    return runs, entries_by_file
 
 
 def name_folders(folders: Sequence[Path]) -> dict[str, Path]:
     """Name -> folder: its last component, or its whole path where two folders share that. Raises `DataError`."""
-    missing = [str(folder) for folder in folders if not folder.is_dir()]
+    with wrap_os_errors(folders[0], "RUN_DIR", "read"):
+        missing = [str(folder) for folder in folders if not folder.is_dir()]
     if missing:
         raise DataError(f"no such directory: {', '.join(missing)}")
-    names = [folder.resolve().name for folder in folders]
+    names = [folder.resolve().name or str(folder) for folder in folders]
     return {name if names.count(name) == 1 else str(f): f for name, f in zip(names, folders, strict=True)}
 
 
 def _summarize_run(run: str, records: Sequence[StepRecord]) -> str:
     last = records[-1]
     ours, theirs = (100 * float((last.columns[f"{who}_entropy"] >= 1.0).mean()) for who in ("student", "teacher"))
-    return (
+    return escape_line(
         f"{run}: {len(records)} records, the last after {last.step} steps, {len(last.samples)} completions; tokens of "
         f"1 nat or more: student {ours:.1f} %, teacher {theirs:.1f} % (EOPD, Sec. 3.1: 6.8 and 18.5)"
     )

@@ -3,11 +3,22 @@
 import argparse
 import math
 from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from ..errors import escape_line
 
 
-def build_run_parser(command: str, description: str, epilog: str, usage: str) -> argparse.ArgumentParser:
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse's, whose errors quote arguments."""
+
+    def error(self, message: str) -> NoReturn:
+        """See argparse."""
+        super().error(escape_line(message))
+
+
+def build_run_parser(command: str, description: str, epilog: str, usage: str) -> ArgumentParser:
     """The parser of a command whose other flags are keys of `tsdkd train`."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog=f"tsdkd {command}",
         description=description,
         epilog=epilog,

@@ -4,8 +4,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from ..errors import ConfigError
-from .arguments import int_at_least
+from ..errors import ConfigError, escape_controls, escape_line
+from .arguments import ArgumentParser, int_at_least
 
 _EPILOG = """What is finished isn't done again, and a run that was interrupted continues: the same command goes on.
 examples:
@@ -16,7 +16,7 @@ examples:
 
 def main(argv: Sequence[str]) -> int:
     """Run a comparison, one task of it, or write its table or its SLURM script."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="tsdkd compare",
         description="Methods x seeds on one pair and the same prompts: results.jsonl, a Markdown table, a plot.",
         epilog=_EPILOG,
@@ -66,8 +66,8 @@ def main(argv: Sequence[str]) -> int:
     if path is None:
         print("tsdkd compare: nothing is finished yet")
         return 0
-    print(path.read_text(encoding="utf-8"))
-    print(f"written to {path}, with results.jsonl and results.png beside it")
+    print(escape_controls(path.read_text(encoding="utf-8")))
+    print(escape_line(f"written to {path}, with results.jsonl and results.png beside it"))
     return 0
 
 

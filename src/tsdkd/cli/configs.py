@@ -1,14 +1,14 @@
 """`tsdkd configs`: what ships with the package."""
 
-import argparse
 from collections.abc import Sequence
 
 from ..run.presets import preset_paths
+from .arguments import ArgumentParser
 
 
 def main(argv: Sequence[str]) -> int:
     """List the presets: name and the first comment line."""
-    parser = argparse.ArgumentParser(prog="tsdkd configs", description="List the configurations that ship with tsdkd.")
+    parser = ArgumentParser(prog="tsdkd configs", description="List the configurations that ship with tsdkd.")
     parser.add_argument("--path", action="store_true", help="print each file's path, to copy it from")
     args = parser.parse_args(argv)
     paths = preset_paths()

@@ -4,6 +4,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from .arguments import ArgumentParser
+
 _EPILOG = """examples:
   tsdkd demo
   tsdkd demo --method eopd
@@ -14,7 +16,7 @@ _PRESETS = {"tsd-kd": "demo.yaml", "eopd": "demo_eopd.yaml"}
 
 def main(argv: Sequence[str]) -> int:
     """Evaluate, distil and evaluate again, on the embedded task."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="tsdkd demo",
         description="Watch a tiny student learn reasoning from a tiny teacher: on a CPU, without any download.",
         epilog=_EPILOG,

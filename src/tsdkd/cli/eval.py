@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError
-from .arguments import int_at_least
+from ..errors import ConfigError, escape_controls, escape_line
+from .arguments import ArgumentParser, int_at_least
 
 _EPILOG = """examples:
   tsdkd eval tsdkd://demo/student after=runs/demo teacher=tsdkd://demo/teacher --suite demo
@@ -55,14 +55,14 @@ def main(argv: Sequence[str]) -> int:
     path = results.write_results(
         evaluator.run_evaluation(eval_args), models, baseline, args.output_dir, args.suite, eval_args.settings
     )
-    print(path.read_text(encoding="utf-8"))
+    print(escape_controls(path.read_text(encoding="utf-8")))
     _print_prompts(evaluator.read_first_prompts(eval_args))
-    print(f"written to {path}, with {path.with_suffix('.json').name} and every item beside it")
+    print(escape_line(f"written to {path}, with {path.with_suffix('.json').name} and every item beside it"))
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
         prog="tsdkd eval",
         description="Measure models on the papers' benchmarks: one table, with intervals and paired tests.",
         epilog=_EPILOG,
@@ -115,7 +115,8 @@ def _print_prompts(prompts: dict[str, tuple[Any, str]]) -> None:
     for model, (benchmark, text) in prompts.items():
         seen_by.setdefault((benchmark.title, text), []).append(model)
     for (title, text), names in seen_by.items():
-        print(f"first prompt of {title}, for {', '.join(names)}:\n{_truncate_middle(text)}\n")
+        print(escape_line(f"first prompt of {title}, for {', '.join(names)}:"))
+        print(f"{escape_controls(_truncate_middle(text))}\n")
 
 
 def _truncate_middle(text: str) -> str:

@@ -1,9 +1,9 @@
 """The table of `tsdkd train --help_keys`."""
 
-from rich.console import Console
 from rich.table import Table
 
 from ..config.base import DataArguments, TokenSelectiveConfig
+from ..config.console import PlainConsole
 from ..config.launch import LaunchArguments
 from ..config.options import get_default, get_help
 from ..config.validation import declared_fields
@@ -23,4 +23,4 @@ def print_keys() -> None:
     for method, cls, names in rows:
         for name in names:
             table.add_row(method, name, str(get_default(cls, name)), get_help(cls, name))
-    Console().print(table)
+    PlainConsole().print(table)

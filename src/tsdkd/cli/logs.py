@@ -3,8 +3,13 @@
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import TextIOWrapper
+from typing import Any
+
+from ..errors import escape_controls, escape_line
 
 _LIBRARY = logging.getLogger("tsdkd")
 
@@ -16,7 +21,40 @@ class _StreamsHandler(logging.Handler):
         """See `logging.Handler`."""
         is_warning = record.levelno >= logging.WARNING
         if is_warning or os.environ.get("RANK", "0") == "0":
-            print(self.format(record), file=sys.stderr if is_warning else sys.stdout, flush=True)
+            text = escape_controls(self.format(record))
+            print(text, file=sys.stderr if is_warning else sys.stdout, flush=True)
+
+
+class _EscapedRecord(logging.LogRecord):
+    """Of any library's logger: messages quote files and models. Ours are one line each."""
+
+    def getMessage(self) -> str:
+        """See `logging.LogRecord`."""
+        escape = escape_line if self.name.partition(".")[0] == _LIBRARY.name else escape_controls
+        return escape(super().getMessage())
+
+
+@contextmanager
+def escape_output() -> Iterator[None]:
+    """Within the block, log records, warnings and characters that stdout's encoding lacks are escaped."""
+    factory, format_warning = logging.getLogRecordFactory(), warnings.formatwarning
+    stdout = sys.stdout if isinstance(sys.stdout, TextIOWrapper) else None
+    encoding_errors = stdout.errors if stdout else None
+
+    def format_escaped(*args: Any, **kwargs: Any) -> str:
+        return escape_controls(format_warning(*args, **kwargs))
+
+    logging.setLogRecordFactory(_EscapedRecord)
+    warnings.formatwarning = format_escaped
+    if stdout:
+        stdout.reconfigure(errors="backslashreplace")  # as Python sets stderr
+    try:
+        yield
+    finally:
+        logging.setLogRecordFactory(factory)
+        warnings.formatwarning = format_warning
+        if stdout and not stdout.closed:
+            stdout.reconfigure(errors=encoding_errors)
 
 
 @contextmanager
@@ -27,7 +65,8 @@ def log_to_streams() -> Iterator[None]:
     _LIBRARY.setLevel(logging.INFO)
     _LIBRARY.propagate = False  # the root logger's handlers, which libraries install, would say it again
     try:
-        yield
+        with escape_output():
+            yield
     finally:
         _LIBRARY.removeHandler(handler)
         _LIBRARY.setLevel(before[0])

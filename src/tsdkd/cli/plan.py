@@ -18,11 +18,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--gpu_gib", type=positive_float, help="memory of one, GiB; default: theirs, or else 80")
     args, flags = parser.parse_known_args(argv)
 
-    from rich.console import Console
-
+    from ..config.console import PlainConsole
     from ..launch.placement import plan  # torch from here on
 
-    console = Console(highlight=False)
+    console = PlainConsole()
     for part in plan(args.config, flags, args.gpus, args.gpu_gib):
         console.print(part)
     return 0

@@ -1,15 +1,15 @@
 """`tsdkd report`."""
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import ConfigError
+from ..errors import ConfigError, escape_line
+from .arguments import ArgumentParser
 
 
 def main(argv: Sequence[str]) -> int:
     """Write the page."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="tsdkd report",
         description="One HTML file about a run, or several beside each other: how it went, curves, the papers' "
         "figures, evaluations, and completions token by token (of runs with --record_steps N).",
@@ -23,5 +23,6 @@ def main(argv: Sequence[str]) -> int:
     except ImportError as error:
         raise ConfigError([f"report needs {error.name}; pip install 'tsdkd[report]'"]) from error
 
-    print(f"written to {write_report(args.runs, args.output or args.runs[0] / 'report.html')}")
+    path = write_report(args.runs, args.output or args.runs[0] / "report.html")
+    print(escape_line(f"written to {path}"))
     return 0

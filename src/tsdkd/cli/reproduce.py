@@ -1,16 +1,15 @@
 """`tsdkd reproduce`."""
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import ConfigError
-from .arguments import int_at_least, positive_float
+from .arguments import ArgumentParser, int_at_least, positive_float
 
 
 def main(argv: Sequence[str]) -> int:
     """Run one of the papers' small experiments."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="tsdkd reproduce",
         description="The papers' small experiments, with the paper's numbers beside ours.",
         allow_abbrev=False,

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..config.launch import launch_config_names
-from ..errors import OutputDirError
+from ..errors import OutputDirError, escape_line
 from .arguments import build_run_parser, int_at_least
 
 _EPILOG = """Other flags go to `tsdkd train`. The job saves and is queued again before its time limit, and after a
@@ -55,5 +55,5 @@ def main(argv: Sequence[str]) -> int:
         raise OutputDirError(f"script: {script} exists; choose another name")
     with wrap_os_errors(Path(script), "script", "written"):
         Path(script).write_text(text, encoding="utf-8")
-    print(f"wrote {script}; start it with: sbatch {script}")
+    print(escape_line(f"wrote {script}; start it with: sbatch {script}"))
     return 0

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..config.launch import launch_config_names
-from ..errors import ConfigError, TSDKDError
+from ..errors import ConfigError, TSDKDError, escape_line
 from ..launch import accelerate as launch
 from ..launch.processes import LaunchSpec, configured_num_processes, resolve_launch
 from ..run.config_file import read_flags, read_yaml
@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
         try:
             _print_dry_run(parse_arguments(args.config, flags, do_train=False), launch_spec)
         except TSDKDError as error:
-            raise ConfigError([*missing, *str(error).splitlines()]) if missing else error from None
+            raise ConfigError([*missing, *error.lines]) if missing else error from None
     if missing:
         raise ConfigError(missing)
     if args.dry_run:
@@ -67,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
     if launch_spec:
         if not launch_flags:
             text = f"tsdkd: starting {launch_spec.num_processes} processes, by {launch_spec.config}"
-            print(text, file=sys.stderr, flush=True)
+            print(escape_line(text), file=sys.stderr, flush=True)
         config_flags = [f"--config={args.config}"] if args.config is not None else []
         return launch.launch_processes(launch_spec.config, launch_spec.options, ["train", *config_flags, *flags])
     arguments = parse_arguments(args.config, flags)
@@ -77,8 +77,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _print_dry_run(arguments: "RunArguments", launch_spec: LaunchSpec | None) -> None:
-    from rich.console import Console
-
+    from ..config.console import PlainConsole
     from ..run.dry_run import describe_run
 
     if launch_spec:
@@ -86,7 +85,7 @@ def _print_dry_run(arguments: "RunArguments", launch_spec: LaunchSpec | None) ->
     else:
         config, on_cpu = arguments.launch_args.accelerate_config, arguments.training_args.use_cpu
         processes = configured_num_processes(config, on_cpu)
-    console = Console()
+    console = PlainConsole()
     for part in describe_run(arguments, processes):
         console.print(part)
 

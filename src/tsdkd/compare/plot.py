@@ -3,12 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
+from ..analysis.figures import label, save_figure
 from .config import Comparison
 from .summary import RunSummary
 
@@ -30,7 +28,8 @@ def plot_accuracy(comparison: Comparison, summaries: Sequence[RunSummary], metri
     student = next((s for s in summaries if s.run_name == "student"), None)
     height = 2.8 if comparison.x else 0.9 + 0.38 * len(runs)
     size = (11, height)
-    figure, axes = plt.subplots(1, len(metrics), figsize=size, sharey=not comparison.x, layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(1, len(metrics), sharey=not comparison.x)
     for axis, metric in zip(axes, metrics, strict=True):
         _plot_sweep(axis, comparison, runs, metric) if comparison.x else _plot_runs(axis, runs, metric)
         percents = [value for s in runs for value in s.seed_values[metric]]
@@ -43,8 +42,7 @@ def plot_accuracy(comparison: Comparison, summaries: Sequence[RunSummary], metri
         axis.spines[["top", "right"]].set_visible(False)
     if student is not None:
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", frameon=False, fontsize="small")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    save_figure(figure, path, dpi=150)
 
 
 def _plot_sweep(axis: Axes, comparison: Comparison, runs: Sequence[RunSummary], metric: str) -> None:
@@ -53,7 +51,7 @@ def _plot_sweep(axis: Axes, comparison: Comparison, runs: Sequence[RunSummary], 
         axis.plot([value] * len(s.seed_values[metric]), s.seed_values[metric], ".", color=_PALE, zorder=1)
     means, half_widths = [s.means[metric] for s in runs], [s.half_widths[metric] for s in runs]
     axis.errorbar(x, means, yerr=half_widths, fmt="o-", color=_DARK, capsize=3)
-    axis.set(xlabel=comparison.x, ylabel=f"{metric}, %")
+    axis.set(xlabel=label(str(comparison.x)), ylabel=f"{metric}, %")
 
 
 def _plot_runs(axis: Axes, runs: Sequence[RunSummary], metric: str) -> None:
@@ -62,7 +60,7 @@ def _plot_runs(axis: Axes, runs: Sequence[RunSummary], metric: str) -> None:
         axis.plot(s.seed_values[metric], [value] * len(s.seed_values[metric]), ".", color=_PALE, zorder=1)
     means, half_widths = [s.means[metric] for s in runs], [s.half_widths[metric] for s in runs]
     axis.errorbar(means, y, xerr=half_widths, fmt="o", color=_DARK, capsize=3)
-    axis.set_yticks(y, [s.run_name.replace("$", r"\$") for s in runs])
+    axis.set_yticks(y, [label(s.run_name) for s in runs])
     axis.set(xlabel=f"{metric}, %")
     axis.margins(y=0.12)
 

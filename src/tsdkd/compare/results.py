@@ -1,9 +1,12 @@
 """Writes the results of a comparison: results.jsonl, a Markdown table, a plot."""
 
 import json
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
-from ..files import write_atomically
+from ..analysis.left_out import leave_out_damaged, leave_out_failure, warn_of_skipped
+from ..files import wrap_os_errors, write_atomically
 from .config import REFERENCE_MODELS, Comparison
 from .plot import plot_accuracy
 from .summary import format_summary, metric_names, summarize
@@ -11,16 +14,40 @@ from .task import read_result
 
 
 def write_results(comparison: Comparison) -> Path | None:
-    """Write what is finished into the comparison's folder; returns the table's path, None where nothing is."""
-    results = [result for task in comparison.tasks if (result := read_result(comparison, task)) is not None]
-    if not results:
-        return None
-    write_atomically(comparison.folder / "results.jsonl", "".join(json.dumps(result) + "\n" for result in results))
-    metrics = metric_names(comparison)
-    by_run = {run: [r for r in results if r["run"] == run] for run in (*REFERENCE_MODELS, *comparison.runs)}
-    summaries = [summarize(run, run_results, metrics) for run, run_results in by_run.items() if run_results]
+    """Write what is finished into the comparison's folder; returns the table's path, None where nothing is.
+
+    A result that can't be read is left out, with a warning.
+
+    Raises:
+        OutputDirError: a result is of other settings, or the table can't be written.
+    """
+    skipped: list[str] = []
+    results = _read_results(comparison, skipped)
     path = comparison.folder / "results.md"
-    write_atomically(path, format_summary(comparison, summaries))
-    if not all(summary.is_reference for summary in summaries):
-        plot_accuracy(comparison, summaries, metrics[:3], comparison.folder / "results.png")
-    return path
+    if results:
+        write_atomically(comparison.folder / "results.jsonl", "".join(json.dumps(result) + "\n" for result in results))
+        metrics = metric_names(comparison)
+        by_run = {run: [r for r in results if r["run"] == run] for run in (*REFERENCE_MODELS, *comparison.runs)}
+        summaries = [summarize(run, run_results, metrics) for run, run_results in by_run.items() if run_results]
+        write_atomically(path, format_summary(comparison, summaries))
+        if not all(summary.is_reference for summary in summaries):
+            picture = comparison.folder / "results.png"
+            with leave_out_failure("results.png", skipped), wrap_os_errors(picture, action="written"):
+                plot_accuracy(comparison, summaries, metrics[:3], picture)
+    warn_of_skipped(skipped)
+    return path if results else None
+
+
+def _read_results(comparison: Comparison, skipped: list[str]) -> list[dict[str, Any]]:
+    """All that are finished; of as many problems as most are, since runs are compared problem by problem."""
+    results = []
+    for task in comparison.tasks:
+        with leave_out_damaged(skipped):
+            if (result := read_result(comparison, task)) is not None:
+                results.append(result)
+    sizes = Counter(len(result["samples_right"]) for result in results)
+    size = max(sizes, key=lambda n: sizes[n], default=0)
+    for result in (r for r in results if len(r["samples_right"]) != size):
+        title = f"{result['run']}, seed {result['seed']}"
+        skipped.append(f"{title}: it is of {len(result['samples_right'])} problems, others are of {size}")
+    return [result for result in results if len(result["samples_right"]) == size]

@@ -26,6 +26,15 @@ class TasksFailedError(TSDKDError, RuntimeError):
 
     exit_code = 1
 
+    def __init__(self, lines: list[str]) -> None:
+        super().__init__("\n".join(lines))
+        self._lines = lines
+
+    @property
+    def lines(self) -> list[str]:
+        """See the base."""
+        return self._lines
+
 
 def run_tasks(comparison: Comparison, name: str, jobs: int) -> None:
     """Do what isn't done yet, `jobs` at a time.
@@ -69,8 +78,7 @@ def run_tasks(comparison: Comparison, name: str, jobs: int) -> None:
     if signals.has_received_signal:
         raise PreemptedError("stopped by a signal; the same command goes on from here")
     if failed:
-        logs = "\n".join(f"{task.title}: failed, see {_log_path(task)}" for task in failed)
-        raise TasksFailedError(logs)
+        raise TasksFailedError([f"{task.title}: failed, see {_log_path(task)}" for task in failed])
 
 
 def _subprocess_env(jobs: int) -> dict[str, str]:

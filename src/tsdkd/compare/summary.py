@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from ..evaluation.results import format_table
 from ..evaluation.scores import NUM_RESAMPLES, format_p_value, paired_permutation_test
 from .config import REFERENCE_MODELS, Comparison
 
@@ -69,20 +70,19 @@ def format_summary(comparison: Comparison, summaries: Sequence[RunSummary]) -> s
     base = next((s for s in summaries if s.run_name == baseline), None)
     titles = [_COLUMN_TITLES.get(metric, metric) for metric in metrics]
     header = ["", *titles, f"avg@{comparison.eval_samples} against {baseline}"]
-    rows = [header, ["---", *["---:"] * (len(header) - 1)]]
+    rows = []
     trained = [s for s in summaries if not s.is_reference]
     best = {metric: max((s.means[metric] for s in trained), default=None) for metric in metrics[:3]}
     for summary in summaries:
         cells = [_format_cell(summary, metric, best.get(metric)) for metric in metrics]
-        rows.append([summary.run_name.replace("|", "\\|"), *cells, _format_difference(summary, base)])
-    table = "".join(f"| {' | '.join(row)} |\n" for row in rows)
+        rows.append([summary.run_name, *cells, _format_difference(summary, base)])
     seeds = " to ".join(map(str, sorted({s.num_seeds for s in trained}))) or "no"
     note = (
         f"{len(summaries[0].solve_rates)} problems; mean ± half of the 95 % interval over {seeds} seeds. The last "
         "column: the difference in points, and the two-sided p of a paired permutation test on the problems "
         f"({NUM_RESAMPLES:,} sign flips of the differences).\n"
     )
-    return f"{table}\n{note}"
+    return f"{format_table(header, rows)}\n{note}"
 
 
 def _format_cell(summary: RunSummary, metric: str, best: float | None) -> str:

@@ -19,6 +19,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
 from ..config.aliases import rename_deprecated
+from ..config.coercion import shorten
 from ..data import load_split, prepare_dataset
 from ..errors import DataError, EngineError, OutputDirError, PreemptedError
 from ..evaluation import ProblemSet, evaluate
@@ -33,6 +34,7 @@ from ..run.config_file import read_yaml
 from ..run.output_dir import has_final_model
 from ..run.train import train
 from .config import Comparison, ComparisonTask
+from .result_file import read_result_file, validate_result
 from .signals import SignalForwarder
 
 logger = logging.getLogger(__name__)
@@ -46,23 +48,22 @@ def read_result(comparison: Comparison, task: ComparisonTask) -> dict[str, Any] 
 
     Raises:
         OutputDirError: it was done with other settings.
+        DataError: it is damaged.
     """
     path = task.folder / RESULT_NAME
-    try:
-        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        before = rename_deprecated(dict(result["settings"]))
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except (ValueError, TypeError, KeyError) as error:
-        raise OutputDirError(f"output_dir: {path} is damaged; remove it, and the task is evaluated again") from error
+    result = read_result_file(path)
+    before = rename_deprecated(result["settings"])
     now = _result_settings(comparison, task)
     differing = [name for name in now.keys() | before.keys() if now.get(name) != before.get(name)]
     if differing:
         name = min(differing)
         raise OutputDirError(
-            f"output_dir: {path} is of other settings ({name} was {before.get(name)!r}, now {now.get(name)!r}); "
-            "choose another directory"
+            f"output_dir: {path} is of other settings ({name} was {shorten(before.get(name))}, now "
+            f"{shorten(now.get(name))}); choose another directory"
         )
+    validate_result(path, result, task.run, task.seed, comparison.eval_samples)
     return result
 
 

@@ -7,6 +7,7 @@ refuses flags' strings, and each of these messages would still be a validator of
 import difflib
 import json
 import math
+import reprlib
 import types
 from collections.abc import Iterable, Sequence
 from enum import Enum
@@ -14,6 +15,19 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 _MAX_SHOWN = 200  # characters of a value in a message
 _MAX_DEPTH = 50  # levels of a mapping or a list
+_MAX_NUMBER = 1e38  # what float32 holds
+_repr = reprlib.Repr()
+_repr.maxlist = _repr.maxdict = 30
+_repr.maxstring = _repr.maxlong = _repr.maxother = _MAX_SHOWN
+
+
+def finite_number(value: Any, low: float = -_MAX_NUMBER, high: float = _MAX_NUMBER) -> float:
+    """A number from a file, within `[low, high]`. Raises `ValueError` for anything else, such as NaN, "1" and true."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (is_number and low <= value <= high):
+        bounds = "" if (low, high) == (-_MAX_NUMBER, _MAX_NUMBER) else f" from {low:g} to {high:g}"
+        raise ValueError(f"must be a finite number{bounds}, found {shorten(value)}")
+    return float(value)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -23,11 +37,11 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def shorten(value: Any) -> str:
-    """A value as a message shows it: a stranger's may be long."""
+    """A value as a message shows it: a stranger's may be long, deep, or a number of a million digits."""
     try:
-        text = repr(value)
-    except RecursionError:
-        text = f"a {type(value).__name__} of many levels"
+        text = _repr.repr(value)
+    except (RecursionError, ValueError):
+        text = f"a {type(value).__name__} that is too long"
     return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}…"
 
 

@@ -23,9 +23,11 @@ def load_yaml(path: Path) -> Any:
         ValueError: not a regular file of at most `MAX_BYTES`, not YAML, or with something in it that no configuration
             has: a key twice, other types, `MAX_DEPTH` levels, aliases that make much of little, a long number.
     """
-    text = read_small_file(path, MAX_BYTES)
+    content = read_small_file(path, MAX_BYTES)
     try:
-        return yaml.load(text, Loader=_PlainLoader)
+        return yaml.load(content.decode("utf-8"), Loader=_PlainLoader)
+    except UnicodeDecodeError as error:
+        raise ValueError("it isn't UTF-8 text") from error
     except yaml.YAMLError as error:
         raise ValueError(f"it is not valid YAML: {' '.join(str(error).split())[:300]}") from error
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..config.console import PlainConsole
 from ..data import load_split
 from ..evaluation import EvalResult, ProblemSet, evaluate
 from ..models.tokenizers import stop_token_ids
@@ -46,7 +46,7 @@ def run_demo(arguments: RunArguments) -> None:
     for name, result in (("teacher", teacher), ("student, before", before), ("student, after", after)):
         table.add_row(name, *(f"{result.metrics[metric]:.1f}" for metric in _TABLE_METRICS))
     table.add_row("gained", *(f"{after.metrics[metric] - before.metrics[metric]:+.1f}" for metric in _TABLE_METRICS))
-    Console().print(table)
+    PlainConsole().print(table)
     _write_report(arguments, {"before": before, "after": after, "teacher": teacher})
 
 

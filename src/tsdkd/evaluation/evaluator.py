@@ -9,10 +9,10 @@ from typing import Any
 
 from lm_eval.api.model import LM
 from lm_eval.api.task import Task
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ..errors import ConfigError, DataError
+from ..config.console import PlainConsole
+from ..errors import ConfigError, DataError, escape_line
 from ..files import ensure_dir, write_atomically
 from ..run.arguments import resolve_path
 from . import harness
@@ -216,11 +216,13 @@ def _evaluate_missing(
     model_path = eval_args.model_path(model)
     lm = harness.load_lm(model_path, eval_args.backend, eval_args.batch_size, eval_args.model_args, prompt_format)
     _validate_context_length(model, lm, benchmarks, tasks)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=Console(file=sys.stderr)) as progress:
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=PlainConsole(file=sys.stderr)) as progress:
         for benchmark in benchmarks:
             name, total = benchmark.name, len(items[benchmark.name])
-            bar = progress.add_task(f"{model}: {benchmark.title}", total=total, completed=total - len(missing[name]))
+            bar = progress.add_task(
+                escape_line(f"{model}: {benchmark.title}"), total=total, completed=total - len(missing[name])
+            )
             size = max(1, _COMPLETIONS_PER_CHUNK // eval_args.num_samples_of(benchmark))
             for task, docs in _missing_chunks(tasks[name], items[name], missing[name], size):
                 seed = _derive_seed(eval_args.seed, task.task_name, docs[0])

@@ -11,11 +11,16 @@ from typing import Any
 import numpy as np
 import yaml
 
-from ..errors import DataError
-from ..files import ensure_dir, wrap_os_errors
+from ..config.coercion import finite_number, shorten
+from ..errors import DataError, escape_line, first_line
+from ..files import ensure_dir, parse_json, read_bounded, wrap_os_errors
 from ..run.output_dir import RUN_CONFIG_NAME, read_run_config
 from .scores import NUM_RESAMPLES, bootstrap_interval, format_p_value, paired_permutation_test, pass_at_k
 from .suites import Benchmark
+
+ResultEntry = dict[str, Any]
+"""`model`, `benchmark`, `metric`, `mean`; against a baseline, also `difference` with its interval, `p`, `baseline`."""
+_MAX_FILE_MIB = 16
 
 
 @dataclass
@@ -67,7 +72,7 @@ def write_results(
     text = json.dumps({"models": paths, "settings": settings or {}, "results": result_entries}, indent=1)
     path = folder / f"results-{suite}.md"
     settings_line = ", ".join(f"{name} {value}" for name, value in (settings or {}).items())
-    settings_line = f"\nSuite {suite}: {settings_line}.\n" if settings_line else ""
+    settings_line = f"\nSuite {suite}: {escape_line(settings_line)}.\n" if settings_line else ""
     ensure_dir(folder)
     with wrap_os_errors(path):
         path.with_suffix(".json").write_text(text, encoding="utf-8")
@@ -81,16 +86,36 @@ def find_results(folder: Path) -> dict[str, Path]:
     return {f"{path.parent.name}/{path.stem.removeprefix('results-')}": path for path in paths}
 
 
-def read_results(path: Path) -> tuple[dict[str, str], list[dict[str, Any]]]:
-    """Models and entries of a `results-<suite>.json`. Raises `DataError`."""
+def read_results(path: Path) -> tuple[dict[str, str], list[ResultEntry]]:
+    """Models and entries of a `results-<suite>.json`: names are strings, numbers finite. Raises `DataError`."""
+    content = parse_json(read_bounded(path, _MAX_FILE_MIB), path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        for entry in content["results"]:
-            _ = entry["model"], entry["benchmark"], entry["metric"], entry["mean"] + 0.0
-            _ = (entry["baseline"], entry["p"] + 0.0, entry["difference"] + 0.0) if "difference" in entry else None
-        return dict(content["models"]), list(content["results"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} isn't from tsdkd eval: {' '.join(repr(error).split())[:200]}") from error
+        models = {name: _check_text("models", model) for name, model in content["models"].items()}
+        return models, [_check_entry(entry) for entry in content["results"]]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else first_line(error)
+        raise DataError(f"{path} isn't from tsdkd eval: {reason}") from error
+
+
+def _check_entry(entry: Any) -> ResultEntry:
+    texts, numbers = ["model", "benchmark", "metric"], ["mean"]
+    if "difference" in entry:
+        texts, numbers = [*texts, "baseline"], [*numbers, "difference", "difference_low", "difference_high", "p"]
+    checked = {name: _check_text(name, entry[name]) for name in texts}
+    return checked | {name: _check_number(name, entry[name]) for name in numbers}
+
+
+def _check_text(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{name}: must be a string, found {shorten(value)}")
+    return value
+
+
+def _check_number(name: str, value: Any) -> float:
+    try:
+        return finite_number(value)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def _build_entries(result: BenchmarkResult, base: BenchmarkResult) -> list[dict[str, Any]]:
@@ -126,11 +151,11 @@ def _format_markdown(
         return [model, *(cell(entries[model, b.name, metric]) for b, metric in columns)]
 
     means = [row(m, lambda e: f"{e['mean']:.1f} [{e['low']:.1f}, {e['high']:.1f}]") for m in models]
-    parts = [_format_table(["", *heads], means)]
+    parts = [format_table(["", *heads], means)]
     others = [m for m in models if m != baseline]
     if others:
         tests = [row(m, format_difference) for m in others]
-        parts.append(_format_table([f"against {baseline}", *heads], tests))
+        parts.append(format_table([f"against {baseline}", *heads], tests))
     parts += [_format_published(pair, [b.name for b in benchmarks]) for pair in _find_published(models)]
     items = ", ".join(f"{b.title} {len(_find_result(results, baseline, b).scores)}" for b in benchmarks)
     test = f" p: two-sided, of a paired permutation test ({NUM_RESAMPLES:,} sign flips of the items' differences)."
@@ -144,9 +169,11 @@ def format_difference(entry: dict[str, Any]) -> str:
     return f"{entry['difference']:+.1f} [{low:+.1f}, {high:+.1f}] ({format_p_value(entry['p'])})"
 
 
-def _format_table(heads: list[str], rows: list[list[str]]) -> str:
+def format_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; a cell's bars and line ends are escaped."""
     lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    escaped = ([escape_line(cell).replace("|", r"\|") for cell in line] for line in lines)
+    return "".join(f"| {' | '.join(line)} |\n" for line in escaped)
 
 
 def _find_published(models: dict[str, str]) -> list[dict[str, Any]]:
@@ -171,4 +198,4 @@ def _format_published(pair: dict[str, Any], benchmarks: list[str]) -> str:
         return ""
     places = [pair["columns"].index(name) for name in columns]
     rows = [[name, *("" if row[i] is None else f"{row[i]}" for i in places)] for name, row in pair["rows"].items()]
-    return _format_table([f"{pair['table']}: {pair['teacher']} to {pair['student']}", *columns], rows)
+    return format_table([f"{pair['table']}: {pair['teacher']} to {pair['student']}", *columns], rows)

@@ -31,7 +31,9 @@ def bootstrap_interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]
     if len(values) < 2 or np.ptp(values) == 0:
         mean = float(np.mean(values))
         return mean, mean
-    result = stats.bootstrap((values,), np.mean, n_resamples=NUM_RESAMPLES, method="percentile", rng=seed, batch=1000)
+    result = stats.bootstrap(
+        (values,), np.mean, n_resamples=NUM_RESAMPLES, method="percentile", rng=seed, batch=_batch_size(values)
+    )
     return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
@@ -56,7 +58,7 @@ def paired_permutation_test(ours: np.ndarray, theirs: np.ndarray, seed: int = 0)
             permutation_type="samples",
             vectorized=True,
             n_resamples=NUM_RESAMPLES - 1,  # the observed signs are one more: p is at least 2 / NUM_RESAMPLES
-            batch=1000,
+            batch=_batch_size(differences),
             alternative="two-sided",
             rng=seed,
         ).pvalue
@@ -66,3 +68,8 @@ def paired_permutation_test(ours: np.ndarray, theirs: np.ndarray, seed: int = 0)
 def format_p_value(p: float) -> str:
     """Format a p-value with three decimals; below 0.001 as a bound."""
     return f"p {p:.3f}" if p >= 0.001 else "p < 0.001"
+
+
+def _batch_size(values: np.ndarray) -> int:
+    """Resamples at a time, in bounded memory."""
+    return max(1, min(1000, 10_000_000 // len(values)))

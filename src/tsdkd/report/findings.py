@@ -8,8 +8,7 @@ from ..evaluation.results import format_difference
 from ..evaluation.suites import benchmark_title
 from ..trainer.token_records import RECORDS_DIR
 from .load import RunReport
-
-Curve = list[tuple[int, float]]
+from .trainer_state import Curve
 
 
 @dataclass(frozen=True)
@@ -34,11 +33,11 @@ def find_notable(run: RunReport) -> list[Finding]:
 
 def _progress(run: RunReport) -> Iterator[Finding]:
     if not run.state:
-        yield Finding("note", "No checkpoint yet: curves come with the first one, or at the end.")
-    elif run.is_finished:
-        yield Finding("good", f"Finished: {run.state['global_step']} steps.")
+        yield Finding("note", "No log to read: curves come with the first checkpoint, or at the end.")
+    elif run.state.is_finished:
+        yield Finding("good", f"Finished: {run.state.global_step} steps.")
     else:
-        done, planned = run.state["global_step"], run.state["max_steps"]
+        done, planned = run.state.global_step, run.state.max_steps
         yield Finding("warning", f"Not finished: {done} of {planned} steps, as of its last checkpoint.")
 
 
@@ -107,7 +106,7 @@ def _missing_data(run: RunReport) -> Iterator[Finding]:
     for reason in run.skipped:
         yield Finding("warning", f"Left out: {reason}.")
     if run.state and len(run.curves.get("loss", [])) < 2:
-        every, steps = run.state.get("logging_steps"), run.state["global_step"]
+        every, steps = run.state.logging_steps, run.state.global_step
         yield Finding("note", f"No curves: the loss was logged every {every} steps (logging_steps), of {steps}.")
     if not run.records and not (run.folder / RECORDS_DIR).is_dir():
         yield Finding("note", "No tokens and analyses: the run didn't record any (record_steps).")

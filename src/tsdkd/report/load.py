@@ -1,21 +1,24 @@
 """A run's directory, read for the report."""
 
-import json
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer import TRAINER_STATE_NAME
-
+from ..analysis.left_out import leave_out_damaged, shorten_reasons
 from ..analysis.load import StepRecord, read_records
-from ..checkpointing.checkpoint import list_checkpoints
 from ..config.base import TokenSelectiveConfig
+from ..config.coercion import shorten
 from ..errors import DataError
-from ..evaluation.results import find_results, read_results
+from ..evaluation.results import ResultEntry, find_results, read_results
+from ..files import read_bounded, wrap_os_errors
 from ..run.output_dir import RUN_CONFIG_NAME, read_run_config
 from ..trainer.token_records import RECORDS_DIR
+from .trainer_state import Curve, TrainerState, read_trainer_state
+
+_MAX_CONFIG_MIB, _MAX_TABLE_MIB = 1, 1
+_MAX_SECONDS = 1e9
+_MAX_VALUE = 200  # characters
 
 
 @dataclass
@@ -25,10 +28,11 @@ class RunReport:
     Attributes:
         name: in the report.
         folder: its directory.
-        config: the resolved configuration.
-        state: of the trainer, as transformers writes it; empty before the first checkpoint.
+        config: the resolved configuration, as text; a path is shortened to its last component.
+        config_text: its file.
+        state: the trainer's log; None before the first checkpoint.
         records: see `tsdkd.analysis`; empty where nothing was recorded.
-        result_files: of `tsdkd eval`, in the run's directory: name -> `results-*.json`.
+        results: of `tsdkd eval`, in the run's directory: name -> entries of a `results-*.json`.
         result_tables: their Markdown tables.
         baseline_differences: their entries that compare this run's student with a baseline.
         num_nonfinite_steps: steps whose loss or gradient wasn't finite.
@@ -37,88 +41,71 @@ class RunReport:
 
     name: str
     folder: Path
-    config: dict[str, Any]
-    state: dict[str, Any]
+    config: dict[str, str]
+    config_text: str
+    state: TrainerState | None = None
     records: list[StepRecord] = field(default_factory=list)
-    result_files: dict[str, Path] = field(default_factory=dict)
+    results: dict[str, list[ResultEntry]] = field(default_factory=dict)
     result_tables: dict[str, str] = field(default_factory=dict)
-    baseline_differences: list[dict[str, Any]] = field(default_factory=list)
+    baseline_differences: list[ResultEntry] = field(default_factory=list)
     num_nonfinite_steps: int = 0
     skipped: list[str] = field(default_factory=list)
 
-    @cached_property
-    def curves(self) -> dict[str, list[tuple[int, float]]]:
+    @property
+    def curves(self) -> dict[str, Curve]:
         """Metric -> (step, value), of training and evaluation."""
-        curves: dict[str, list[tuple[int, float]]] = {}
-        for entry in self.state.get("log_history", []):
-            for name, value in entry.items():
-                if isinstance(value, int | float) and name not in ("step", "epoch"):
-                    curves.setdefault(name, []).append((entry["step"], float(value)))
-        return curves
+        return self.state.curves if self.state else {}
 
     def format_value(self, key: str) -> str:
         """A setting for people who may have another machine: of a path its last component."""
-        value = self.config.get(key, getattr(TokenSelectiveConfig, key, None))
-        if value is None:
-            return "none"
-        return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else str(value)
+        value = self.config.get(key, _describe_value(getattr(TokenSelectiveConfig, key, None)))
+        return Path(value).name if Path(value).is_absolute() else value
 
     @property
     def duration(self) -> str | None:
         """h:mm:ss of training, since it was last started; None before its end."""
-        seconds = self.curves.get("train_runtime")
-        return str(timedelta(seconds=round(seconds[-1][1]))) if seconds else None
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether the last step was taken."""
-        return bool(self.state) and self.state["global_step"] >= self.state["max_steps"] > 0
+        seconds = self.curves.get("train_runtime", [(0, -1.0)])[-1][1]
+        return str(timedelta(seconds=round(seconds))) if 0 <= seconds <= _MAX_SECONDS else None
 
 
 def load_run(name: str, folder: Path) -> RunReport:
-    """Read a run's directory. Records and evaluations that can't be read are skipped.
+    """Read a run's directory. What can't be read but the configuration is left out.
 
     Raises:
-        DataError: it isn't one, or its configuration or log can't be read.
+        DataError: it isn't one, or its configuration can't be read.
+        OutputDirError: it can't be listed.
     """
-    if not (folder / RUN_CONFIG_NAME).is_file():
-        raise DataError(f"{folder} isn't the directory of a run: it has no {RUN_CONFIG_NAME}")
-    run = RunReport(name, folder, read_run_config(folder), _read_trainer_state(folder))
-    run.num_nonfinite_steps = len(list(folder.glob("nonfinite_step_*.jsonl")))
-    if (folder / RECORDS_DIR).is_dir():
-        try:
-            run.records = read_records(folder, run.skipped)
-        except DataError as error:
-            run.skipped.append(str(error))
-    for key, path in find_results(folder).items():
-        try:
-            run.baseline_differences += _read_differences(path, folder.resolve())
-            run.result_files[key] = path
-            run.result_tables[key] = path.with_suffix(".md").read_text(encoding="utf-8", errors="replace")
-        except DataError as error:
-            run.skipped.append(str(error))
-        except OSError as error:
-            run.skipped.append(f"{error.filename} can't be read: {error.strerror}")
+    with wrap_os_errors(folder, "RUN_DIR", "read"):
+        if not (folder / RUN_CONFIG_NAME).exists():
+            raise DataError(f"{folder} isn't the directory of a run: it has no {RUN_CONFIG_NAME}")
+        config_text = read_bounded(folder / RUN_CONFIG_NAME, _MAX_CONFIG_MIB).decode("utf-8", "replace")
+        config = {_describe_value(key): _describe_value(value) for key, value in read_run_config(folder).items()}
+        run = RunReport(name, folder, config, config_text)
+        run.num_nonfinite_steps = len(list(folder.glob("nonfinite_step_*.jsonl")))
+        with leave_out_damaged(run.skipped):
+            run.state = read_trainer_state(folder, run.skipped)
+        if (folder / RECORDS_DIR).is_dir():
+            with leave_out_damaged(run.skipped):
+                run.records = read_records(folder, run.skipped)
+        for key, path in find_results(folder).items():
+            with leave_out_damaged(run.skipped):
+                models, entries = read_results(path)
+                table = read_bounded(path.with_suffix(".md"), _MAX_TABLE_MIB)
+                run.baseline_differences += _select_differences(models, entries, folder.resolve())
+                run.results[key] = entries
+                run.result_tables[key] = table.decode("utf-8", "replace")
+    run.skipped = shorten_reasons(run.skipped)
     return run
 
 
-def _read_differences(path: Path, folder: Path) -> list[dict[str, Any]]:
+def _describe_value(value: Any) -> str:
+    """A value of a configuration, which may be anything that YAML knows."""
+    if isinstance(value, str):
+        return value if len(value) <= _MAX_VALUE else f"{value[:_MAX_VALUE]}…"
+    return "none" if value is None else shorten(value)
+
+
+def _select_differences(models: dict[str, str], entries: list[ResultEntry], folder: Path) -> list[ResultEntry]:
     """Entries that compare the run's student or checkpoints with a baseline."""
-    models, entries = read_results(path)
     names = {name for name, model in models.items() if folder in (Path(model), Path(model).parent)}
     return [entry for entry in entries if entry["model"] in names and "difference" in entry]
-
-
-def _read_trainer_state(folder: Path) -> dict[str, Any]:
-    """Trainer state from the end of the run, otherwise from its last checkpoint."""
-    newest_first = [folder, *reversed(list_checkpoints(folder))]
-    path = next((f / TRAINER_STATE_NAME for f in newest_first if (f / TRAINER_STATE_NAME).is_file()), None)
-    if path is None:
-        return {}
-    try:
-        state = dict(json.loads(path.read_text(encoding="utf-8")))
-        history = [dict(entry) | {"step": int(entry["step"])} for entry in state["log_history"]]
-        steps = {name: int(state[name]) for name in ("global_step", "max_steps")}
-        return state | steps | {"log_history": history}
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise DataError(f"{path} is damaged: {' '.join(repr(error).split())[:200]}") from error

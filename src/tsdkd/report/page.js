@@ -3,7 +3,7 @@
 (async () => {
   const runs = JSON.parse(document.getElementById("data").textContent);
   const byId = (id) => document.getElementById(id);
-  const view = { run: Object.keys(runs)[0], record: 0, sample: 0, token: 0, metric: "student_entropy" };
+  const view = { run: 0, record: 0, sample: 0, token: 0, metric: "student_entropy" };
   const cache = new Map();
 
   async function unpack(column) {
@@ -165,7 +165,7 @@
   byId("next").addEventListener("click", () => (turnSample(1), draw()));
   byId("step").addEventListener("input", () => ((view.record = Number(byId("step").value)), draw()));
   byId("metric").addEventListener("change", () => ((view.metric = byId("metric").value), draw()));
-  byId("run")?.addEventListener("change", () => ((view.run = byId("run").value), draw()));
+  byId("run")?.addEventListener("change", () => ((view.run = Number(byId("run").value)), draw()));
   byId("controls").addEventListener("submit", (event) => event.preventDefault());
   for (const { name, title } of run().metrics) {
     const option = document.createElement("option");

@@ -1,26 +1,25 @@
 """The page: template, style and script, with everything in it."""
 
-import logging
 from collections.abc import Sequence
 from importlib import resources
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from ..analysis.left_out import leave_out_failure, shorten_reasons, warn_of_skipped
 from ..analysis.write_figures import name_folders
-from ..errors import OutputDirError
-from ..files import ensure_dir, wrap_os_errors
+from ..errors import DataError, OutputDirError
+from ..files import ensure_dir, read_bounded, wrap_os_errors
 from . import charts
 from .findings import find_notable
 from .load import RunReport, load_run
 from .tokens import pack_records
 
-logger = logging.getLogger(__name__)
 _REPORT_MARKER = "<footer>Written by tsdkd "
+_MAX_REPORT_MIB = 256
 
 
 def write_report(folders: Sequence[Path], output: Path) -> Path:
@@ -31,48 +30,60 @@ def write_report(folders: Sequence[Path], output: Path) -> Path:
         OutputDirError: the file can't be written, or is something else than a report.
     """
     with wrap_os_errors(output, "--output"):
-        if output.exists() and _REPORT_MARKER.encode() not in output.read_bytes():
+        if output.exists() and not _is_report(output):
             raise OutputDirError(f"--output: {output} isn't a report; choose another file")
     runs = [load_run(name, folder) for name, folder in name_folders(folders).items()]
-    for reason in (reason for run in runs for reason in run.skipped):
-        logger.warning("left out: %s", reason)
     ensure_dir(output.parent, "--output")
-    page = render_page(runs)
+    skipped: list[str] = []
+    page = render_page(runs, skipped)
+    warn_of_skipped([*(reason for run in runs for reason in run.skipped), *skipped])
     with wrap_os_errors(output, "--output"):
-        output.write_text(page, encoding="utf-8")
+        output.write_text(page, encoding="utf-8", errors="backslashreplace")
     return output
 
 
-def render_page(runs: Sequence[RunReport]) -> str:
-    """The page. Whatever comes from runs is escaped."""
+def _is_report(path: Path) -> bool:
+    try:
+        return _REPORT_MARKER.encode() in read_bounded(path, _MAX_REPORT_MIB)
+    except DataError:
+        return False
+
+
+def render_page(runs: Sequence[RunReport], skipped: list[str]) -> str:
+    """The page. Whatever comes from runs is escaped; `skipped` takes the parts that can't be shown."""
     environment = Environment(undefined=StrictUndefined, autoescape=True, trim_blocks=True)
     template = environment.from_string(_read_asset("page.html.j2"))
-    packed: dict[str, Any] = {run.name: pack_records(run.records) for run in runs if run.records}
+    curves, figures = charts.plot_metrics(runs, skipped), charts.plot_figures(runs, skipped)
+    packed: list[dict[str, Any]] = []
+    for run in runs:
+        with leave_out_failure(f"{run.name}: tokens", skipped):
+            packed += [pack_records(run.name, run.records)] if run.records else []
     return template.render(
         title=" and ".join(run.name for run in runs),
         style=Markup(_read_asset("page.css")),
         script=Markup(_read_asset("page.js")),
         footer=Markup(_REPORT_MARKER + version("tsdkd")),
+        skipped=shorten_reasons(skipped),
         findings=[(run, find_notable(run)) for run in runs],
         result_tables=[
             (f"{run.name}: {name}", _markdown_to_html(text))
             for run in runs
             for name, text in run.result_tables.items()
         ],
-        curves=charts.plot_metrics(runs),
-        figures=charts.plot_figures(runs),
+        curves=curves,
+        figures=figures,
         recorded=[(run.name, run.records) for run in runs if run.records],
         packed=packed,
         names=[run.name for run in runs],
         differing=_differing_values(runs),
-        configurations=[(run, yaml.safe_dump(run.config, allow_unicode=True)) for run in runs],
+        configurations=[(run.name, run.config_text) for run in runs],
     )
 
 
 def _differing_values(runs: Sequence[RunReport]) -> dict[str, list[str]]:
     """Key -> what each run has, where they differ; a key that wasn't set has the default of all."""
     keys = sorted({key for run in runs for key in run.config} - {"output_dir", "run_name"})
-    values_by_key = {key: [str(run.config.get(key, "default")) for run in runs] for key in keys}
+    values_by_key = {key: [run.config.get(key, "default") for run in runs] for key in keys}
     return {key: values for key, values in values_by_key.items() if len(set(values)) > 1}
 
 
@@ -98,7 +109,7 @@ def _markdown_to_html(markdown: str) -> Markup:
 
     for line in markdown.splitlines():
         if line.startswith("|"):
-            cells = line.strip("|").split(" | ")
+            cells = [cell.replace("\\|", "|") for cell in line.strip("|").split(" | ")]
             if not set("".join(cells)) <= set("-: |"):
                 lines.append(cells)
             continue

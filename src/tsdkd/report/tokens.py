@@ -25,7 +25,7 @@ TOKEN_METRICS = (
 )
 
 
-def pack_records(records: Sequence[StepRecord]) -> dict[str, Any]:
+def pack_records(run: str, records: Sequence[StepRecord]) -> dict[str, Any]:
     """Pack the records of one run for the page's script: as many whole records as have at most 50 completions
     together."""
     chosen = subsample_records(records)
@@ -33,6 +33,7 @@ def pack_records(records: Sequence[StepRecord]) -> dict[str, Any]:
     place = {token: i for i, token in enumerate(texts)}
     text_of = {i: text for record in chosen for i, text in record.texts.items()}
     return {
+        "name": run,
         "texts": [text_of[i] for i in texts],
         "metrics": [{"name": name, "title": title} for name, title in TOKEN_METRICS],
         "records": [_pack_record(record, place) for record in chosen],

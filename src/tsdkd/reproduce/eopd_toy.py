@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
+
+from ..config.console import PlainConsole
+from ..errors import escape_line
 
 VOCAB_SIZE, TOP_K = 80, 10
 MODE_LOGITS = (1.7, 1.9, 2.1, 2.3, 2.5)
@@ -71,10 +73,10 @@ def reproduce(folder: Path, seeds: int, learning_rate: float, steps: int) -> Non
         table.add_row(
             name, str(SCENARIO_TEMPERATURES[name]), PAPER_TOP1_CHANGES[name], f"{np.mean(counts):.1f}{spread}"
         )
-    console = Console()
+    console = PlainConsole()
     console.print(table)
     for path in (_plot_rates(runs, folder), _plot_distributions(runs, folder)):
-        console.print(f"wrote {path}", highlight=False)
+        console.print(escape_line(f"wrote {path}"))
 
 
 def _softmax(x: np.ndarray) -> np.ndarray:

@@ -6,10 +6,10 @@ The paper writes the feedback to a logit, `p_i - q_i`, which is the gradient wit
 from dataclasses import dataclass
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from ..config.console import PlainConsole
 from ..losses import FORWARD_KL, token_entropy
 from ..selection import entropy_gap_gate
 
@@ -77,7 +77,7 @@ def build_cases() -> list[GradientCheck]:
 
 def reproduce() -> None:
     """Print both sides of each equation."""
-    console = Console()
+    console = PlainConsole()
     for case in build_cases():
         table = Table(title=case.title)
         table.add_column("")

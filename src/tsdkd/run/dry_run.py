@@ -11,7 +11,7 @@ from rich.text import Text
 
 from ..config.base import TokenSelectiveConfig
 from ..data import prepare_dataset
-from ..errors import DataError, ModelError
+from ..errors import DataError, ModelError, escape_line
 from ..models.loading import ModelPair, resolve_pair
 from .arguments import RunArguments
 from .build import load_datasets, set_model_init_kwargs, teacher_name_or_path
@@ -104,7 +104,7 @@ def _summarize_rollouts(training: TokenSelectiveConfig, processes: int) -> dict[
 def _summary_table(rows: dict[str, str]) -> Table:
     table = Table(title="Plan", show_header=False)
     for name, value in rows.items():
-        table.add_row(name, value)
+        table.add_row(name, escape_line(value))
     return table
 
 

@@ -9,6 +9,7 @@ from torch import nn
 from trl.trainer.utils import print_prompt_completions_sample
 
 from ..data import pad_sequences
+from ..errors import escape_controls
 from ..grading import is_exact_match
 from ..models.loading import ModelPair
 from ..rollout.base import Completion, Sampler
@@ -141,9 +142,10 @@ class RolloutMixin:
     def _print_completions(self) -> None:
         if not self._logged_completions or not self.accelerator.is_main_process:
             return
-        prompts, texts, completions = zip(*self._logged_completions, strict=True)
+        *columns, completions = zip(*self._logged_completions, strict=True)
+        prompts, texts = ([escape_controls(text) for text in column] for column in columns)
         extra = {
             "Tokens": [len(completion.ids) for completion in completions],
             "Ended": ["stop token" if completion.stopped else "limit" for completion in completions],
         }
-        print_prompt_completions_sample(list(prompts), list(texts), {}, None, self.state.global_step, extra=extra)
+        print_prompt_completions_sample(prompts, texts, {}, None, self.state.global_step, extra=extra)

@@ -135,8 +135,8 @@ def write_token_records(
     }
     table = pa.table(arrays).replace_schema_metadata({"tsdkd": json.dumps(metadata)})
     path = folder / RECORDS_DIR / f"step-{step:08d}.parquet"
-    with atomic_path(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd")
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        pq.write_table(table, file, compression="zstd")
     return path
 
 

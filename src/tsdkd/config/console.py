@@ -1,0 +1,26 @@
+"""Rich's console for texts of strangers: names, prompts, what a library says."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console
+from rich.segment import Segment
+from rich.text import Text
+
+from ..errors import escape_controls
+
+
+class PlainConsole(Console):
+    """A console that prints a string as it is, without markup and emoji codes, and shows control characters."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(markup=False, emoji=False, highlight=False, **kwargs)
+
+    def render_str(self, text: str, **kwargs: Any) -> Text:
+        """See `Console`. A table measures its cells by this."""
+        return super().render_str(escape_controls(text), **kwargs)
+
+    def render(self, *args: Any, **kwargs: Any) -> Iterable[Segment]:
+        """See `Console`. Everything that is printed comes through here."""
+        for segment in super().render(*args, **kwargs):
+            yield segment if segment.control else segment._replace(text=escape_controls(segment.text))
