@@ -25,6 +25,8 @@ from ..evaluation import ProblemSet, evaluate
 from ..files import ensure_dir, write_atomically
 from ..launch.accelerate import launch_processes
 from ..launch.processes import LaunchSpec
+from ..models.finite_weights import require_finite
+from ..models.hub import load_pretrained
 from ..models.loading import ModelPair, Role, resolve_pair
 from ..run.arguments import RunArguments
 from ..run.build import teacher_name_or_path
@@ -52,7 +54,7 @@ def read_result(comparison: Comparison, task: ComparisonTask) -> dict[str, Any] 
         before = rename_deprecated(dict(result["settings"]))
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise OutputDirError(f"output_dir: {path} is damaged; remove it, and the task is evaluated again") from error
     now = _result_settings(comparison, task)
     differing = [name for name in now.keys() | before.keys() if now.get(name) != before.get(name)]
@@ -88,11 +90,10 @@ def _run_task(comparison: Comparison, task: ComparisonTask) -> dict[str, Any]:
         seconds = _train(comparison, task, arguments, launch_spec)
         clear_device_cache(garbage_collection=True)  # a trainer's cycles hold its models
     start = time.perf_counter()
-    model = {"student": str(arguments.model_args.model_name_or_path), "teacher": teacher_name_or_path(arguments)}.get(
-        task.run
-    )
+    references = {"student": str(arguments.model_args.model_name_or_path), "teacher": teacher_name_or_path(arguments)}
+    model = references[task.run] if task.seed is None else str(task.folder)
     writer: Role = "teacher" if task.seed is None and task.run == "teacher" else "student"
-    metrics = _evaluate(comparison, arguments, rows, model if task.seed is None else str(task.folder), writer)
+    metrics = _evaluate(comparison, arguments, rows, model, writer)
     clear_device_cache(garbage_collection=True)
     settings = _result_settings(comparison, task)
     timing = {"train_seconds": seconds, "eval_seconds": time.perf_counter() - start}
@@ -188,7 +189,7 @@ def load_problems(comparison: Comparison) -> Dataset:
 
 
 def _evaluate(
-    comparison: Comparison, arguments: RunArguments, rows: Dataset, model: str | None, writer: Role
+    comparison: Comparison, arguments: RunArguments, rows: Dataset, model: str, writer: Role
 ) -> dict[str, Any]:
     """Evaluate a model with the comparison's limits and the run's chat template."""
     training, shared = arguments.training_args, comparison.parse_shared_arguments().training_args
@@ -197,7 +198,9 @@ def _evaluate(
     pair = resolve_pair(student, teacher, training)
     prepared = prepare_dataset(rows, pair.template_tokenizer, training, pair.context_length, needs_completion=False)
     dtype = torch.bfloat16 if training.device.type == "cuda" else torch.float32
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(training.device)
+    field = f"{'teacher_' if writer == 'teacher' else ''}model_name_or_path"
+    loaded = load_pretrained(AutoModelForCausalLM.from_pretrained, model, field, "model", dtype=dtype)
+    require_finite(loaded.to(training.device), field, model)
     result = evaluate(
         loaded, _build_problem_set(pair, prepared, loaded, writer), comparison.eval_samples, comparison.eval_batch_size
     )

@@ -90,9 +90,8 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
         train_dataset = self._tokenize_dataset(train_dataset, args)
         if eval_dataset is not None:
             eval_dataset = self._tokenize_dataset(eval_dataset, args)
-        if isinstance(model, str):
-            model = load_student(model, args)
-        if isinstance(teacher_model, str) and self._needs_teacher:
+        model = load_student(model, args)
+        if self._needs_teacher:
             teacher_model = load_teacher(teacher_model, self.pair.teacher_config, args)
 
         args.dataset_kwargs = {"skip_prepare_dataset": True}
