@@ -27,6 +27,8 @@ from ..files import ensure_dir, write_atomically
 from ..launch.accelerate import launch_processes
 from ..launch.children import started_by_this
 from ..launch.processes import LaunchSpec
+from ..models.finite_weights import require_finite
+from ..models.hub import load_pretrained
 from ..models.loading import ModelPair, Role, resolve_pair
 from ..run.arguments import RunArguments
 from ..run.build import teacher_name_or_path
@@ -90,11 +92,10 @@ def _run_task(comparison: Comparison, task: ComparisonTask) -> dict[str, Any]:
         seconds = _train(comparison, task, arguments, launch_spec)
         clear_device_cache(garbage_collection=True)  # a trainer's cycles hold its models
     start = time.perf_counter()
-    model = {"student": str(arguments.model_args.model_name_or_path), "teacher": teacher_name_or_path(arguments)}.get(
-        task.run
-    )
+    references = {"student": str(arguments.model_args.model_name_or_path), "teacher": teacher_name_or_path(arguments)}
+    model = references[task.run] if task.seed is None else str(task.folder)
     writer: Role = "teacher" if task.seed is None and task.run == "teacher" else "student"
-    metrics = _evaluate(comparison, arguments, rows, model if task.seed is None else str(task.folder), writer)
+    metrics = _evaluate(comparison, arguments, rows, model, writer)
     clear_device_cache(garbage_collection=True)
     settings = _result_settings(comparison, task)
     timing = {"train_seconds": seconds, "eval_seconds": time.perf_counter() - start}
@@ -194,7 +195,7 @@ def load_problems(comparison: Comparison) -> Dataset:
 
 
 def _evaluate(
-    comparison: Comparison, arguments: RunArguments, rows: Dataset, model: str | None, writer: Role
+    comparison: Comparison, arguments: RunArguments, rows: Dataset, model: str, writer: Role
 ) -> dict[str, Any]:
     """Evaluate a model with the comparison's limits and the run's chat template."""
     training, shared = arguments.training_args, comparison.parse_shared_arguments().training_args
@@ -203,7 +204,9 @@ def _evaluate(
     pair = resolve_pair(student, teacher, training)
     prepared = prepare_dataset(rows, pair.template_tokenizer, training, pair.context_length, needs_completion=False)
     dtype = torch.bfloat16 if training.device.type == "cuda" else torch.float32
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(training.device)
+    field = f"{'teacher_' if writer == 'teacher' else ''}model_name_or_path"
+    loaded = load_pretrained(AutoModelForCausalLM.from_pretrained, model, field, "model", dtype=dtype)
+    require_finite(loaded.to(training.device), field, model)
     result = evaluate(
         loaded, _build_problem_set(pair, prepared, loaded, writer), comparison.eval_samples, comparison.eval_batch_size
     )

@@ -20,7 +20,9 @@ from lm_eval.api.task import Task
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import ModelError, first_line
+from ..files import read_small_file
 from ..models.chat_template import limit_template
+from ..models.finite_weights import require_finite
 from ..models.loading import get_revision, load_config
 from ..models.tokenizers import load_tokenizer
 from .items import ItemResult
@@ -73,7 +75,9 @@ def load_lm(path: str, backend: str, batch_size: str, model_args: dict[str, Any]
         given = f" (with --model_args {', '.join(f'{k}={v}' for k, v in model_args.items())})" if model_args else ""
         raise ModelError(f"{path}: {first_line(error)}{given}") from error
     lm.apply_chat_template = limit_template()(lm.apply_chat_template)
-    if backend == "hf":  # greedy is greedy, and sampling is from the softmax, whatever the checkpoint's settings add
+    if backend == "hf":
+        require_finite(lm.model, "models", path)
+        # greedy is greedy, and sampling is from the softmax, whatever the checkpoint's settings add
         lm.model.generation_config.update(repetition_penalty=1.0, top_k=0, top_p=1.0, temperature=1.0)
     return lm
 
@@ -136,5 +140,8 @@ def _adapter_args(path: str, backend: str) -> dict[str, Any]:
     config = Path(path, "adapter_config.json")
     if not config.is_file():
         return {}
-    base = json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    try:
+        base = str(json.loads(read_small_file(config, 2**20))["base_model_name_or_path"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ModelError(f"models: {config} can't be read: {first_line(error)[:300]}") from error
     return {"pretrained": base, "tokenizer": path, "peft" if backend == "hf" else "lora_local_path": path}

@@ -18,6 +18,7 @@ from ..config.base import TokenSelectiveConfig
 from ..data import prepare_dataset, resolve_columns, split_prompt_completion
 from ..errors import ConfigError
 from ..files import open_for_append
+from ..models.finite_weights import require_finite_files
 from ..models.loading import ModelPair, Role, get_revision, load_frozen_model, resolve_pair
 from ..rollout.base import Completion, SamplingConfig, SeedKey
 from ..rollout.seeding import prompt_generator, prompt_seed
@@ -205,6 +206,8 @@ def _build_row(setup: GenerationSetup, request: GenerationRequest, completion: C
 
 def _generate_with_vllm(setup: GenerationSetup, requests: list[GenerationRequest]) -> Iterator[tuple[int, Completion]]:
     """Position and completion of each request, in the order in which they are finished."""
+    if setup.args.vllm_mode == "colocate" or Path(setup.model_name_or_path).is_dir():
+        require_finite_files(setup.model_name_or_path, _MODEL_FIELDS[setup.role], setup.revision)
     from ..rollout.vllm.colocate import iter_completions, shared_sampling_params, start_engine  # vLLM is an extra
 
     bodies: list[dict[str, Any]] = [

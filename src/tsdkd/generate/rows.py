@@ -16,7 +16,7 @@ _OTHER_COLUMNS = {"answer", "index", "sample", "num_tokens", "finish_reason", "m
 
 
 def output_columns(args: TokenSelectiveConfig) -> tuple[str, str]:
-    """Columns of prompt and completion, as the run will look for them. Raises `ConfigError` for other columns'."""
+    """Columns of prompt and completion, as the run will look for them. Raises `ConfigError` for names of others."""
     columns = {
         "prompt_column": args.prompt_column or "prompt",
         "completion_column": args.completion_column or "completion",

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from ..errors import ModelError, first_line
+
 
 @dataclass
 class ModelSize:
@@ -45,9 +47,17 @@ class ModelSize:
 
 
 def compute_model_size(config: PretrainedConfig, lora_r: int = 0) -> ModelSize:
-    """The size of a model, without its weights; `lora_r`: rank of adapters on all its linear layers."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    """The size of a model, without its weights. Raises `ModelError`.
+
+    Args:
+        config: the model's.
+        lora_r: rank of adapters on all its linear layers.
+    """
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # whatever a model's code makes of a configuration that fits no model
+        raise ModelError(f"{config.name_or_path}: no model has this configuration: {first_line(error)}") from error
     text = config.get_text_config()
     num_parameters = sum(p.numel() for p in model.parameters())
     layer = model.base_model.layers[0]

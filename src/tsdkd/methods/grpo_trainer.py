@@ -55,7 +55,7 @@ class GRPOTrainer(CheckpointMixin, trl.GRPOTrainer):
             for d in (train_dataset, eval_dataset)
         ]
         super().__init__(
-            load_student(model, args) if isinstance(model, str) else model,
+            load_student(model, args),
             reward_funcs=accuracy_reward,
             args=_to_trl_config(args),
             train_dataset=rows[0],

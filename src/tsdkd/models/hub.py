@@ -6,6 +6,7 @@ Whether the hub answers is checked once, so that a machine that can't reach it d
 import os
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import datasets.config
@@ -21,7 +22,10 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import get_session
 
 from ..errors import ModelError
+from ..files import require_regular_file
 
+_FILE_TYPES = (".bin", ".jinja", ".json", ".model", ".py", ".safetensors", ".tiktoken", ".txt")
+_MAX_JSON = 2**28  # bytes; the largest tokenizers have 2**25
 INIT_KWARGS = {"model_name_or_path": "model_init_kwargs", "teacher_model_name_or_path": "teacher_model_init_kwargs"}
 """Field that names a model -> field with its keyword arguments of `from_pretrained`."""
 
@@ -61,6 +65,7 @@ def load_pretrained(
     """
     offline = None if os.path.exists(name) else offline_reason()
     try:
+        _check_files(Path(name))
         return load(name, **kwargs)
     except Exception as error:  # OSError, ValueError, KeyError, safetensors' and tokenizers' own, ...
         if os.path.isfile(name):
@@ -72,6 +77,18 @@ def load_pretrained(
                 f" (with {INIT_KWARGS[field]} {init_kwargs})" if init_kwargs else ""
             )
         raise ModelError(f"{field}: no {what} in {name!r}: {reason}") from error
+
+
+def _check_files(folder: Path) -> None:
+    """Raise `ValueError` for what would be read for ever, or without a measure."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.suffix in _FILE_TYPES:
+            try:
+                require_regular_file(path)
+            except ValueError as error:
+                raise ValueError(f"{path.name}: {error}") from error
+        if path.suffix == ".json" and path.stat().st_size > _MAX_JSON:
+            raise ValueError(f"{path.name}: it is larger than {_MAX_JSON:,} bytes")
 
 
 def _is_hub_error(error: BaseException | None) -> bool:

@@ -17,10 +17,20 @@ from transformers import (
 from trl.trainer.utils import create_model_from_path
 
 from ..config.base import TokenSelectiveConfig
+from ..config.coercion import shorten
+from .finite_weights import require_finite
 from .hub import INIT_KWARGS, load_pretrained
 from .tokenizers import check_same_tokenizer, check_vocab_fits, load_tokenizer, stop_token_ids
 
 Role = Literal["student", "teacher"]
+_LARGEST = {
+    "vocab_size": 2**24,
+    "max_position_embeddings": 2**31,
+    "num_hidden_layers": 2**12,
+    **dict.fromkeys(("hidden_size", "intermediate_size"), 2**22),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim"), 2**16),
+}
+"""Sizes in a configuration -> the largest that is plausible."""
 
 
 @dataclass
@@ -133,9 +143,13 @@ def _get_generation_config(
 
     def load(name: str, **revision: str) -> GenerationConfig:
         try:
-            return GenerationConfig.from_pretrained(name, **revision)
+            generation_config = GenerationConfig.from_pretrained(name, **revision)
         except OSError:  # it has no generation_config.json
-            return GenerationConfig.from_model_config(config)
+            generation_config = GenerationConfig.from_model_config(config)
+        ids = generation_config.eos_token_id
+        if not all(type(i) is int for i in (ids if isinstance(ids, list) else [0 if ids is None else ids])):
+            raise ValueError(f"eos_token_id must be a token id, or several, found {shorten(ids)}")
+        return generation_config
 
     if not isinstance(model, str):
         return model.generation_config
@@ -146,19 +160,41 @@ def _get_generation_config(
 
 def load_config(name: str, field: str, **kwargs: Any) -> PretrainedConfig:
     """A model's configuration; `kwargs` are `from_pretrained`'s. Raises `ModelError`."""
-    return load_pretrained(AutoConfig.from_pretrained, name, field, "model", **kwargs)
+    return load_pretrained(_load_config, name, field, "model", **kwargs)
 
 
-def load_student(student: str, args: TokenSelectiveConfig) -> PreTrainedModel:
-    """The student, in float32 unless `model_init_kwargs` says otherwise, as TRL's trainers load it.
+def _load_config(name: str, **kwargs: Any) -> PretrainedConfig:
+    values, _ = PretrainedConfig.get_config_dict(name, **kwargs)
+    _check_sizes(values)  # before loops over its layers
+    return AutoConfig.from_pretrained(name, **kwargs)
+
+
+def _check_sizes(values: dict[str, Any]) -> None:
+    """Raise `ValueError` for sizes that no model has, at any level of a configuration."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            _check_sizes(value)
+        elif key not in _LARGEST or value is None or isinstance(value, list):  # a list: of each layer
+            continue
+        elif type(value) is not int or not 1 <= value <= _LARGEST[key]:
+            expected = f"a whole number from 1 to {_LARGEST[key]:,}"
+            raise ValueError(f"config.json: {key} must be {expected}, found {shorten(value)}")
+
+
+def load_student(student: str | PreTrainedModel, args: TokenSelectiveConfig) -> PreTrainedModel:
+    """The student, in float32 unless `model_init_kwargs` says otherwise, as TRL's trainers load it; or a loaded one.
 
     Raises:
-        ModelError: it can't be loaded.
+        ModelError: it can't be loaded, or its weights aren't finite.
     """
+    if not isinstance(student, str):
+        require_finite(student, "model")
+        return student
     kwargs = {"trust_remote_code": args.trust_remote_code, "device_map": None, **(args.model_init_kwargs or {})}
     model = load_pretrained(
         create_model_from_path, student, "model_name_or_path", "model", args.model_init_kwargs, **kwargs
     )
+    require_finite(model, "model_name_or_path", student)
     args.model_init_kwargs = None  # used up: TRL warns where a loaded model comes with them
     return model
 
@@ -179,11 +215,13 @@ def load_frozen_model(
             the global DeepSpeed configuration (ZeRO-3).
 
     Raises:
-        ModelError: it can't be loaded.
+        ModelError: it can't be loaded, or its weights aren't finite.
     """
     given = getattr(args, INIT_KWARGS[field])
     kwargs = {"dtype": "auto", "trust_remote_code": args.trust_remote_code, "device_map": device, **(given or {})}
-    return load_pretrained(AutoModelForCausalLM.from_pretrained, name, field, "model", given, **kwargs)
+    model = load_pretrained(AutoModelForCausalLM.from_pretrained, name, field, "model", given, **kwargs)
+    require_finite(model, field, name)
+    return model
 
 
 def get_revision(name: str, config: PretrainedConfig) -> str:

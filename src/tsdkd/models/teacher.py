@@ -19,16 +19,21 @@ from transformers.integrations.deepspeed import (
 
 from ..config.base import TokenSelectiveConfig
 from ..errors import ConfigError
+from .finite_weights import require_finite
 from .loading import load_frozen_model
 
 
-def load_teacher(name: str, config: PretrainedConfig, args: TokenSelectiveConfig) -> PreTrainedModel:
-    """Read the teacher, straight to this process's device; to be sharded, each process reads its shard only.
+def load_teacher(name: str | PreTrainedModel, config: PretrainedConfig, args: TokenSelectiveConfig) -> PreTrainedModel:
+    """Read the teacher, straight to this process's device; to be sharded, each process reads its shard only. A loaded
+    one is taken as it is.
 
     Raises:
-        ModelError: it can't be loaded.
+        ModelError: it can't be loaded, or its weights aren't finite.
         ConfigError: its placement needs DeepSpeed, which isn't installed.
     """
+    if not isinstance(name, str):
+        require_finite(name, "teacher_model")
+        return name
     dtype = (args.teacher_model_init_kwargs or {}).get("dtype", "auto")
     dtype = getattr(torch, dtype, None) or config.dtype or torch.float32
     sharded = _is_sharded(args)

@@ -65,4 +65,4 @@ def stop_token_ids(
         for source in model:
             eos = getattr(source, "eos_token_id", None)
             ids |= set(eos) if isinstance(eos, (list, tuple)) else set() if eos is None else {eos}
-    return frozenset(i for i in ids if i < vocab_size)
+    return frozenset(i for i in ids if 0 <= i < vocab_size)

@@ -95,9 +95,8 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
         frozen = {"model_name_or_path": (model, self.pair.student_config)} if peft_config is not None else {}
         if self._needs_teacher:
             frozen["teacher_model_name_or_path"] = (teacher_model, self.pair.teacher_config)
-        if isinstance(model, str):
-            model = load_student(model, args)
-        if isinstance(teacher_model, str) and self._needs_teacher:
+        model = load_student(model, args)
+        if self._needs_teacher:
             teacher_model = load_teacher(teacher_model, self.pair.teacher_config, args)
         # now that their files are here, and in memory
         self._frozen_models = on_main_process(
