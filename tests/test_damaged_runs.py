@@ -255,7 +255,7 @@ def test_any_configuration_is_shown(value: str, run: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["opener_ratio", "entropy_ratio", "gate_temperature", "entropy_threshold"])
-@pytest.mark.parametrize("value", ["many", ".nan", ".inf", "-1e300", "[1]", "true", "9" * 400])
+@pytest.mark.parametrize("value", ["many", ".nan", ".inf", "-1e300", "[1]", "true", "1e300"])
 def test_options_that_select_nothing(key: str, value: str, run: Path, capsys: Any) -> None:
     (run / "tsdkd_config.yaml").write_text(f"{key}: {value}\n")
     loaded = load_run("x", run)

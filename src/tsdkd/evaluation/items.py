@@ -90,7 +90,7 @@ class ItemResults:
 def _is_plausible(item: ItemResult, num_samples: int) -> bool:
     """Whether the fields have their types, and scores their range."""
     are_lists = isinstance(item.scores, list) and isinstance(item.responses, list)
-    if not (are_lists and isinstance(item.task, str) and type(item.doc_id) is int):
+    if not (are_lists and isinstance(item.task, str) and type(item.doc_id) is int and item.doc_id >= 0):
         return False
-    are_texts = all(isinstance(text, str) for text in item.responses)
-    return are_texts and len(item.scores) == num_samples and all(0 <= score <= 1 for score in item.scores)
+    are_scores = all(type(score) in (int, float) and 0 <= score <= 1 for score in item.scores)
+    return are_scores and len(item.scores) == num_samples and all(isinstance(text, str) for text in item.responses)

@@ -41,8 +41,8 @@ class RunReport:
 
     name: str
     folder: Path
-    config: dict[str, str]
-    config_text: str
+    config: dict[str, str] = field(default_factory=dict)
+    config_text: str = ""
     state: TrainerState | None = None
     records: list[StepRecord] = field(default_factory=list)
     results: dict[str, list[ResultEntry]] = field(default_factory=dict)
@@ -69,18 +69,19 @@ class RunReport:
 
 
 def load_run(name: str, folder: Path) -> RunReport:
-    """Read a run's directory. What can't be read but the configuration is left out.
+    """Read a run's directory. What can't be read is left out.
 
     Raises:
-        DataError: it isn't one, or its configuration can't be read.
+        DataError: it isn't one.
         OutputDirError: it can't be listed.
     """
     with wrap_os_errors(folder, "RUN_DIR", "read"):
         if not (folder / RUN_CONFIG_NAME).exists():
             raise DataError(f"{folder} isn't the directory of a run: it has no {RUN_CONFIG_NAME}")
-        config_text = read_bounded(folder / RUN_CONFIG_NAME, _MAX_CONFIG_MIB).decode("utf-8", "replace")
-        config = {_describe_value(key): _describe_value(value) for key, value in read_run_config(folder).items()}
-        run = RunReport(name, folder, config, config_text)
+        run = RunReport(name, folder)
+        with leave_out_damaged(run.skipped):
+            run.config_text = read_bounded(folder / RUN_CONFIG_NAME, _MAX_CONFIG_MIB).decode("utf-8", "replace")
+            run.config = {_describe_value(k): _describe_value(v) for k, v in read_run_config(folder).items()}
         run.num_nonfinite_steps = len(list(folder.glob("nonfinite_step_*.jsonl")))
         with leave_out_damaged(run.skipped):
             run.state = read_trainer_state(folder, run.skipped)
