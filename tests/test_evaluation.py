@@ -424,6 +424,15 @@ def test_rows_of_another_shape(name: str, data: Path, tmp_path: Path, capsys: py
     assert str(tmp_path / "data") in error and BENCHMARKS[name].title in error
 
 
+@pytest.mark.parametrize("tests", [["assert True", 1, "x"], [["assert True"]] * 3, [{"a": 1}] * 3])
+def test_tests_that_are_no_text(tests: list, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Are found before a model is loaded, too, and not when a program is graded."""
+    written(tmp_path, "mbpp_sandboxed", {"test": [{**programming(0), "test_list": tests}] * 4})
+    flags = ["--suite", "tsd-kd", "--benchmarks", "mbpp", "--allow_code_execution", "--data_dir", str(tmp_path)]
+    assert ran(tmp_path / "out", *flags, models=["tsdkd://demo/student"]) == 2
+    assert "MBPP" in capsys.readouterr().err.splitlines()[-1]
+
+
 CUT = {
     "empty": lambda lines: [],
     "not JSON": lambda lines: ["not json", *lines[1:]],

@@ -163,8 +163,8 @@ def read_first_prompts(eval_args: EvalArguments) -> dict[str, tuple[Benchmark, s
 def _validate_benchmarks(eval_args: EvalArguments) -> list[Benchmark]:
     """The benchmarks; raises `TSDKDError` for what can't be done, before the first model is loaded."""
     benchmarks = select_benchmarks(eval_args.suite, eval_args.benchmarks, eval_args.allow_code_execution)
-    if any(b.requires_code_execution for b in benchmarks) and not run_program("print('here')").passed:
-        raise SandboxError("the sandbox doesn't run programs here")
+    if any(b.requires_code_execution for b in benchmarks) and not (trial := run_program("print('here')")).passed:
+        raise SandboxError(f"the sandbox doesn't run programs here: {trial.reason}")
     return benchmarks
 
 

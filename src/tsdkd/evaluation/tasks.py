@@ -144,8 +144,8 @@ def _validate_rows(task: Task, benchmark: Benchmark, data_dir: Path) -> None:
             try:
                 if empty := [name for name in row if row[name] is None and _is_used(name, task, benchmark, row)]:
                     raise ValueError(f"no {', '.join(empty)}")
-                if benchmark.requires_code_execution and not isinstance(row["test_list"], list):
-                    raise ValueError("test_list isn't a list")
+                if benchmark.requires_code_execution and not _is_list_of_text(row["test_list"]):
+                    raise ValueError("test_list isn't a list of strings")
                 _, target = task.doc_to_text(row), task.doc_to_target(row)
                 if task.OUTPUT_TYPE == "multiple_choice":
                     choices = task.doc_to_choice(row)
@@ -159,6 +159,10 @@ def _validate_rows(task: Task, benchmark: Benchmark, data_dir: Path) -> None:
                     f"--data_dir: {kind} {number} of {data_dir / task.task_name} isn't a row of {benchmark.title}: "
                     f"{type(error).__name__}: {text}; it has {', '.join(row)}"
                 ) from error
+
+
+def _is_list_of_text(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(element, str) for element in value)
 
 
 @cache
@@ -225,7 +229,7 @@ def _sandboxed_task_config(config: dict[str, Any]) -> dict[str, Any]:
 
 def _passes_tests(response: str, doc: dict[str, Any]) -> bool:
     program = response.removeprefix("```python").rpartition("```")[0] or response
-    setup = doc.get("test_setup_code") or ""
+    setup = str(doc.get("test_setup_code") or "")
     return run_program("\n".join([setup, program, *doc["test_list"]])).passed
 
 

@@ -91,7 +91,7 @@ def run_program(program: str, limits: ResourceLimits = ResourceLimits()) -> Prog
     if result["end"] == end_marker and result["exit_code"] == 0:
         return ProgramResult(True)
     lines = result["errors"].strip().splitlines()
-    reason = lines[-1] if lines else f"exit code {result['exit_code']}"
+    reason = lines[-1] if lines else f"it ended before its last line, with exit code {result['exit_code']}"
     return ProgramResult(False, "".join(char if char.isprintable() else "\ufffd" for char in reason[:200]))
 
 

@@ -23,8 +23,9 @@ import signal
 import sys
 from typing import Any
 
-# CLONE_NEW...: mounts, cgroup, host name, IPC, users, processes, network
-_NAMESPACES = 0x00020000 | 0x02000000 | 0x04000000 | 0x08000000 | 0x10000000 | 0x20000000 | 0x40000000
+# CLONE_NEW...: mounts, cgroup, host name, IPC, processes, network; and users
+_NAMESPACES = 0x00020000 | 0x02000000 | 0x04000000 | 0x08000000 | 0x20000000 | 0x40000000
+_NEW_USERS = 0x10000000
 _CLONE = {"x86_64": 56, "aarch64": 220}
 _NOBODY = 65534
 _UNUSED_USERS = 0x70000000  # the 2^28 from here on are nobody's; as is recommended by systemd
@@ -100,25 +101,32 @@ def _die_with_parent() -> None:
 
 
 def _clone() -> int:
-    """Fork, with the child in new namespaces. Unlike after `unshare`, this process stays outside, as what maps ids."""
-    number, flags = ctypes.c_long(_CLONE[platform.machine()]), ctypes.c_ulong(_NAMESPACES | signal.SIGCHLD)
-    child: int = _libc.syscall(number, flags, None, None, None, None)
-    if child == -1:
-        raise OSError(ctypes.get_errno(), f"no namespaces: {os.strerror(ctypes.get_errno())}")
-    return child
+    """Fork, with the child in new namespaces. Unlike after `unshare`, this process stays outside, as what maps ids.
+
+    Root can do without the one of users, where a machine allows none.
+    """
+    number = ctypes.c_long(_CLONE[platform.machine()])
+    for namespaces in [_NAMESPACES | _NEW_USERS] + [_NAMESPACES] * (os.geteuid() == 0):
+        child: int = _libc.syscall(number, ctypes.c_ulong(namespaces | signal.SIGCHLD), None, None, None, None)
+        if child != -1:
+            return child
+    raise OSError(ctypes.get_errno(), f"no namespaces: {os.strerror(ctypes.get_errno())}")
 
 
 def _map_ids(init: int) -> None:
-    """Say who is who in init's namespace. The program is nobody, in a namespace whose processes count on their own.
+    """Say who is who in init's namespace, where the program's processes count on their own.
 
-    For root everyone is who they are outside, so that init reads all files, before it gives the program another user.
+    For root everyone is who they are outside: init reads all files, and then gives the program another user. Otherwise
+    there is one user inside, nobody.
     """
-    if os.geteuid() == 0:
-        maps = {name: "\n".join(f"{first} {first} {count}" for first, count in _extents(name)) for name in _ID_MAPS}
+    if os.path.samefile("/proc/self/ns/user", f"/proc/{init}/ns/user"):
+        texts = {}
+    elif os.geteuid() == 0:
+        texts = {name: "\n".join(f"{first} {first} {count}" for first, count in _extents(name)) for name in _ID_MAPS}
     else:
-        maps = {"setgroups": "deny"}
-        maps |= dict(zip(_ID_MAPS, (f"{_NOBODY} {own} 1" for own in (os.geteuid(), os.getegid())), strict=True))
-    for name, text in (maps | {"oom_score_adj": "1000"}).items():
+        own = zip(_ID_MAPS, (os.geteuid(), os.getegid()), strict=True)
+        texts = {"setgroups": "deny", **{name: f"{_NOBODY} {number} 1" for name, number in own}}
+    for name, text in (texts | {"oom_score_adj": "1000"}).items():  # the first to go where memory runs out
         with open(f"/proc/{init}/{name}", "w") as file:
             file.write(text)
 
