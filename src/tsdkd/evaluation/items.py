@@ -89,9 +89,12 @@ class ItemResults:
 
 def _is_item(item: ItemResult) -> bool:
     """Whether the values of a line are of their types and ranges."""
-    is_key = isinstance(item.task, str) and type(item.doc_id) is int and item.doc_id >= 0
     return (
-        is_key
+        isinstance(item.task, str)
+        and type(item.doc_id) is int
+        and 0 <= item.doc_id < 2**63
+        and isinstance(item.scores, list)
         and all(type(score) in (int, float) and 0 <= score <= 1 for score in item.scores)
+        and isinstance(item.responses, list)
         and all(isinstance(response, str) for response in item.responses)
     )

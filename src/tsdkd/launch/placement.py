@@ -121,9 +121,9 @@ def read_sharding(config: str) -> Sharding:
         given = values.get("deepspeed_config") or {}
         if "deepspeed_config_file" not in given:
             return Sharding(int(given.get("zero_stage", 0)), given.get("offload_param_device", "none") != "none")
-        zero = json.loads(Path(given["deepspeed_config_file"]).read_text(encoding="utf-8"))["zero_optimization"]
+        zero = json.loads(read_small_file(Path(given["deepspeed_config_file"]), MAX_BYTES))["zero_optimization"]
         return Sharding(int(zero["stage"]), zero.get("offload_param", {}).get("device", "none") != "none")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError([f"accelerate_config: {config} can't be read: {' '.join(repr(error).split())}"]) from error
 
 
