@@ -1,4 +1,4 @@
-"""Attacks: data sets, configurations, files and models that strangers made, in random shapes, through the command line."""
+"""Attacks: data sets, configurations, files and models that strangers made, in random shapes."""
 
 import contextlib
 import io
@@ -390,6 +390,32 @@ def _job_scripts(rng: random.Random, folder: Path) -> None:
         assert any(word.removeprefix("./") == f"{Path(out)}/.preempted" for word in words), (out, words)
 
 
+def _odd_data(rng: random.Random, folder: Path) -> None:
+    """Files of data that no reader may see, alone or in a folder, and damaged ones."""
+    path = folder / rng.choice(
+        ["rows.jsonl", "rows.json", "rows.csv", "rows.parquet", "data/train.jsonl", "data/train.parquet"]
+    )
+    path.parent.mkdir(exist_ok=True)
+    count, opening = int(10 ** rng.uniform(2.1, 5)), rng.choice(["[", '{"a": ', '{"]": ', "[\n", '[{"a":', '["]", '])
+    kind = rng.random()
+    if kind < 0.3:
+        _odd_file(rng, path)
+        if path.is_dir() and path.parent != folder:
+            return  # a folder in a folder of data may be empty
+    elif kind < 0.7 and "json" in path.suffix:
+        row = rng.choice(["", '{"prompt": "x"}\n', '{"prompt": "\\"]"}\n'])
+        path.write_text(
+            row + '{"prompt": ' + opening * count + rng.choice(["", "1"]) + rng.choice(["", "]" * count, "}" * count])
+        )
+    else:
+        path.write_bytes(
+            rng.choice([b"PAR1", b"", b"\xff\xfe", b"{", b"[1"]) + rng.randbytes(rng.randint(0, 3000)) + b"\xff\0"
+        )
+    with _inside(folder):
+        name = path.relative_to(folder).parts[0]
+        _refused(folder, "train", *_flags({**_RUN, "dataset_name": name, "output_dir": "out"}))
+
+
 def _odd_columns(rng: random.Random, folder: Path) -> None:
     """Columns with internal names, of any type, change nothing."""
     ours = [
@@ -646,6 +672,7 @@ ATTACKS: dict[str, Callable[[random.Random, Path], None]] = {
     "values of a child process": _values_of_a_child,
     "job scripts": _job_scripts,
     "columns with our names": _odd_columns,
+    "data that is none": _odd_data,
     "chat templates": _templates,
     "a foreign output file": _foreign_output,
     "an output file that was cut off": _own_output,

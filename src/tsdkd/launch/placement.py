@@ -13,7 +13,9 @@ from rich.table import Table
 from transformers import PretrainedConfig
 
 from ..config.launch import launch_config_names, read_launch_config
+from ..config.yaml_file import MAX_BYTES
 from ..errors import ConfigError
+from ..files import read_small_file
 from ..methods import METHODS
 from ..models.loading import load_config
 from ..run.arguments import resolve_run_values
