@@ -482,12 +482,11 @@ def test_configuration_file_that_isn_t_one(name: str, fragments: Say, place: Wor
 def test_configuration_file_without_permission(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
     path = place.write({})
 
-    def refuse(self: Path, *args: Any, **kwargs: Any) -> str:
-        raise PermissionError(13, "Permission denied", str(self))
+    def refuse(path: str, *args: Any, **kwargs: Any) -> int:
+        raise PermissionError(13, "Permission denied", path)
 
     with monkeypatch.context() as patch:
-        for name in ("read_text", "read_bytes", "open"):
-            patch.setattr(Path, name, refuse)  # a mode of 000 doesn't stop root
+        patch.setattr(os, "open", refuse)  # a mode of 000 doesn't stop root
         code, error = place.run("train", "--config", path)
     assert code == 2 and error.startswith("tsdkd train:") and len(error.splitlines()) == 1
     assert "--config" in error and path in error and "Permission denied" in error

@@ -194,6 +194,18 @@ def test_launch_configurations_have_numbers(values: str, run: Run, tmp_path: Pat
     assert code == 2 and len(error.splitlines()) == 1 and "accelerate_config: launch.yaml" in error
 
 
+@pytest.mark.parametrize("content", ["[" * 9000, "{", None], ids=["deep", "broken", "a pipe"])
+def test_deepspeed_s_own_file(content: str | None, run: Run, tmp_path: Path) -> None:
+    (tmp_path / "launch.yaml").write_text("deepspeed_config: {deepspeed_config_file: zero.json}\n")
+    if content is None:
+        os.mkfifo("zero.json")
+    else:
+        (tmp_path / "zero.json").write_text(content)
+    for command in ("train", "plan"):
+        code, error = run(command, "--config", "demo", "--output_dir", "out", "--accelerate_config", "launch.yaml")
+        assert code == 2 and len(error.splitlines()) == 1 and "accelerate_config: launch.yaml: zero.json" in error
+
+
 # What a child process reads
 
 BASE = {

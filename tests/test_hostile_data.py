@@ -1,6 +1,7 @@
 """Data sets and chat templates that strangers wrote: columns with our names, programs without an end."""
 
 import datetime
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from tokenizers.processors import TemplateProcessing
 from conftest import QUIET, WORDS, build_tokenizer, flags, make_rows, write_jsonl
 from tsdkd import DataError, TSDKDConfig, TSDKDTrainer
 from tsdkd.cli import main
-from tsdkd.data import prepare_dataset
+from tsdkd.data import load_split, prepare_dataset
 from tsdkd.models import chat_template
 from tsdkd.models.chat_template import limit_template, render_prompt
 
@@ -100,6 +101,36 @@ def test_dry_run_shows_what_is_trained_on(
     assert main(["train", "--dry_run", *run]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert printed.endswith(": <user> w1 w2 <assistant>") and "at most 4 a step" in printed
+
+
+# Files
+
+FILES: dict[str, Callable[[Path], Any]] = {
+    "deep lists": lambda path: path.write_text('{"prompt": ' + "[" * 50_000 + "]" * 50_000 + "}\n"),
+    "deep mappings": lambda path: path.write_text('{"prompt": ' + '{"]": ' * 50_000 + "1" + "}" * 50_001 + "\n"),
+    "deep, without an end": lambda path: path.write_text('[\n{"a": ' * 50_000),
+    "deep in a later row": lambda path: path.write_text('{"prompt": "\\"["}\n' + '{"prompt": ' + "[" * 50_000),
+    "a pipe": os.mkfifo,
+    "a device": lambda path: path.symlink_to("/dev/zero"),
+}
+
+
+@pytest.mark.parametrize("place", ["rows.jsonl", "rows.json", "folder/train.jsonl"])
+@pytest.mark.parametrize("kind", FILES)
+def test_files_that_readers_crash_on_or_wait_for(kind: str, place: str, tmp_path: Path) -> None:
+    """pyarrow ends the process where JSON is nested deeply."""
+    (tmp_path / "folder").mkdir()
+    FILES[kind](tmp_path / place)
+    name = str(tmp_path / place.split("/")[0])
+    said = "levels" if "deep" in kind else kind
+    with pytest.raises(DataError, match=f"^dataset_name: .*{place.split('/')[-1]}.*{said}"):
+        load_split(name, None, "train")
+
+
+def test_brackets_in_texts_are_no_levels(tmp_path: Path) -> None:
+    texts = ["[" * 5000, '\\"{' * 500, "\\frac{a}{b" * 300, '"' + "[{" * 500]
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": text} for text in texts])
+    assert load_split(path, None, "train")["prompt"] == texts
 
 
 # Templates

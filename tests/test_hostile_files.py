@@ -202,6 +202,9 @@ ODD_ITEMS: dict[str, bytes] = {
             ("scores", {"a": 1, "b": 2}),
             ("responses", [5]),
             ("responses", 5),
+            ("responses", "ab"),
+            ("responses", {"a": 1}),
+            ("doc_id", 10**400),
             ("samples", 10**400),
             ("model", [[[]]]),
         ]

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from .config.base import TokenSelectiveConfig
 from .config.logs import get_logger
 from .errors import DataError
+from .files import require_readable_data
 from .models.chat_template import render_prompt
 from .models.hub import offline_reason
 
@@ -44,8 +45,8 @@ def load_split(name: str, config: str | None, split: str, field: str = "dataset_
     path = Path(name)
     offline = None
     try:
-        if path.exists() and not path.is_file() and not path.is_dir():
-            raise DataError(f"{field}: {name} is neither a file nor a folder")
+        if path.exists():
+            require_readable_data(path)
         if path.is_file():
             if path.suffix not in _FORMATS:
                 raise DataError(

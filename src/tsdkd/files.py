@@ -2,18 +2,24 @@
 
 import errno
 import json
+import mmap
 import os
+import re
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from io import FileIO
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from .errors import DataError, OutputDirError, TSDKDError, first_line
 
 _MAX_LINE = 2**26  # bytes
+_MAX_FILES = 100_000
+_MAX_JSON_DEPTH = 100
+_JSON_TOKEN = re.compile(rb'"[^"\\\n]*+(?:\\.[^"\\\n]*+)*+"?|[\[\]{}]')  # a text, maybe without its end, or a bracket
 _KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a pipe",
@@ -27,6 +33,35 @@ def ensure_dir(folder: Path, field: str = "output_dir") -> None:
     """Create a folder and its parents. Raises `OutputDirError`."""
     with wrap_os_errors(folder, field, "made"):
         folder.mkdir(parents=True, exist_ok=True)
+
+
+def require_readable_data(path: Path) -> None:
+    """Raise `ValueError` for what a reader of data would wait for, or, with JSON, crash on: pyarrow's parser recurses.
+
+    Args:
+        path: a file, or a folder with files.
+    """
+    found = list(islice(path.rglob("*"), _MAX_FILES + 1)) if path.is_dir() else [path]
+    if len(found) > _MAX_FILES:
+        raise ValueError(f"it has more than {_MAX_FILES:,} files")
+    for file in sorted(file for file in found if not file.is_dir()):
+        try:
+            require_regular_file(file)
+            if file.suffix in (".json", ".jsonl"):
+                _require_shallow_json(file)
+        except ValueError as error:
+            raise ValueError(f"{file.name}: {error}") from None
+
+
+def _require_shallow_json(path: Path) -> None:
+    if path.stat().st_size == 0:
+        return
+    depth = 0
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        for found in _JSON_TOKEN.finditer(content):
+            depth = max(0, depth + (1 if found[0] in b"[{" else -1 if found[0] in b"]}" else 0))
+            if depth > _MAX_JSON_DEPTH:
+                raise ValueError(f"it is nested more than {_MAX_JSON_DEPTH} levels deep")
 
 
 @contextmanager
@@ -108,13 +143,19 @@ def read_small_file(path: Path, max_bytes: int) -> bytes:
     """The content of a regular file. Raises `ValueError`, saying what is wrong with it."""
     try:
         require_regular_file(path)
-        with path.open("rb") as file:
+        with open(path, "rb", opener=_open_without_waiting) as file:
             content = file.read(max_bytes + 1)
     except OSError as error:
         raise ValueError(error.strerror or str(error)) from error
+    if content is None:  # of /proc, with nothing to say yet
+        raise ValueError("there is nothing to read yet, expected a file")
     if len(content) > max_bytes:
         raise ValueError(f"it is larger than {max_bytes:,} bytes")
     return content
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def iter_whole_lines(path: Path, prefix: bytes, field: str = "output_dir") -> Iterator[tuple[int, bytes]]:

@@ -1,15 +1,17 @@
 """Options for starting the processes of a run, and accelerate's launch configurations, shipped or a user's."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, first_line
+from ..files import read_small_file
 from .coercion import coerce, shorten
 from .options import AT_LEAST_ONE, option
-from .yaml_file import load_yaml
+from .yaml_file import MAX_BYTES, load_yaml
 
 _CONFIGS = resources.files("tsdkd").joinpath("configs/accelerate")
 _COUNTS = {"num_processes": 1, "num_machines": 1, "machine_rank": 0, "main_process_port": 0}  # name -> least
@@ -55,7 +57,20 @@ def read_launch_config(config: str | None) -> dict[str, Any]:
         raise ConfigError([f"accelerate_config: {path} can't be read: {error}"]) from error
     if not isinstance(values, dict):
         raise ConfigError([f"accelerate_config: {path} must hold a mapping, found {type(values).__name__}"])
+    _check_deepspeed_file(path, values)
     return values | _coerce_counts(path, values)
+
+
+def _check_deepspeed_file(path: Path, values: Mapping[str, Any]) -> None:
+    """Accelerate and DeepSpeed would wait for a pipe, and for the end of a device."""
+    deepspeed = values.get("deepspeed_config")
+    file = deepspeed.get("deepspeed_config_file") if isinstance(deepspeed, dict) else None
+    if not isinstance(file, str) or not Path(file).exists():
+        return
+    try:
+        json.loads(read_small_file(Path(file), MAX_BYTES))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError([f"accelerate_config: {path}: {file} can't be read: {first_line(error)}"]) from error
 
 
 def _coerce_counts(path: Path, values: Mapping[str, Any]) -> dict[str, int]:

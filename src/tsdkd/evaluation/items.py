@@ -67,7 +67,7 @@ class ItemResults:
                 row = json.loads(line)
                 item = ItemResult(**{name: row[name] for name in ("task", "doc_id", "scores", "responses")})
                 metadata = {name: row[name] for name in self.metadata}
-                is_damaged = not _is_plausible(item, row["samples"])
+                is_damaged = not _is_item(item) or len(item.scores) != row["samples"]
             except (ValueError, KeyError, TypeError, RecursionError):
                 is_damaged = True
             if is_damaged:
@@ -87,10 +87,14 @@ class ItemResults:
             self.results[item.task, item.doc_id] = item
 
 
-def _is_plausible(item: ItemResult, num_samples: int) -> bool:
-    """Whether the fields have their types, and scores their range."""
-    are_lists = isinstance(item.scores, list) and isinstance(item.responses, list)
-    if not (are_lists and isinstance(item.task, str) and type(item.doc_id) is int and item.doc_id >= 0):
-        return False
-    are_scores = all(type(score) in (int, float) and 0 <= score <= 1 for score in item.scores)
-    return are_scores and len(item.scores) == num_samples and all(isinstance(text, str) for text in item.responses)
+def _is_item(item: ItemResult) -> bool:
+    """Whether the values of a line are of their types and ranges."""
+    return (
+        isinstance(item.task, str)
+        and type(item.doc_id) is int
+        and 0 <= item.doc_id < 2**63
+        and isinstance(item.scores, list)
+        and all(type(score) in (int, float) and 0 <= score <= 1 for score in item.scores)
+        and isinstance(item.responses, list)
+        and all(isinstance(response, str) for response in item.responses)
+    )

@@ -13,7 +13,9 @@ from rich.table import Table
 from transformers import PretrainedConfig
 
 from ..config.launch import launch_config_names, read_launch_config
+from ..config.yaml_file import MAX_BYTES
 from ..errors import ConfigError
+from ..files import read_small_file
 from ..methods import METHODS
 from ..models.loading import load_config
 from ..run.arguments import resolve_run_values
@@ -121,9 +123,9 @@ def read_sharding(config: str) -> Sharding:
         given = values.get("deepspeed_config") or {}
         if "deepspeed_config_file" not in given:
             return Sharding(int(given.get("zero_stage", 0)), given.get("offload_param_device", "none") != "none")
-        zero = json.loads(Path(given["deepspeed_config_file"]).read_text(encoding="utf-8"))["zero_optimization"]
+        zero = json.loads(read_small_file(Path(given["deepspeed_config_file"]), MAX_BYTES))["zero_optimization"]
         return Sharding(int(zero["stage"]), zero.get("offload_param", {}).get("device", "none") != "none")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError([f"accelerate_config: {config} can't be read: {' '.join(repr(error).split())}"]) from error
 
 
