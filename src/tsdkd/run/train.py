@@ -55,7 +55,6 @@ def train(arguments: RunArguments) -> TokenSelectiveTrainer:
             lock.acquire()
             trainer.run_lock, trainer.run_files = lock, dict([on_main_process(lambda: write_run_config(arguments))])
             _train_and_save(trainer, checkpoint)
-    logger.info(f"saved the student to {folder}")
     return trainer
 
 
@@ -78,6 +77,7 @@ def _train_and_save(trainer: TokenSelectiveTrainer, checkpoint: str | None) -> N
             f"--resume true --output_dir {shlex.quote(str(folder))}"
         )
     _save_student(trainer)
+    logger.info(f"saved the student to {folder}")
 
 
 def _save_student(trainer: TokenSelectiveTrainer) -> None:
