@@ -584,6 +584,18 @@ def test_a_directory_that_is_changed_in_mid_run(accident, command, tmp_path, mon
     assert not (out / LOCK_NAME).exists()
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # the writer's thread
+@pytest.mark.parametrize("folder", ["out/runs", "out"])
+def test_a_log_that_is_deleted_in_mid_run(folder, command, tmp_path, monkeypatch, capsys):
+    """TensorBoard's writer can't go on without its file."""
+    at_step(monkeypatch, 3, lambda: shutil.rmtree(tmp_path / folder))
+    logged = {"report_to": "tensorboard", "logging_steps": 1}
+    assert main(command(**logged)) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("tsdkd train")]
+    assert str(tmp_path / "out/runs") in line and "continue with --resume true" in line
+    assert main(command(**logged)) == 0
+
+
 @pytest.mark.parametrize("place", ["/proc/tsdkd/out", "/sys/out", "limit/runs/out"])
 def test_a_place_that_cannot_be_written(place, command, tmp_path, monkeypatch, capsys):
     """One line, before models are loaded, and nothing is left."""
