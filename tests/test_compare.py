@@ -12,6 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -234,7 +235,8 @@ def test_a_failed_task_is_named_and_the_others_are_kept(comparison: Any, tmp_pat
     assert [r["run"] for r in results(tmp_path / "out")] == ["student", "teacher", "plain"]
 
 
-def test_a_signal_stops_the_running_tasks_and_they_continue(comparison: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_stops_the_running_tasks_and_they_continue(number: int, comparison: Any, tmp_path: Path) -> None:
     run = {"method": "gkd", "max_steps": 400, "save_strategy": "steps"}
     name = comparison(seeds=[1], runs={"plain": run, "never begun": run})
     do(name, range(2))
@@ -244,10 +246,12 @@ def test_a_signal_stops_the_running_tasks_and_they_continue(comparison: Any, tmp
     while not (folder / "tsdkd_config.yaml").exists():
         assert time.monotonic() < end and process.poll() is None
         time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 75
+    (child,) = psutil.Process(process.pid).children()
+    process.send_signal(number)
+    assert process.wait(60) == (75 if number == signal.SIGTERM else -number)
+    assert not psutil.wait_procs([child], 60)[1]
     assert (folder / ".preempted").exists() and list(folder.glob("checkpoint-*"))
-    assert "goes on from here" in process.stderr.read()
+    assert ("goes on from here" in process.stderr.read()) == (number == signal.SIGTERM)
     assert not (tmp_path / "out/never_begun").exists()
 
 

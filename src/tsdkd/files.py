@@ -114,6 +114,14 @@ def write_atomically(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def has_text(path: Path, text: str) -> bool:
+    """Whether a file can be read, and holds this text."""
+    try:
+        return path.read_text(encoding="utf-8") == text
+    except (OSError, ValueError):
+        return False
+
+
 def require_empty_dir(folder: Path) -> None:
     """Raise `OutputDirError` if the folder exists and isn't empty."""
     require_dir_path(folder)

@@ -16,7 +16,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from ..config.logs import get_logger
-from ..files import write_atomically
+from ..files import has_text, write_atomically
 from . import checkpoint, preemption
 from .deepspeed_files import safe_deepspeed_load
 from .run_lock import RunLock
@@ -31,7 +31,7 @@ class CheckpointMixin(Trainer):
 
     Attributes:
         run_lock: of the output directory; without one, `train` takes it.
-        run_files: texts that belong into the output directory; those that vanish in mid-run are written again.
+        run_files: texts that belong into the output directory; they are written again where somebody changes them.
     """
 
     run_lock: RunLock | None = None
@@ -98,7 +98,7 @@ class CheckpointMixin(Trainer):
             if self.run_lock is not None:
                 self.run_lock.restore()
             for path, text in self.run_files.items():
-                if not path.exists():
+                if not has_text(path, text):
                     write_atomically(path, text)
 
     def _write_files(self, folder: Path) -> None:

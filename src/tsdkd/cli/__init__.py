@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import version
 
+from ..config.stop_signals import handle_stop_signals
 from ..errors import CheckpointError, NonFiniteError, PreemptedError, TSDKDError, escape_line
 from ..launch.children import stop_with_launcher
 from .logs import log_to_streams
@@ -79,4 +80,5 @@ def _print_error(command: str, error: TSDKDError) -> None:
         time.sleep(_RANK_0_HEAD_START)
         if isinstance(error, NonFiniteError):  # which is always all processes'
             return
-    print(*(f"tsdkd {command}: {escape_line(line)}" for line in error.lines), sep="\n", file=sys.stderr)
+    with handle_stop_signals(lambda *_: None):  # the exit code counts, though nobody may read this any more
+        print(*(f"tsdkd {command}: {escape_line(line)}" for line in error.lines), sep="\n", file=sys.stderr)

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+from ..config.stop_signals import handle_stop_signals
+
 _READER_HAS_GONE = {errno.EPIPE, errno.EIO}  # of a pipe, of a terminal
 
 
@@ -42,7 +44,8 @@ def _replaced(name: str) -> Iterator[None]:
     try:
         yield
     finally:
-        stream.flush()
+        with handle_stop_signals(lambda *_: None):  # all is done: the exit code is known
+            stream.flush()
         setattr(sys, name, before)
 
 

@@ -55,7 +55,6 @@ def train(arguments: RunArguments) -> TokenSelectiveTrainer:
             lock.acquire()
             trainer.run_lock, trainer.run_files = lock, dict([on_main_process(lambda: write_run_config(arguments))])
             _train_and_save(trainer, checkpoint)
-    logger.info(f"saved the student to {folder}")
     return trainer
 
 
@@ -66,10 +65,11 @@ def _train_and_save(trainer: TokenSelectiveTrainer, checkpoint: str | None) -> N
     except TSDKDError:
         raise
     except OSError as error:
-        if not (isinstance(error.filename, str | os.PathLike) and Path(error.filename).is_relative_to(folder)):
+        file = Path(os.fsdecode(error.filename if isinstance(error.filename, str | bytes | os.PathLike) else ""))
+        if not file.is_relative_to(folder):
             raise
         raise OutputDirError(
-            f"output_dir: {error.filename} can't be written: {error.strerror}; continue with --resume true"
+            f"output_dir: {file} can't be written: {error.strerror}; continue with --resume true"
         ) from error
     if trainer.preemption.is_preempted:
         step = trainer.state.global_step
@@ -78,6 +78,7 @@ def _train_and_save(trainer: TokenSelectiveTrainer, checkpoint: str | None) -> N
             f"--resume true --output_dir {shlex.quote(str(folder))}"
         )
     _save_student(trainer)
+    logger.info(f"saved the student to {folder}")
 
 
 def _save_student(trainer: TokenSelectiveTrainer) -> None:
