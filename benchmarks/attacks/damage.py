@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import yaml
 
 
 def any_text(rng: random.Random) -> str:
@@ -185,9 +184,11 @@ def damage_record(rng: random.Random, path: Path) -> None:
 
 
 def damage_config(rng: random.Random, path: Path) -> None:
-    values = yaml.safe_load(path.read_text())
-    values[rng.choice([*values, "x"])] = any_value(rng)
-    text = "".join(f"{key}: {json.dumps(value)}\n" if _is_writable(value) else "" for key, value in values.items())
+    """One setting, and what YAML has that JSON hasn't."""
+    names = ("method", "beta", "seed", "dataset_name", "opener_ratio", "gate_temperature", "entropy_threshold", "x")
+    sys.set_int_max_str_digits(0)
+    text = path.read_text() + f"{rng.choice(names)}: {json.dumps(any_value(rng))}\n"
+    sys.set_int_max_str_digits(4300)
     odd = [
         "? [a]\n: 1\n",
         "1: 2\n",
@@ -207,10 +208,3 @@ def damage_config(rng: random.Random, path: Path) -> None:
     ]
     bomb = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 30))
     path.write_text(text + rng.choice([*odd, bomb, ""]))
-
-
-def _is_writable(value: Any) -> bool:
-    try:
-        return bool(json.dumps(value))
-    except ValueError:
-        return False

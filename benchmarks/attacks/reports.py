@@ -33,7 +33,10 @@ from rich.table import Table
 from tsdkd.cli import main
 from tsdkd.cli.logs import log_to_streams
 from tsdkd.config.console import PlainConsole
-from tsdkd.errors import OutputDirError
+from tsdkd.errors import DataError, OutputDirError
+from tsdkd.report.findings import find_notable
+from tsdkd.report.load import load_run
+from tsdkd.report.tokens import pack_records
 from tsdkd.trainer.token_records import MASS_TOP_K, RecordedCompletion, write_token_records
 
 _SECONDS = 120  # that no report of a tiny run takes, on however busy a machine
@@ -127,7 +130,12 @@ def _damaged(pattern: str, damage: Callable[[random.Random, Path], None]) -> Cal
                     ValueError, TypeError, OSError, pa.ArrowException, yaml.YAMLError
                 ):  # it is damaged already
                     damage(rng, rng.choice(paths))
-        command = rng.choice(["report", "two", "analyze"])
+        command = rng.choice(["report", "two", "analyze", *["load"] * 9])
+        if command == "load":  # all but the figures, which take seconds
+            with contextlib.suppress(DataError):
+                loaded = load_run(run.name, run)
+                assert pack_records("x", loaded.records) and find_notable(loaded) and loaded.format_value("beta")
+            return
         if command == "analyze":
             _run("analyze", str(run), "--figures_dir", str(folder / "figures"))
             return
