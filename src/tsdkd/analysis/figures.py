@@ -58,15 +58,15 @@ def plot_figure(spec: FigureSpec, data: FigureData) -> Figure:
 
 def label(name: str) -> str:
     """A run's or a model's name as matplotlib draws it: without formulas, and in legends, which leave out `_name`."""
-    short = name if len(name) <= _MAX_LABEL else f"{name[: _MAX_LABEL - 1]}…"
-    text = escape_line(short).replace("$", r"\$")
-    return f" {text}" if text.startswith("_") else text
+    text = escape_line(name[: _MAX_LABEL + 1])
+    text = text if len(text) <= _MAX_LABEL else f"{text[: _MAX_LABEL - 1]}…"
+    return f"{' ' * text.startswith('_')}{text}".replace("$", r"\$")
 
 
 def save_figure(figure: Figure, target: Any, **options: Any) -> None:
-    """`Figure.savefig`, without a warning for each character of a name that the font lacks."""
+    """`Figure.savefig`, without a warning for each character of a name that the font lacks, and for many names."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        warnings.filterwarnings("ignore", "Glyph .* missing from font|constrained_layout not applied")
         figure.savefig(target, **options)
 
 
