@@ -596,6 +596,18 @@ def test_a_log_that_is_deleted_in_mid_run(folder, command, tmp_path, monkeypatch
     assert main(command(**logged)) == 0
 
 
+def test_the_best_checkpoint_is_deleted_in_mid_run(command, rows_file, tmp_path, monkeypatch, capsys):
+    """The last weights don't pass for the best."""
+    out = tmp_path / "out"
+    evaluated = {"eval_strategy": "steps", "eval_steps": 2, "eval_dataset_name": rows_file}
+    values = command(out, load_best_model_at_end=True, metric_for_best_model="loss", **evaluated)
+    monkeypatch.setattr(TSDKDTrainer, "evaluate", lambda self, *_, **__: {"eval_loss": self.state.global_step})
+    at_step(monkeypatch, 5, lambda: shutil.rmtree(out / "checkpoint-2"))
+    assert main(values) == 2
+    assert "checkpoint-2 can't be loaded: it has no manifest.json" in capsys.readouterr().err
+    assert main([*values, "--load_best_model_at_end", "false"]) == 0 and final(out)
+
+
 @pytest.mark.parametrize("place", ["/proc/tsdkd/out", "/sys/out", "limit/runs/out"])
 def test_a_place_that_cannot_be_written(place, command, tmp_path, monkeypatch, capsys):
     """One line, before models are loaded, and nothing is left."""

@@ -16,6 +16,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from ..config.logs import get_logger
+from ..errors import CheckpointError
 from ..files import has_text, write_atomically
 from . import checkpoint, preemption
 from .deepspeed_files import safe_deepspeed_load
@@ -154,6 +155,16 @@ class CheckpointMixin(Trainer):
         """A tied weight isn't in the file by its second name."""
         load_result.missing_keys[:] = [name for name in load_result.missing_keys if name not in self._tied_weight_keys]
         super()._issue_warnings_after_load(load_result)
+
+    def _load_best_model(self) -> None:
+        """Trainer's, which goes on with the last weights where the best ones are gone."""
+        best = Path(self.state.best_model_checkpoint)
+        if problem := checkpoint.find_damage(best):
+            raise CheckpointError(
+                f"load_best_model_at_end: {best} can't be loaded: {problem}; to save the last weights, continue "
+                "with --resume true --load_best_model_at_end false"
+            )
+        super()._load_best_model()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
