@@ -4,6 +4,7 @@ import atexit
 import os
 import pty
 import random
+import re
 import resource
 import shutil
 import signal
@@ -112,7 +113,7 @@ def changed_directory(rng: random.Random, folder: Path) -> None:
         assert _student(out) == _uninterrupted(*longer), "another student"
         _continues(out, *longer)
         return
-    (line,) = [line for line in errors.splitlines() if line.startswith("tsdkd train: ")]
+    (line,) = re.findall(r"tsdkd train: .*", errors)  # maybe behind a progress bar
     assert run.returncode == 2 and str(out) in line and "Traceback" not in errors, errors
 
 
