@@ -162,9 +162,8 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", [*ENDLESS, *GREEDY, *REFUSED])
 def test_a_template_is_bounded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat_template, "MAX_SECONDS", 0.3)
+    monkeypatch.setattr(chat_template, "MAX_SECONDS", 0.3 if name in ENDLESS else 600.0)
     if name in GREEDY:
-        monkeypatch.setattr(chat_template, "MAX_SECONDS", 60.0)
         monkeypatch.setattr(chat_template, "MAX_MEMORY", 2**28)
     tokenizer = build_tokenizer()
     tokenizer.chat_template = {**ENDLESS, **GREEDY, **REFUSED}[name]
