@@ -411,6 +411,27 @@ NO_RESULTS: dict[str, list[Any]] = {
 RESULT_CHANGES = [{name: value} for name, values in NO_RESULTS.items() for value in values]
 
 
+def test_thousands_of_results(run: Path) -> None:
+    """The first ones of a sane size are shown, and how many more there are."""
+    for number in range(300):
+        (run / f"results-a{number:03}.json").write_text((run / RESULTS).read_text())
+        (run / f"results-a{number:03}.md").write_text("|x|\n" * (100_000 if number == 0 else 5))
+    loaded = load_run("x", run)
+    assert len(loaded.result_tables) == 23 and "results-a000.md" in " ".join(loaded.skipped)
+    assert any("277 results of evaluations" in reason for reason in loaded.skipped)
+
+
+@pytest.mark.parametrize("name", ["figures/gate.png", "figures/.gate.png.new", "figures/analysis.json", "report.html"])
+def test_links_in_a_run_are_not_followed(name: str, run: Path, tmp_path: Path) -> None:
+    """A stranger's run doesn't choose what is overwritten."""
+    precious = tmp_path / "precious.txt"
+    precious.write_text("mine <footer>Written by tsdkd ")
+    (run / "figures").mkdir()
+    (run / name).symlink_to(precious)
+    assert main(["report", str(run)]) == 0 and main(["analyze", str(run)]) == 0
+    assert precious.read_text() == "mine <footer>Written by tsdkd " and not (run / name).is_symlink()
+
+
 def test_results_of_a_comparison(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
     """Each damaged one is left out of the table; names are text."""
     name, paths = write_comparison(tmp_path, ["plain", "a|b\n| forged |", "$x$_[red]\x1b[31m"])

@@ -14,7 +14,7 @@ from conftest import flags, make_rows, write_jsonl
 from tsdkd.cli import main
 from tsdkd.errors import OutputDirError
 from tsdkd.evaluation.items import ItemResult, ItemResults
-from tsdkd.files import open_for_append
+from tsdkd.files import hold_file, open_for_append
 
 COMMON = {"use_cpu": "true", "bf16": "false", "gradient_checkpointing": "false", "disable_tqdm": "true", "seed": 3}
 COMMON |= {"max_length": 64, "max_new_tokens": 4, "report_to": "none"}
@@ -141,6 +141,15 @@ def test_output_goes_into_files_only(kind: str, generate: Generate, tmp_path: Pa
         pass
     with pytest.raises(OutputDirError, match=r"o\.jsonl"):
         ItemResults(path, {})
+
+
+def test_two_at_once_are_not_mixed(generate: Generate, tmp_path: Path) -> None:
+    """The second is refused, before it loads a model, and the first one's rows stay."""
+    output = tmp_path / "o.jsonl"
+    with hold_file(output, "output_file"):
+        code, error = generate(output)
+    assert code == 2 and f"output_file: another process is writing {output}" in error and output.exists()
+    assert generate(output)[0] == 0
 
 
 def test_a_link_to_nothing_is_followed_and_survives(generate: Generate, tmp_path: Path) -> None:

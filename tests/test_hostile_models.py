@@ -75,6 +75,14 @@ def test_weights_that_are_not_finite(field: str, value: str, run: Run, tmp_path:
         assert [path for path in sorted(tmp_path.rglob("*")) if path.name != "made"] == before
 
 
+@pytest.mark.parametrize("shard", ["sub/part.safetensors", "/dev/zero", "../student/model.safetensors", 5, None])
+def test_an_index_names_files_beside_it(shard: Any, run: Run) -> None:
+    """A pipe or an endless device elsewhere would be read."""
+    Path("student/model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": shard}}))
+    code, (line,) = run("train")
+    assert code == 2 and "model_name_or_path" in line and "model.safetensors.index.json: " in line
+
+
 def test_a_model_that_is_not_needed_may_be_anything(run: Run) -> None:
     spoil("student", float("nan"))
     assert run("generate", "--output_file", "rows.jsonl2", "--role", "teacher") == (0, [])

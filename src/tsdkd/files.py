@@ -1,6 +1,7 @@
 """Folders and files that are written or read back: one place, one error for what the system says."""
 
 import errno
+import fcntl
 import json
 import mmap
 import os
@@ -72,14 +73,38 @@ def open_for_append(path: Path, field: str = "output_dir") -> Iterator[Callable[
         OutputDirError: it is no regular file, or can't be written; also for what fails while it is open.
     """
     with wrap_os_errors(path, field, "written"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            if path.exists():
-                require_regular_file(path)
-        except ValueError as error:
-            raise OutputDirError(f"{field}: {path} can't be written: {error}") from error
+        _prepare_writing(path, field)
         with path.open("ab", buffering=0) as file:
             yield partial(_append, file)
+
+
+@contextmanager
+def hold_file(path: Path, field: str = "output_dir") -> Iterator[None]:
+    """Keep other processes that call this from a file, which is made.
+
+    Raises:
+        OutputDirError: another has it, it is no regular file, or it can't be written.
+    """
+    with wrap_os_errors(path, field, "written"):
+        _prepare_writing(path, field)
+        with path.open("ab") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise OutputDirError(f"{field}: another process is writing {path}; choose another file") from None
+            except OSError:
+                pass  # a file system without locks
+            yield
+
+
+def _prepare_writing(path: Path, field: str) -> None:
+    """Make the file's folder. Raises `OutputDirError` for what is there and isn't a regular file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        if path.exists():
+            require_regular_file(path)
+    except ValueError as error:
+        raise OutputDirError(f"{field}: {path} can't be written: {error}") from error
 
 
 def _append(file: FileIO, text: str) -> None:
@@ -91,14 +116,15 @@ def _append(file: FileIO, text: str) -> None:
 
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path, field: str = "output_dir") -> Iterator[Path]:
     """Yield a temporary path that is moved to `path` at the end, so that `path` is complete or unchanged.
 
-    The folder of `path` is made. Raises `OutputDirError`.
+    The folder of `path` is made. A link is replaced, not followed. Raises `OutputDirError`.
     """
-    with wrap_os_errors(path, action="written"):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with wrap_os_errors(path, field, "written"):
+        _prepare_writing(path, field)
         temporary = path.with_name(f".{path.name}.new")
+        temporary.unlink(missing_ok=True)  # it may be a link, too
         try:
             yield temporary
             os.replace(temporary, path)
@@ -108,10 +134,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
             raise
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str, field: str = "output_dir") -> None:
     """Write a text file that is whole or as before; its folder is made. Raises `OutputDirError`."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    with atomic_path(path, field) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def has_text(path: Path, text: str) -> bool:
@@ -214,10 +240,10 @@ def require_dir_path(folder: Path) -> None:
             raise OutputDirError(f"output_dir: {place} is a file, expected a folder")
 
 
-def read_bounded(path: Path, max_mib: int) -> bytes:
+def read_bounded(path: Path, max_mib: float) -> bytes:
     """`read_small_file`, for files that tsdkd writes. Raises `DataError` that names the file."""
     try:
-        return read_small_file(path, max_mib * 2**20)
+        return read_small_file(path, int(max_mib * 2**20))
     except ValueError as error:
         raise DataError(f"{path} can't be read: {error}") from error
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from ..config.console import PlainConsole
 from ..errors import DataError, escape_line
 from ..evaluation.results import ResultEntry, find_results, read_results
-from ..files import ensure_dir, wrap_os_errors, write_atomically
+from ..files import atomic_path, ensure_dir, wrap_os_errors, write_atomically
 from ..trainer.token_records import RECORDS_DIR
 from . import pass_at_k
 from .figures import FIGURES, plot_figure, save_figure
@@ -37,8 +37,8 @@ def write_figures(folders: Sequence[Path], output: Path) -> None:
 
     def save(name: str, numbers: Any, figure: Figure, title: str, paper: str) -> None:
         figure.suptitle(title)
-        with wrap_os_errors(output, "--figures_dir"):
-            save_figure(figure, output / f"{name}.png", dpi=150)
+        with atomic_path(output / f"{name}.png", "--figures_dir") as temporary:
+            save_figure(figure, temporary, format="png", dpi=150)
         numbers_by_figure[name] = numbers
         table.add_row(f"{name}.png", title, paper)
 
@@ -50,7 +50,8 @@ def write_figures(folders: Sequence[Path], output: Path) -> None:
         with leave_out_failure(pass_at_k.TITLE, skipped):
             figure = pass_at_k.plot_pass_at_k(curves, skipped)
             save("pass_at_k", curves, figure, pass_at_k.TITLE, pass_at_k.PAPER)
-    write_atomically(output / "analysis.json", json.dumps(numbers_by_figure, indent=1, allow_nan=False))
+    numbers = json.dumps(numbers_by_figure, indent=1, allow_nan=False)
+    write_atomically(output / "analysis.json", numbers, "--figures_dir")
     warn_of_skipped(skipped)
     console = PlainConsole()
     console.print(table)
@@ -68,7 +69,7 @@ def _load_runs(
     for name, folder in name_folders(folders).items():
         before = len(skipped)
         with wrap_os_errors(folder, "RUN_DIR", "read"):
-            paths = find_results(folder)
+            paths = find_results(folder, skipped)
             for key, path in paths.items():
                 with leave_out_damaged(skipped):
                     entries_by_file[f"{name}/{key}"] = read_results(path)[1]

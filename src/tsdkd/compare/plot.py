@@ -7,6 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..analysis.figures import label, save_figure
+from ..files import atomic_path
 from .config import Comparison
 from .summary import RunSummary
 
@@ -42,7 +43,8 @@ def plot_accuracy(comparison: Comparison, summaries: Sequence[RunSummary], metri
         axis.spines[["top", "right"]].set_visible(False)
     if student is not None:
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", frameon=False, fontsize="small")
-    save_figure(figure, path, dpi=150)
+    with atomic_path(path) as temporary:
+        save_figure(figure, temporary, format="png", dpi=150)
 
 
 def _plot_sweep(axis: Axes, comparison: Comparison, runs: Sequence[RunSummary], metric: str) -> None:

@@ -82,7 +82,7 @@ def _check_keys(node: yaml.MappingNode) -> None:
         line = key.start_mark.line + 1
         _refuse(not isinstance(key, yaml.ScalarNode), line, "a key must be a word, found a collection")
         _refuse(len(key.value) > _MAX_KEY, line, f"a key of {len(key.value):,} characters")
-        _refuse(key.value in seen, line, f"key {key.value!r} is given twice")
+        _refuse(key.value in seen and key.value != "<<", line, f"key {key.value!r} is given twice")
         seen.add(key.value)
 
 

@@ -13,13 +13,14 @@ import yaml
 
 from ..config.coercion import finite_number, shorten
 from ..errors import DataError, escape_line, first_line
-from ..files import ensure_dir, parse_json, read_bounded, wrap_os_errors
+from ..files import parse_json, read_bounded, write_atomically
 from ..run.output_dir import RUN_CONFIG_NAME, read_run_config
 from .scores import NUM_RESAMPLES, bootstrap_interval, format_p_value, paired_permutation_test, pass_at_k
 from .suites import Benchmark
 
 ResultEntry = dict[str, Any]
 """`model`, `benchmark`, `metric`, `mean`; against a baseline, also `difference` with its interval, `p`, `baseline`."""
+MAX_RESULTS = 24
 _MAX_FILE_MIB = 16
 
 
@@ -73,17 +74,20 @@ def write_results(
     path = folder / f"results-{suite}.md"
     settings_line = ", ".join(f"{name} {value}" for name, value in (settings or {}).items())
     settings_line = f"\nSuite {suite}: {escape_line(settings_line)}.\n" if settings_line else ""
-    ensure_dir(folder)
-    with wrap_os_errors(path):
-        path.with_suffix(".json").write_text(text, encoding="utf-8")
-        path.write_text(_format_markdown(results, result_entries, models, baseline) + settings_line, encoding="utf-8")
+    write_atomically(path.with_suffix(".json"), text)
+    write_atomically(path, _format_markdown(results, result_entries, models, baseline) + settings_line)
     return path
 
 
-def find_results(folder: Path) -> dict[str, Path]:
-    """Find the JSON files of `write_results` in a folder and its subfolders `eval*`: name -> file."""
+def find_results(folder: Path, skipped: list[str]) -> dict[str, Path]:
+    """Find the JSON files of `write_results` in a folder and its subfolders `eval*`: name -> file.
+
+    At most `MAX_RESULTS`; `skipped` takes how many more there are.
+    """
     paths = [*sorted(folder.glob("results-*.json")), *sorted(folder.glob("eval*/results-*.json"))]
-    return {f"{path.parent.name}/{path.stem.removeprefix('results-')}": path for path in paths}
+    if len(paths) > MAX_RESULTS:
+        skipped.append(f"{folder}: {len(paths) - MAX_RESULTS} results of evaluations, after {MAX_RESULTS} others")
+    return {f"{path.parent.name}/{path.stem.removeprefix('results-')}": path for path in paths[:MAX_RESULTS]}
 
 
 def read_results(path: Path) -> tuple[dict[str, str], list[ResultEntry]]:

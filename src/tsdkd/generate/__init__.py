@@ -17,7 +17,7 @@ from transformers import PretrainedConfig
 from ..config.base import TokenSelectiveConfig
 from ..data import prepare_dataset, resolve_columns, split_prompt_completion
 from ..errors import ConfigError
-from ..files import open_for_append
+from ..files import hold_file, open_for_append
 from ..models.finite_weights import require_finite_files
 from ..models.loading import ModelPair, Role, get_revision, load_frozen_model, resolve_pair
 from ..rollout.base import Completion, SamplingConfig, SeedKey
@@ -124,11 +124,12 @@ def generate_completions(
         arguments.training_args.top_p = top_p
     setup = _prepare_setup(arguments, role)
     is_new = not output.exists()
-    try:
-        _append_completions(setup, output, num_completions)
-    finally:
-        if is_new and output.exists() and output.stat().st_size == 0:
-            os.unlink(os.path.realpath(output))  # nothing was generated
+    with hold_file(output, "output_file"):
+        try:
+            _append_completions(setup, output, num_completions)
+        finally:
+            if is_new and output.exists() and output.stat().st_size == 0:
+                os.unlink(os.path.realpath(output))  # nothing was generated
 
 
 def engine_memory_utilization(arguments: RunArguments, device: torch.device) -> float:
@@ -139,8 +140,7 @@ def engine_memory_utilization(arguments: RunArguments, device: torch.device) -> 
 
 
 def _append_completions(setup: GenerationSetup, output: Path, num_completions: int) -> None:
-    with open_for_append(output, "output_file"):
-        done = read_finished(output, setup.output_columns[0], setup.metadata, len(setup.dataset), setup.get_prompt)
+    done = read_finished(output, setup.output_columns[0], setup.metadata, len(setup.dataset), setup.get_prompt)
     requests = [
         GenerationRequest(
             row["index"], sample, row["prompt_ids"], row["limit"], (setup.args.seed, sample, row["index"])

@@ -3,6 +3,7 @@
 Whether the hub answers is checked once, so that a machine that can't reach it doesn't wait for retries.
 """
 
+import json
 import os
 from collections.abc import Callable
 from functools import cache
@@ -21,6 +22,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import get_session
 
+from ..config.coercion import shorten
 from ..errors import ModelError
 from ..files import require_regular_file
 
@@ -89,6 +91,19 @@ def _check_files(folder: Path) -> None:
                 raise ValueError(f"{path.name}: {error}") from error
         if path.suffix == ".json" and path.stat().st_size > _MAX_JSON:
             raise ValueError(f"{path.name}: it is larger than {_MAX_JSON:,} bytes")
+        if path.name.endswith(".index.json"):
+            _check_shards(path)
+
+
+def _check_shards(index: Path) -> None:
+    """Raise `ValueError` if an index of weights names anything but files beside it; other damage the loader tells."""
+    try:
+        shards = set(json.loads(index.read_bytes())["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return
+    for shard in shards:
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise ValueError(f"{index.name}: a shard must be a file beside it, found {shorten(shard)}")
 
 
 def _is_hub_error(error: BaseException | None) -> bool:

@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
+from ..config.coercion import shorten
 from ..errors import ModelError, TokenizerMismatchError
 from .hub import load_pretrained
 
@@ -34,8 +35,8 @@ def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTo
     first = min(i for i in ids if student_tokens.get(i) != teacher_tokens.get(i))
     raise TokenizerMismatchError(
         "teacher_model_name_or_path: its tokenizer is not the student's: "
-        f"id {first} is {student_tokens.get(first)!r} for the student and {teacher_tokens.get(first)!r} for the "
-        "teacher; choose a teacher with the same tokenizer"
+        f"id {first} is {shorten(student_tokens.get(first))} for the student and "
+        f"{shorten(teacher_tokens.get(first))} for the teacher; choose a teacher with the same tokenizer"
     )
 
 

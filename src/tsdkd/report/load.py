@@ -16,7 +16,7 @@ from ..run.output_dir import RUN_CONFIG_NAME, read_run_config
 from ..trainer.token_records import RECORDS_DIR
 from .trainer_state import Curve, TrainerState, read_trainer_state
 
-_MAX_CONFIG_MIB, _MAX_TABLE_MIB = 1, 1
+_MAX_CONFIG_MIB, _MAX_TABLE_MIB = 1, 0.125
 _MAX_SECONDS = 1e9
 _MAX_VALUE = 200  # characters
 
@@ -88,7 +88,7 @@ def load_run(name: str, folder: Path) -> RunReport:
         if (folder / RECORDS_DIR).is_dir():
             with leave_out_damaged(run.skipped):
                 run.records = read_records(folder, run.skipped)
-        for key, path in find_results(folder).items():
+        for key, path in find_results(folder, run.skipped).items():
             with leave_out_damaged(run.skipped):
                 models, entries = read_results(path)
                 table = read_bounded(path.with_suffix(".md"), _MAX_TABLE_MIB)

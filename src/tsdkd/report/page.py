@@ -3,16 +3,17 @@
 from collections.abc import Sequence
 from importlib import resources
 from importlib.metadata import version
+from itertools import chain, groupby, repeat
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from ..analysis.left_out import leave_out_failure, shorten_reasons, warn_of_skipped
 from ..analysis.write_figures import name_folders
 from ..errors import DataError, OutputDirError
-from ..files import ensure_dir, read_bounded, wrap_os_errors
+from ..files import read_bounded, wrap_os_errors, write_atomically
 from . import charts
 from .findings import find_notable
 from .load import RunReport, load_run
@@ -33,12 +34,10 @@ def write_report(folders: Sequence[Path], output: Path) -> Path:
         if output.exists() and not _is_report(output):
             raise OutputDirError(f"--output: {output} isn't a report; choose another file")
     runs = [load_run(name, folder) for name, folder in name_folders(folders).items()]
-    ensure_dir(output.parent, "--output")
     skipped: list[str] = []
     page = render_page(runs, skipped)
     warn_of_skipped([*(reason for run in runs for reason in run.skipped), *skipped])
-    with wrap_os_errors(output, "--output"):
-        output.write_text(page, encoding="utf-8", errors="backslashreplace")
+    write_atomically(output, page, "--output")
     return output
 
 
@@ -93,28 +92,17 @@ def _read_asset(name: str) -> str:
 
 def _markdown_to_html(markdown: str) -> Markup:
     """Convert the Markdown that tsdkd writes itself: tables (rows of cells between bars) and paragraphs."""
-    parts: list[Markup] = []
-    lines: list[list[str]] = []
+    parts: list[str] = []
+    for is_table, lines in groupby(markdown.splitlines(), lambda line: line.startswith("|")):
+        if is_table:
+            rows = [[cell.replace("\\|", "|") for cell in line.strip("|").split(" | ")] for line in lines]
+            rows = [cells for cells in rows if not set("".join(cells)) <= set("-: |")]
+            html = [_row_to_html(kind, cells) for kind, cells in zip(chain(["th"], repeat("td")), rows, strict=False)]
+            parts += ["<table>", *html, "</table>"]
+        else:
+            parts += [f"<p>{escape(line)}</p>" for line in lines if line.strip()]
+    return Markup("".join(parts))
 
-    def close() -> None:
-        if lines:
-            rows = Markup("").join(
-                Markup("<tr>{}</tr>").format(
-                    Markup("").join(Markup("<{0}>{1}</{0}>").format(kind, cell.strip("* ")) for cell in cells)
-                )
-                for kind, cells in zip(["th"] + ["td"] * len(lines), lines, strict=False)
-            )
-            parts.append(Markup("<table>{}</table>").format(rows))
-            lines.clear()
 
-    for line in markdown.splitlines():
-        if line.startswith("|"):
-            cells = [cell.replace("\\|", "|") for cell in line.strip("|").split(" | ")]
-            if not set("".join(cells)) <= set("-: |"):
-                lines.append(cells)
-            continue
-        close()
-        if line.strip():
-            parts.append(Markup("<p>{}</p>").format(line))
-    close()
-    return Markup("").join(parts)
+def _row_to_html(kind: str, cells: Sequence[str]) -> str:
+    return "".join(["<tr>", *(f"<{kind}>{escape(cell.strip('* '))}</{kind}>" for cell in cells), "</tr>"])
