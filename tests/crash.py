@@ -53,12 +53,21 @@ def _child(argv: list[str], environment: dict[str, str], folder: str, kill_at: i
         return inner(*args, **kwargs)
 
     written_in_rust.serialize_file = serialize_file
+    if "CRASH_ANY_WEIGHTS" in os.environ:
+        accept_any_weights()
     sys.addaudithook(hook)
     with never_failing_output():
         code = main(argv)
     if counts is not None:
         counts.put(seen)
     sys.exit(code)
+
+
+def accept_any_weights() -> None:
+    """Have this process load weights that aren't finite, as those of a run become that diverges."""
+    import tsdkd.models.loading
+
+    tsdkd.models.loading.require_finite = lambda *_: None
 
 
 class Run:
@@ -106,7 +115,7 @@ def count_boundaries(argv: list[str], folder: Path) -> int:
     return found
 
 
-def run_ranks(argv: list[str], folder: Path, processes: int = 2) -> list[Run]:
+def run_ranks(argv: list[str], folder: Path, processes: int = 2, **environment: str) -> list[Run]:
     """`tsdkd argv` in processes that form a group, as a launcher would start them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -114,7 +123,7 @@ def run_ranks(argv: list[str], folder: Path, processes: int = 2) -> list[Run]:
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes)}
     common |= {"LOCAL_WORLD_SIZE": str(processes), "ACCELERATE_TORCH_DEVICE": "cpu", "OMP_NUM_THREADS": "1"}
     return [
-        Run(argv, folder, environment={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        Run(argv, folder, environment={**common, **environment, "RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(processes)
     ]
 

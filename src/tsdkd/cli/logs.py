@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from io import TextIOWrapper
 from typing import Any
 
+from ..config.stop_signals import handle_stop_signals
 from ..errors import escape_controls, escape_line
 
 _LIBRARY = logging.getLogger("tsdkd")
@@ -54,7 +55,8 @@ def escape_output() -> Iterator[None]:
         logging.setLogRecordFactory(factory)
         warnings.formatwarning = format_warning
         if stdout and not stdout.closed:
-            stdout.reconfigure(errors=encoding_errors)
+            with handle_stop_signals(lambda *_: None):  # it flushes, and nobody may read any more: all is done
+                stdout.reconfigure(errors=encoding_errors)
 
 
 @contextmanager
