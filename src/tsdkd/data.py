@@ -6,20 +6,21 @@ token.
 """
 
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from datasets import Dataset, DatasetInfo, Features, List, Value, load_dataset
+from datasets import Dataset, DatasetInfo, Features, List, Value, load_dataset, load_dataset_builder
 from datasets.exceptions import DatasetNotFoundError
 from transformers import PreTrainedTokenizerBase
 
 from .config.base import TokenSelectiveConfig
 from .config.logs import get_logger
 from .errors import DataError
-from .files import require_readable_data
+from .files import load_in_child_first, require_readable_data
 from .models.chat_template import render_prompt
 from .models.hub import offline_reason
 
@@ -54,24 +55,46 @@ def load_split(name: str, config: str | None, split: str, field: str = "dataset_
                 )
             if split != "train":
                 raise DataError(f"{field}: {name} is a single file, it has no split {split!r}")
-            rows = load_dataset(_FORMATS[path.suffix], data_files=str(path), split="train")
+            rows = load_in_child_first(
+                lambda: load_dataset(_FORMATS[path.suffix], data_files=str(path), split="train")
+            )
         elif not path.exists() and (path.suffix in _FORMATS or path.is_absolute() or name.startswith(".")):
             raise DataError(f"{field}: there is no file {name!r}")
+        elif path.exists():
+            _require_own_files(path, config)
+            rows = load_in_child_first(lambda: load_dataset(name, config, split=split))
         else:
-            offline = None if path.exists() else offline_reason()
+            offline = offline_reason()
             rows = load_dataset(name, config, split=split)
     except DataError:
         raise
-    except (DatasetNotFoundError, ConnectionError, FileNotFoundError) as error:
-        reason = f"there is no copy; {offline}" if offline else "the hub doesn't have it"
-        raise DataError(f"{field}: {name!r} is no local file, and {reason}") from error
     except Exception as error:  # the readers raise whatever their formats raise
+        if isinstance(error, (DatasetNotFoundError, ConnectionError, FileNotFoundError)) and not path.exists():
+            reason = f"there is no copy; {offline}" if offline else "the hub doesn't have it"
+            raise DataError(f"{field}: {name!r} is no local file, and {reason}") from error
         cause = error.__cause__ or error
         reason = " ".join(str(cause).split())[:300] or f"it is empty, or has no rows ({type(cause).__name__})"
         raise DataError(f"{field}: {name} (split {split}) can't be read: {reason}") from error
     if len(rows) == 0:
         raise DataError(f"{field}: {name} has no rows")
-    return rows
+    return rows.select_columns([column for column, feature in rows.features.items() if not _opens_files(feature)])
+
+
+def _require_own_files(folder: Path, config: str | None) -> None:
+    """Raise `ValueError` if a folder's README.md says that files elsewhere are its data."""
+    places = [Path(os.path.abspath(folder)), Path(os.path.realpath(folder))]
+    files = load_dataset_builder(str(folder), config).config.data_files or {}
+    for file in (str(file).rpartition("::")[2] for some in files.values() for file in some):
+        path = file.removeprefix("file://")
+        if "://" not in path and not any(Path(os.path.abspath(path)).is_relative_to(place) for place in places):
+            raise ValueError(f"{file} isn't in the folder")
+
+
+def _opens_files(feature: Any) -> bool:
+    """Whether reading a value opens the file that it names: an image, a sound, a video."""
+    if isinstance(feature, dict):
+        return any(_opens_files(part) for part in feature.values())
+    return hasattr(feature, "decode_example") or _opens_files(getattr(feature, "feature", {}))
 
 
 def prepare_dataset(

@@ -3,24 +3,25 @@
 import errno
 import fcntl
 import json
-import mmap
 import os
-import re
+import signal
 import stat
+import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from io import FileIO
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from .errors import DataError, OutputDirError, TSDKDError, first_line
 
+T = TypeVar("T")
+
 _MAX_LINE = 2**26  # bytes
 _MAX_FILES = 100_000
-_MAX_JSON_DEPTH = 100
-_JSON_TOKEN = re.compile(rb'"[^"\\\n]*+(?:\\.[^"\\\n]*+)*+"?|[\[\]{}]')  # a text, maybe without its end, or a bracket
 _KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a pipe",
@@ -37,7 +38,7 @@ def ensure_dir(folder: Path, field: str = "output_dir") -> None:
 
 
 def require_readable_data(path: Path) -> None:
-    """Raise `ValueError` for what a reader of data would wait for, or, with JSON, crash on: pyarrow's parser recurses.
+    """Raise `ValueError` for what a reader of data would wait for.
 
     Args:
         path: a file, or a folder with files.
@@ -48,21 +49,31 @@ def require_readable_data(path: Path) -> None:
     for file in sorted(file for file in found if not file.is_dir()):
         try:
             require_regular_file(file)
-            if file.suffix in (".json", ".jsonl"):
-                _require_shallow_json(file)
         except ValueError as error:
             raise ValueError(f"{file.name}: {error}") from None
 
 
-def _require_shallow_json(path: Path) -> None:
-    if path.stat().st_size == 0:
-        return
-    depth = 0
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        for found in _JSON_TOKEN.finditer(content):
-            depth = max(0, depth + (1 if found[0] in b"[{" else -1 if found[0] in b"]}" else 0))
-            if depth > _MAX_JSON_DEPTH:
-                raise ValueError(f"it is nested more than {_MAX_JSON_DEPTH} levels deep")
+def load_in_child_first(load: Callable[[], T]) -> T:
+    """Call a reader of files in a forked process, then, with a cache that is filled, in this one.
+
+    A file may crash its reader, as pyarrow's is by JSON of many levels, and must not end this process.
+
+    Raises:
+        ValueError: the reader crashed; and what it raises itself.
+    """
+    if sys.platform != "linux":
+        return load()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12's, of other threads: the child needs none
+        child = os.fork()
+    if child == 0:
+        with suppress(BaseException):
+            load()
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status):
+        raise ValueError(f"its reader crashed ({signal.Signals(os.WTERMSIG(status)).name})")
+    return load()
 
 
 @contextmanager

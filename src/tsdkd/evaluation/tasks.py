@@ -7,12 +7,14 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from datasets import load_dataset
 from datasets.exceptions import DatasetGenerationError
 from jinja2 import UndefinedError
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 
-from ..errors import DataError
+from ..errors import DataError, first_line
+from ..files import load_in_child_first
 from ..grading import is_boxed_letter, is_exact_match, is_math_equivalent
 from .sandbox import run_program
 from .suites import Benchmark
@@ -264,4 +266,8 @@ def _local_dataset_config(task: str, data_dir: Path) -> dict[str, Any]:
     files = {path.stem: str(path) for path in _split_files(task, data_dir)}
     if not files:
         raise DataError(f"--data_dir: no {data_dir / task}/<split>.jsonl")
+    try:
+        load_in_child_first(lambda: load_dataset("json", data_files=files))
+    except Exception as error:  # the reader's own
+        raise DataError(f"--data_dir: {data_dir / task} can't be read: {first_line(error)}") from error
     return {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": files}}
