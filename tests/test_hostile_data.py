@@ -141,7 +141,7 @@ def test_a_card_names_files_of_its_folder(files: str, tmp_path: Path) -> None:
     write_jsonl(folder / "train.jsonl", [{"prompt": "w1"}])
     card = yaml.safe_dump({"configs": [{"config_name": "default", "data_files": files.format(tmp_path)}]})
     (folder / "README.md").write_text(f"---\n{card}---\n")
-    with pytest.raises(DataError, match="^dataset_name: "):
+    with pytest.raises(DataError, match=r"^dataset_name: "):
         load_split(str(folder), None, "train")
     (folder / "README.md").write_text(f"---\n{card.replace(files.format(tmp_path), 'train.jsonl')}---\n")
     assert load_split(str(folder), None, "train")["prompt"] == ["w1"]

@@ -6,6 +6,7 @@ import sys
 
 from .cli import main
 from .cli.output import never_failing_output
+from .launch.children import report_failure
 
 
 def run() -> int:
@@ -29,6 +30,8 @@ def run() -> int:
     except SystemExit as end:
         code = end.code or 0
         raise
+    finally:
+        report_failure(code)
     return code
 
 

@@ -1,8 +1,9 @@
 """A `Trainer` whose checkpoints are written atomically, verified, and free of pickles (DeepSpeed's are restricted)."""
 
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +11,19 @@ import numpy as np
 import torch
 from accelerate.utils import is_peft_model, send_to_device
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from ..config.logs import get_logger
+from ..config.stop_signals import ignore_stop_signals
 from ..errors import CheckpointError
 from ..files import has_text, write_atomically
 from . import checkpoint, preemption
 from .deepspeed_files import safe_deepspeed_load
-from .run_lock import RunLock
+from .run_lock import RunLock, on_main_process
 from .state_file import load_state, save_state
 
 logger = get_logger(__name__)
@@ -76,6 +79,12 @@ class CheckpointMixin(Trainer):
         floats in a batch here are log-probabilities and entropies of a rollout."""
         return send_to_device(data, self.args.device, non_blocking=True)  # a copy from the host needn't be waited for
 
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        """Trainer's, whose workers a signal to all processes of the run would end in the middle of a step."""
+        loader = super()._get_dataloader(*args, **kwargs)
+        loader.worker_init_fn = partial(_init_worker, loader.worker_init_fn)
+        return loader
+
     # Saving
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -94,13 +103,15 @@ class CheckpointMixin(Trainer):
 
     def restore_output_dir(self) -> None:
         """Where somebody has deleted the output directory, or some of it, write again what a resume needs beside a
-        checkpoint. Raises `OutputDirError`."""
-        if self.is_world_process_zero():
-            if self.run_lock is not None:
-                self.run_lock.restore()
-            for path, text in self.run_files.items():
-                if not has_text(path, text):
-                    write_atomically(path, text)
+        checkpoint. All processes must call it. Raises `OutputDirError`, on all of them."""
+        on_main_process(self._restore_output_dir)
+
+    def _restore_output_dir(self) -> None:
+        if self.run_lock is not None:
+            self.run_lock.restore()
+        for path, text in self.run_files.items():
+            if not has_text(path, text):
+                write_atomically(path, text)
 
     def _write_files(self, folder: Path) -> None:
         self.save_model(str(folder), _internal_call=True)
@@ -180,6 +191,12 @@ class CheckpointMixin(Trainer):
 
     def _process_state_path(self, folder: str | Path) -> Path:
         return Path(folder, f"process_{self.args.process_index}.safetensors")
+
+
+def _init_worker(init: Callable[[int], Any] | None, worker_id: int) -> None:
+    ignore_stop_signals()
+    if init is not None:
+        init(worker_id)
 
 
 def _get_rng_state() -> dict[str, Any]:

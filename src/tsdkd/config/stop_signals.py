@@ -29,6 +29,13 @@ def handle_stop_signals(handler: Callable[[int, FrameType | None], object]) -> I
             signal.signal(number, signal.SIG_DFL if previous is None else previous)  # None: not set by Python
 
 
+def ignore_stop_signals() -> None:
+    """For a process that a run has forked, such as a data loader's worker: the run needs it to end its step, and ends
+    it then."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def announce_stop() -> None:
     """For a handler of Ctrl-C. Not by `print`, which it may have interrupted."""
     with suppress(OSError):

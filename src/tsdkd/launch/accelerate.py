@@ -12,7 +12,7 @@ from typing import Any
 from ..config.launch import LAUNCHED, find_launch_config, launch_num_processes, read_launch_config
 from ..config.stop_signals import announce_stop, handle_stop_signals
 from ..errors import ConfigError, PreemptedError
-from .children import kill_descendants, started_by_this, stop_children
+from .children import collect_failures, kill_descendants, started_by_this, stop_children
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ def launch_processes(config: str, options: dict[str, Any], command: Sequence[str
 
     Returns:
         The exit code of the process that failed first, or that says more than 1; 0 if none did; 75 after a signal
-        to the launcher that stops a run.
+        to the launcher that stops a run, unless a process failed at that.
 
     Raises:
         ConfigError: no such configuration, or options that accelerate refuses.
@@ -59,11 +59,13 @@ def launch_processes(config: str, options: dict[str, Any], command: Sequence[str
     for_processes = {LAUNCHED: str(launch_num_processes(config, options)), **started_by_this()}
     os.environ.update(for_processes)
     try:
-        with handle_stop_signals(stop):
+        with handle_stop_signals(stop), collect_failures() as failure:
             try:
                 launch_command(arguments)
             except SignalException:
                 stop_children()  # one that is alone was started otherwise
+                if failure.exists():
+                    return int(failure.read_text())
                 raise
     except ChildFailedError as error:
         # a process that lost another ends with 1, maybe before the launcher looks: errors of ours come before

@@ -5,17 +5,42 @@ import os
 import platform
 import signal
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NoReturn
 
+from ..errors import PreemptedError
+
 _STARTED_BY = "TSDKD_STARTED_BY"  # in the environment of a process that tsdkd starts: which process did, and where
+_FAILURE_FILE = "TSDKD_FAILURE_FILE"  # in their environment: where they say that they failed
 _PR_SET_PDEATHSIG = 1
 
 
 def started_by_this() -> dict[str, str]:
     """What the environment of a process says that is to stop with this one, which starts it."""
     return {_STARTED_BY: f"{os.getpid()}@{platform.node()}"}
+
+
+@contextmanager
+def collect_failures() -> Iterator[Path]:
+    """Within it, processes that this one starts write the exit code of a failure into the file: a launcher that stops
+    them doesn't tell it."""
+    with TemporaryDirectory() as folder:
+        os.environ[_FAILURE_FILE] = str(Path(folder, "exit_code"))
+        try:
+            yield Path(os.environ[_FAILURE_FILE])
+        finally:
+            del os.environ[_FAILURE_FILE]
+
+
+def report_failure(exit_code: object) -> None:
+    """Tell the launcher, if there is one, how this process failed."""
+    path = os.environ.get(_FAILURE_FILE)
+    if path and exit_code not in (0, PreemptedError.exit_code):
+        with suppress(OSError):
+            Path(path).write_text(str(exit_code))
 
 
 def stop_with_launcher() -> None:

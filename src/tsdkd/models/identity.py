@@ -3,23 +3,28 @@
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
 from transformers import PretrainedConfig
 
 _MAX_THREADS = 16
-_WEIGHTS = ("*.safetensors", "*.bin")  # the first kind that is there is loaded
-_OTHERS = ("*.index.json", "config.json", "adapter_config.json")
+# what `from_pretrained` takes, the first that is there, and how they are called with a variant
+_SAFETENSORS = ("model{}.safetensors", "model.safetensors.index{}.json")
+_PICKLES = ("pytorch_model{}.bin", "pytorch_model.bin.index{}.json")
+_ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
-def identify_model(name: str, config: PretrainedConfig) -> str:
-    """A digest of a model's weights and configuration, the same for a folder and for a copy in the hub's cache.
+def identify_model(name: str, config: PretrainedConfig, init_kwargs: Mapping[str, Any] | None = None) -> str:
+    """A digest of the weights that are loaded and of config.json, the same for a folder and for a copy of it.
 
     Args:
         name: folder or hub id, of which all files are here.
         config: the model's configuration, which knows the commit.
+        init_kwargs: of `from_pretrained`, which may choose other files (`subfolder`, `variant`, `use_safetensors`).
 
     Raises:
         OSError: a file can't be read.
@@ -31,15 +36,27 @@ def identify_model(name: str, config: PretrainedConfig) -> str:
             folder = Path(snapshot_download(name, revision=commit, local_files_only=True))
         except Exception:  # its cache is elsewhere, for instance
             return f"commit {commit}"
-    files = [*_list_files(folder), *(path for base in _base_of_adapter(folder) for path in _list_files(base))]
+    chosen = init_kwargs or {}
+    folder = folder / str(chosen.get("subfolder") or "")
+    files = [
+        *_list_files(folder, chosen),
+        *(path for base in _base_of_adapter(folder) for path in _list_files(base, {})),
+    ]
     with ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as pool:  # hashing lets go of the interpreter
         digests = [(path.name, digest) for path, digest in zip(files, pool.map(_hash_file, files), strict=True)]
     return f"sha256 {hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:16]}"
 
 
-def _list_files(folder: Path) -> list[Path]:
-    weights = next((found for pattern in _WEIGHTS if (found := sorted(folder.glob(pattern)))), [])
-    return [*weights, *(path for pattern in _OTHERS for path in sorted(folder.glob(pattern)))]
+def _list_files(folder: Path, chosen: Mapping[str, Any]) -> list[Path]:
+    """Files that are loaded; nothing else that lies there counts."""
+    variant = f".{chosen['variant']}" if chosen.get("variant") else ""
+    patterns = _PICKLES if chosen.get("use_safetensors") is False else (*_SAFETENSORS, *_PICKLES)
+    names = [pattern.format(variant) for pattern in patterns]
+    weights = [folder / name for name in names if (folder / name).is_file()][:1]
+    if weights and weights[0].suffix == ".json":
+        weights += [folder / name for name in sorted(set(json.loads(weights[0].read_bytes())["weight_map"].values()))]
+    others = [*_ADAPTERS, "adapter_config.json", "config.json"]
+    return [*weights, *(folder / name for name in others if (folder / name).is_file())]
 
 
 def _hash_file(path: Path) -> str:

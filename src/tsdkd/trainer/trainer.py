@@ -92,18 +92,21 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
         train_dataset = self._tokenize_dataset(train_dataset, args)
         if eval_dataset is not None:
             eval_dataset = self._tokenize_dataset(eval_dataset, args)
-        frozen = {"model_name_or_path": (model, self.pair.student_config)} if peft_config is not None else {}
+        frozen: dict[str, tuple[Any, ...]] = {}
+        if peft_config is not None:
+            frozen["model_name_or_path"] = (model, self.pair.student_config, args.model_init_kwargs)
         if self._needs_teacher:
-            frozen["teacher_model_name_or_path"] = (teacher_model, self.pair.teacher_config)
+            teacher_source = (teacher_model, self.pair.teacher_config, args.teacher_model_init_kwargs)
+            frozen["teacher_model_name_or_path"] = teacher_source
         model = load_student(model, args)
         if self._needs_teacher:
             teacher_model = load_teacher(teacher_model, self.pair.teacher_config, args)
         # now that their files are here, and in memory
         self._frozen_models = on_main_process(
             lambda: {
-                field: [name, identify_model(name, config)]
-                for field, (name, config) in frozen.items()
-                if isinstance(name, str)
+                field: [source[0], identify_model(*source)]
+                for field, source in frozen.items()
+                if isinstance(source[0], str)
             }
         )
 
