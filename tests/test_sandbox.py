@@ -361,7 +361,7 @@ def test_nothing_is_inherited() -> None:
     def grade() -> None:
         """As a grader that is far from all defaults."""
         os.set_inheritable(os.open(__file__, os.O_RDONLY), True)
-        for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP, signal.SIGCHLD}:
+        for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
             signal.signal(number, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         os.umask(0)
@@ -392,6 +392,40 @@ def test_nothing_is_inherited() -> None:
             assert os.listdir() == ["program.py"]
         """
         assert run_program(textwrap.dedent(program), LIMITS).reason == ""
+
+    assert os.waitpid(_fork(grade), 0)[1] == 0
+
+
+@pytest.mark.parametrize(
+    ("whom", "number", "times", "passed"),
+    [
+        ("supervisor", signal.SIGTERM, 1, True),
+        ("supervisor", signal.SIGTERM, 5, None),
+        ("supervisor", signal.SIGCHLD, 1, True),
+        ("supervisor", signal.SIGKILL, 1, True),
+        ("supervisor", signal.SIGKILL, 5, None),
+        ("supervisor, of a grader that ignores SIGCHLD", signal.SIGKILL, 1, True),
+        ("init", signal.SIGKILL, 2, True),
+        ("init", signal.SIGKILL, 3, False),
+        ("init", signal.SIGSTOP, 1, True),
+    ],
+)
+def test_what_is_stopped_from_outside_is_tried_again(whom: str, number: int, times: int, passed: bool | None) -> None:
+    def grade() -> None:
+        tries, try_jail, endless = iter(range(9)), sandbox._try_jail, {"program": "import time; time.sleep(1000)"}
+        sandbox._try_jail = lambda spec: try_jail(spec | endless if next(tries) < times else spec)
+        sandbox._PAUSES = (0,) * 5
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN if "ignores" in whom else signal.SIG_DFL)
+        thread = threading.Thread(target=_signal_outside, args=(whom[0] == "s", number, times))
+        thread.start()
+        try:
+            verdict = run_program("x = 1", ResourceLimits(timeout_seconds=60, memory_mib=MEMORY_MIB))
+        except SandboxError as error:
+            assert passed is None, error
+        else:
+            assert verdict.passed == passed, verdict
+        thread.join()
+        _wait_until(lambda: not _find_programs())
 
     assert os.waitpid(_fork(grade), 0)[1] == 0
 
@@ -433,6 +467,13 @@ GOOD = {
 @pytest.mark.parametrize("name", GOOD)
 def test_good_program(name: str) -> None:
     assert run_program(textwrap.dedent(GOOD[name])).reason == ""
+
+
+@pytest.mark.parametrize("name", vars(LIMITS))
+@pytest.mark.parametrize("value", [0, -1, 0.5])
+def test_a_limit_is_at_least_1(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{name} is {value}: at least 1"):
+        ResourceLimits(**{name: value})
 
 
 def test_wrong_program_says_why() -> None:
@@ -482,6 +523,25 @@ def _wait_until(holds: Callable[[], object]) -> None:
     while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def _signal_outside(supervisor: bool, number: int, times: int) -> None:
+    """Send a signal to the supervisor, or to its child, of each of so many programs of this process, as it runs."""
+    done: set[int] = set()
+    while len(done) < times:
+        for program in map(int, _find_programs()):
+            init = _parent(program)
+            whom = _parent(init) if supervisor else init
+            if whom > 1 and init not in done and _parent(_parent(init)) == os.getpid():
+                done.add(init)
+                os.kill(whom, number)
+
+
+def _parent(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:  # it has ended
+        return 0
 
 
 def _find_programs() -> list[str]:
