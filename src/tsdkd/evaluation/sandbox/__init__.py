@@ -91,7 +91,8 @@ def run_program(program: str, limits: ResourceLimits = ResourceLimits()) -> Prog
             for it or stopped each try; there is no verdict on the program.
     """
     end_marker = secrets.token_hex(16)
-    program += f'\n\nimport os as _os\n_os.write(3, b"{end_marker}")\n'  # an early exit(0) isn't success
+    # An early exit(0) isn't success. The name is another in processes that multiprocessing spawns.
+    program += f'\n\nif __name__ == "__main__": import os as _os; _os.write(3, b"{end_marker}")\n'
     size, most = len(program.encode("utf-8", "surrogatepass")), min(limits.file_mib, limits.disk_mib)
     if size > most * _MIB:
         return ProgramResult(False, f"the program has {size / _MIB:.1f} MiB, at most {most} MiB fit")

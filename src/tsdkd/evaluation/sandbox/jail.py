@@ -236,6 +236,7 @@ def _build_root(paths: list[str], disk: int) -> None:
     for path in paths:
         if os.path.lexists(_OLD_ROOT + path) and not os.path.lexists(path):
             _bind(path)
+    os.symlink(_WORK, "/dev/shm")  # semaphores and shared memory are files of the program, too
     with open(f"{_OLD_ROOT}/proc/self/mountinfo", errors="surrogateescape") as file:
         mounts = [line.split()[4:6] for line in file]
     _call_libc("umount2", os.fsencode(_OLD_ROOT), _DETACH)
