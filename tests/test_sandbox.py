@@ -1,6 +1,7 @@
 """Programs of a model: the good ones pass, hostile ones neither escape nor hang, and nothing of them is left."""
 
 import ctypes
+import fcntl
 import os
 import platform
 import re
@@ -86,7 +87,8 @@ HOSTILE = {
     "writes beside its directory": "open('/x', 'w')",
     "writes beside the interpreter": "import os, sys; open(os.path.join(sys.base_prefix, 'x'), 'w')",
     "limits the init": "import resource; resource.prlimit(1, resource.RLIMIT_CPU, (0, 0))",
-    "locks a file of the machine": "import fcntl, os; fcntl.lockf(open(os.__file__), fcntl.LOCK_SH)",
+    "takes back its niceness": "import os; os.nice(5); os.nice(-1)",
+    "a large shared memory": "from multiprocessing.shared_memory import SharedMemory as M; M(create=True, size=10**8)",
     "watches a file of the machine": "import ctypes; assert ctypes.CDLL(None).inotify_init() >= 0",
     "large pipes": "import fcntl, os; fcntl.fcntl(os.pipe()[0], 1031, 2**20)",
     "makes a device": "import os, stat; os.mknod('disk', 0o600 | stat.S_IFBLK, os.makedev(8, 0))",
@@ -266,6 +268,26 @@ def test_what_is_no_program_is_a_failed_one(name: str) -> None:
     assert reason in verdict.reason
 
 
+WRITE_LOCK = "b'\\1'.ljust(32, b'\\0')"
+
+
+@pytest.mark.parametrize(
+    "lock",
+    [
+        "flock(f, 1)",
+        "flock(f, 2)",
+        "lockf(f, 2)",
+        *(f"fcntl(f, {command}, {WRITE_LOCK})" for command in (6, 7, 37, 38)),
+    ],
+)
+def test_locks_on_files_of_the_machine_are_not_taken(lock: str) -> None:
+    """The kernel would let the first two wait for ours, and refuse to lock for writing what is open for reading."""
+    path = os.path.realpath(os.__file__)
+    with open(path) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert run_program(f"import fcntl; f = open({path!r}); fcntl.{lock}", LIMITS).reason == ""
+
+
 def test_no_sockets_but_pairs() -> None:
     program = """
         import itertools, socket
@@ -303,7 +325,9 @@ def test_system_calls_have_the_kernels_numbers(column: int, header: str) -> None
         pytest.skip(f"no {path}")
     named = {name: numbers for name, *numbers in (entry.split() for entry in seccomp._ALLOWED.split(","))}
     named |= {name: [*map(str, row[0])] for name, row in seccomp._ALLOWED_ARGUMENTS.items()}
-    named |= {name: [*map(str, getattr(seccomp, f"_{name.upper()}"))] for name in ("clone", "socket", "socketpair")}
+    named |= {
+        name: [*map(str, getattr(seccomp, f"_{name.upper()}"))] for name in ("clone", "socket", "socketpair", "flock")
+    }
     pairs = re.findall(r"#define __NR(?:3264)?_(\w+)\s+(\d+)", path.read_text())
     known = {{"fstatat": "newfstatat"}.get(name, name): number for name, number in pairs}
     assert {name: row[column] for name, row in named.items()} == {name: known.get(name, "-") for name in named}
@@ -361,7 +385,7 @@ def test_nothing_is_inherited() -> None:
     def grade() -> None:
         """As a grader that is far from all defaults."""
         os.set_inheritable(os.open(__file__, os.O_RDONLY), True)
-        for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP, signal.SIGCHLD}:
+        for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
             signal.signal(number, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         os.umask(0)
@@ -396,6 +420,40 @@ def test_nothing_is_inherited() -> None:
     assert os.waitpid(_fork(grade), 0)[1] == 0
 
 
+@pytest.mark.parametrize(
+    ("whom", "number", "times", "passed"),
+    [
+        ("supervisor", signal.SIGTERM, 1, True),
+        ("supervisor", signal.SIGTERM, 5, None),
+        ("supervisor", signal.SIGCHLD, 1, True),
+        ("supervisor", signal.SIGKILL, 1, True),
+        ("supervisor", signal.SIGKILL, 5, None),
+        ("supervisor, of a grader that ignores SIGCHLD", signal.SIGKILL, 1, True),
+        ("init", signal.SIGKILL, 2, True),
+        ("init", signal.SIGKILL, 3, False),
+        ("init", signal.SIGSTOP, 1, True),
+    ],
+)
+def test_what_is_stopped_from_outside_is_tried_again(whom: str, number: int, times: int, passed: bool | None) -> None:
+    def grade() -> None:
+        tries, try_jail, endless = iter(range(9)), sandbox._try_jail, {"program": "import time; time.sleep(1000)"}
+        sandbox._try_jail = lambda spec: try_jail(spec | endless if next(tries) < times else spec)
+        sandbox._PAUSES = (0,) * 5
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN if "ignores" in whom else signal.SIG_DFL)
+        thread = threading.Thread(target=_signal_outside, args=(whom[0] == "s", number, times))
+        thread.start()
+        try:
+            verdict = run_program("x = 1", ResourceLimits(timeout_seconds=60, memory_mib=MEMORY_MIB))
+        except SandboxError as error:
+            assert passed is None, error
+        else:
+            assert verdict.passed == passed, verdict
+        thread.join()
+        _wait_until(lambda: not _find_programs())
+
+    assert os.waitpid(_fork(grade), 0)[1] == 0
+
+
 def test_a_busy_machine_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     errors = [BlockingIOError(11, "no process"), OSError(12, "no memory"), OSError(24, "no descriptor")]
     popen = subprocess.Popen
@@ -425,6 +483,29 @@ GOOD = {
         multiprocessing.get_context("fork").Process(target=send, args=(b,)).start()
         assert a.recv() == 7
     """,
+    "processes in a pool": """
+        from concurrent.futures import ProcessPoolExecutor
+        with ProcessPoolExecutor(2) as pool: assert list(pool.map(abs, [-1, 2])) == [1, 2]
+    """,
+    "semaphores": "import multiprocessing as m; q = m.Queue(); q.put(1); assert q.get() == 1; m.Lock().acquire()",
+    "shared memory": """
+        from multiprocessing.shared_memory import SharedMemory
+        memory = SharedMemory(create=True, size=10**6); memory.buf[9] = 1; memory.close(); memory.unlink()
+    """,
+    "data base": """
+        import sqlite3
+        for _ in range(2):
+            with sqlite3.connect("x.db") as base: base.execute("create table if not exists t as select 5 as a")
+            assert base.execute("select a from t").fetchall() == [(5,)]; base.close()
+    """,
+    "spawned process": """
+        import multiprocessing
+        if __name__ == "__main__":
+            process = multiprocessing.get_context("spawn").Process(target=print)
+            process.start(); process.join(); assert process.exitcode == 0
+    """,
+    "locks": "import fcntl; f = open('x', 'w'); fcntl.lockf(f, fcntl.LOCK_EX); fcntl.flock(f, fcntl.LOCK_EX)",
+    "nice": "import os; os.nice(1); open('x', 'w'); os.chown('x', os.getuid(), os.getgid())",
     "asyncio": "import asyncio; asyncio.run(asyncio.sleep(0.01))",
     "alarm": "import signal\nsignal.signal(14, lambda *_: None)\nsignal.setitimer(0, 0.01)\nsignal.pause()",
 }
@@ -433,6 +514,13 @@ GOOD = {
 @pytest.mark.parametrize("name", GOOD)
 def test_good_program(name: str) -> None:
     assert run_program(textwrap.dedent(GOOD[name])).reason == ""
+
+
+@pytest.mark.parametrize("name", vars(LIMITS))
+@pytest.mark.parametrize("value", [0, -1, 0.5])
+def test_a_limit_is_at_least_1(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{name} is {value}: at least 1"):
+        ResourceLimits(**{name: value})
 
 
 def test_wrong_program_says_why() -> None:
@@ -482,6 +570,25 @@ def _wait_until(holds: Callable[[], object]) -> None:
     while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def _signal_outside(supervisor: bool, number: int, times: int) -> None:
+    """Send a signal to the supervisor, or to its child, of each of so many programs of this process, as it runs."""
+    done: set[int] = set()
+    while len(done) < times:
+        for program in map(int, _find_programs()):
+            init = _parent(program)
+            whom = _parent(init) if supervisor else init
+            if whom > 1 and init not in done and _parent(_parent(init)) == os.getpid():
+                done.add(init)
+                os.kill(whom, number)
+
+
+def _parent(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:  # it has ended
+        return 0
 
 
 def _find_programs() -> list[str]:

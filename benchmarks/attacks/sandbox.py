@@ -1,5 +1,6 @@
 """Attacks: programs that a model could write, against the sandbox."""
 
+import contextlib
 import os
 import random
 import re
@@ -238,7 +239,7 @@ def _read_outside(rng: random.Random, folder: Path) -> None:
     secret.write_text(_SECRET)
     secret.chmod(0o666)
     places = [str(secret), "/etc/passwd", "/etc/shadow", "/proc/1/environ", "/proc/self/maps", "/sys/kernel", "/root",
-              "/home", "/tmp", "/var", "/dev/kmsg", "/dev/tty", "/dev/ptmx", "/dev/shm", "/run", str(Path.home()),
+              "/home", "/tmp", "/var", "/dev/kmsg", "/dev/tty", "/dev/ptmx", "/run", str(Path.home()),
               __file__, "/.old-root", "/proc", "/boot", "/srv", "/opt"]  # fmt: skip
     python = os.path.realpath(os.__file__)
     path = rng.choice([place for place in places if not python.startswith(place + "/")])
@@ -282,7 +283,7 @@ def _write_outside(rng: random.Random, folder: Path) -> None:
         "os.mkdir(path + 'x')", "os.setxattr(path, 'user.x', b'x')", "os.chown(path, os.getuid(), os.getgid())",
         "mmap.mmap(os.open(path, os.O_RDONLY), 1)[0:1] = b'x'", "os.open(path, os.O_RDWR | os.O_CREAT)",
         "os.open(path, os.O_RDONLY | os.O_TRUNC)", "os.open(path, os.O_TMPFILE | os.O_RDWR)",
-        "subprocess.run(['touch', path], check=True)", "fcntl.flock(os.open(path, 0), 2)",
+        "subprocess.run(['touch', path], check=True)",
         "os.link(path, '/work/x')", "fcntl.fcntl(os.open(path, 0), fcntl.F_NOTIFY, 2)",
     ]  # fmt: skip
     before = os.stat(path)
@@ -310,6 +311,27 @@ def _use_everything_up(rng: random.Random, folder: Path) -> None:
     )
     program = f"import mmap, os, select, socket, threading, time\nkeep = []\nwhile True:\n{body}"
     assert not _attack(program, _limits(rng, 1)).passed
+
+
+def _signal_from_outside(rng: random.Random, folder: Path) -> None:
+    """Someone else's signal to the supervisor or to init, at any time, is no verdict on the program."""
+    number, target = rng.choice((signal.SIGTERM, signal.SIGKILL, signal.SIGCHLD, signal.SIGSTOP)), rng.randrange(2)
+    if (number, target) == (signal.SIGSTOP, 0):  # which stops the time, too
+        return
+    limits, seconds, delay = _limits(rng, 60), rng.uniform(0, 0.5), rng.uniform(0, 0.6)
+    ignores = rng.random() < 0.5
+    grader = os.fork()
+    if grader == 0:
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN if ignores else signal.SIG_DFL)
+        try:
+            os._exit(not run_program(f"import time; time.sleep({seconds})", limits).passed)
+        finally:
+            os._exit(1)
+    time.sleep(delay)
+    for process in _descendants(grader)[target : target + 1]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(process.name), number)
+    assert os.waitpid(grader, 0)[1] == 0, (number, target, delay, ignores)
 
 
 def _be_no_program(rng: random.Random, folder: Path) -> None:
@@ -356,6 +378,11 @@ def _still_grade(rng: random.Random, folder: Path) -> None:
         (f"import subprocess\nassert subprocess.check_output(['echo', '{numbers[0]}']) == b'{numbers[0]}\\n'", True),
         (f"import json; json.dump({numbers}, open('x', 'w')); assert json.load(open('x')) == {numbers}", True),
         (f"import asyncio\nasync def f(): return {numbers[0]}\nassert asyncio.run(f()) == {numbers[0]}", True),
+        (f"import multiprocessing as m; q = m.Queue(); q.put({numbers}); assert q.get() == {numbers}", True),
+        (f"import multiprocessing as m\nwith m.Pool(2) as p: assert p.map(abs, {numbers}) == {[*map(abs, numbers)]}",
+         True),
+        (f"import fcntl; f = open('x', 'w'); fcntl.lockf(f, {rng.randrange(1, 3)}); f.write('{numbers[0]}')", True),
+        (f"import sqlite3; b = sqlite3.connect('x'); b.execute('create table t as select {numbers[0]}')", True),
         (f"import json; json.load(open('x{numbers[0]}'))", False),
         (f"print({numbers}); raise ValueError({numbers[0]})", False),
     ])  # fmt: skip
@@ -373,6 +400,7 @@ ATTACKS: dict[str, Callable[[random.Random, Path], None]] = {
     "reads outside": _read_outside,
     "writes outside": _write_outside,
     "uses everything up": _use_everything_up,
+    "signals from outside": _signal_from_outside,
     "is no program": _be_no_program,
     "several at once": _several_at_once,
     "good ones are graded": _still_grade,

@@ -34,7 +34,9 @@ _SYSTEM_PATHS = (
 )
 _BUSY = {errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE}
 _PAUSES = (1, 2, 4, 8, 16)
-"""Seconds after each try to start on a machine that has no process, memory or descriptor left."""
+"""Seconds after each try that a signal, or a machine with no process, memory or descriptor left, has ended."""
+_MOST_KILLS = 3
+"""Times in a row that a program's init may be killed before that is taken for the program's doing, by its memory."""
 
 
 class SandboxError(TSDKDError, RuntimeError):
@@ -51,6 +53,9 @@ class ResourceLimits:
         disk_mib: of its directory, which is in memory.
         file_mib: of one file, the program included.
         max_processes: at once, threads included.
+
+    Raises:
+        ValueError: one of them is below 1.
     """
 
     timeout_seconds: int = 10
@@ -58,6 +63,11 @@ class ResourceLimits:
     disk_mib: int = 32
     file_mib: int = 4
     max_processes: int = 16
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value < 1:
+                raise ValueError(f"{name} is {value}: at least 1 is needed")
 
 
 @dataclass(frozen=True)
@@ -77,15 +87,18 @@ def run_program(program: str, limits: ResourceLimits = ResourceLimits()) -> Prog
     """Run a Python program to its end. When this returns, or raises, nothing that it has started is left.
 
     Raises:
-        SandboxError: the machine doesn't allow it to be locked in, or has had no process or memory left for half a
-            minute; the program wasn't run.
+        SandboxError: the machine doesn't allow it to be locked in, or in half a minute had no process or memory left
+            for it or stopped each try; there is no verdict on the program.
     """
     end_marker = secrets.token_hex(16)
-    program += f'\n\nimport os as _os\n_os.write(3, b"{end_marker}")\n'  # an early exit(0) isn't success
+    # An early exit(0) isn't success. The name is another in processes that multiprocessing spawns.
+    program += f'\n\nif __name__ == "__main__": import os as _os; _os.write(3, b"{end_marker}")\n'
     size, most = len(program.encode("utf-8", "surrogatepass")), min(limits.file_mib, limits.disk_mib)
     if size > most * _MIB:
         return ProgramResult(False, f"the program has {size / _MIB:.1f} MiB, at most {most} MiB fit")
     result = _run_jail(_build_jail_spec(program, limits))
+    if "error" in result:
+        return ProgramResult(False, f"killed by the system, {_MOST_KILLS} times in a row")
     if result["timed_out"]:
         return ProgramResult(False, f"stopped after {limits.timeout_seconds} s")
     if result["end"] == end_marker and result["exit_code"] == 0:
@@ -131,9 +144,13 @@ def _build_filter() -> bytes:
 
 
 def _run_jail(spec: dict[str, Any]) -> dict[str, Any]:
-    """A program that couldn't be run hasn't failed: wait for a busy machine."""
+    """A program that couldn't be run to its end hasn't failed: wait for a busy machine."""
+    kills = 0
     for pause in _PAUSES:
         result = _try_jail(spec)
+        kills = kills + 1 if result.get("killed") else 0
+        if kills == _MOST_KILLS:
+            return result
         if result.get("errno") not in _BUSY:
             break
         time.sleep(pause)
@@ -158,8 +175,10 @@ def _try_jail(spec: dict[str, Any]) -> dict[str, Any]:
             process.terminate()
             process.wait()
             raise
-    if process.returncode == 0:
+    if output:
         result: dict[str, Any] = json.loads(output)
         return result
-    lines = errors.decode(errors="replace").strip().splitlines() or [f"exit code {process.returncode}"]
-    return {"error": lines[-1], "errno": errno.EAGAIN if process.returncode < 0 else None}
+    lines = errors.decode(errors="replace").strip().splitlines()
+    if lines:
+        return {"error": lines[-1], "errno": None}
+    return {"error": f"the supervisor was killed (exit code {process.returncode})", "errno": errno.EAGAIN}

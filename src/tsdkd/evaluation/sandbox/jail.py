@@ -43,7 +43,10 @@ _libc = ctypes.PyDLL(None, use_errno=True)
 
 
 def main() -> int:
-    """Run what stdin says, and print how it went: `error` and `errno` if it couldn't be locked in."""
+    """Run what stdin says, and print how it went.
+
+    That is `error` and `errno` if there is no verdict on the program; `killed` if init was, by someone else.
+    """
     spec = json.load(sys.stdin)
     try:
         result = _supervise(spec)
@@ -58,6 +61,8 @@ def _supervise(spec: dict[str, Any]) -> dict[str, Any]:
     if os.getppid() != spec["grader"]:  # it has died before
         sys.exit(1)
     signal.pthread_sigmask(signal.SIG_BLOCK, _WAKING)
+    for number in _WAKING:  # the end of a child isn't told to one who ignores it
+        signal.signal(number, signal.SIG_DFL)
     spec["user"] = _choose_user()
     report, to_report = os.pipe()
     from_go, go = os.pipe()
@@ -74,12 +79,15 @@ def _supervise(spec: dict[str, Any]) -> dict[str, Any]:
         _map_ids(init)
         os.write(go, b".")
         awoken_by = signal.sigtimedwait(_WAKING, spec["seconds"])
+        ended = os.waitid(os.P_PID, init, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     finally:
         os.kill(init, signal.SIGKILL)
         _, status = os.waitpid(init, 0)  # returns when everything inside is dead
     message = os.read(report, 2**16).decode(errors="replace")
     if message != "locked in":
         raise OSError(*json.loads(message.removeprefix("locked in") or _UNFINISHED))
+    if awoken_by is not None and (ended is None or ended.si_code != os.CLD_EXITED):
+        return {"error": "stopped by a signal from outside", "errno": errno.EAGAIN, "killed": ended is not None}
     return {
         "timed_out": awoken_by is None,
         "exit_code": os.waitstatus_to_exitcode(status),
@@ -228,6 +236,7 @@ def _build_root(paths: list[str], disk: int) -> None:
     for path in paths:
         if os.path.lexists(_OLD_ROOT + path) and not os.path.lexists(path):
             _bind(path)
+    os.symlink(_WORK, "/dev/shm")  # semaphores and shared memory are files of the program, too
     with open(f"{_OLD_ROOT}/proc/self/mountinfo", errors="surrogateescape") as file:
         mounts = [line.split()[4:6] for line in file]
     _call_libc("umount2", os.fsencode(_OLD_ROOT), _DETACH)

@@ -1,8 +1,9 @@
 """The system calls that a program may make: those of CPython and its libraries. A seccomp filter for `jail.py`.
 
 Everything else fails as on a kernel that doesn't have it, with ENOSYS, for which libraries have a way around. Left out
-are, above all, calls that reach out of namespaces or count against the user (keys, message queues, locks on files,
-watches), that in the past were a kernel's holes (io_uring, bpf, splice, userfaultfd), and sockets.
+are, above all, calls that reach out of namespaces or count against the user (keys, message queues, watches), that in
+the past were a kernel's holes (io_uring, bpf, splice, userfaultfd), and sockets. A lock on a file is granted without
+being taken: one on a file of the machine would keep others outside waiting, and a filter can't tell files apart.
 """
 
 import errno
@@ -21,7 +22,8 @@ _ALLOWED = """
     faccessat 269 48, readlink 89 -, readlinkat 267 78, getdents 78 -, getdents64 217 61, mkdir 83 -, mkdirat 258 34,
     rmdir 84 -, unlink 87 -, unlinkat 263 35, rename 82 -, renameat 264 38, renameat2 316 276, link 86 -,
     linkat 265 37, symlink 88 -, symlinkat 266 36, mknod 133 -, mknodat 259 33, chmod 90 -, fchmod 91 52,
-    fchmodat 268 53, utimensat 280 88, chdir 80 49, fchdir 81 50, getcwd 79 17, umask 95 166, getxattr 191 8,
+    fchmodat 268 53, chown 92 -, fchown 93 55, lchown 94 -, fchownat 260 54,
+    utimensat 280 88, chdir 80 49, fchdir 81 50, getcwd 79 17, umask 95 166, getxattr 191 8,
     lgetxattr 192 9, fgetxattr 193 10, listxattr 194 11, llistxattr 195 12, flistxattr 196 13,
     brk 12 214, mmap 9 222, munmap 11 215, mprotect 10 226, mremap 25 216, madvise 28 233,
     fork 57 -, vfork 58 -, execve 59 221, exit 60 93, exit_group 231 94, wait4 61 260, waitid 247 95, kill 62 129,
@@ -43,12 +45,15 @@ _NAMESPACES = 0x7E020000  # CLONE_NEW...: mounts, cgroup, host name, IPC, users,
 # name -> its numbers, the argument's index, its values, and the error for others
 _ALLOWED_ARGUMENTS = {
     "prlimit64": ((302, 261), 0, (0,), errno.EPERM),  # of itself
+    "setpriority": ((141, 140), 0, (0,), errno.EPERM),  # PRIO_PROCESS
     "prctl": ((157, 167), 0, (15, 16), errno.EINVAL),  # PR_SET_NAME, PR_GET_NAME
-    "fcntl": ((72, 25), 1, (0, 1, 2, 3, 4, 1030), errno.EINVAL),  # F_DUPFD, F_{GET,SET}{FD,FL}, F_DUPFD_CLOEXEC
+    # F_DUPFD, F_{GET,SET}{FD,FL}, F_GETLK, F_OFD_GETLK, F_DUPFD_CLOEXEC
+    "fcntl": ((72, 25), 1, (0, 1, 2, 3, 4, 5, 36, 1030), errno.EINVAL),
     # TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX
     "ioctl": ((16, 29), 1, (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451), errno.ENOTTY),
 }
-_CLONE, _SOCKET, _SOCKETPAIR = (56, 220), (41, 198), (53, 199)
+_CLONE, _SOCKET, _SOCKETPAIR, _FLOCK = (56, 220), (41, 198), (53, 199), (73, 32)
+_LOCKS = {"fcntl": (6, 7, 37, 38)}  # F_SETLK, F_SETLKW, F_OFD_SETLK, F_OFD_SETLKW
 _AF_UNIX, _SOCK_STREAM, _SOCK_TYPES = 1, 1, 0xF
 
 _LOAD, _AND, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x54, 0x15, 0x35, 0x45, 0x06
@@ -71,8 +76,10 @@ def build_filter() -> bytes:
     rules += [(_LOAD, 0, 0, _NUMBER), (_AT_LEAST, 0, 1, 0x40000000), _refuse(None)]  # x86's second table
     for number in _list_allowed(machine):
         rules += _case(number, [])
-    for numbers, index, values, error in _ALLOWED_ARGUMENTS.values():
-        rules += _case(numbers[machine], _one_of(index, values, error))
+    rules += [(_EQUAL, 0, 1, _FLOCK[machine]), _refuse(0)]
+    for name, (numbers, index, values, error) in _ALLOWED_ARGUMENTS.items():
+        locks = [rule for lock in _LOCKS.get(name, ()) for rule in ((_EQUAL, 0, 1, lock), _refuse(0))]
+        rules += _case(numbers[machine], [_load_argument(index), *locks, *_one_of(index, values, error)])
     rules += _case(_CLONE[machine], [_load_argument(0), (_ANY_BIT, 0, 1, _NAMESPACES), _refuse(errno.EPERM)])
     unix_stream = _one_of(0, (_AF_UNIX,), errno.EAFNOSUPPORT)
     unix_stream += [_load_argument(1), (_AND, 0, 0, _SOCK_TYPES), (_EQUAL, 1, 0, _SOCK_STREAM)]
@@ -102,5 +109,5 @@ def _load_argument(index: int) -> _Rule:
 
 
 def _refuse(error: int | None) -> _Rule:
-    """Fail with that error; None kills the process."""
+    """Fail with that error; 0 does nothing and succeeds, None kills the process."""
     return (_RETURN, 0, 0, _KILL if error is None else _ERRNO | error)
