@@ -398,6 +398,24 @@ def test_a_run_that_nobody_reads_saves_and_stops(output, writes, command, tmp_pa
     assert len(checkpoints(folder)) == 1 and (folder / ".preempted").exists()
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_a_run_and_its_workers(number, command, tmp_path):
+    """As scancel and a terminal send it: torch's data loader would raise in the middle of a step where one dies."""
+    folder, rows = tmp_path / "out", write_jsonl(tmp_path / "many.jsonl", make_rows(4000))
+    argv = command(folder, dataset_name=rows, max_steps=1000, dataloader_num_workers=2)
+    program = [sys.executable, "-m", "tsdkd", *argv]
+    child = subprocess.Popen(program, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    wait_for(folder / "checkpoint-2")
+    workers = psutil.Process(child.pid).children()
+    assert len(workers) >= 2
+    os.killpg(child.pid, number)
+    errors = child.communicate()[1]
+    assert child.returncode == PREEMPTED, errors[-2000:]
+    assert errors.count("Ctrl-C again") == (number == signal.SIGINT)
+    psutil.wait_procs(workers, timeout=60)
+    assert not any(worker.is_running() for worker in workers)
+
+
 def test_a_full_disk_for_the_log_is_not_the_runs(command, tmp_path):
     folder = tmp_path / "out"
     assert Run(command(folder, logging_steps=1), folder, environment={"CRASH_OUTPUT": "/dev/full"}).wait() == 0
@@ -815,6 +833,40 @@ def test_other_frozen_weights_are_not_resumed(field, values, change, command, sa
     shutil.rmtree(folder)
     shutil.copytree(saved_model("qwen3", 0), folder, copy_function=shutil.copyfile)
     assert main(command(**{**argv, "max_steps": 4})) == 0
+
+
+def bump(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1]))
+
+
+@pytest.mark.parametrize(
+    ("init_kwargs", "loaded", "others"),
+    [
+        ({}, ["model.safetensors", "config.json"], ["consolidated.safetensors", "pytorch_model.bin", "notes.json"]),
+        ({"use_safetensors": False}, ["pytorch_model.bin"], ["model.safetensors"]),
+        ({"variant": "fp16"}, ["model.fp16.safetensors"], ["model.safetensors"]),
+        ({"subfolder": "sub"}, ["sub/model.safetensors"], ["model.safetensors"]),
+        ({"subfolder": "index"}, ["index/a.safetensors", "index/b.safetensors"], ["index/c.safetensors"]),
+    ],
+)
+def test_what_is_loaded_identifies_a_model(init_kwargs, loaded, others, tmp_path):
+    """And nothing else that lies beside it."""
+    for name in {*loaded, *others, "model.safetensors", "config.json"}:
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(name.encode())
+    weight_map = {"x": "a.safetensors", "y": "b.safetensors"}
+    (tmp_path / "index").mkdir(exist_ok=True)
+    (tmp_path / "index/model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    identity = lambda: identify_model(str(tmp_path), AutoConfig.for_model("qwen3"), init_kwargs)  # noqa: E731
+    before = identity()
+    for name in others:
+        bump(tmp_path / name)
+    assert identity() == before
+    for name in loaded:
+        bump(tmp_path / name)
+        assert identity() != before
+        bump(tmp_path / name)
 
 
 def test_a_checkpoint_that_does_not_name_the_teacher(command, tmp_path, monkeypatch):

@@ -82,7 +82,8 @@ class CheckpointMixin(Trainer):
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
         """Trainer's, whose workers a signal to all processes of the run would end in the middle of a step."""
         loader = super()._get_dataloader(*args, **kwargs)
-        loader.worker_init_fn = partial(_init_worker, loader.worker_init_fn)
+        inner = getattr(loader, "base_dataloader", loader)  # of accelerate's
+        inner.worker_init_fn = partial(_init_worker, inner.worker_init_fn)
         return loader
 
     # Saving
