@@ -18,7 +18,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from ..config.logs import get_logger
-from ..config.stop_signals import ignore_stop_signals
+from ..config.stop_signals import leave_stop_signals_to_parent
 from ..errors import CheckpointError
 from ..files import has_text, write_atomically
 from . import checkpoint, preemption
@@ -195,7 +195,7 @@ class CheckpointMixin(Trainer):
 
 
 def _init_worker(init: Callable[[int], Any] | None, worker_id: int) -> None:
-    ignore_stop_signals()
+    leave_stop_signals_to_parent()
     if init is not None:
         init(worker_id)
 

@@ -29,11 +29,21 @@ def handle_stop_signals(handler: Callable[[int, FrameType | None], object]) -> I
             signal.signal(number, signal.SIG_DFL if previous is None else previous)  # None: not set by Python
 
 
-def ignore_stop_signals() -> None:
-    """For a process that a run has forked, such as a data loader's worker: the run needs it to end its step, and ends
-    it then."""
+def leave_stop_signals_to_parent() -> None:
+    """For a process that a run has forked, such as a data loader's worker: a signal to all of the run's processes
+    doesn't end it, since the run needs it to end its step; SIGTERM from the run itself does."""
     for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+        if number != signal.SIGTERM:
+            signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=_obey_parent, daemon=True).start()
+
+
+def _obey_parent() -> None:
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def announce_stop() -> None:
