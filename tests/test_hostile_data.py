@@ -131,7 +131,16 @@ def test_files_that_readers_crash_on_or_wait_for(kind: str, place: str, tmp_path
 
 
 @pytest.mark.parametrize(
-    "files", ["{}/secret.txt", "file://{}/secret.txt", "../secret.txt", "gzip://x::{}/secret.txt"]
+    "files",
+    [
+        "{}/secret.txt",
+        "file://{}/secret.txt",
+        "local://{}/secret.txt",
+        "local://{}/folder/../secret.txt",
+        "../secret.txt",
+        "gzip://x::{}/secret.txt",
+        "gzip://x::local://{}/secret.txt",
+    ],
 )
 def test_a_card_names_files_of_its_folder(files: str, tmp_path: Path) -> None:
     """Somebody's files must not become prompts."""
@@ -158,6 +167,22 @@ def test_columns_that_open_files_are_left_out(feature: Any, tmp_path: Path) -> N
     table = table.cast(features.arrow_schema).replace_schema_metadata(features.arrow_schema.metadata)
     pq.write_table(table, tmp_path / "rows.parquet")
     assert load_split(str(tmp_path / "rows.parquet"), None, "train").column_names == ["prompt"]
+
+
+@pytest.mark.parametrize("rows", [{f"c{i}": 1 for i in range(300)}, {"c" * 90_000: 1}, {"image": None}])
+@pytest.mark.parametrize("column", [None, "question"])
+def test_a_message_lists_few_columns(rows: dict[str, Any], column: str | None) -> None:
+    with pytest.raises(DataError, match="no column") as caught:
+        prepare([rows], prompt_column=column)
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("name", ["json", "csv", "text"])
+def test_a_folder_may_be_called_as_a_reader(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / name).mkdir()
+    write_jsonl(tmp_path / name / "train.jsonl", [{"prompt": "w1"}])
+    monkeypatch.chdir(tmp_path)
+    assert load_split(name, None, "train")["prompt"] == ["w1"]
 
 
 def test_brackets_in_texts_are_no_levels(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Attacks: data sets, configurations, files and models that strangers made, in random shapes."""
 
 import contextlib
+import gzip
 import io
 import json
 import logging
@@ -18,6 +19,8 @@ from unittest import mock
 
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 import yaml
 from datasets import Dataset
@@ -416,6 +419,88 @@ def _odd_data(rng: random.Random, folder: Path) -> None:
         _refused(folder, "train", *_flags({**_RUN, "dataset_name": name, "output_dir": "out"}))
 
 
+def _deep_data(rng: random.Random, folder: Path) -> None:
+    """JSON of any depth, in files of any ending that a reader takes, for training and for an evaluation."""
+    count, opening, closing = int(10 ** rng.uniform(4.3, 5.5)), *rng.choice(["[]", "{}"])
+    opening = opening if opening == "[" else f'{{"{_letters(rng)}": '
+    row = f'{{"prompt": {opening * count}1{closing * count}}}\n'.encode()
+    name = rng.choice(["train.jsonl", "train.ndjson", "train.jsonl.gz", "test.jsonl"])
+    task = folder / "demo_greedy"
+    task.mkdir()
+    (task / name).write_bytes(gzip.compress(row) if name.endswith("gz") else row)
+    with _inside(folder):
+        if name == "test.jsonl":
+            flags = ["--suite", "demo", "--benchmarks", "demo_greedy", "--data_dir", ".", "--output_dir", "out"]
+            code, error = _call("eval", "m=tsdkd://demo/student", *flags)
+            assert code == 2 and "demo_greedy" in error and "Traceback" not in error, (code, error[-500:])
+            assert not any(path.is_file() for path in (folder / "out").rglob("*")), "something was written"
+        else:
+            _refused(folder, "train", *_flags({**_RUN, "dataset_name": "demo_greedy", "output_dir": "out"}))
+
+
+def _card(rng: random.Random, folder: Path) -> None:
+    """A card has a folder's data read elsewhere."""
+    secret, data, row = folder / _letters(rng) / "rows.jsonl", folder / "data", '{"prompt": "x"}\n'
+    for path in (secret, data / "train.jsonl", data / "sub" / "train.jsonl"):
+        path.parent.mkdir(exist_ok=True, parents=True)
+        path.write_text(row)
+    (data / "spec.json").write_text(json.dumps({"version": 1, "refs": {"x.jsonl": [str(secret)]}}))
+    up = rng.choice(["../", "sub/../../", "./../", f"{data}/../", f"{data}/sub/../../"])
+    places = [f"{up}{secret.parent.name}/{rng.choice(['rows.jsonl', '*.jsonl', '**'])}", str(secret)]
+    place = rng.choice(
+        [*places, f"{rng.choice(['file', 'local'])}://{secret}", f"reference://x.jsonl::{data}/spec.json"]
+    )
+    files = rng.choice(
+        [place, [place], ["train.jsonl", place], {"train": place}, [{"split": "train", "path": [place]}]]
+    )
+    config: dict[str, Any] = {"config_name": _letters(rng), "data_files": files}
+    if rng.random() < 0.2:
+        config = {"config_name": _letters(rng), "data_dir": f"../{secret.parent.name}"}
+    card = yaml.safe_dump({"configs": [config]})
+    if rng.random() < 0.2:
+        (data / ".huggingface.yaml").write_text(card)
+    else:
+        (data / "README.md").write_text(f"---\n{card}---\n")
+    with _inside(folder):
+        _refused(folder, "train", *_flags({**_RUN, "dataset_name": "data", "output_dir": "out"}))
+
+
+def _media(rng: random.Random, folder: Path) -> None:
+    """A column whose values name a pipe, which would hang whoever opens it."""
+    os.mkfifo(folder / "pipe")
+    value: Any = {"bytes": None, "path": str(folder / "pipe")}
+    feature: Any = {"_type": rng.choice(["Image", "Audio", "Video", "Pdf", "Nifti"])}
+    for _ in range(rng.randint(0, 4)):
+        if rng.random() < 0.5:
+            value, feature = [value], {"_type": rng.choice(["List", "LargeList", "Sequence"]), "feature": feature}
+        else:
+            name = _letters(rng)
+            value, feature = {name: value}, {name: feature}
+    column, features = rng.choice(["prompt", "answer", "x"]), {"prompt": {"_type": "Value", "dtype": "string"}}
+    table = pa.Table.from_pylist([{"prompt": "x", column: value}] * rng.randint(1, 3))
+    info = {"info": {"features": features | {column: feature}}}
+    pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps(info)}), folder / "rows.parquet")
+    with _inside(folder):
+        code, error = _call(
+            "train", "--dry_run", *_flags({**_RUN, "dataset_name": "rows.parquet", "output_dir": "out"})
+        )
+    assert (code == 2 or column != "prompt") and code in (0, 2) and "Traceback" not in error, (code, error[-500:])
+
+
+def _many_columns(rng: random.Random, folder: Path) -> None:
+    """Thousands of columns, or long names, and none that is a prompt: the message stays short."""
+    names = [_letters(rng) * rng.choice([1, 1, 900]) + str(i) for i in range(rng.randint(1, 2000))]
+    (folder / "rows.jsonl").write_text(json.dumps(dict.fromkeys(names, "x")) + "\n")
+    with _inside(folder):
+        _refused(
+            folder, "train", *_flags({**_RUN, "dataset_name": "rows.jsonl", "output_dir": "out"}), names=("column",)
+        )
+
+
+def _letters(rng: random.Random) -> str:
+    return "".join(rng.choices("abcdefgh", k=rng.randint(1, 8)))
+
+
 def _odd_columns(rng: random.Random, folder: Path) -> None:
     """Columns with internal names, of any type, change nothing."""
     ours = [
@@ -673,6 +758,10 @@ ATTACKS: dict[str, Callable[[random.Random, Path], None]] = {
     "job scripts": _job_scripts,
     "columns with our names": _odd_columns,
     "data that is none": _odd_data,
+    "data that is nested deeply": _deep_data,
+    "cards that name files elsewhere": _card,
+    "columns that open files": _media,
+    "thousands of columns": _many_columns,
     "chat templates": _templates,
     "a foreign output file": _foreign_output,
     "an output file that was cut off": _own_output,

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .config.base import TokenSelectiveConfig
 from .config.logs import get_logger
-from .errors import DataError
+from .errors import DataError, list_names
 from .files import load_in_child_first, require_readable_data
 from .models.chat_template import render_prompt
 from .models.hub import offline_reason
@@ -62,7 +62,8 @@ def load_split(name: str, config: str | None, split: str, field: str = "dataset_
             raise DataError(f"{field}: there is no file {name!r}")
         elif path.exists():
             _require_own_files(path, config)
-            rows = load_in_child_first(lambda: load_dataset(name, config, split=split))
+            folder = os.path.abspath(path)  # or one that is called json would be taken for a reader
+            rows = load_in_child_first(lambda: load_dataset(folder, config, split=split))
         else:
             offline = offline_reason()
             rows = load_dataset(name, config, split=split)
@@ -83,11 +84,10 @@ def load_split(name: str, config: str | None, split: str, field: str = "dataset_
 def _require_own_files(folder: Path, config: str | None) -> None:
     """Raise `ValueError` if a folder's README.md says that files elsewhere are its data."""
     places = [Path(os.path.abspath(folder)), Path(os.path.realpath(folder))]
-    files = load_dataset_builder(str(folder), config).config.data_files or {}
-    for file in (str(file).rpartition("::")[2] for some in files.values() for file in some):
-        path = file.removeprefix("file://")
-        if "://" not in path and not any(Path(os.path.abspath(path)).is_relative_to(place) for place in places):
-            raise ValueError(f"{file} isn't in the folder")
+    files = load_dataset_builder(str(places[0]), config).config.data_files or {}
+    for file in (str(file) for some in files.values() for file in some):  # a URL, of any protocol, is no file of it
+        if not any(Path(os.path.normpath(file)).is_relative_to(place) for place in places):
+            raise ValueError(f"{file[:200]!r} isn't in the folder")
 
 
 def _opens_files(feature: Any) -> bool:
@@ -180,14 +180,14 @@ def resolve_columns(rows: Dataset, args: TokenSelectiveConfig) -> tuple[str, str
     for field in ("prompt_column", "completion_column"):
         name = getattr(args, field)
         if name is not None and name not in columns:
-            raise DataError(f"{field}: the data set has no column {name!r}, it has {', '.join(columns)}")
+            raise DataError(f"{field}: the data set has no column {name!r}, it has {list_names(columns)}")
     completion = args.completion_column or ("completion" if "completion" in columns else None)
     prompt = args.prompt_column or ("prompt" if "prompt" in columns else None)
     if prompt is not None:
         return prompt, completion
     if "messages" not in columns:
         raise DataError(
-            f"the data set has no column 'prompt' or 'messages', it has {', '.join(columns)}; set prompt_column"
+            f"the data set has no column 'prompt' or 'messages', it has {list_names(columns)}; set prompt_column"
         )
     if args.completion_column:
         raise DataError("completion_column: no use beside messages, whose last assistant turn is the completion")

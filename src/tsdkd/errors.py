@@ -5,6 +5,7 @@ may be a stranger's: `escape_line` and `escape_controls` make it fit for a termi
 """
 
 import re
+from collections.abc import Iterable
 
 # C0 but tab and newline, DEL, C1, directions of text, separators of lines and paragraphs, halves of surrogate pairs
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -72,6 +73,13 @@ class ResumeError(TSDKDError, ValueError):
 
 class OutputDirError(TSDKDError, FileExistsError):
     """The output directory holds files that the run would overwrite."""
+
+
+def list_names(names: Iterable[str]) -> str:
+    """The first 20 names, for a message: a stranger's data may have thousands of columns."""
+    names = list(names)
+    more = f" and {len(names) - 20:,} more" if len(names) > 20 else ""
+    return ", ".join(name[:60] for name in names[:20]) + more if names else "none"
 
 
 def first_line(error: BaseException) -> str:

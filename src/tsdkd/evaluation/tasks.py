@@ -13,8 +13,8 @@ from jinja2 import UndefinedError
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 
-from ..errors import DataError, first_line
-from ..files import load_in_child_first
+from ..errors import DataError, first_line, list_names
+from ..files import load_in_child_first, require_readable_data
 from ..grading import is_boxed_letter, is_exact_match, is_math_equivalent
 from .sandbox import run_program
 from .suites import Benchmark
@@ -145,7 +145,7 @@ def _validate_rows(task: Task, benchmark: Benchmark, data_dir: Path) -> None:
         for number, row in enumerate(rows):
             try:
                 if empty := [name for name in row if row[name] is None and _is_used(name, task, benchmark, row)]:
-                    raise ValueError(f"no {', '.join(empty)}")
+                    raise ValueError(f"no {list_names(empty)}")
                 if benchmark.requires_code_execution and not _is_list_of_text(row["test_list"]):
                     raise ValueError("test_list isn't a list of strings")
                 _, target = task.doc_to_text(row), task.doc_to_target(row)
@@ -156,10 +156,10 @@ def _validate_rows(task: Task, benchmark: Benchmark, data_dir: Path) -> None:
                 if benchmark.task in CUSTOM_TASKS:
                     CUSTOM_TASKS[benchmark.task]["grade"]("", row)
             except Exception as error:  # of templates and functions of many hands
-                text = " ".join(str(error).split())
+                text = " ".join(str(error).split())[:300]
                 raise DataError(
                     f"--data_dir: {kind} {number} of {data_dir / task.task_name} isn't a row of {benchmark.title}: "
-                    f"{type(error).__name__}: {text}; it has {', '.join(row)}"
+                    f"{type(error).__name__}: {text}; it has {list_names(row)}"
                 ) from error
 
 
@@ -267,7 +267,10 @@ def _local_dataset_config(task: str, data_dir: Path) -> dict[str, Any]:
     if not files:
         raise DataError(f"--data_dir: no {data_dir / task}/<split>.jsonl")
     try:
+        require_readable_data(data_dir / task)
         load_in_child_first(lambda: load_dataset("json", data_files=files))
     except Exception as error:  # the reader's own
-        raise DataError(f"--data_dir: {data_dir / task} can't be read: {first_line(error)}") from error
+        raise DataError(
+            f"--data_dir: {data_dir / task} can't be read: {first_line(error.__cause__ or error)[:300]}"
+        ) from error
     return {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": files}}

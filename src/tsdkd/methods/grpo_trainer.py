@@ -11,7 +11,7 @@ from ..checkpointing.preemption import PreemptionCallback
 from ..checkpointing.trainer_mixin import CheckpointMixin
 from ..config.inherited import UNSUPPORTED_OPTIONS
 from ..data import append_prompt_suffix, prepare_dataset, resolve_columns, split_prompt_completion
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, list_names
 from ..models.loading import load_student, resolve_pair
 
 
@@ -107,7 +107,7 @@ def _prepare_prompts(rows: Dataset, template: PreTrainedTokenizerBase, args: Any
     if source is None:
         raise DataError(
             "grpo rewards right answers: the data set has no column 'answer' or 'solution', it has "
-            f"{', '.join(rows.column_names)}"
+            f"{list_names(rows.column_names)}"
         )
     from ..grading import extract_answer  # math-verify is an extra
 
