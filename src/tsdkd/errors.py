@@ -87,6 +87,11 @@ def first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
+def explain_damage(error: BaseException) -> str:
+    """`first_line` of what reading a damaged file raised: a `KeyError` says that its key is missing."""
+    return f"{error} is missing" if isinstance(error, KeyError) else first_line(error)
+
+
 def escape_controls(text: str) -> str:
     """Show what would steer a terminal, or couldn't be encoded, as an escape such as `\\x1b`; tab and newline stay."""
     return _CONTROLS.sub(lambda match: ascii(match[0])[1:-1], text)

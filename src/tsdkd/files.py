@@ -238,8 +238,8 @@ def iter_whole_lines(path: Path, prefix: bytes, field: str = "output_dir") -> It
 
 def _is_json(text: bytes) -> bool:
     try:
-        json.loads(text)
-    except (ValueError, RecursionError):
+        parse_json(text, "it")
+    except DataError:
         return False
     return True
 

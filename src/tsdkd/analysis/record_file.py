@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..config.coercion import shorten
-from ..errors import DataError, first_line
+from ..errors import DataError, explain_damage
 from ..files import parse_json
 from ..trainer.token_records import MASS_TOP_K, NUM_CANDIDATES
 
@@ -81,7 +81,7 @@ def read_record_file(path: Path) -> RecordFile:
         _check_texts(record)
         return record
     except (OSError, ValueError, KeyError, TypeError, AttributeError, MemoryError, pa.ArrowException) as error:
-        reason = f"{error} is missing" if isinstance(error, KeyError) else first_line(error)[:200].rstrip(".")
+        reason = explain_damage(error)[:200].rstrip(".")
         raise DataError(f"{path} isn't a record of tsdkd, or is damaged: {reason}") from error
 
 

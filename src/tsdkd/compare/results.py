@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..analysis.left_out import leave_out_damaged, leave_out_failure, warn_of_skipped
-from ..files import wrap_os_errors, write_atomically
+from ..files import write_atomically
 from .config import REFERENCE_MODELS, Comparison
 from .plot import plot_accuracy
 from .summary import format_summary, metric_names, summarize
@@ -32,7 +32,7 @@ def write_results(comparison: Comparison) -> Path | None:
         write_atomically(path, format_summary(comparison, summaries))
         if not all(summary.is_reference for summary in summaries):
             picture = comparison.folder / "results.png"
-            with leave_out_failure("results.png", skipped), wrap_os_errors(picture, action="written"):
+            with leave_out_failure("results.png", skipped):
                 plot_accuracy(comparison, summaries, metrics[:3], picture)
     warn_of_skipped(skipped)
     return path if results else None

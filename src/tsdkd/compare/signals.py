@@ -1,12 +1,11 @@
 """A cluster's or a terminal's signals, handed on to the processes that train or generate."""
 
-import signal
 import subprocess
 from collections.abc import Sequence
 from contextlib import ExitStack
 
-from ..config.stop_signals import announce_stop, handle_stop_signals
-from ..launch.children import kill_descendants
+from ..config.stop_signals import handle_stop_signals
+from ..launch.children import handle_interrupt
 
 
 class SignalForwarder:
@@ -15,14 +14,16 @@ class SignalForwarder:
 
     Args:
         processes: may grow meanwhile.
-
-    Attributes:
-        has_received_signal: whether one came.
     """
 
     def __init__(self, processes: Sequence[subprocess.Popen[bytes]]) -> None:
-        self.processes, self.has_received_signal = processes, False
-        self._num_interrupts = 0
+        self.processes = processes
+        self._received: list[int] = []
+
+    @property
+    def has_received_signal(self) -> bool:
+        """Whether one came."""
+        return bool(self._received)
 
     def __enter__(self) -> "SignalForwarder":
         self._handlers = ExitStack()
@@ -33,12 +34,8 @@ class SignalForwarder:
         self._handlers.close()
 
     def _forward(self, number: int, frame: object) -> None:
-        self.has_received_signal = True
-        if number == signal.SIGINT:
-            self._num_interrupts += 1
-            if self._num_interrupts > 1:
-                kill_descendants()
-            announce_stop()
+        self._received.append(number)
+        handle_interrupt(self._received)
         for process in list(self.processes):
             if process.poll() is None:
                 process.terminate()

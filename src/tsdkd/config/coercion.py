@@ -14,7 +14,7 @@ from enum import Enum
 from typing import Any, Literal, Union, get_args, get_origin
 
 _MAX_SHOWN = 200  # characters of a value in a message
-_MAX_DEPTH = 50  # levels of a mapping or a list
+MAX_DEPTH = 50  # levels of a mapping or a list
 _MAX_NUMBER = 1e38  # what float32 holds
 _repr = reprlib.Repr()
 _repr.maxlist = _repr.maxdict = 30
@@ -152,7 +152,7 @@ def _to_dict(value: Any) -> dict[str, Any]:
         except json.JSONDecodeError as error:
             raise ValueError(f"is not valid JSON ({error.msg}), found {shorten(value)}") from None
         except RecursionError:
-            raise ValueError(f"has more than {_MAX_DEPTH} levels") from None
+            raise ValueError(f"has more than {MAX_DEPTH} levels") from None
     if not isinstance(value, dict):
         raise ValueError("")
     return value
@@ -180,8 +180,8 @@ def explain_unusual(value: Any, level: int = 1) -> str | None:
         return "must hold numbers of at most 64 bits"
     if not isinstance(value, (dict, list)):
         return None
-    if level > _MAX_DEPTH:
-        return f"has more than {_MAX_DEPTH} levels"
+    if level > MAX_DEPTH:
+        return f"has more than {MAX_DEPTH} levels"
     elements = [part for pair in value.items() for part in pair] if isinstance(value, dict) else value
     return next((problem for element in elements if (problem := explain_unusual(element, level + 1))), None)
 

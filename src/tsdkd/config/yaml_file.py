@@ -6,11 +6,10 @@ from typing import Any
 import yaml
 
 from ..files import read_small_file
-from .coercion import is_plain_text
+from .coercion import MAX_DEPTH, is_plain_text
 
 MAX_BYTES = 2**18
 """Of a file, and of what its aliases make of it. The largest that ships has 5,000."""
-MAX_DEPTH = 50
 _MAX_NUMBER = 100  # characters: longer ones take Python quadratic time
 _MAX_KEY = 200
 _PREFIX = "tag:yaml.org,2002:"

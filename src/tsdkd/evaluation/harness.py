@@ -4,7 +4,6 @@ import contextlib
 import gc
 import importlib.metadata
 import io
-import json
 import logging
 from collections.abc import Callable
 from functools import partial
@@ -20,9 +19,9 @@ from lm_eval.api.task import Task
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import ModelError, first_line
-from ..files import read_small_file
 from ..models.chat_template import limit_template
 from ..models.finite_weights import require_finite
+from ..models.hub import read_adapter_base
 from ..models.loading import get_revision, load_config
 from ..models.tokenizers import load_tokenizer
 from .items import ItemResult
@@ -137,11 +136,12 @@ def _to_item_result(task: str, sample: dict[str, Any], benchmark: Benchmark) -> 
 
 
 def _adapter_args(path: str, backend: str) -> dict[str, Any]:
-    config = Path(path, "adapter_config.json")
-    if not config.is_file():
-        return {}
     try:
-        base = str(json.loads(read_small_file(config, 2**20))["base_model_name_or_path"])
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ModelError(f"models: {config} can't be read: {first_line(error)[:300]}") from error
+        base = read_adapter_base(Path(path))
+    except ValueError as error:
+        raise ModelError(
+            f"models: {Path(path, 'adapter_config.json')} can't be read: {first_line(error)[:300]}"
+        ) from error
+    if base is None:
+        return {}
     return {"pretrained": base, "tokenizer": path, "peft" if backend == "hf" else "lora_local_path": path}

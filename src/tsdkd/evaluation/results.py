@@ -12,7 +12,7 @@ import numpy as np
 import yaml
 
 from ..config.coercion import finite_number, shorten
-from ..errors import DataError, escape_line, first_line
+from ..errors import DataError, escape_line, explain_damage
 from ..files import parse_json, read_bounded, write_atomically
 from ..run.output_dir import RUN_CONFIG_NAME, read_run_config
 from .scores import NUM_RESAMPLES, bootstrap_interval, format_p_value, paired_permutation_test, pass_at_k
@@ -97,8 +97,7 @@ def read_results(path: Path) -> tuple[dict[str, str], list[ResultEntry]]:
         models = {name: _check_text("models", model) for name, model in content["models"].items()}
         return models, [_check_entry(entry) for entry in content["results"]]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = f"{error} is missing" if isinstance(error, KeyError) else first_line(error)
-        raise DataError(f"{path} isn't from tsdkd eval: {reason}") from error
+        raise DataError(f"{path} isn't from tsdkd eval: {explain_damage(error)}") from error
 
 
 def _check_entry(entry: Any) -> ResultEntry:

@@ -10,9 +10,9 @@ from types import FrameType
 from typing import Any
 
 from ..config.launch import LAUNCHED, find_launch_config, launch_num_processes, read_launch_config
-from ..config.stop_signals import announce_stop, handle_stop_signals
+from ..config.stop_signals import handle_stop_signals
 from ..errors import ConfigError, PreemptedError
-from .children import collect_failures, kill_descendants, started_by_this, stop_children
+from .children import collect_failures, handle_interrupt, started_by_this, stop_children
 
 logger = logging.getLogger(__name__)
 
@@ -49,10 +49,7 @@ def launch_processes(config: str, options: dict[str, Any], command: Sequence[str
 
     def stop(number: int, frame: FrameType | None) -> None:
         stopped_by.append(number)
-        if number == signal.SIGINT:
-            if stopped_by.count(signal.SIGINT) > 1:
-                kill_descendants()
-            announce_stop()
+        handle_interrupt(stopped_by)
         if len(stopped_by) == 1:
             raise SignalException("stopped", signal.SIGTERM)  # with which torch ends the processes, and waits for them
 

@@ -5,12 +5,13 @@ import os
 import platform
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NoReturn
 
+from ..config.stop_signals import announce_stop
 from ..errors import PreemptedError
 
 _STARTED_BY = "TSDKD_STARTED_BY"  # in the environment of a process that tsdkd starts: which process did, and where
@@ -70,7 +71,15 @@ def stop_children() -> None:
     psutil.wait_procs(children)
 
 
-def kill_descendants() -> NoReturn:
+def handle_interrupt(received: Sequence[int]) -> None:
+    """For a launcher's handler, with the signals so far: a first Ctrl-C is announced, a second ends everything."""
+    if received[-1] == signal.SIGINT:
+        if received.count(signal.SIGINT) > 1:
+            _kill_descendants()
+        announce_stop()
+
+
+def _kill_descendants() -> NoReturn:
     """End this process, and all that it and they have started, at once."""
     import psutil
 

@@ -23,11 +23,12 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import get_session
 
 from ..config.coercion import shorten
-from ..errors import ModelError
-from ..files import require_regular_file
+from ..errors import ModelError, first_line
+from ..files import read_small_file, require_regular_file
 
 _FILE_TYPES = (".bin", ".jinja", ".json", ".model", ".py", ".safetensors", ".tiktoken", ".txt")
 _MAX_JSON = 2**28  # bytes; the largest tokenizers have 2**25
+_MAX_ADAPTER_CONFIG = 2**20  # bytes
 INIT_KWARGS = {"model_name_or_path": "model_init_kwargs", "teacher_model_name_or_path": "teacher_model_init_kwargs"}
 """Field that names a model -> field with its keyword arguments of `from_pretrained`."""
 
@@ -104,6 +105,17 @@ def _check_shards(index: Path) -> None:
     for shard in shards:
         if not isinstance(shard, str) or Path(shard).name != shard:
             raise ValueError(f"{index.name}: a shard must be a file beside it, found {shorten(shard)}")
+
+
+def read_adapter_base(folder: Path) -> str | None:
+    """The model that the adapter in a folder changes; None where there is no adapter. Raises `ValueError`."""
+    config = folder / "adapter_config.json"
+    if not config.is_file():
+        return None
+    try:
+        return str(json.loads(read_small_file(config, _MAX_ADAPTER_CONFIG))["base_model_name_or_path"])
+    except (KeyError, TypeError, RecursionError) as error:
+        raise ValueError(first_line(error)) from error
 
 
 def _is_hub_error(error: BaseException | None) -> bool:

@@ -11,6 +11,8 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from transformers import PretrainedConfig
 
+from .hub import read_adapter_base
+
 _MAX_THREADS = 16
 # what `from_pretrained` takes, the first that is there, and how they are called with a variant
 _SAFETENSORS = ("model{}.safetensors", "model.safetensors.index{}.json")
@@ -71,7 +73,7 @@ def _hash_file(path: Path) -> str:
 def _base_of_adapter(folder: Path) -> list[Path]:
     """The folder of the model that an adapter changes, where it is one."""
     try:
-        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
-        return [Path(base)] if Path(base).is_dir() else []
-    except (OSError, ValueError, TypeError, KeyError):
+        base = read_adapter_base(folder)
+    except ValueError:
         return []
+    return [Path(base)] if base is not None and Path(base).is_dir() else []

@@ -9,7 +9,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from ..checkpointing.checkpoint import list_checkpoints
 from ..config.coercion import finite_number, shorten
-from ..errors import DataError
+from ..errors import DataError, explain_damage
 from ..files import parse_json, read_bounded
 
 Curve = list[tuple[int, float]]
@@ -61,8 +61,7 @@ def read_trainer_state(folder: Path, skipped: list[str]) -> TrainerState | None:
         if not isinstance(log_history, list):
             raise ValueError(f"log_history: must be a list, found {shorten(log_history)}")
     except (ValueError, TypeError, KeyError) as error:
-        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-        raise DataError(f"{path} is damaged: {reason}") from error
+        raise DataError(f"{path} is damaged: {explain_damage(error)}") from error
     curves, problems = _read_curves(log_history)
     if problems:
         skipped.append(f"{path}: {len(problems)} values of its log, the first: {problems[0]}")
@@ -77,8 +76,7 @@ def _read_curves(log_history: list[Any]) -> tuple[dict[str, Curve], list[str]]:
         try:
             step = _read_step("step", entry["step"])
         except (ValueError, TypeError, KeyError) as error:
-            reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-            problems.append(f"entry {i}: {reason}")
+            problems.append(f"entry {i}: {explain_damage(error)}")
             continue
         for name, value in entry.items():
             if name in ("step", "epoch") or isinstance(value, bool) or not isinstance(value, int | float):

@@ -66,7 +66,8 @@ def resolve_resume(arguments: RunArguments) -> str | None:
         OutputDirError: as `check_output_dir`, or the directory has a run that has ended without a checkpoint.
         ResumeError: there is nothing to resume from, or a run of another configuration.
     """
-    check_output_dir(arguments)
+    for line in check_output_dir(arguments):
+        logger.info(f"resume: {line}")
     if not _is_resuming(arguments):
         return None
     folder, resume_setting = Path(str(arguments.training_args.output_dir)), _resume_setting(arguments)
@@ -81,8 +82,11 @@ def resolve_resume(arguments: RunArguments) -> str | None:
     return str(checkpoint.get_last_valid_checkpoint(folder))
 
 
-def check_output_dir(arguments: RunArguments) -> None:
+def check_output_dir(arguments: RunArguments) -> list[str]:
     """Check that the run may go into its output directory.
+
+    Returns:
+        How its length differs from that of the run which is there.
 
     Raises:
         OutputDirError: it has files that the run would mix with or overwrite, or a run of another configuration.
@@ -99,8 +103,10 @@ def check_output_dir(arguments: RunArguments) -> None:
         raise OutputDirError(
             f"output_dir: {folder} holds an earlier run; continue it with --resume true, or choose another"
         )
-    if changes := _describe_changes(arguments, folder) if present else "":
+    changes, lengths = _describe_changes(arguments, folder) if present else ("", [])
+    if changes:
         raise OutputDirError(f"output_dir: {folder} holds another run: {changes}; choose another directory")
+    return lengths
 
 
 def require_writable(folder: Path) -> None:
@@ -135,7 +141,10 @@ def _resolve_checkpoint(arguments: RunArguments, path: Path, folder: Path) -> st
     checkpoint.verify_checkpoint(path)
     run = path.resolve().parent
     elsewhere = run != folder.resolve() and (run / RUN_CONFIG_NAME).is_file()
-    if elsewhere and (changes := _describe_changes(arguments, run)):
+    changes, lengths = _describe_changes(arguments, run) if elsewhere else ("", [])
+    for line in lengths:
+        logger.info(f"resume: {line}")
+    if changes:
         raise ResumeError(
             f"resume_from_checkpoint: {path} is of another run: {changes}; to start from its weights alone, "
             "make it model_name_or_path"
@@ -191,9 +200,8 @@ def build_run_config(arguments: RunArguments) -> dict[str, Any]:
     return {"method": arguments.method, **{k: enum_value(v) for k, v in values.items()}}
 
 
-def _describe_changes(arguments: RunArguments, folder: Path) -> str:
-    """Describe the differences that make the run in `folder` a different run; harmless ones (its length) are
-    logged."""
+def _describe_changes(arguments: RunArguments, folder: Path) -> tuple[str, list[str]]:
+    """The differences that make the run in `folder` a different run, and the harmless ones, of its length."""
     try:
         before, now = read_run_config(folder), build_run_config(arguments)
     except DataError as error:
@@ -206,8 +214,6 @@ def _describe_changes(arguments: RunArguments, folder: Path) -> str:
         for name in sorted(before.keys() | now.keys())
         if name not in _MUTABLE_KEYS and (not name.startswith(_MUTABLE_PREFIXES) or "importance" in name)
     ]
-    changed = [(name, old, new) for name, old, new in changed if old != new]
-    lengths = [f"{name} was {old!r}, now {new!r}" for name, old, new in changed if name in _LENGTH_KEYS]
-    for line in lengths:
-        logger.info(f"resume: {line}")
-    return "; ".join(f"{name} was {old!r}, now {new!r}" for name, old, new in changed if name not in _LENGTH_KEYS)
+    texts = {name: f"{name} was {old!r}, now {new!r}" for name, old, new in changed if old != new}
+    other = "; ".join(text for name, text in texts.items() if name not in _LENGTH_KEYS)
+    return other, [text for name, text in texts.items() if name in _LENGTH_KEYS]
