@@ -18,7 +18,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -275,7 +274,8 @@ def test_a_signal_to_a_launcher_before_there_is_anything_to_save(number, command
         time.sleep(0.1)
     time.sleep(1)  # they import torch, for longer than that
     process.send_signal(number)
-    assert process.wait(60) == PREEMPTED, process.stderr.read()[-2000:]
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == PREEMPTED, errors[-2000:]
     assert not folder.exists()
 
 
@@ -362,11 +362,8 @@ def test_who_dies_with_the_process_that_started_it(launcher):
     process.wait()
     if "shell" not in launcher:
         assert not psutil.wait_procs([started], 30)[1]
-    process.stdin.write("the shell's child has waited for this\n")
-    with suppress(BrokenPipeError):
-        process.stdin.close()
-    process.stdout.read()
-    assert process.stderr.read() == ""  # input() would have complained of an end
+    errors = process.communicate("the shell's child has waited for this\n")[1]
+    assert errors == ""  # input() would have complained of an end
 
 
 # Nobody reads
@@ -770,7 +767,7 @@ def test_another_configuration_is_not_resumed(command, tmp_path, capsys):
     assert "learning_rate was 0.01, now 0.02" in error and "beta was 0.9, now 0.5" in error
     assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
     assert main(command(max_steps=4, logging_steps=1)) == 0  # longer, and logged otherwise
-    assert "max_steps was 2, now 4" in capsys.readouterr().out
+    assert capsys.readouterr().out.count("max_steps was 2, now 4") == 1
 
 
 def test_a_checkpoint_of_another_run_is_not_resumed(command, tmp_path, capsys):
