@@ -13,7 +13,8 @@ import torch
 
 from conftest import DDP, flags, launch, make_rows, weights, write_jsonl
 from tsdkd.cli import main
-from tsdkd.cli.logs import log_to_streams, set_log_level
+from tsdkd.cli.logs import log_to_streams
+from tsdkd.config.logs import set_log_level
 from tsdkd.run.presets import preset_paths
 
 METHODS = ["tsd-kd", "eopd"]
@@ -184,7 +185,8 @@ class Finder(PathFinder):  # as in an environment without the extras
 
 sys.meta_path[:] = [finder for finder in sys.meta_path if finder is not PathFinder] + [Finder]
 from tsdkd.cli import main
-from tsdkd.cli.logs import log_to_streams, set_log_level
+from tsdkd.cli.logs import log_to_streams
+from tsdkd.config.logs import set_log_level
 sys.exit(main(sys.argv[1:]))
 """
 

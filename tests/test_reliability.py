@@ -12,7 +12,9 @@ import pickle
 import platform
 import pty
 import random
+import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -255,10 +257,10 @@ def test_a_signal_saves_and_stops(number, command, tmp_path):
     os.kill(child.process.pid, number)
     assert child.wait() == PREEMPTED
     (checkpoint,) = checkpoints(folder)
-    assert f"{folder}/{checkpoint}; continue with --resume true --output_dir {folder}" in child.output
+    (again,) = re.findall(rf"{folder}/{checkpoint}; continue with: tsdkd (.*)", child.output)
     assert (folder / ".preempted").exists() and ("Ctrl-C again" in child.output) == (number == signal.SIGINT)
     assert not (folder / "model.safetensors").exists()
-    assert run(command(folder, **long_run), folder)[0] == 0
+    assert run(shlex.split(again), folder)[0] == 0
     assert run(command(whole, **long_run), whole)[0] == 0
     assert final(folder) == final(whole)
     assert not (folder / ".preempted").exists()
@@ -488,6 +490,20 @@ def test_two_runs_begin_at_once(command, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(runs, "build_trainer", slowly)
     assert main(command(folder, max_steps=2, resume="false")) == 2
     assert "another run has begun" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("resume", ["true", "false"])
+def test_a_run_that_got_nowhere_is_not_in_the_way(resume, command, tmp_path):
+    """Killed before its first checkpoint, it leaves a configuration, a log, and maybe a part of the checkpoint."""
+    folder = tmp_path / "out"
+    killed = Run(command(folder, max_steps=100_000, save_steps=100_000, report_to="tensorboard"), folder)
+    wait_for(folder / "runs")
+    killed.process.kill()
+    killed.wait()
+    (folder / ".writing-checkpoint-3").mkdir()
+    assert main(command(folder, max_steps=2, learning_rate=1e-3, resume=resume)) == 0
+    assert "learning_rate: 0.001" in (folder / "tsdkd_config.yaml").read_text()
+    assert main(command(folder, max_steps=2, learning_rate=1e-3, resume="false")) == 2
 
 
 @pytest.mark.parametrize("content", [b"", b"process 1 on elsewhere", b"\xff" * 10_000])

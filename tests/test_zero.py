@@ -247,7 +247,7 @@ def test_a_launcher_that_is_terminated(command, tmp_path):
     process.terminate()
     _, errors = process.communicate(timeout=300)
     assert process.returncode == PreemptedError.exit_code
-    assert "continue with --resume true" in errors and (folder / ".preempted").exists()
+    assert "continue with: tsdkd train" in errors and (folder / ".preempted").exists()
     (checkpoint,) = folder.glob("checkpoint-*")
     assert (checkpoint / "manifest.json").exists()
 

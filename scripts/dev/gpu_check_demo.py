@@ -36,7 +36,7 @@ def train(method: str, flags: list[str], stop: bool) -> None:
     for line in process.stdout:
         print(f"{method}: {line}", end="", flush=True)
         said = line.strip() or said
-        if stop and "'loss'" in line:
+        if stop and ", loss " in line:
             process.send_signal(signal.SIGTERM)
             stop = False
     if process.wait() != expected:

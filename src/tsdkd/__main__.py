@@ -5,6 +5,7 @@ import os
 import sys
 
 from .cli import main
+from .cli.logs import hide_progress_bars
 from .cli.output import never_failing_output
 from .launch.children import report_failure
 
@@ -26,6 +27,9 @@ def run() -> int:
         atexit.register(leave)  # the first to be registered is the last to run: trackers have ended by then
     try:
         with never_failing_output():
+            os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings are for developers
+            if not sys.stderr.isatty() or sys.argv[1:2] == ["demo"]:  # a log file, or models that are small
+                hide_progress_bars()
             code = main()
     except SystemExit as end:
         code = end.code or 0

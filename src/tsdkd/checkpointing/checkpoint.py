@@ -25,7 +25,7 @@ from ..errors import CheckpointError, ResumeError
 
 logger = get_logger(__name__)
 MANIFEST = "manifest.json"
-_PARTIAL_PREFIX, _DELETED_PREFIX = ".writing-", ".deleting-"
+PARTIAL_PREFIX, _DELETED_PREFIX = ".writing-", ".deleting-"
 _CHECKPOINT_PATTERN = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 _PACKAGES = ("tsdkd", "torch", "transformers", "trl", "accelerate")
 
@@ -62,7 +62,7 @@ def write_checkpoint(output_dir: Path, step: int, write_files: Callable[[Path], 
         CheckpointError: a file can't be written; the earlier checkpoints are as they were.
     """
     state, final = PartialState(), output_dir / f"{PREFIX_CHECKPOINT_DIR}-{step}"
-    partial = output_dir / f"{_PARTIAL_PREFIX}{final.name}"
+    partial = output_dir / f"{PARTIAL_PREFIX}{final.name}"
     try:
         if state.is_main_process:
             partial.mkdir(parents=True)
@@ -176,7 +176,7 @@ def rotate_checkpoints(newest: Path, keep: int | None, best: str | None) -> None
 
 def remove_partial_checkpoints(output_dir: Path) -> None:
     """Remove the leftovers of a killed save or rotation."""
-    for pattern in (f"{_PARTIAL_PREFIX}*", f"{_DELETED_PREFIX}*"):
+    for pattern in (f"{PARTIAL_PREFIX}*", f"{_DELETED_PREFIX}*"):
         for folder in output_dir.glob(pattern):
             shutil.rmtree(folder, ignore_errors=True)
 

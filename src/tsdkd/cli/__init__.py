@@ -49,8 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
     for name, text in _COMMANDS.items():
         commands.add_parser(name, help=text, add_help=False)
-    # transformers 5.24 tells TRL and PEFT, not the user, that they use the old name
-    warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated", category=FutureWarning)
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore", FutureWarning)  # what one library deprecates, another one uses
     stop_with_launcher()
     argv = list(sys.argv[1:] if argv is None else argv)
     command = parser.parse_args(argv[:1]).command

@@ -2,10 +2,12 @@
 
 import argparse
 import math
-from collections.abc import Callable, Sequence
+import shlex
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NoReturn
 
-from ..errors import escape_line
+from ..errors import PreemptedError, escape_line
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -28,6 +30,16 @@ def build_run_parser(command: str, description: str, epilog: str, usage: str) ->
     )
     parser.add_argument("--config", metavar="FILE", help="a YAML file, or the name of a shipped one (`tsdkd configs`)")
     return parser
+
+
+@contextmanager
+def say_how_to_continue(*command: str) -> Iterator[None]:
+    """Within it, a run that a signal stops also says by which command it goes on."""
+    try:
+        yield
+    except PreemptedError as error:
+        resume = [] if any(word.partition("=")[0] == "--resume" for word in command) else ["--resume", "true"]
+        raise PreemptedError(f"{error}; continue with: {shlex.join(['tsdkd', *command, *resume])}") from None
 
 
 def always_on_policy(config: str | None, flags: Sequence[str]) -> list[str]:

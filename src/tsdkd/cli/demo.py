@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from .arguments import ArgumentParser
+from .arguments import ArgumentParser, say_how_to_continue
 
 _EPILOG = """examples:
   tsdkd demo
@@ -36,7 +36,8 @@ def main(argv: Sequence[str]) -> int:
         flags += ["--output_dir", str(_next_free_dir(Path("runs/demo")))]
     if "record_steps" not in given:
         flags += ["--record_steps", "30"]  # the report's tokens
-    run_demo(parse_arguments(_PRESETS[args.method], flags))
+    with say_how_to_continue("demo", "--method", args.method, *flags):
+        run_demo(parse_arguments(_PRESETS[args.method], flags))
     return 0
 
 

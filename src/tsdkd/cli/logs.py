@@ -20,10 +20,13 @@ class _StreamsHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """See `logging.Handler`."""
+        from tqdm import tqdm  # its defaults, which a run may change, are those of the environment at its import
+
         is_warning = record.levelno >= logging.WARNING
         if is_warning or os.environ.get("RANK", "0") == "0":
             text = escape_controls(self.format(record))
-            print(text, file=sys.stderr if is_warning else sys.stdout, flush=True)
+            with tqdm.external_write_mode():  # a run's live line makes room
+                print(text, file=sys.stderr if is_warning else sys.stdout, flush=True)
 
 
 class _EscapedRecord(logging.LogRecord):
@@ -63,6 +66,7 @@ def escape_output() -> Iterator[None]:
 def log_to_streams() -> Iterator[None]:
     """While a command runs."""
     handler, before = _StreamsHandler(), (_LIBRARY.level, _LIBRARY.propagate)
+    logging.getLogger("DeepSpeed").addFilter(_is_for_users)
     _LIBRARY.addHandler(handler)
     _LIBRARY.setLevel(logging.INFO)
     _LIBRARY.propagate = False  # the root logger's handlers, which libraries install, would say it again
@@ -75,7 +79,12 @@ def log_to_streams() -> Iterator[None]:
         _LIBRARY.propagate = before[1]
 
 
-def set_log_level(name: str) -> None:
-    """A run's `log_level`, as transformers takes it: "passive" changes nothing."""
-    if name != "passive":
-        _LIBRARY.setLevel(name.upper())
+def _is_for_users(record: logging.LogRecord) -> bool:
+    """Not DeepSpeed's warning, on every machine without a GPU, that it computes on the CPU."""
+    return "Setting accelerator to CPU" not in record.getMessage()
+
+
+def hide_progress_bars() -> None:
+    """Hide libraries' bars, for loading and saving. To be called before anything imports tqdm."""
+    for name in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+        os.environ.setdefault(name, "1")

@@ -6,15 +6,17 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..config.launch import launch_config_names
+from ..config.logs import get_logger
 from ..errors import ConfigError, TSDKDError, escape_line
 from ..launch import accelerate as launch
 from ..launch.processes import LaunchSpec, configured_num_processes, resolve_launch
 from ..run.config_file import read_flags, read_yaml
-from .arguments import build_run_parser, int_at_least
-from .logs import set_log_level
+from .arguments import build_run_parser, int_at_least, say_how_to_continue
 
 if TYPE_CHECKING:
     from ..run.arguments import RunArguments
+
+logger = get_logger(__name__)
 
 _EPILOG = """Every field of the method's configuration, of TRL's ModelConfig and of transformers' TrainingArguments is
 a key of FILE and a flag: --learning_rate 1e-6, --gate false, --report_to tensorboard wandb.
@@ -51,6 +53,7 @@ def main(argv: Sequence[str]) -> int:
     launch_spec = resolve_launch(raw_values, launch_flags, do_train=not args.dry_run) if raw_values else None
 
     from ..launch.requirements import missing_extras
+    from ..run.announce import suggest_next
     from ..run.arguments import parse_arguments  # torch from here on
     from ..run.train import train
 
@@ -71,8 +74,10 @@ def main(argv: Sequence[str]) -> int:
         config_flags = [f"--config={args.config}"] if args.config is not None else []
         return launch.launch_processes(launch_spec.config, launch_spec.options, ["train", *config_flags, *flags])
     arguments = parse_arguments(args.config, flags)
-    set_log_level(arguments.training_args.log_level)
-    train(arguments)
+    with say_how_to_continue("train", *argv):
+        train(arguments)
+    for command in suggest_next(arguments):
+        logger.info(f"next: {command}")
     return 0
 
 

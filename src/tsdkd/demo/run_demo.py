@@ -1,7 +1,6 @@
 """The demo: accuracy of teacher and student, distillation, accuracy of the student on problems it never saw."""
 
 import logging
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,22 +30,23 @@ def run_demo(arguments: RunArguments) -> None:
     torch.set_num_threads(2)  # more cost more than they give on matrices of 64 x 64, and change the bits of the run
     rows = list(load_split(str(arguments.data_args.eval_dataset_name), None, "train"))[:NUM_PROBLEMS]
     teacher = evaluate_saved(str(arguments.training_args.teacher_model_name_or_path), rows)
-    logger.info("teacher         %s", _format_metrics(teacher))
+    logger.info("before training, on %d held-out problems, percent solved:", len(rows))
+    logger.info("teacher %s", _format_metrics(teacher))
     before = evaluate_saved(str(arguments.model_args.model_name_or_path), rows)
-    logger.info("student, before %s", _format_metrics(before))
-    start = time.perf_counter()
+    logger.info("student %s", _format_metrics(before))
     train(arguments)
-    seconds = time.perf_counter() - start
     after = evaluate_saved(str(arguments.training_args.output_dir), rows)
 
-    title = f"{arguments.method} on {len(rows)} held-out problems, {seconds:.0f} s of training"
-    table = Table(title=title, caption="percent solved; avg@8 and pass@8 at temperature 1")
+    logger.info("")
+    logger.info("%s on %d held-out problems, percent solved:", arguments.method, len(rows))
+    table = Table()
     for column in ("", *_TABLE_METRICS):
         table.add_column(column, justify="right" if column else "left")
     for name, result in (("teacher", teacher), ("student, before", before), ("student, after", after)):
         table.add_row(name, *(f"{result.metrics[metric]:.1f}" for metric in _TABLE_METRICS))
     table.add_row("gained", *(f"{after.metrics[metric] - before.metrics[metric]:+.1f}" for metric in _TABLE_METRICS))
     PlainConsole().print(table)
+    logger.info("avg@8 and pass@8: the mean, and the best, of 8 samples at temperature 1")
     _write_report(arguments, {"before": before, "after": after, "teacher": teacher})
 
 
@@ -73,7 +73,7 @@ def _write_report(arguments: RunArguments, eval_results: dict[str, EvalResult]) 
         measured.append(BenchmarkResult(name, greedy, np.array(result.is_greedy_correct, dtype=float)[:, None]))
         measured.append(BenchmarkResult(name, sampled, samples.astype(float)))
     write_results(measured, models, "before", folder / "eval", "demo")
-    logger.info("report: %s", write_report([folder], folder / "report.html"))
+    logger.info("report: %s (open it in a browser)", write_report([folder], folder / "report.html"))
 
 
 def evaluate_saved(folder: str, rows: list[dict[str, str]]) -> EvalResult:

@@ -45,6 +45,7 @@ def launch_processes(config: str, options: dict[str, Any], command: Sequence[str
     arguments.signals_to_handle = "SIGQUIT"  # torch would take those that we handle, ignored ones too
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # seconds to save in, after a SIGTERM
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes say it themselves
+    logging.getLogger("torch.distributed.run").setLevel(logging.ERROR)  # it sets OMP_NUM_THREADS, and warns of that
     stopped_by: list[int] = []
 
     def stop(number: int, frame: FrameType | None) -> None:

@@ -13,6 +13,7 @@ from ..config.inherited import UNSUPPORTED_OPTIONS
 from ..data import append_prompt_suffix, prepare_dataset, resolve_columns, split_prompt_completion
 from ..errors import ConfigError, DataError, list_names
 from ..models.loading import load_student, resolve_pair
+from ..trainer.progress import replace_progress_callback
 
 
 def accuracy_reward(completions: list[Any], answer: list[str], **columns: Any) -> list[float]:
@@ -67,6 +68,7 @@ class GRPOTrainer(CheckpointMixin, trl.GRPOTrainer):
         )
         self.preemption = PreemptionCallback(self.accelerator)
         self.add_callback(self.preemption)
+        replace_progress_callback(self)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """See `Trainer`; a final model gets TRL's model card."""

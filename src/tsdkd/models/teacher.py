@@ -18,9 +18,12 @@ from transformers.integrations.deepspeed import (
 )
 
 from ..config.base import TokenSelectiveConfig
+from ..config.logs import get_logger
 from ..errors import ConfigError
 from .finite_weights import require_finite
 from .loading import load_frozen_model
+
+logger = get_logger(__name__)
 
 
 def load_teacher(name: str | PreTrainedModel, config: PretrainedConfig, args: TokenSelectiveConfig) -> PreTrainedModel:
@@ -34,6 +37,7 @@ def load_teacher(name: str | PreTrainedModel, config: PretrainedConfig, args: To
     if not isinstance(name, str):
         require_finite(name, "teacher_model")
         return name
+    logger.info(f"loading the teacher {name}")
     dtype = (args.teacher_model_init_kwargs or {}).get("dtype", "auto")
     dtype = getattr(torch, dtype, None) or config.dtype or torch.float32
     sharded = _is_sharded(args)

@@ -16,6 +16,7 @@ from ..config.aliases import ALIASES, RENAMED, resolve_aliases
 from ..config.base import DataArguments, TokenSelectiveConfig
 from ..config.coercion import coerce, did_you_mean, explain_unusual, shorten
 from ..config.launch import LaunchArguments
+from ..config.logs import set_log_level
 from ..config.options import get_default
 from ..config.validation import get_rules, validate_options
 from ..errors import ConfigError
@@ -74,6 +75,7 @@ def parse_arguments(config: str | None, flags: Sequence[str], do_train: bool = T
     if config is None and not flags:
         raise ConfigError(["--config: missing; name a YAML file or a shipped preset (`tsdkd configs` lists them)"])
     arguments = parse_args_and_config(config, flags, do_train)
+    set_log_level(arguments.training_args.log_level)
     for note in arguments.notes:
         logger.info(note)
     return arguments

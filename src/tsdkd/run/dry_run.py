@@ -63,9 +63,9 @@ def _summarize_config(arguments: RunArguments, processes: int, checkpoint: str |
     return {
         "method": arguments.method,
         "global batch": f"{training.per_device_train_batch_size} x {training.gradient_accumulation_steps} accumulated "
-        f"x {processes} processes = {_global_batch_size(training, processes)}",
+        f"x {processes} processes = {global_batch_size(training, processes)}",
         "completions": training.completions_source,
-        **_summarize_rollouts(training, processes),
+        "rollouts": summarize_rollouts(training, processes),
         "output": f"{training.output_dir}{f', resuming from {checkpoint}' if checkpoint else ''}",
     }
 
@@ -77,7 +77,7 @@ def _summarize_datasets(
     training = arguments.training_args
     prompts = len(prepared["train"])
     batches = math.ceil(prompts / (training.per_device_train_batch_size * processes))
-    tokens_per_step = sum(prepared["train"]["limit"]) / prompts * min(_global_batch_size(training, processes), prompts)
+    tokens_per_step = sum(prepared["train"]["limit"]) / prompts * min(global_batch_size(training, processes), prompts)
     student, teacher = pair.student_config, pair.teacher_config
     return {
         "student": f"{arguments.model_args.model_name_or_path} ({student.model_type}, {pair.vocab_sizes[0]} logits)",
@@ -87,32 +87,37 @@ def _summarize_datasets(
         else "none",
         "shared vocabulary": str(pair.shared_vocab_size),
         **{f"{name} prompts": str(len(rows)) for name, rows in prepared.items()},
-        "optimizer steps": str(_num_training_steps(batches, training)),
+        "optimizer steps": str(num_training_steps(batches, training)),
         "completion tokens": f"at most {round(tokens_per_step):,} a step",
     }
 
 
-def _summarize_rollouts(training: TokenSelectiveConfig, processes: int) -> dict[str, str]:
-    """Table rows about sampling; empty if nothing is sampled."""
+def summarize_rollouts(training: TokenSelectiveConfig, processes: int | None = None) -> str:
+    """How completions are sampled; empty if none are."""
     if training.lmbda == 0 and not training.always_needs_completions:
-        return {}
-    engine = f"vLLM, {training.vllm_mode}" if training.use_vllm else "transformers"
-    serves = f", each for {steps} steps" if (steps := training.steps_per_rollout(processes)) > 1 else ""
-    return {"rollouts": f"by {engine}, temperature {training.temperature}, top_p {training.top_p}{serves}"}
+        return ""
+    engine = f"vLLM ({training.vllm_mode})" if training.use_vllm else "transformers"
+    steps = training.steps_per_rollout(processes)
+    nucleus = f", top_p {training.top_p:g}" if training.top_p < 1 else ""
+    serves = f"; each rollout serves {steps} steps" if steps > 1 else ""
+    return f"rollouts by {engine} at temperature {training.temperature:g}{nucleus}{serves}"
 
 
 def _summary_table(rows: dict[str, str]) -> Table:
     table = Table(title="Plan", show_header=False)
     for name, value in rows.items():
-        table.add_row(name, escape_line(value))
+        if value:
+            table.add_row(name, escape_line(value))
     return table
 
 
-def _num_training_steps(batches: int, training: TokenSelectiveConfig) -> int:
+def num_training_steps(batches: int, training: TokenSelectiveConfig) -> int:
     """Optimizer steps of a run whose data loader yields so many batches an epoch."""
     per_epoch = max(1, math.ceil(batches / training.gradient_accumulation_steps))
     return training.max_steps if training.max_steps > 0 else math.ceil(per_epoch * training.num_train_epochs)
 
 
-def _global_batch_size(training: TokenSelectiveConfig, processes: int) -> int:
+def global_batch_size(training: TokenSelectiveConfig, processes: int | None = None) -> int:
+    """Prompts in one optimizer step, with so many processes; by default those that there are."""
+    processes = processes or training.world_size
     return training.per_device_train_batch_size * training.gradient_accumulation_steps * processes

@@ -13,6 +13,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from trl import ModelConfig
 
 from ..checkpointing import checkpoint
+from ..checkpointing.preemption import PREEMPTED_FILE
 from ..checkpointing.run_lock import LOCK_NAME
 from ..config.aliases import rename_deprecated
 from ..config.base import DataArguments
@@ -29,6 +30,8 @@ logger = get_logger(__name__)
 
 RUN_CONFIG_NAME = "tsdkd_config.yaml"  # the resolved configuration; marks an output directory as ours
 _LEFTOVERS = {f".{RUN_CONFIG_NAME}.new", LOCK_NAME}  # of a run that was killed before it had begun
+# all that is there of a run that was killed before its first checkpoint; "runs" has TensorBoard's files
+_WITHOUT_PROGRESS = {RUN_CONFIG_NAME, PREEMPTED_FILE, "runs"}
 
 # What may differ when a run goes on: it decides what is reported, kept, and how fast it goes, not what is learnt.
 _MUTABLE_PREFIXES = ("logging_", "log_", "record_", "save_", "eval_", "hub_", "push_to_", "ddp_", "vllm_", "resume")
@@ -93,8 +96,7 @@ def check_output_dir(arguments: RunArguments) -> list[str]:
     """
     folder = Path(str(arguments.training_args.output_dir))
     require_dir_path(folder)
-    with wrap_os_errors(folder, action="read"):
-        present = {path.name for path in folder.iterdir()} - _LEFTOVERS if folder.is_dir() else set()
+    present = _list_contents(folder)
     if present and RUN_CONFIG_NAME not in present:
         raise OutputDirError(
             f"output_dir: {folder} holds files that aren't tsdkd's ({min(present)}, …); choose another"
@@ -107,6 +109,14 @@ def check_output_dir(arguments: RunArguments) -> list[str]:
     if changes:
         raise OutputDirError(f"output_dir: {folder} holds another run: {changes}; choose another directory")
     return lengths
+
+
+def _list_contents(folder: Path) -> set[str]:
+    """The names in the directory; none where a run has begun there, but got nowhere."""
+    with wrap_os_errors(folder, action="read"):
+        present = {path.name for path in folder.iterdir()} - _LEFTOVERS if folder.is_dir() else set()
+    present = {name for name in present if not name.startswith(checkpoint.PARTIAL_PREFIX)}
+    return set() if RUN_CONFIG_NAME in present and present <= _WITHOUT_PROGRESS else present
 
 
 def require_writable(folder: Path) -> None:
@@ -171,7 +181,7 @@ def write_run_config(arguments: RunArguments) -> tuple[Path, str]:
         OutputDirError: another run has done so since `resolve_resume`.
     """
     path = Path(str(arguments.training_args.output_dir), RUN_CONFIG_NAME)
-    if path.exists() and not _is_resuming(arguments):
+    if _list_contents(path.parent) and not _is_resuming(arguments):
         raise OutputDirError(f"output_dir: another run has begun in {path.parent}; choose another")
     text = yaml.safe_dump(build_run_config(arguments), sort_keys=True, allow_unicode=True)
     write_atomically(path, text)

@@ -1,7 +1,6 @@
 """A run from its arguments to the saved student."""
 
 import os
-import shlex
 from contextlib import closing
 from pathlib import Path
 
@@ -10,9 +9,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..checkpointing.preemption import catch_signals
 from ..checkpointing.run_lock import RunLock, on_main_process
 from ..config.launch import LAUNCHED
-from ..config.logs import get_logger
 from ..errors import CheckpointError, ConfigError, OutputDirError, PreemptedError, TSDKDError
 from ..trainer.trainer import TokenSelectiveTrainer
+from .announce import announce_end, announce_start
 from .arguments import RunArguments
 from .build import build_trainer
 from .output_dir import (
@@ -23,8 +22,6 @@ from .output_dir import (
     resolve_resume,
     write_run_config,
 )
-
-logger = get_logger(__name__)
 
 
 def train(arguments: RunArguments) -> TokenSelectiveTrainer:
@@ -54,6 +51,7 @@ def train(arguments: RunArguments) -> TokenSelectiveTrainer:
             trainer.accelerator.wait_for_everyone()  # the run's first file says that all of them are watching
             lock.acquire()
             trainer.run_lock, trainer.run_files = lock, dict([on_main_process(lambda: write_run_config(arguments))])
+            announce_start(arguments, trainer)
             _train_and_save(trainer, checkpoint)
     return trainer
 
@@ -73,12 +71,10 @@ def _train_and_save(trainer: TokenSelectiveTrainer, checkpoint: str | None) -> N
         ) from error
     if trainer.preemption.is_preempted:
         step = trainer.state.global_step
-        raise PreemptedError(
-            f"stopped by a signal after step {step}, saved in {folder}/{PREFIX_CHECKPOINT_DIR}-{step}; continue with "
-            f"--resume true --output_dir {shlex.quote(str(folder))}"
-        )
+        saved = folder / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        raise PreemptedError(f"stopped by a signal after step {step}, saved in {saved}")
     _save_student(trainer)
-    logger.info(f"saved the student to {folder}")
+    announce_end(trainer)
 
 
 def _save_student(trainer: TokenSelectiveTrainer) -> None:

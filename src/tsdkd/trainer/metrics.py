@@ -41,6 +41,7 @@ class MetricAccumulator:
         self._sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
         self._maxima: dict[str, float] = {}
         self._spans: dict[str, list[_TimedBlock]] = defaultdict(list)
+        self._num_steps = 0
 
     def add(self, name: str, total: float, count: float) -> None:
         """Add to a metric's sum and count."""
@@ -51,9 +52,20 @@ class MetricAccumulator:
         sums[0] += total
         sums[1] += count
 
+    def add_seconds(self, name: str, tokens: float, seconds: float) -> None:
+        """Add a part of a step that took so long for so many tokens."""
+        self.add(f"speed/{name}_tokens_per_second", tokens, seconds)
+        self.add(f"time/{name}_seconds", seconds, 0)  # divided by the number of steps: `reduce_and_reset`
+
+    def end_step(self, tokens: float, seconds: float) -> None:
+        """Add an optimizer step: the completion tokens that it trained on, and its wall-clock time."""
+        self.add_seconds("step", tokens, seconds)
+        self._num_steps += 1
+
     @contextmanager
-    def track_throughput(self, name: str, tokens: float, excluding: str | None = None) -> Iterator[None]:
-        """Log the tokens per second of the block on this process, without the time that metric `excluding` took in it.
+    def time_block(self, name: str, tokens: float, excluding: str | None = None) -> Iterator[None]:
+        """Log the block's tokens per second and its seconds of a step, without the time that the blocks called
+        `excluding` took in it.
 
         On CUDA the time comes from events that are read in `reduce_and_reset`, so this doesn't synchronize.
         """
@@ -73,8 +85,12 @@ class MetricAccumulator:
         """Return every metric's sum over its count, over all processes, and clear them. All processes must call it."""
         for name, spans in self._spans.items():
             for span in spans:
-                self.add(name, span.tokens, span.seconds)
+                self.add_seconds(name, span.tokens, span.seconds)
         self._spans.clear()
+        for name in self._sums:
+            if name.startswith("time/"):
+                self._sums[name][1] = self._num_steps
+        self._num_steps = 0
         names, peaks = sorted(self._sums), sorted(self._maxima)
         if not names:
             return {}

@@ -116,7 +116,7 @@ class RolloutMixin:
         start = time.perf_counter()
         completions = self.sampler.generate(model, prompts, limits, [(self.args.seed, step, i) for i in indices])
         num_tokens = sum(len(c.ids) for c in completions)
-        accumulator.add("speed/rollout_tokens_per_second", num_tokens, time.perf_counter() - start)
+        accumulator.add_seconds("rollout", num_tokens, time.perf_counter() - start)
         if self.sampler.needs_weight_check:
             check_engine_weights(self.head_forward, self.accelerator, model, prompts, completions, self.args.top_p)
             self.sampler.needs_weight_check = False

@@ -35,8 +35,10 @@ from . import model_card
 from .forward import HeadForward, TeacherOutput
 from .metrics import MetricAccumulator, term_gradient_norms
 from .nonfinite import NonFiniteGuard
+from .progress import replace_progress_callback
 from .rollout_buffer import Batch, RolloutBuffer
 from .rollouts import EVAL_STEP, RolloutMixin
+from .step_timer import StepTimer
 from .token_records import TokenRecorder
 
 
@@ -151,9 +153,12 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
         self.token_recorder = TokenRecorder(self.head_forward, args, decode)
         self.sampler = self._make_sampler()
         self.nonfinite_guard = NonFiniteGuard(accelerator, Path(args.output_dir), args.max_nonfinite_steps, decode)
-        self.preemption = PreemptionCallback(accelerator)
-        self.add_callback(self.preemption)
         self.metric_accumulators = {mode: MetricAccumulator(accelerator) for mode in ("train", "eval")}
+        self.preemption = PreemptionCallback(accelerator)
+        self.step_timer = StepTimer(self.metric_accumulators["train"])
+        for callback in (self.preemption, self.step_timer):
+            self.add_callback(callback)
+        replace_progress_callback(self)
         self._is_first_micro_batch = False
         self._weights_version = 0  # how often the weights changed otherwise than by a step
         self._logged_completions: list[tuple[str, str, Completion]] = []
@@ -168,19 +173,19 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
         if steps_left <= 0:  # resumed at its end; `Trainer` would take a step more
             self.control.should_training_stop = True
             return [], None
+        self.step_timer.start()
         roll_out = partial(self._roll_out, self.model_wrapped, step=step, mode="train")
         window = self.rollout_buffer.next(epoch_iterator, num_batches, steps_left, roll_out)
         if not window:
             return [], None
         self._is_first_micro_batch = True
+        self.step_timer.count(sum(sum(batch["lengths"]) for batch in window))
         num_units = torch.tensor(sum(map(self._count_units, window))).to(device, non_blocking=True)
         return window, self.accelerator.reduce(num_units, reduction="sum")
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | None = None) -> Tensor:
         """One micro-batch, forward and backward."""
-        with self.metric_accumulators["train"].track_throughput(
-            "speed/student_tokens_per_second", inputs["num_tokens"], excluding="speed/teacher_tokens_per_second"
-        ):
+        with self.metric_accumulators["train"].time_block("student", inputs["num_tokens"], excluding="teacher"):
             return super(GKDTrainer, self).training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(
@@ -252,7 +257,7 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
         return grad_norm
 
     def _time_teacher(self, batch: Batch, mode: str) -> AbstractContextManager[None]:
-        return self.metric_accumulators[mode].track_throughput("speed/teacher_tokens_per_second", batch["num_tokens"])
+        return self.metric_accumulators[mode].time_block("teacher", batch["num_tokens"])
 
     # Hooks that a method's trainer may override
 

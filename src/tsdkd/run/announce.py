@@ -1,0 +1,80 @@
+"""What a run says at its start and at its end."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from tqdm import tqdm
+
+from ..config.logs import get_logger
+from ..config.options import enum_value
+from ..trainer.progress import describe_step_time
+from ..trainer.trainer import TokenSelectiveTrainer
+from .arguments import RunArguments
+from .dry_run import global_batch_size, num_training_steps, summarize_rollouts
+
+logger = get_logger(__name__)
+
+
+def announce_start(arguments: RunArguments, trainer: TokenSelectiveTrainer) -> None:
+    """Log what will happen: models, data, steps, where it saves."""
+    training = arguments.training_args
+    steps = num_training_steps(len(trainer.get_train_dataloader()), training)
+    where = f"{training.world_size} process{'es' if training.world_size > 1 else ''} ({training.device.type})"
+    lines = {
+        "method": f"{arguments.method}, on {summarize_rollouts(training) or 'completions of the data set'}",
+        "student": _describe_model(str(arguments.model_args.model_name_or_path), trainer.model),
+        "teacher": _describe_model(str(training.teacher_model_name_or_path), getattr(trainer, "teacher_model", None)),
+        "data": f"{len(trainer.train_dataset):,} prompts of {arguments.data_args.dataset_name}",
+        "evaluate": _describe_evaluation(training, trainer.eval_dataset),
+        "training": f"{steps:,} steps of {global_batch_size(training)} prompts on {where}",
+        "output": f"{training.output_dir}{_describe_saving(training)}",
+    }
+    for name, text in lines.items():
+        if text:
+            logger.info(f"{name + ':':<9} {text}")
+
+
+def announce_end(trainer: TokenSelectiveTrainer) -> None:
+    """Log how long it took, and where the student is."""
+    history = trainer.state.log_history
+    seconds = next((entry["train_runtime"] for entry in reversed(history) if "train_runtime" in entry), 0.0)
+    timed = [entry for entry in history if "time/step_seconds" in entry]
+    names = {name for entry in timed for name in entry if name.startswith("time/")}
+    means = {name: sum(entry.get(name, 0.0) for entry in timed) / len(timed) for name in names}
+    duration = f"trained {trainer.state.global_step:,} steps in {tqdm.format_interval(seconds)}"
+    logger.info(", ".join([duration, *describe_step_time(means)]))
+    logger.info(f"saved the student to {trainer.args.output_dir}")
+
+
+def _describe_model(name: str, model: nn.Module | None) -> str:
+    if model is None:
+        return ""
+    parameters = list(model.parameters())
+    count = sum(getattr(p, "ds_numel", p.numel()) for p in parameters)  # sharded: the whole's
+    number = f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
+    return f"{name}, {number} parameters, {str(parameters[0].dtype).removeprefix('torch.')}"
+
+
+def _describe_evaluation(training: Any, rows: Any) -> str:
+    if rows is None:
+        return ""
+    count = sum(map(len, rows.values())) if isinstance(rows, dict) else len(rows)
+    every = {"steps": f"every {training.eval_steps:g} steps", "epoch": "every epoch"}
+    when = [every.get(str(enum_value(training.eval_strategy))), "before training" if training.eval_on_start else None]
+    return f"on {count:,} prompts, {' and '.join(filter(None, when))}"
+
+
+def _describe_saving(training: Any) -> str:
+    every = {"steps": f"every {training.save_steps:g} steps", "epoch": "every epoch"}
+    strategy = str(enum_value(training.save_strategy))
+    return f"; a checkpoint {every[strategy]}" if strategy in every else ""
+
+
+def suggest_next(arguments: RunArguments) -> list[str]:
+    """Commands that continue from a finished run."""
+    training = arguments.training_args
+    student, folder = str(arguments.model_args.model_name_or_path), Path(str(training.output_dir))
+    demo = str(Path(__file__).parents[1] / "demo")
+    suite = "demo" if student.startswith(demo) else "eopd" if "opd" in arguments.method else "tsd-kd"
+    return [f"tsdkd report {folder}", f"tsdkd eval before={student} after={folder} --suite {suite}"]
