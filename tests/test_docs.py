@@ -211,6 +211,16 @@ def test_every_file_of_ours_exists(page: Path) -> None:
         assert (ROOT / name).exists(), name
 
 
+def test_every_configuration_that_is_named_exists() -> None:
+    """Each `.yaml` that the page from paper to code names is a shipped configuration."""
+    text = (ROOT / "docs/from-paper-to-code.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"(?<!/)\b(\w+\.yaml)\b", text)) - {"published.yaml"}
+    assert len(named) > 20
+    configs = ROOT / "src/tsdkd/configs"
+    assert not {name for name in named if not (configs / name).exists() and not (configs / "compare" / name).exists()}
+    assert all((ROOT / path).is_file() for path in re.findall(r"configs/compare/\w+\.yaml", text))
+
+
 def test_every_test_that_is_named_exists() -> None:
     text = (ROOT / "docs/from-paper-to-code.md").read_text(encoding="utf-8")
     named = set(re.findall(r"(test_\w+\.py)::(test_\w+)", text))
