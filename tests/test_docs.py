@@ -152,7 +152,7 @@ def test_the_recipe_of_a_method_is_one_file_and_one_line(
     assert main([*command, "--beta", "0.5"]) == 2
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
     """Files are there, and headings in them."""
     text = FENCE.sub("", page.read_text(encoding="utf-8"))
