@@ -152,7 +152,7 @@ def test_the_recipe_of_a_method_is_one_file_and_one_line(
     assert main([*command, "--beta", "0.5"]) == 2
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
     """Files are there, and headings in them."""
     text = FENCE.sub("", page.read_text(encoding="utf-8"))
@@ -211,10 +211,22 @@ def test_every_file_of_ours_exists(page: Path) -> None:
         assert (ROOT / name).exists(), name
 
 
-def test_every_test_that_is_named_exists() -> None:
+def test_every_configuration_that_is_named_exists() -> None:
+    """Each `.yaml` that the page from paper to code names is a shipped configuration."""
     text = (ROOT / "docs/from-paper-to-code.md").read_text(encoding="utf-8")
-    named = set(re.findall(r"(test_\w+\.py)::(test_\w+)", text))
-    assert len(named) > 30
+    named = set(re.findall(r"(?<!/)\b(\w+\.yaml)\b", text)) - {"published.yaml"}
+    assert len(named) > 20
+    configs = ROOT / "src/tsdkd/configs"
+    assert not {name for name in named if not (configs / name).exists() and not (configs / "compare" / name).exists()}
+    assert all((ROOT / path).is_file() for path in re.findall(r"configs/compare/\w+\.yaml", text))
+
+
+def test_every_test_that_is_named_exists() -> None:
+    named: set[tuple[str, ...]] = set()
+    for page, least in (("from-paper-to-code.md", 30), ("fidelity.md", 20)):
+        found = set(re.findall(r"(test_\w+\.py)::(test_\w+)", (ROOT / "docs" / page).read_text(encoding="utf-8")))
+        assert len(found) > least, page
+        named |= found
     named |= {tuple(test.split("::")) for test in SLOW_TESTS | EVERY_NTH.keys()}
     for file, test in named:
         assert f"def {test}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), f"{file}::{test}"
