@@ -309,3 +309,17 @@ def test_the_summary_of_a_run_with_evaluations(browser: Any, tmp_path: Path) -> 
         "demo, avg@8 3.1 18.8 31.2",
         "demo, pass@8 25.0 75.0 100.0",
     ]
+
+
+@pytest.mark.parametrize("name", ["a" * 5000, "</script>", "漢字/[a]"])
+def test_names_of_models_may_be_anything(name: str, tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a", log(), model_name_or_path=name, teacher_model_name_or_path=name)
+    (folder / "eval").mkdir()
+    entry = {"model": "y", "benchmark": "demo", "metric": "accuracy", "mean": 50.0}
+    models = {"x": name, "y": str(folder), "z": "a\0b", "\udcff": "\udcff"}
+    content = {"models": models, "results": [entry, entry | {"model": "x", "mean": 40.0}]}
+    (folder / "eval/results-demo.json").write_text(json.dumps(content))
+    (folder / "eval/results-demo.md").write_text("")
+    assert main(["report", str(folder)]) == 0
+    page = (folder / "report.html").read_text(encoding="utf-8", errors="replace")
+    assert "Left out" not in page and "<td>50.0</td>" in page and page.count("</script>") == 3

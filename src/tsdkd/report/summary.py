@@ -108,12 +108,16 @@ def _find_models(run: RunReport, models: dict[str, str]) -> dict[str, str]:
         role: name
         for role, path in paths.items()
         for name, model in reversed(models.items())
-        if path and _is_same_model(model, path)
+        if path and model in (path, _resolve(path))
     }
 
 
-def _is_same_model(one: str, other: str) -> bool:
-    return one == other or Path(one).resolve() == Path(other).resolve()
+def _resolve(path: str) -> str:
+    """The path as `tsdkd eval` writes it; anything else, such as a name on the hub, compares with nothing."""
+    try:
+        return str(Path(path).resolve())
+    except (OSError, RuntimeError, ValueError):
+        return path
 
 
 def _is_main_metric(metric: str, entries: list[ResultEntry]) -> bool:

@@ -112,7 +112,7 @@
       list.append(entry);
     }
     const table = document.createElement("table");
-    const heads = ["student's candidate", "student", "teacher", "teacher's order"];
+    const heads = ["student's candidate", "student", "teacher", "teacher's rank"];
     table.append(row("th", heads));
     const n = record().candidates;
     for (let c = 0; c < n; c++) {
