@@ -16,6 +16,7 @@ SLOW_FILES = {
     "test_invariants.py",
     "test_reliability.py",
     "test_report.py",
+    "test_report_charts.py",
     "test_sandbox.py",
     "test_slurm.py",
     "test_virtual_device.py",

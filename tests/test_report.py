@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
+import chromium
+from chromium import needs_chromium, opened, shown, unfold
 from conftest import QUIET, flags
 from tsdkd.cli import main
 from tsdkd.evaluation.results import BenchmarkResult
@@ -20,7 +21,7 @@ from tsdkd.evaluation.results import write_results as write_table
 from tsdkd.evaluation.suites import select_benchmarks
 from tsdkd.trainer.token_records import MASS_TOP_K, RecordedCompletion, write_token_records
 
-needs_chromium = pytest.mark.skipif(not shutil.which("chromedriver"), reason="needs Debian's chromium-driver")
+browser = chromium.browser
 HOSTILE = "<script>document.title = 'taken'</script><img src=x onerror=\"document.title = 'taken'\">"
 
 
@@ -43,32 +44,8 @@ def run(saved_model: Any, rows_file: str, tmp_path_factory: pytest.TempPathFacto
     return folder
 
 
-@pytest.fixture(scope="module")
-def browser():
-    options = webdriver.ChromeOptions()
-    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1200,900"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
-    yield driver
-    driver.quit()
-
-
-def opened(browser: Any, page: Path) -> Any:
-    browser.get_log("browser")
-    browser.get(page.as_uri())
-    WebDriverWait(browser, 20).until(
-        lambda b: b.find_element(By.TAG_NAME, "body").get_attribute("data-ready") == "true"
-    )
-    return browser
-
-
 def tokens(browser: Any) -> list[Any]:
     return browser.find_elements(By.CSS_SELECTOR, "#text span")
-
-
-def shown(browser: Any, name: str) -> str:
-    return str(browser.find_element(By.ID, name).text)
 
 
 @needs_chromium
@@ -79,7 +56,8 @@ def test_a_run_is_shown(run: Path, browser: Any) -> None:
     assert "Finished: 8 steps" in shown(browser, "summary")
     assert "demo: 82.1 % (avg@8), against before +64.2 [" in shown(browser, "summary")
     assert "+64.2 [" in shown(browser, "evaluation")
-    charts = browser.find_elements(By.CSS_SELECTOR, "#curves svg")
+    unfold(browser)
+    charts = browser.find_elements(By.CSS_SELECTOR, ".chart > svg")
     assert len(charts) >= 8 and all(chart.rect["width"] > 100 for chart in charts)
     assert len(browser.find_elements(By.CSS_SELECTOR, "#analyses svg")) == 9
     assert len(tokens(browser)) > 1
@@ -173,6 +151,8 @@ def test_legible(dark: bool, width: int, run: Path, browser: Any) -> None:
         return [Math.min(...backs.map((b) => contrast(text, b)), ...texts), Math.min(...lines), Math.min(...labels)];
         """
     )
+    unfold(browser)
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
     assert worst[0] >= 4.5 and worst[1] >= 3.0 and worst[2] >= 8
     browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
@@ -184,6 +164,10 @@ def test_completions_are_text(run: Path, browser: Any, tmp_path: Path) -> None:
     shutil.copytree(run, folder)
     for path in (folder / "records").glob("*"):
         path.unlink()
+    state = json.loads((folder / "trainer_state.json").read_text())
+    for entry in state["log_history"]:
+        entry |= {f"loss/</script>{HOSTILE}": 1.0, f"grad_norm/{HOSTILE}": 1.0, "entropy/'\"&lt;\u2028": 1.0}
+    (folder / "trainer_state.json").write_text(json.dumps(state))
     columns = made_up(20)
     write_token_records(
         folder, 3, [RecordedCompletion(0, [1, 2], list(range(20)))], columns, lambda ids: HOSTILE * len(ids)
@@ -192,6 +176,8 @@ def test_completions_are_text(run: Path, browser: Any, tmp_path: Path) -> None:
     opened(browser, tmp_path / "page.html")
     assert "taken" not in browser.title and not browser.find_elements(By.CSS_SELECTOR, "img")
     assert tokens(browser)[0].text == HOSTILE
+    unfold(browser)
+    assert HOSTILE in shown(browser, "curves") and "taken" not in browser.title
     assert browser.get_log("browser") == []
 
 
@@ -242,7 +228,7 @@ def test_runs_beside_each_other(run: Path, browser: Any, tmp_path: Path) -> None
     opened(browser, tmp_path / "both.html")
     assert browser.title == "a run and other"
     assert len(browser.find_elements(By.CSS_SELECTOR, "#summary h3")) == 2
-    assert shown(browser, "configuration").splitlines()[:3] == ["Configuration", "differs a run other", "beta 0.9 0.5"]
+    assert shown(browser, "configuration").splitlines()[:3] == ["Configuration", "option a run other", "beta 0.9 0.5"]
     assert "didn't record any" in shown(browser, "summary")
 
 

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, ScalarFormatter
 
 from ..errors import escape_line
 from ..trainer.token_records import MASS_TOP_K
 from .load import StepRecord
 
 ENTROPY_THRESHOLD, HIGH_ENTROPY = 0.8, 1.0  # nats: EOPD's trigger, and what its Sec. 3.1 calls high
-ENTROPY_BINS = np.linspace(0.0, 4.0, 41)
+ENTROPY_BINS = np.linspace(0.0, 4.0, 41)  # and a bin for all that is above
 # Okabe and Ito's, the light ones darker, so that a thin line is seen on white
 COLORS = ("#0072b2", "#d55e00", "#009170", "#b9628f", "#b27a00", "#3a8fc4")
 
@@ -50,21 +50,29 @@ def plot_figure(spec: FigureSpec, data: FigureData) -> Figure:
     figure = Figure(figsize=(6.4, 3.4), layout="constrained")
     axis = figure.subplots()
     spec.plot(axis, data)
+    plain_ticks(axis)
     axis.spines[["top", "right"]].set_visible(False)
     if axis.get_legend_handles_labels()[0]:
         axis.legend(frameon=False, fontsize="small")
     return figure
 
 
+def plain_ticks(axis: Axes) -> None:
+    """Write every number at its tick, such as 5e-06; matplotlib would write an offset or a factor beside the axis."""
+    for side in (axis.xaxis, axis.yaxis):
+        if isinstance(side.get_major_formatter(), ScalarFormatter):
+            side.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.10g}"))
+
+
 def label(name: str) -> str:
-    """A run's or a model's name as matplotlib draws it: without formulas, and in legends, which leave out `_name`."""
+    """A name as matplotlib draws it: not as a formula, and in legends, which otherwise leave out `_name`."""
     text = escape_line(name[: _MAX_LABEL + 1])
     text = text if len(text) <= _MAX_LABEL else f"{text[: _MAX_LABEL - 1]}…"
     return f"{' ' * text.startswith('_')}{text}".replace("$", r"\$")
 
 
 def save_figure(figure: Figure, target: Any, **options: Any) -> None:
-    """`Figure.savefig`, without a warning for each character of a name that the font lacks, and for many names."""
+    """`Figure.savefig` without its warnings about characters that the font lacks and about many names."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font|constrained_layout not applied")
         figure.savefig(target, **options)
@@ -74,7 +82,7 @@ def save_figure(figure: Figure, target: Any, **options: Any) -> None:
 
 
 def _entropy_by_position(runs: RecordsByRun) -> FigureData:
-    """Mean entropies at each twentieth of a response."""
+    """Mean entropies at each twentieth of a completion."""
 
     def means(record: StepRecord, name: str) -> list[float | None]:
         place = record.columns["position"] / record.lengths[record.columns["sample"]]
@@ -90,7 +98,7 @@ def _entropy_by_position(runs: RecordsByRun) -> FigureData:
 
 def _entropy_histogram(runs: RecordsByRun) -> FigureData:
     def shares(values: np.ndarray) -> FigureData:
-        counts, _ = np.histogram(np.minimum(values, ENTROPY_BINS[-1] - 1e-6), ENTROPY_BINS)
+        counts, _ = np.histogram(np.maximum(values, 0.0), [*ENTROPY_BINS, np.inf])
         return {"share": (counts / max(len(values), 1)).tolist(), "above": float((values >= HIGH_ENTROPY).mean())}
 
     return {
@@ -142,17 +150,19 @@ def _plot_entropy_by_position(axis: Axes, data: FigureData) -> None:
     places = np.arange(20) * 5 + 2.5
     for (run, curve), color in zip(data.items(), _color_cycle(), strict=False):
         for who, style in (("student", "-"), ("teacher", ":")):
-            values = np.array(curve[who], dtype=float)  # None, where no response has a token there, as NaN
+            values = np.array(curve[who], dtype=float)  # NaN where no completion has a token
             axis.plot(places, values, color=color, ls=style, label=f"{label(run)}: {who}")
-    axis.set(xlabel="position in the response, %", ylabel="mean entropy, nats")
+    axis.set(xlabel="position in the completion, %", ylabel="mean entropy, nats", xlim=(0, 100))
 
 
 def _plot_entropy_histogram(axis: Axes, data: FigureData) -> None:
+    most, width = ENTROPY_BINS[-1], ENTROPY_BINS[1]
     for (run, curve), color in zip(data.items(), _color_cycle(), strict=False):
         for who, style in (("student", "-"), ("teacher", ":")):
             text = f"{label(run)}: {who}, {100 * curve[who]['above']:.1f} % at {HIGH_ENTROPY} nat or more"
-            axis.stairs(curve[who]["share"], ENTROPY_BINS, color=color, ls=style, label=text)
-    axis.set(xlabel="entropy of a token, nats", ylabel="share of tokens", yscale="log")
+            axis.stairs(curve[who]["share"], [*ENTROPY_BINS, most + width], color=color, ls=style, label=text)
+    axis.set(xlabel="entropy of a token, nats", ylabel="share of tokens", yscale="log", xlim=(0, most + width))
+    axis.set_xticks([*range(int(most)), most + width / 2], [*map(str, range(int(most))), f"≥ {most:g}"])
 
 
 def _plot_over_steps(title: str) -> Callable[[Axes, FigureData], None]:
@@ -174,7 +184,9 @@ def _plot_top_k_mass(axis: Axes, data: FigureData) -> None:
             f"k = {k}", (size, lowest), (0, -7), textcoords="offset points", fontsize=7, ha="center", va="top"
         )
     axis.margins(y=0.15)
-    axis.set(xlabel="bytes a token", ylabel="the teacher's probability in its top k", xscale="log")
+    axis.set(xlabel="bytes per token", ylabel="teacher's probability in its top k", xscale="log")
+    axis.set_xticks(data["bytes"], [str(size) for size in data["bytes"]])
+    axis.minorticks_off()
 
 
 def _plot_opener_lengths(axis: Axes, data: FigureData) -> None:
@@ -186,15 +198,16 @@ def _plot_opener_lengths(axis: Axes, data: FigureData) -> None:
             range=(0, 100),
             histtype="step",
             color=color,
-            label=f"{label(run)}: {np.mean(shares):.1f} %",
+            label=f"{label(run)}: mean {np.mean(shares):.1f} %",
         )
-    axis.set(xlabel="the opener's share of a response's tokens, %", ylabel="responses")
+    axis.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.set(xlabel="opener's share of a completion's tokens, % (bins of 5)", ylabel="completions", xlim=(0, 100))
 
 
 def _plot_gate_histogram(axis: Axes, data: FigureData) -> None:
     for (run, shares), color in zip(data.items(), _color_cycle(), strict=False):
         axis.stairs(shares, np.linspace(0.0, 1.0, 41), color=color, label=label(run))
-    axis.set(xlabel="gate of a token", ylabel="share of tokens")
+    axis.set(xlabel="gate of a token (0: ignored, 1: full weight)", ylabel="share of tokens", xlim=(0, 1))
 
 
 def _color_cycle() -> Iterator[str]:
@@ -218,7 +231,7 @@ FIGURES = (
     ),
     FigureSpec(
         "policy_entropy",
-        "The student's mean entropy over training",
+        "Student's mean entropy over training",
         "EOPD, Figure 4",
         _over_steps(lambda r: float(r.columns["student_entropy"].mean())),
         _plot_over_steps("mean entropy, nats"),
@@ -232,18 +245,18 @@ FIGURES = (
     ),
     FigureSpec(
         "uncertain_share",
-        "Share of tokens at which the trigger fires",
+        "Share of tokens at which EOPD's trigger fires",
         "EOPD, Figure 9",
         _over_steps(lambda r: float(r.is_triggered.mean())),
         _plot_over_steps("share of tokens"),
     ),
     FigureSpec(
         "top_k_mass",
-        "What the teacher's top k hold, and what they cost",
+        "Probability in the teacher's top k, and its cost in bytes",
         "EOPD, Figure 10",
         _top_k_mass,
         _plot_top_k_mass,
     ),
     FigureSpec("opener_length", "Length of the opener", "TSD-KD, Sec. 3.1", _opener_lengths, _plot_opener_lengths),
-    FigureSpec("gate", "The gate's values", "TSD-KD, Eq. 11", _gate_histogram, _plot_gate_histogram),
+    FigureSpec("gate", "Gate values", "TSD-KD, Eq. 11", _gate_histogram, _plot_gate_histogram),
 )

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from ..evaluation.results import ResultEntry
 from ..evaluation.suites import benchmark_title
-from .figures import COLORS, label
+from .figures import COLORS, label, plain_ticks
 
 TITLE, PAPER = "pass@k", "EOPD, Figures 2, 7 and 8"
 _COLUMNS = 3
@@ -55,6 +55,7 @@ def plot_pass_at_k(curves: _Curves, skipped: list[str]) -> Figure:
         axis.set_xticks(ticks, [str(k) for k in ticks])
         title = label(benchmark_title(benchmark)) if len(curves) > 1 else None
         axis.set(title=title, xlabel="k", ylabel="pass@k, %")
+        plain_ticks(axis)
         axis.spines[["top", "right"]].set_visible(False)
     for axis in axes.flat[len(curves) :]:
         axis.remove()

@@ -1,95 +1,144 @@
-"""matplotlib's figures as inline SVG that follows the page's colours."""
+"""The charts of the runs' logs, as numbers: which runs share a chart, and its lines. charts.js draws them."""
 
-import hashlib
-import io
-import re
-from collections.abc import Sequence
-from itertools import cycle
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
-import matplotlib
-from markupsafe import Markup
-from matplotlib.figure import Figure
-
-from ..analysis import pass_at_k
-from ..analysis.figures import COLORS, FIGURES, label, plot_figure, save_figure
-from ..analysis.left_out import leave_out_failure
-from ..errors import escape_line
+from ..methods import METHODS
+from .chart_specs import FOLDED_CHARTS, HIDDEN_METRICS, MAIN_CHARTS, METRIC_HELP, ChartSpec
 from .load import RunReport
+from .trainer_state import Curve
 
-_METRIC_GROUPS = (  # title, how its metrics begin
-    ("Loss", ("loss", "eval_loss")),
-    ("Accuracy", ("eval_accuracy",)),
-    ("Entropy, nats", ("entropy/",)),
-    ("Opener and gate", ("opener/", "gate")),
-    ("Completions", ("completions/",)),
-    ("Gradient norm", ("grad_norm",)),
-    ("Learning rate", ("learning_rate",)),
-    ("Speed", ("speed/",)),
-)
 _MAX_POINTS = 400
-_MAX_CHARTS = 60
+_MAX_CHARTS = 100
+_MAX_METRICS = 12  # in one chart
 
 
-def plot_metrics(runs: Sequence[RunReport], skipped: list[str]) -> list[tuple[str, Markup]]:
-    """The logged metrics: name and chart, with a line a run; `skipped` takes what isn't drawn."""
-    names = dict.fromkeys(name for run in runs for name in run.curves)
-    ordered = [name for _, starts in _METRIC_GROUPS for name in names if name.startswith(starts)]
-    curves = [n for n in dict.fromkeys(ordered) if any(len(run.curves.get(n, [])) > 1 for run in runs)]
-    if len(curves) > _MAX_CHARTS:
-        skipped.append(f"{len(curves) - _MAX_CHARTS} of {len(curves)} curves: a page has {_MAX_CHARTS}")
-    charts = []
-    for name in curves[:_MAX_CHARTS]:
-        with leave_out_failure(name, skipped):
-            charts.append((name, _plot_metric(name, runs)))
-    return charts
+@dataclass(frozen=True)
+class ChartGroup:
+    """Charts under one title; a folded group is closed when the page opens."""
+
+    title: str
+    is_folded: bool
+    charts: list[dict[str, Any]]
 
 
-def plot_figures(runs: Sequence[RunReport], skipped: list[str]) -> list[tuple[str, str, Markup]]:
-    """The papers' figures of the runs that recorded or were evaluated: title, paper, chart."""
-    recorded = {run.name: run.records for run in runs if run.records}
-    charts = []
-    for figure in FIGURES if recorded else ():
-        with leave_out_failure(figure.title, skipped):
-            chart = to_svg(plot_figure(figure, figure.compute(recorded)), figure.title)
-            charts.append((figure.title, figure.paper, chart))
-    entries_by_file = {f"{run.name}/{name}": entries for run in runs for name, entries in run.results.items()}
-    title = pass_at_k.TITLE
-    with leave_out_failure(title, skipped):
-        if curves := pass_at_k.collect_pass_at_k(entries_by_file):
-            chart = to_svg(pass_at_k.plot_pass_at_k(curves, skipped), title)
-            charts.append((title, pass_at_k.PAPER, chart))
-    return charts
+def build_charts(runs: Sequence[RunReport], skipped: list[str]) -> list[ChartGroup]:
+    """The charts of the logged metrics, as charts.js takes them; `skipped` takes how many don't fit in a page."""
+    logged = dict.fromkeys(name for run in runs for name in run.curves)
+    left = [name for name in logged if not name.startswith(HIDDEN_METRICS)]
+    groups = []
+    for title, specs in (("", MAIN_CHARTS), *FOLDED_CHARTS):
+        charts: list[dict[str, Any]] = []
+        for spec in specs:
+            names = _match(spec, left)
+            left = [name for name in left if name not in set(names)]
+            charts += _build(spec, names, runs)
+        if charts:
+            groups.append(ChartGroup(title, bool(title), charts))
+    return _limit(groups, skipped)
 
 
-def _plot_metric(name: str, runs: Sequence[RunReport]) -> Markup:
-    figure = Figure(figsize=(4.6, 2.4), layout="constrained")
-    axis = figure.subplots()
-    for run, color in zip(runs, cycle(COLORS), strict=False):
-        points = run.curves.get(name, [])
-        points = points[:: max(1, len(points) // _MAX_POINTS)]
-        axis.plot(*zip(*points, strict=True), color=color, lw=1.2, label=label(run.name)) if points else None
-    axis.set_xlabel("step")
-    axis.spines[["top", "right"]].set_visible(False)
-    if len(runs) > 1:
-        axis.legend(frameon=False, fontsize="small")
-    return to_svg(figure, name)
+def _match(spec: ChartSpec, names: Sequence[str]) -> list[str]:
+    """The spec's metrics that were logged, in its order. Those that one chart can't hold stay for others."""
+    found = []
+    for metric in spec.metrics:
+        is_prefix = not metric or metric.endswith(("/", "_"))
+        found += [name for name in names if (name.startswith(metric) if is_prefix else name == metric)]
+    found = list(dict.fromkeys(found))
+    return found[:_MAX_METRICS] if spec.together else found
 
 
-def to_svg(figure: Figure, title: str) -> Markup:
-    """Without a background, its text as text, in the page's own colours."""
-    buffer = io.StringIO()
-    prefix = f"c{hashlib.sha256(escape_line(title).encode()).hexdigest()[:12]}"  # an id of the page's own
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": prefix, "font.family": "sans-serif"}):
-        save_figure(figure, buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue()
-    text = re.sub(r"<[^!>][^>]*>", lambda tag: _adapt_tag(tag[0], prefix), text[text.index("<svg") :])
-    return Markup(text.replace("<svg ", f'<svg role="img" aria-label="{Markup.escape(title)}" ', 1))
+def _build(spec: ChartSpec, names: Sequence[str], runs: Sequence[RunReport]) -> Iterator[dict[str, Any]]:
+    """A chart for all metrics or for each, and for each set of runs that may share an axis."""
+    for metrics in [names] if spec.together else [[name] for name in names]:
+        logged = [i for i, run in enumerate(runs) if any(run.curves.get(name) for name in metrics)]
+        panels = _split(spec, logged, runs)
+        for panel in panels:
+            lines = list(_build_lines(spec, metrics, panel, runs))
+            yield {
+                "title": spec.title or metrics[0],
+                "runs": [runs[i].name for i in panel] if len(runs) > 1 and len(panels) > 1 else [],
+                "method": runs[panel[0]].format_value("method") if spec.shared_by == "same loss" else "",
+                "help": spec.help or METRIC_HELP.get(metrics[0].removeprefix("eval_"), ""),
+                "unit": spec.unit,
+                "log": spec.is_log,
+                "lines": lines,
+                "is_number": all(len(line["x"]) == 1 for line in lines),
+            }
 
 
-def _adapt_tag(tag: str, prefix: str) -> str:
-    """The page's colours and ids; text between tags is left alone."""
-    tag = re.sub(r"#000000|(?<=[:\s])black", "currentColor", tag)
-    for number, color in enumerate(COLORS):
-        tag = tag.replace(color, f"var(--series-{number})")
-    tag = re.sub(r'id="([^"]+)"', lambda m: f'id="{prefix}-{m[1]}"', tag)
-    return re.sub(r"(#)((?:[mpC]|clip|image)\w+)(?=[\"')])", lambda m: f"#{prefix}-{m[2]}", tag)
+def _split(spec: ChartSpec, logged: Sequence[int], runs: Sequence[RunReport]) -> list[list[int]]:
+    """Sets of runs that may share an axis."""
+    if spec.shared_by == "all runs":
+        return [list(logged)] if logged else []
+    if spec.shared_by == "one run":
+        return [[i] for i in logged]
+    by_loss: dict[Any, list[int]] = {}
+    for i in logged:
+        by_loss.setdefault(_describe_loss(runs[i]), []).append(i)
+    return list(by_loss.values())
+
+
+def _describe_loss(run: RunReport) -> tuple[str, ...]:
+    """What a run's loss depends on: the method, and the values of its objective's options."""
+    method = run.format_value("method")
+    objective = getattr(METHODS.get(method), "objective_class", None)
+    names = [f.name for f in fields(objective) if f.init] if objective else []
+    return (method, *(f"{name}={run.config.get(name)}" for name in sorted({*names, "temperature"})))
+
+
+def _build_lines(
+    spec: ChartSpec, metrics: Sequence[str], panel: Sequence[int], runs: Sequence[RunReport]
+) -> Iterator[dict[str, Any]]:
+    """A line for each metric of each run. Colors tell runs apart, or, in a chart of one run alone, metrics."""
+    has_many = spec.together and (len(spec.metrics) > 1 or spec.metrics[0].endswith("/"))
+    for i in panel:
+        for j, metric in enumerate(metrics):
+            curve = sorted(runs[i].curves.get(metric, []), key=lambda point: point[0])
+            if not curve:
+                continue
+            short = metric.rpartition("/")[2].removesuffix("_seconds") if has_many else ""
+            name = metric if len(runs) == 1 and not short else short
+            is_alone = spec.shared_by == "one run"
+            points = _thin_out(curve)
+            yield {
+                "run": i,
+                "name": name,
+                "named_by_run": len(runs) > 1 and not is_alone,
+                "color": j if is_alone else i,
+                "dash": j if not is_alone else 0,
+                "x": [step for step, _ in points],
+                "y": [_round(spec.scale * value) for _, value in points],
+            }
+
+
+def _thin_out(curve: Curve) -> Curve:
+    """At most `_MAX_POINTS` points: of each stretch of steps the lowest and the highest, so that no peak is lost."""
+    if len(curve) <= _MAX_POINTS:
+        return curve
+    inner, count = curve[1:-1], _MAX_POINTS // 2 - 1
+    points = [curve[0]]
+    for i in range(count):
+        stretch = inner[i * len(inner) // count : (i + 1) * len(inner) // count]
+        by_value = sorted(stretch, key=lambda point: (math.isnan(point[1]), point[1]))
+        points += sorted({by_value[0], by_value[-1]}, key=lambda point: point[0])
+    return [*points, curve[-1]]
+
+
+def _round(value: float) -> float | None:
+    """Six digits; None, which JSON knows, for a value that isn't finite."""
+    return float(f"{value:.6g}") if math.isfinite(value) else None
+
+
+def _limit(groups: Sequence[ChartGroup], skipped: list[str]) -> list[ChartGroup]:
+    count = sum(len(group.charts) for group in groups)
+    if count <= _MAX_CHARTS:
+        return list(groups)
+    skipped.append(f"{count - _MAX_CHARTS} of {count} curves: a page has {_MAX_CHARTS}")
+    kept, room = [], _MAX_CHARTS
+    for group in groups:
+        kept.append(ChartGroup(group.title, group.is_folded, group.charts[:room]))
+        room -= len(kept[-1].charts)
+    return [group for group in kept if group.charts]

@@ -33,22 +33,27 @@ def find_notable(run: RunReport) -> list[Finding]:
 
 def _progress(run: RunReport) -> Iterator[Finding]:
     if not run.state:
-        yield Finding("note", "No log to read: curves come with the first checkpoint, or at the end.")
+        yield Finding("note", "No log yet: it is written with the first checkpoint and at the end of training.")
     elif run.state.is_finished:
         yield Finding("good", f"Finished: {run.state.global_step} steps.")
     else:
         done, planned = run.state.global_step, run.state.max_steps
-        yield Finding("warning", f"Not finished: {done} of {planned} steps, as of its last checkpoint.")
+        yield Finding("warning", f"Not finished: the last checkpoint is at step {done} of {planned}.")
 
 
 def _accuracy(run: RunReport) -> Iterator[Finding]:
+    """Only what the summary's numbers don't say by themselves. "Before training" is step 0 and no other."""
     curve = run.curves.get("eval_accuracy", [])
-    if len(curve) > 1:
-        first, last = 100 * curve[0][1], 100 * curve[-1][1]
-        level = "good" if last > first else "warning"
-        yield Finding(
-            level, f"Accuracy on held-out prompts went from {first:.1f} % to {last:.1f} % ({last - first:+.1f})."
-        )
+    if not curve:
+        return
+    (start, first), (end, last) = curve[0], curve[-1]
+    if len(curve) > 1 and last <= first:
+        since = "from before training" if start == 0 else f"from step {start}"
+        text = f"Held-out accuracy did not improve {since} to step {end}: {100 * first:.1f} % to {100 * last:.1f} %."
+        yield Finding("warning", text)
+    if start > 0:
+        text = f"Held-out accuracy was first measured at step {start}, not before training (eval_on_start)."
+        yield Finding("note", text)
 
 
 def _benchmarks(run: RunReport) -> Iterator[Finding]:
@@ -68,13 +73,14 @@ def _loss(run: RunReport) -> Iterator[Finding]:
     if len(curve) >= 8:
         nonfinite_step = next((step for step, value in curve if not math.isfinite(value)), None)
         if nonfinite_step is not None:
-            yield Finding("warning", f"The loss is not a number from step {nonfinite_step} on.")
+            yield Finding("warning", f"The loss is not finite at step {nonfinite_step}.")
             return
         first, last = _quarter_means(curve)
-        word = "fell" if last < first else "rose"
         # the value of a policy gradient's loss says nothing
-        level = "note" if last < first or run.config.get("method") == "grpo" else "warning"
-        yield Finding(level, f"The loss {word} from {first:.4g} in the first quarter to {last:.4g} in the last.")
+        is_policy_gradient = run.config.get("method") == "grpo" or "policy/ratio" in run.curves
+        if last >= first and not is_policy_gradient:
+            text = f"The loss did not fall: {first:.4g} in the first quarter of training, {last:.4g} in the last."
+            yield Finding("warning", text)
 
 
 def _entropy(run: RunReport) -> Iterator[Finding]:
@@ -96,20 +102,21 @@ def _completions(run: RunReport) -> Iterator[Finding]:
 
 def _nonfinite(run: RunReport) -> Iterator[Finding]:
     if run.num_nonfinite_steps:
+        steps = run.num_nonfinite_steps
         yield Finding(
-            "warning", f"Loss or gradient was not finite in {run.num_nonfinite_steps} steps: nonfinite_step_*.jsonl."
+            "warning", f"The loss or a gradient was not finite in {steps} steps: see nonfinite_step_*.jsonl."
         )
 
 
 def _missing_data(run: RunReport) -> Iterator[Finding]:
-    """Findings about data that the report lacks, and why."""
+    """Data that the report lacks, and why."""
     for reason in run.skipped:
         yield Finding("warning", f"Left out: {reason}.")
     if run.state and len(run.curves.get("loss", [])) < 2:
         every, steps = run.state.logging_steps, run.state.global_step
-        yield Finding("note", f"No curves: the loss was logged every {every} steps (logging_steps), of {steps}.")
+        yield Finding("note", f"No loss curve: the run took {steps} steps and logged every {every} (logging_steps).")
     if not run.records and not (run.folder / RECORDS_DIR).is_dir():
-        yield Finding("note", "No tokens and analyses: the run didn't record any (record_steps).")
+        yield Finding("note", "No token view and no analyses: the run didn't record any tokens (record_steps).")
 
 
 def _quarter_means(curve: Curve) -> tuple[float, float]:

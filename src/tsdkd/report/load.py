@@ -33,6 +33,7 @@ class RunReport:
         state: the trainer's log; None before the first checkpoint.
         records: see `tsdkd.analysis`; empty where nothing was recorded.
         results: of `tsdkd eval`, in the run's directory: name -> entries of a `results-*.json`.
+        result_models: their models: name of the results -> name of the model -> its path or its name on the hub.
         result_tables: their Markdown tables.
         baseline_differences: their entries that compare this run's student with a baseline.
         num_nonfinite_steps: steps whose loss or gradient wasn't finite.
@@ -46,6 +47,7 @@ class RunReport:
     state: TrainerState | None = None
     records: list[StepRecord] = field(default_factory=list)
     results: dict[str, list[ResultEntry]] = field(default_factory=dict)
+    result_models: dict[str, dict[str, str]] = field(default_factory=dict)
     result_tables: dict[str, str] = field(default_factory=dict)
     baseline_differences: list[ResultEntry] = field(default_factory=list)
     num_nonfinite_steps: int = 0
@@ -93,7 +95,7 @@ def load_run(name: str, folder: Path) -> RunReport:
                 models, entries = read_results(path)
                 table = read_bounded(path.with_suffix(".md"), _MAX_TABLE_MIB)
                 run.baseline_differences += _select_differences(models, entries, folder.resolve())
-                run.results[key] = entries
+                run.results[key], run.result_models[key] = entries, models
                 run.result_tables[key] = table.decode("utf-8", "replace")
     run.skipped = shorten_reasons(run.skipped)
     return run

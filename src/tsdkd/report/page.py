@@ -1,4 +1,4 @@
-"""The page: template, style and script, with everything in it."""
+"""The page: one HTML file with its data, style and scripts."""
 
 from collections.abc import Sequence
 from importlib import resources
@@ -14,9 +14,12 @@ from ..analysis.left_out import leave_out_failure, shorten_reasons, warn_of_skip
 from ..analysis.write_figures import name_folders
 from ..errors import DataError, OutputDirError
 from ..files import read_bounded, wrap_os_errors, write_atomically
-from . import charts
+from .charts import build_charts
+from .figures import plot_figures
 from .findings import find_notable
+from .glossary import GLOSSARY
 from .load import RunReport, load_run
+from .summary import list_headlines, list_scores
 from .tokens import pack_records
 
 _REPORT_MARKER = "<footer>Written by tsdkd "
@@ -52,7 +55,10 @@ def render_page(runs: Sequence[RunReport], skipped: list[str]) -> str:
     """The page. Whatever comes from runs is escaped; `skipped` takes the parts that can't be shown."""
     environment = Environment(undefined=StrictUndefined, autoescape=True, trim_blocks=True)
     template = environment.from_string(_read_asset("page.html.j2"))
-    curves, figures = charts.plot_metrics(runs, skipped), charts.plot_figures(runs, skipped)
+    curves, figures = build_charts(runs, skipped), plot_figures(runs, skipped)
+    charts = [chart for group in curves for chart in group.charts]
+    for number, chart in enumerate(charts):
+        chart["id"] = number
     packed: list[dict[str, Any]] = []
     for run in runs:
         with leave_out_failure(f"{run.name}: tokens", skipped):
@@ -60,23 +66,42 @@ def render_page(runs: Sequence[RunReport], skipped: list[str]) -> str:
     return template.render(
         title=" and ".join(run.name for run in runs),
         style=Markup(_read_asset("page.css")),
-        script=Markup(_read_asset("page.js")),
+        scripts=[Markup(_read_asset(name)) for name in ("charts.js", "tokens.js")],
         footer=Markup(_REPORT_MARKER + version("tsdkd")),
         skipped=shorten_reasons(skipped),
-        findings=[(run, find_notable(run)) for run in runs],
+        summaries=[_summarize(run) for run in runs],
         result_tables=[
             (f"{run.name}: {name}", _markdown_to_html(text))
             for run in runs
             for name, text in run.result_tables.items()
         ],
         curves=curves,
+        charts=charts,
         figures=figures,
         recorded=[(run.name, run.records) for run in runs if run.records],
         packed=packed,
         names=[run.name for run in runs],
         differing=_differing_values(runs),
         configurations=[(run.name, run.config_text) for run in runs],
+        glossary=GLOSSARY,
     )
+
+
+def _summarize(run: RunReport) -> dict[str, Any]:
+    """What the template says about a run at the top."""
+    done, planned = (run.state.global_step, run.state.max_steps) if run.state else (0, 0)
+    return {
+        "name": run.name,
+        "method": run.format_value("method"),
+        "student": run.format_value("model_name_or_path"),
+        "teacher": run.format_value("teacher_model_name_or_path"),
+        "prompts": run.format_value("dataset_name"),
+        "steps": f"{done} of {planned}" if planned > 0 else str(done) if run.state else "no log yet",
+        "duration": run.duration,
+        "headlines": list_headlines(run),
+        "scores": list_scores(run),
+        "findings": find_notable(run),
+    }
 
 
 def _differing_values(runs: Sequence[RunReport]) -> dict[str, list[str]]:

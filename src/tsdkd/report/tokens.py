@@ -20,7 +20,7 @@ TOKEN_METRICS = (
     ("forward_kl", "Forward KL over the teacher's top 16, nats"),
     ("kendall_tau", "Agreement of the rankings (Kendall's tau)"),
     ("is_opener", "In the opener"),
-    ("is_high_entropy", "In the most uncertain 10 %"),
+    ("is_high_entropy", "Among the most uncertain tokens (entropy_ratio)"),
     ("is_triggered", "Forward KL is triggered (EOPD Eq. 9)"),
 )
 

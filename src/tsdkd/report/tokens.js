@@ -1,7 +1,9 @@
 "use strict";
 // The token view. Completions are a model's: their text only ever becomes textContent.
 (async () => {
-  const runs = JSON.parse(document.getElementById("data").textContent);
+  const source = document.getElementById("token-data");
+  if (!source) return (document.body.dataset.ready = "true");
+  const runs = JSON.parse(source.textContent);
   const byId = (id) => document.getElementById(id);
   const view = { run: 0, record: 0, sample: 0, token: 0, metric: "student_entropy" };
   const cache = new Map();
@@ -110,7 +112,7 @@
       list.append(entry);
     }
     const table = document.createElement("table");
-    const heads = ["student's candidate", "student", "teacher", "teacher's order"];
+    const heads = ["student's candidate", "student", "teacher", "teacher's rank"];
     table.append(row("th", heads));
     const n = record().candidates;
     for (let c = 0; c < n; c++) {
