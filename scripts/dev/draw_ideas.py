@@ -38,14 +38,14 @@ def tsd_kd(record: StepRecord, own: np.ndarray, path: Path) -> None:
         record.is_high_entropy[own],
     )
     places = np.arange(len(entropy))
-    top.axvspan(-0.5, opener.sum() - 0.5, color=BLUE, alpha=0.15, lw=0, label="opener: the ranking is learnt here")
+    top.axvspan(-0.5, opener.sum() - 0.5, color=BLUE, alpha=0.15, lw=0, label="opener: the ranking is learned here")
     top.bar(places, entropy, color=np.where(chosen, RED, "#bbbbbb"), width=0.7)
-    top.bar(0, 0, color=RED, label="the 10 % whose entropy is minimised")
+    top.bar(0, 0, color=RED, label="the 10 % whose entropy is minimized")
     top.set_ylabel("student's entropy,\nnats")
     divergence, gate = record.columns["divergence"][own], record.gate[own]
     bottom.bar(places, divergence, color="#bbbbbb", width=0.7, label="JSD")
     bottom.bar(
-        places, gate * divergence, color=GREEN, width=0.45, label="gate x JSD: what is minimised, on all tokens"
+        places, gate * divergence, color=GREEN, width=0.45, label="gate x JSD: minimized on all tokens"
     )
     bottom.set_ylabel("nats")
     _finish(top, bottom, record, own)
@@ -58,7 +58,7 @@ def eopd(record: StepRecord, own: np.ndarray, path: Path) -> None:
     entropy, fires = record.columns["teacher_entropy"][own], record.is_triggered[own]
     places = np.arange(len(entropy))
     top.bar(places, entropy, color=np.where(fires, RED, "#bbbbbb"), width=0.7)
-    top.bar(0, 0, color=RED, label="the teacher is uncertain: forward KL joins in")
+    top.bar(0, 0, color=RED, label="the teacher is uncertain: forward KL is added")
     top.axhline(record.options.entropy_threshold, color="black", lw=0.8, ls=":")
     top.set_ylabel("teacher's entropy,\nnats")
     reverse = (record.columns["student_logp"] - record.columns["teacher_logp"])[own]
