@@ -48,6 +48,7 @@ SLOW_TESTS = {
     "test_compare.py::test_no_model_is_left_beside_another",
     "test_compare.py::test_the_toy_gives_the_papers_table",
     "test_compare.py::test_two_processes_do_a_task_once",
+    "test_docs.py::test_the_recipe_of_a_method_is_one_file",
     "test_docs.py::test_the_site_is_built",
     "test_launch.py::test_a_comparison_launches_as_its_configuration_does",
     "test_launch.py::test_a_hub_that_does_not_answer_is_asked_once",

@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
     if args.help_keys:
         from .keys import print_keys
 
-        print_keys()
+        print_keys(read_flags(flags, []).get("method"))
         return 0
     launch.warn_about_compile_locks()
     launch_flags = {name: value for name in _LAUNCH_FLAGS if (value := getattr(args, name)) is not None}
