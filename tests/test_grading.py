@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
@@ -13,7 +15,7 @@ import yaml
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from conftest import QUIET, flags, write_jsonl
+from conftest import QUIET, flags, on_cpus, write_jsonl
 from tsdkd import TSDKDConfig, TSDKDTrainer
 from tsdkd.cli import main
 from tsdkd.demo.run_demo import evaluate_saved
@@ -152,6 +154,22 @@ def test_a_grader_that_is_none_is_told_first(
     lines = [line for line in capsys.readouterr().err.splitlines() if "grader" in line]
     assert lines and all(found in line for line in lines)
     assert len(lines) == 1 or command == "compare"
+
+
+def test_a_grader_that_fails_on_one_process_stops_all(tmp_path: Path) -> None:
+    """All of them say it together, so that none is left waiting."""
+    text = "import os\ndef grade(completion, answer):\n    return 1 / (os.environ['RANK'] == '0')\n"
+    (tmp_path / "one_grader.py").write_text(text, encoding="utf-8")
+    values = {**QUIET, "model_name_or_path": DEMO / "student", "teacher_model_name_or_path": DEMO / "teacher"}
+    rows = write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    values |= {"dataset_name": rows, "eval_dataset_name": rows, "max_steps": 1, "max_new_tokens": 4}
+    values |= {"eval_strategy": "steps", "eval_steps": 1, "output_dir": "run", "per_device_eval_batch_size": 2}
+    values |= {"grader": "one_grader:grade", "num_processes": 2}
+    command = [sys.executable, "-m", "tsdkd", "train", *flags(**values)]
+    result = subprocess.run(command, cwd=tmp_path, env=on_cpus(), capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr.count("one_grader:grade raised ZeroDivisionError: division by zero, for the completion") == 1
+    assert "Traceback" not in result.stderr and "gloo" not in result.stderr
 
 
 def test_a_grader_in_python(tmp_path: Path) -> None:

@@ -60,6 +60,11 @@ def main(argv: Sequence[str]) -> int:
             _print_dry_run(parse_arguments(args.config, flags, do_train=False), launch_spec)
         except TSDKDError as error:
             raise ConfigError([*missing, *error.lines]) if missing else error from None
+    if missing and not launch_spec:
+        try:
+            parse_arguments(args.config, flags)
+        except TSDKDError as error:
+            raise ConfigError([*missing, *error.lines]) from None
     if missing:
         raise ConfigError(missing)
     if args.dry_run:

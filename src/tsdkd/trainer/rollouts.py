@@ -15,6 +15,7 @@ from ..models.loading import ModelPair
 from ..rollout.base import Completion, Sampler
 from ..rollout.build import make_sampler
 from ..rollout.seeding import RandomStream, prompt_generator
+from .count_correct import count_correct
 from .forward import HeadForward
 from .metrics import MetricAccumulator
 from .rollout_buffer import Batch
@@ -137,8 +138,7 @@ class RolloutMixin:
         decode = self.pair.tokenizer.decode
         if mode == "eval" and answers:
             texts = [decode(c.ids, skip_special_tokens=True) for c in completions]
-            num_correct = sum(self.grader(t, str(a), row) for t, (row, a) in zip(texts, answers, strict=True))
-            self.metric_accumulators[mode].add("accuracy", num_correct, len(answers))
+            self.metric_accumulators[mode].add("accuracy", count_correct(self.grader, texts, answers), len(answers))
         if self.args.log_completions:
             self._logged_completions = [
                 (decode(prompt), decode(completion.ids, skip_special_tokens=True), completion)
