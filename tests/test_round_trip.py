@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from conftest import QUIET, SPECIAL, TEMPLATE, build_model, build_tokenizer, flags, write_jsonl
+from conftest import QUIET, build_model, build_tokenizer, flags, write_jsonl
 from tsdkd import DataError
 from tsdkd.cli import main
 from tsdkd.models.round_trip import check_round_trip
@@ -116,6 +116,8 @@ def qwen_with_words(folder: Path, words: list[str]) -> str:
     path = folder / "tokenizer_config.json"
     settings = {k: v for k, v in json.loads(path.read_text()).items() if k not in ("tokenizer_class", "backend")}
     path.write_text(json.dumps(settings))
+    if type(AutoTokenizer.from_pretrained(folder)).__name__ != "Qwen2Tokenizer":
+        pytest.skip("this version of transformers loads it as it is")
     return str(folder)
 
 
@@ -144,6 +146,5 @@ def test_a_tokenizer_of_another_class(
 def test_the_tests_own_tokenizer_is_whole(warnings: list[str]) -> None:
     tokenizer = build_tokenizer()
     text = tokenizer.apply_chat_template([{"role": "user", "content": "w1 w2"}], tokenize=False)
-    assert TEMPLATE and set(SPECIAL)
     check_round_trip([str(text)], tokenizer, "model_name_or_path")
     assert not warnings

@@ -35,14 +35,14 @@ def import_object(path: str, field: str) -> Any:
         missing = getattr(error, "name", None)
         if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{missing}."):
             raise ConfigError(
-                [f"{field}: there is no module {missing!r}, neither in the current directory nor installed"]
+                [f"{field}: there is no module {shorten(missing)}, neither in the current directory nor installed"]
             ) from error
         raise ConfigError(
             [f"{field}: the module {module_name} can't be imported: {type(error).__name__}: {first_line(error)[:300]}"]
         ) from error
     if not hasattr(module, name):
         place = getattr(module, "__file__", None) or module_name
-        raise ConfigError([f"{field}: {place} has no {name!r}{did_you_mean(name, vars(module))}"])
+        raise ConfigError([f"{field}: {place} has no {shorten(name)}{did_you_mean(name, vars(module))}"])
     return getattr(module, name)
 
 
