@@ -172,6 +172,19 @@ def test_a_grader_that_fails_on_one_process_stops_all(tmp_path: Path) -> None:
     assert "Traceback" not in result.stderr and "gloo" not in result.stderr
 
 
+def test_a_run_goes_on_with_its_grader(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its accuracies would not be of one kind."""
+    (tmp_path / "word_grader.py").write_text(GRADERS, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    options = {"grader": "word_grader:has_word", "save_strategy": "steps", "save_steps": 1, "resume": "true"}
+    assert by_training(tmp_path, **options) == 50.0
+    with pytest.raises(AssertionError):
+        by_training(tmp_path, **{**options, "grader": "word_grader:scores", "max_steps": 2})
+    assert "grader was 'word_grader:has_word', now 'word_grader:scores'" in capsys.readouterr().err
+
+
 def test_a_grader_in_python(tmp_path: Path) -> None:
     trainer = TSDKDTrainer(
         str(DEMO / "student"),

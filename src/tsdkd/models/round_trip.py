@@ -76,11 +76,10 @@ def _round_trip(text: str, tokenizer: PreTrainedTokenizerBase) -> _RoundTrip:
     is_named = unk_id is not None and str(tokenizer.unk_token) in text  # a template may write it, as an end of text
     unknown = [] if is_named else [i for i in ids if i == unk_id]
     known = [i for i in ids if is_named or i != unk_id]
-    options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-    characters = _characters(str(tokenizer.decode(known, **options)))
+    characters = _characters(str(tokenizer.decode(known)))
     # a tokenizer's normalizer may be undone by its decoder, or not
     lost, count = min(_count_lost(_characters(form), characters) for form in (text, _normalize(text, tokenizer)))
-    return _RoundTrip(text, str(tokenizer.decode(ids, **options)), len(unknown), len(ids), lost, count)
+    return _RoundTrip(text, str(tokenizer.decode(ids)), len(unknown), len(ids), lost, count)
 
 
 def _count_lost(before: Counter[str], after: Counter[str]) -> tuple[int, int]:
