@@ -105,6 +105,13 @@ def test_characters_that_are_lost_are_warned_of(warnings: list[str]) -> None:
 
 
 def test_a_prompt_that_is_lost_is_refused() -> None:
+    marked = ["<unk>" * 9 + "你好", "<s>" * 9 + "你好"]  # as a chat template may mark a turn
+    for text in marked:
+        with pytest.raises(DataError, match="can't represent the prompts: 100% of the characters are lost"):
+            tokenizer = PreTrainedTokenizerFast(
+                tokenizer_object=sentencepiece(False), bos_token="<s>", unk_token="<unk>"
+            )
+            check_round_trip([text], tokenizer, "model_name_or_path")
     with pytest.raises(DataError, match=r"model_name_or_path: its tokenizer.*'你好 你好' becomes '<unk> <unk>'"):
         check(sentencepiece(byte_fallback=False), ["你好 你好"])
 
