@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from conftest import flags
+from conftest import flags, write_jsonl
 from tsdkd.cli import main
 from tsdkd.generate import engine_memory_utilization
 from tsdkd.rollout.hf import sample_completions
@@ -58,6 +58,13 @@ def test_rows_are_the_models_samples(command, saved_model, rows_file, tmp_path):
             assert build_ids(row["completion"], bare=True) == [t for t in drawn.ids if 2 <= t < 60]
     assert {row["finish_reason"] for row in rows.values()} == {"stop", "length"}
     assert rows[0, 0]["completion"] != rows[0, 1]["completion"]
+
+
+def test_answers_keep_the_column_that_the_run_looks_for(command, tmp_path):
+    data = write_jsonl(tmp_path / "data.jsonl", [{"prompt": "w1 w2", "gold": "7", "answer": "long"}] * 2)
+    output = tmp_path / "rows.jsonl"
+    assert main(command(output, dataset_name=data, answer_column="gold")) == 0
+    assert all(row["gold"] == "7" and "answer" not in row for row in read(output).values())
 
 
 def test_a_suffix_is_asked_and_not_written(command, saved_model, tmp_path, capsys):

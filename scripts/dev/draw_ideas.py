@@ -44,9 +44,7 @@ def tsd_kd(record: StepRecord, own: np.ndarray, path: Path) -> None:
     top.set_ylabel("student's entropy,\nnats")
     divergence, gate = record.columns["divergence"][own], record.gate[own]
     bottom.bar(places, divergence, color="#bbbbbb", width=0.7, label="JSD")
-    bottom.bar(
-        places, gate * divergence, color=GREEN, width=0.45, label="gate x JSD: minimized on all tokens"
-    )
+    bottom.bar(places, gate * divergence, color=GREEN, width=0.45, label="gate x JSD: minimized on all tokens")
     bottom.set_ylabel("nats")
     _finish(top, bottom, record, own)
     figure.savefig(path, dpi=120)

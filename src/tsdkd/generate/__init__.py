@@ -15,7 +15,7 @@ from datasets import Dataset
 from transformers import PretrainedConfig
 
 from ..config.base import TokenSelectiveConfig
-from ..data import prepare_dataset, resolve_columns, split_prompt_completion
+from ..data import Columns, prepare_dataset, resolve_columns, split_prompt_completion
 from ..errors import ConfigError
 from ..files import hold_file, open_for_append
 from ..models.finite_weights import require_finite_files
@@ -41,7 +41,7 @@ class GenerationSetup:
         model_name_or_path: its folder or hub id.
         revision: its branch, tag or commit on the hub, if one is given.
         args, pair: the run's.
-        dataset, source_columns: the prompts as they were given, and their columns of prompt and completion.
+        dataset, source_columns: the prompts as they were given, and their columns.
         tokenized_dataset: see `prepare_dataset`.
     """
 
@@ -51,7 +51,7 @@ class GenerationSetup:
     args: TokenSelectiveConfig
     pair: ModelPair
     dataset: Dataset
-    source_columns: tuple[str, str | None]
+    source_columns: Columns
     tokenized_dataset: Dataset
 
     @property
@@ -77,8 +77,8 @@ class GenerationSetup:
         )
 
     @property
-    def output_columns(self) -> tuple[str, str]:
-        """Names of the output's columns of prompt and completion."""
+    def output_columns(self) -> Columns:
+        """Names of the output's columns of prompt, completion and answer."""
         return output_columns(self.args)
 
     def get_prompt(self, index: int) -> Any:
@@ -140,7 +140,7 @@ def engine_memory_utilization(arguments: RunArguments, device: torch.device) -> 
 
 
 def _append_completions(setup: GenerationSetup, output: Path, num_completions: int) -> None:
-    done = read_finished(output, setup.output_columns[0], setup.metadata, len(setup.dataset), setup.get_prompt)
+    done = read_finished(output, setup.output_columns.prompt, setup.metadata, len(setup.dataset), setup.get_prompt)
     requests = [
         GenerationRequest(
             row["index"], sample, row["prompt_ids"], row["limit"], (setup.args.seed, sample, row["index"])
@@ -192,11 +192,12 @@ def _prepare_setup(arguments: RunArguments, role: Role) -> GenerationSetup:
 
 
 def _build_row(setup: GenerationSetup, request: GenerationRequest, completion: Completion) -> dict[str, Any]:
-    source_row, (prompt_column, completion_column) = setup.dataset[request.index], setup.output_columns
+    source_row, columns = setup.dataset[request.index], setup.output_columns
+    source_answer = setup.source_columns.answer
     return {
-        prompt_column: setup.get_prompt(request.index),
-        completion_column: setup.pair.tokenizer.decode(completion.ids, skip_special_tokens=True),
-        **({"answer": to_json_value(source_row["answer"])} if "answer" in source_row else {}),
+        columns.prompt: setup.get_prompt(request.index),
+        str(columns.completion): setup.pair.tokenizer.decode(completion.ids, skip_special_tokens=True),
+        **({str(columns.answer): to_json_value(source_row[source_answer])} if source_answer else {}),
         "index": request.index,
         "sample": request.sample,
         "num_tokens": len(completion.ids),

@@ -7,19 +7,21 @@ from typing import Any
 
 from ..config.base import TokenSelectiveConfig
 from ..config.coercion import shorten
+from ..data import Columns
 from ..errors import ConfigError, OutputDirError
 from ..files import iter_whole_lines
 
 SHARED_OPTIONS = ("seed", "temperature", "top_p", "max_new_tokens", "prompt_suffix")
 """Options of the run that are in every row."""
-_OTHER_COLUMNS = {"answer", "index", "sample", "num_tokens", "finish_reason", "model", "revision", "engine"}
+_OTHER_COLUMNS = {"index", "sample", "num_tokens", "finish_reason", "model", "revision", "engine"}
 
 
-def output_columns(args: TokenSelectiveConfig) -> tuple[str, str]:
-    """Columns of prompt and completion, as the run will look for them. Raises `ConfigError` for names of others."""
+def output_columns(args: TokenSelectiveConfig) -> Columns:
+    """The columns as the run will look for them. Raises `ConfigError` for a name that is another column's."""
     columns = {
         "prompt_column": args.prompt_column or "prompt",
         "completion_column": args.completion_column or "completion",
+        "answer_column": args.answer_column or "answer",
     }
     problems = [
         f"{field}: {name!r} is a column of the output with another content; rename it in the data set"
@@ -28,7 +30,7 @@ def output_columns(args: TokenSelectiveConfig) -> tuple[str, str]:
     ]
     if problems:
         raise ConfigError(problems)
-    return columns["prompt_column"], columns["completion_column"]
+    return Columns(*columns.values())
 
 
 def read_finished(
