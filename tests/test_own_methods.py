@@ -109,7 +109,7 @@ def test_its_options_are_checked(base: dict[str, Any], capsys: pytest.CaptureFix
     for options, line in (
         ({"own_weight": -1}, "own_weight: must be at least 0, found -1.0"),
         ({"own_wieght": 1}, "own_wieght: unknown key, did you mean 'own_weight'?"),
-        ({"beta": 0.3}, "beta: no option of own-checked: the method has no generalised JSD; remove it"),
+        ({"beta": 0.3}, "beta: not an option of own-checked: the method has no generalized JSD; remove it"),
         ({"opener_ratio": 0.3}, f"opener_ratio: belongs to method tsd-kd, this run's method is {path}"),
     ):
         assert main(["train", *flags(**base, method=path, **options)]) == 2

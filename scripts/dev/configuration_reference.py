@@ -4,6 +4,7 @@ python scripts/dev/configuration_reference.py > docs/configuration.md
 """
 
 import dataclasses
+import textwrap
 import types
 from collections.abc import Iterable
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -21,70 +22,71 @@ from tsdkd.methods import METHODS
 
 HEAD = """# Configuration
 
-Every key of a YAML file is a flag too: `beta: 0.5`, `--beta 0.5`. Below is what tsdkd adds to
-[transformers' TrainingArguments](https://huggingface.co/docs/transformers/main_classes/trainer), or gives another
-default; all others work as they do there (`learning_rate`, `report_to`, `save_steps`, `eval_strategy`, …), but for
-[those refused](#refused). The page is generated from the dataclasses.
+Every key of a YAML file is also a flag: `beta: 0.5`, `--beta 0.5`. This page lists the options that tsdkd adds to
+[transformers' TrainingArguments](https://huggingface.co/docs/transformers/main_classes/trainer), or whose default it
+changes. All others work as in transformers (`learning_rate`, `report_to`, `save_steps`, `eval_strategy`, …), except
+[those that are refused](#refused). The page is generated from the dataclasses.
 """
 
 
 def main() -> None:
     """Print the page."""
     common = {f.name for f in dataclasses.fields(TokenSelectiveConfig)} - {"beta"}
-    parts = [HEAD, "## Models\n", "TRL's `ModelConfig`; LoRA's keys need `use_peft: true`.\n"]
-    parts.append(
-        table(
-            ModelConfig,
-            [f.name for f in dataclasses.fields(ModelConfig) if f.name not in UNSUPPORTED_OPTIONS],
-            meanings=False,
-        )
-    )
-    parts += ["## Data\n", table(DataArguments, [f.name for f in dataclasses.fields(DataArguments)])]
-    parts += ["## Processes\n", "How they are started, by accelerate ([clusters](cluster.md)).\n"]
-    parts.append(table(LaunchArguments, [f.name for f in dataclasses.fields(LaunchArguments)]))
+    parts = [HEAD, "## Models\n", "TRL's `ModelConfig`. The keys of LoRA need `use_peft: true`.\n"]
+    names = [f.name for f in dataclasses.fields(ModelConfig) if f.name not in UNSUPPORTED_OPTIONS]
+    hints = get_type_hints(ModelConfig)
+    cells = [(f"`{name}`", type_of(hints[name]), value(get_default(ModelConfig, name))) for name in names]
+    parts.append(table(("key", "type", "default"), cells))
+    parts += ["## Data\n", options(DataArguments, [f.name for f in dataclasses.fields(DataArguments)])]
+    parts += ["## Processes\n", "How accelerate starts the processes ([clusters](cluster.md)).\n"]
+    parts.append(options(LaunchArguments, [f.name for f in dataclasses.fields(LaunchArguments)]))
     parts += [
         "## All methods\n",
-        "`method` names one of those below (none: `tsd-kd`), or [one of your own](guide.md#a-method-of-your-own);\n"
-        "`teacher_model_name_or_path` names the teacher.\n",
+        "`method` is one of the methods below (default: `tsd-kd`)\n"
+        "or [one of your own](guide.md#a-method-of-your-own).\n",
     ]
-    parts.append(table(TokenSelectiveConfig, TokenSelectiveConfig.method_options()))
-    parts += ["## Each method\n", "Its own options, and where its defaults differ from those above.\n"]
+    parts.append(options(TokenSelectiveConfig, TokenSelectiveConfig.method_options()))
+    parts += ["## Each method\n", "The options of a method, and those above whose default it changes.\n"]
     for name, trainer in METHODS.items():
         cls = trainer.config_class
         parts.append(f"### `{name}`\n\n{(cls.__doc__ or '').splitlines()[0]} ({cls.paper})\n")
-        options = sorted(cls.method_options(), key=lambda option: option in common)
-        parts.append(table(cls, options))
+        parts.append(options(cls, sorted(cls.method_options(), key=lambda option: option in common)))
         if cls.unsupported_options:
-            parts.append("".join(f"- no `{key}`: {why}\n" for key, why in sorted(cls.unsupported_options.items())))
+            refused = sorted(cls.unsupported_options.items())
+            parts.append("Not available:\n\n" + "".join(item(f"- `{key}`: {why}") for key, why in refused))
     parts += ["## Comparisons\n", "The file of `tsdkd compare` ([guide](guide.md#comparisons)).\n"]
-    parts.append(table(Comparison, [f.name for f in dataclasses.fields(Comparison)]))
+    parts.append(options(Comparison, [f.name for f in dataclasses.fields(Comparison)]))
     parts += ["## Refused\n", "Options of TRL and transformers that would have no effect, or a wrong one.\n"]
-    parts.append(rows(("key", "why"), [(f"`{key}`", why) for key, why in sorted(UNSUPPORTED_OPTIONS.items())]))
+    parts.append("".join(item(f"- `{key}`: {why}") for key, why in sorted(UNSUPPORTED_OPTIONS.items())))
     parts += [
         "## Other names\n",
-        "Each is accepted as the key that it stands for. A key that was renamed is refused with its new name.\n",
+        "These keys are accepted as aliases. A renamed key is refused, with its new name.\n",
     ]
-    parts.append(rows(("key", "the same as"), [(f"`{key}`", f"`{name}`") for key, name in sorted(ALIASES.items())]))
+    parts.append(table(("key", "alias of"), [(f"`{key}`", f"`{name}`") for key, name in sorted(ALIASES.items())]))
     print("\n".join(parts), end="")
 
 
-def table(cls: Any, names: Iterable[str], meanings: bool = True) -> str:
-    """Keys with their types, defaults, meanings and rules."""
+def options(cls: Any, names: Iterable[str]) -> str:
+    """A list of options with their types, defaults, meanings and rules."""
     hints, rules = get_type_hints(cls), get_rules(cls)
-    found = []
+    items = []
     for name in names:
-        cells = [f"`{name}`", type_of(hints[name]), value(get_default(cls, name))]
-        if meanings:
-            rule, no_effect = rules[name]
-            sentences = [get_help(cls, name)]
-            sentences += [f"M{rule[1].removeprefix('m')}."] if rule else []
-            sentences += [f"No effect if {no_effect[1]}."] if no_effect else []
-            cells.append(" ".join(sentences))
-        found.append(cells)
-    return rows(("key", "type", "default", "meaning")[: 4 if meanings else 3], found)
+        rule, no_effect = rules[name]
+        default = value(get_default(cls, name))
+        sentences = [get_help(cls, name)]
+        sentences += [f"M{rule[1].removeprefix('m')}."] if rule else []
+        sentences += [f"No effect if {no_effect[1]}."] if no_effect else []
+        about = f"{type_of(hints[name])}{f', default {default}' if default else ''}"
+        items.append(item(f"- **`{name}`** ({about}): {' '.join(sentences)}"))
+    return "".join(items)
 
 
-def rows(heads: Iterable[str], cells: Iterable[Iterable[str]]) -> str:
+def item(text: str) -> str:
+    """An item of a list, wrapped."""
+    return textwrap.fill(text, 118, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False) + "\n"
+
+
+def table(heads: Iterable[str], cells: Iterable[Iterable[str]]) -> str:
     """A Markdown table."""
     lines = [list(heads), ["---"] * len(list(heads)), *map(list, cells)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -1,4 +1,4 @@
-"""Options with two names, and names that options had before."""
+"""Options with two names, and renamed options."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +10,7 @@ ALIASES = {
     "activation_checkpointing": "gradient_checkpointing",  # transformers' name since 5.24; before, only the other
     "activation_checkpointing_kwargs": "gradient_checkpointing_kwargs",
 }
-"""Another name that is accepted -> the name that everything else uses."""
+"""Accepted alias -> canonical name."""
 
 RENAMED = {
     "clip_epsilon": "epsilon",
@@ -19,11 +19,11 @@ RENAMED = {
     "own_share_step": "on_policy_share_step",
     "discount": "gamma",
 }
-"""A name that isn't accepted any more -> what the option is called now."""
+"""Old name, no longer accepted -> current name."""
 
 
 def resolve_aliases(values: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
-    """Move values given under an alias to the canonical name; a contradiction is added to `problems`."""
+    """Move values given under an alias to the canonical name. Adds contradictions to `problems`."""
     resolved = {name: value for name, value in values.items() if name not in ALIASES}
     for alias, name in ALIASES.items():
         if alias not in values:
@@ -35,11 +35,11 @@ def resolve_aliases(values: Mapping[str, Any], problems: list[str]) -> dict[str,
 
 
 def describe_alias_conflict(alias: str, value: Any, alias_value: Any) -> str:
-    """Both names of an option, with different values."""
+    """The message for an option that is given under both names with different values."""
     found = f"{shorten(value)} and {shorten(alias_value)}"
     return f"{ALIASES[alias]}, {alias}: two names of one option, found {found}; remove one"
 
 
 def rename_deprecated(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a configuration that an earlier version wrote, by today's names."""
+    """The values of a configuration that an earlier version wrote, with the current names."""
     return {{**ALIASES, **RENAMED}.get(name, name): value for name, value in dict(values).items()}

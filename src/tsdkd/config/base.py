@@ -1,7 +1,7 @@
-"""The options that all methods share, and the data arguments; `tsdkd.methods` has what each method adds.
+"""The options that all methods share, and the data arguments. `tsdkd.methods` has the options of each method.
 
-Field names, defaults and help follow TRL and transformers. A configuration that can't be run raises one `ConfigError`
-that lists every problem.
+Names, defaults and help follow TRL and transformers. An invalid configuration raises one `ConfigError` that lists all
+problems.
 """
 
 from dataclasses import dataclass
@@ -44,19 +44,19 @@ class TokenSelectiveConfig(GKDConfig):
 
     method: ClassVar[str]
     paper: ClassVar[str] = "no paper"
-    # Whether it trains on the data set's completions whatever lmbda is.
+    # Whether it trains on the data set's completions for any lmbda.
     always_needs_completions: ClassVar[bool] = False
-    # The completions that it trains on, for people.
-    completions_source: ClassVar[str] = "the student's; the data set's in 1 - lmbda of the steps"
-    # Whether it distils from a teacher, needs the teacher's weights, and has the teacher take part in rollouts.
+    # Description of the completions that it trains on.
+    completions_source: ClassVar[str] = "the student's own in a share lmbda of the steps, otherwise the data set's"
+    # Whether it has a teacher, loads the teacher's weights, and samples from the teacher.
     has_teacher: ClassVar[bool] = True
     loads_teacher: ClassVar[bool] = True
     teacher_samples: ClassVar[bool] = False
-    # Whether lmbda decides which completions a step trains on, and beta is that of its generalised JSD.
+    # Whether lmbda decides which completions a step trains on, and beta is that of its generalized JSD.
     has_lmbda: ClassVar[bool] = True
     has_jsd: ClassVar[bool] = False
-    # Inherited options that it refuses, and why: text for messages, from which nothing else follows.
-    unsupported_options: ClassVar[dict[str, str]] = {"beta": "the method has no generalised JSD"}
+    # Inherited options that it refuses -> the reason, for the message.
+    unsupported_options: ClassVar[dict[str, str]] = {"beta": "the method has no generalized JSD"}
 
     conflicts: ClassVar[tuple[ConflictRule, ...]] = (
         (
@@ -66,143 +66,149 @@ class TokenSelectiveConfig(GKDConfig):
         ),
     )
 
-    temperature: float = option(1.0, "Divides student and teacher logits, in rollouts and in the loss.", POSITIVE)
+    temperature: float = option(1.0, "Divides both models' logits, in rollouts and in the loss.", POSITIVE)
     lmbda: float = option(
-        1.0, "Share of optimizer steps on the student's own completions; 0 never generates.", FRACTION
+        1.0, "Share of optimizer steps that train on the student's own completions. 0: never generate.", FRACTION
     )
     learning_rate: float = option(5e-6, "Initial learning rate of AdamW.")
     lr_scheduler_type: SchedulerType | str = option("cosine", "Learning rate schedule.")
-    logging_nan_inf_filter: bool = option(False, "Hide non-finite losses in the log. Off: a diverged run shows.")
+    logging_nan_inf_filter: bool = option(
+        False, "Hide non-finite losses in the log. Off by default, so that a diverged run is visible."
+    )
     top_p: float = option(
         1.0,
         "Nucleus mass of the rollouts (EOPD Table 8: 0.8 for Llama). "
-        "Below 1 the sampler is no longer the policy that the loss models.",
+        "Below 1, the sampling policy is no longer the one in the loss.",
         POSITIVE_FRACTION,
         _NEVER_SAMPLES,
     )
     max_completion_length: int = option(
-        1024, "Completion limit, tokens; prompt and completion together obey max_length.", AT_LEAST_ONE
+        1024,
+        "Maximum length of a completion, tokens. Prompt and completion together are limited by max_length.",
+        AT_LEAST_ONE,
     )
-    max_new_tokens: int | None = option(None, "GKDConfig's name of max_completion_length; the same option.")
+    max_new_tokens: int | None = option(None, "GKDConfig's name for max_completion_length.")
     max_length: int | None = option(
-        1024, "Limit of prompt plus completion, tokens; none: the models' context.", SEQUENCE_LENGTH
+        1024, "Maximum length of prompt plus completion, tokens. None: the models' context length.", SEQUENCE_LENGTH
     )
     chat_template_source: Literal["student", "teacher", "none"] = option(
         "student",
-        "Whose chat template renders the prompts; a string prompt becomes one user message. "
-        "'none' takes string prompts as they are.",
+        "Model whose chat template renders the prompts. A string prompt becomes one user message. "
+        "'none': use string prompts as they are.",
     )
-    model_init_kwargs: dict[str, Any] | None = option(None, "Keyword arguments of the student's from_pretrained.")
-    teacher_model_init_kwargs: dict[str, Any] | None = option(None, "Keyword arguments of the teacher's.")
+    model_init_kwargs: dict[str, Any] | None = option(None, "Keyword arguments for the student's from_pretrained.")
+    teacher_model_init_kwargs: dict[str, Any] | None = option(
+        None, "Keyword arguments for the teacher's from_pretrained."
+    )
     chat_template_kwargs: dict[str, Any] | None = option(
         None,
-        'Keyword arguments of the chat template, e.g. {"enable_thinking": false}.',
+        'Keyword arguments for the chat template, e.g. {"enable_thinking": false}.',
         TEMPLATE_KWARGS,
         (lambda v: v["chat_template_source"] == "none", "chat_template_source is none"),
     )
     prompt_suffix: str | None = option(
         None,
-        "A line after each prompt, before the chat template; in a conversation after its last user message. "
-        "EOPD evaluates with one ('Please reason step by step, ...'); neither paper says so of training.",
+        "A line to append to each prompt before the chat template is applied; in a conversation, to its last user "
+        "message. EOPD evaluates with one ('Please reason step by step, ...'). For training, neither paper mentions "
+        "one.",
     )
     prompt_column: str | None = option(None, "Column of the prompt, if it is not 'prompt' or 'messages'.")
     completion_column: str | None = option(None, "Column of the completion, if it is not 'completion'.")
     answer_column: str | None = option(None, "Column of the right answer, if it is not 'answer'.")
     grader: str | None = option(
         None,
-        "A function of yours that grades completions, as package.module:function; none: exact match of the last "
-        "\\boxed{} or number. Evaluation's accuracy, tsdkd compare and grpo's reward use it.",
+        "Your own function that grades completions, as package.module:function. None: exact match of the last "
+        "\\boxed{} or number. Used for accuracy in evaluation, by tsdkd compare, and for grpo's reward.",
         IMPORT_PATH,
     )
     log_completions: bool = option(
-        False, "Print a table of completions at every logging step.", no_effect=_NEVER_SAMPLES
+        False, "Print a table of completions at each logging step.", no_effect=_NEVER_SAMPLES
     )
     log_term_gradients: int = option(
         100,
-        "Log each term's gradient norm, of the step's first micro-batch, every so many optimizer steps; 0 is never.",
+        "Log the gradient norm of each loss term every N optimizer steps, on the first micro-batch. 0: never.",
         NON_NEGATIVE,
     )
     record_steps: int = option(
         0,
-        "Record what both models say at each token of some completions, every so many optimizer steps; 0 is never. "
+        "Record what both models predict at each token of some completions, every N optimizer steps. 0: never. "
         "Written to records/ in output_dir, for tsdkd analyze and tsdkd report.",
         NON_NEGATIVE,
     )
     record_completions: int = option(
         8,
-        "How many completions a record holds.",
+        "Number of completions in a record.",
         AT_LEAST_ONE,
         (lambda v: v["record_steps"] == 0, "record_steps is 0"),
     )
     fused_head: bool = option(
         True,
-        "Compute the loss from hidden states, a chunk of tokens at a time. "
-        "False: from whole logits, for models whose logits are more than a scaled, soft-capped projection.",
+        "Compute the loss from hidden states, one chunk of tokens at a time. "
+        "False: from whole logits, for models whose logits are more than a scaled or soft-capped projection.",
     )
     head_chunk_gib: float | None = option(
         None,
-        "GiB for the logits of one chunk; none: 0.25 on a CPU, 1 on a GPU. The numbers don't depend on it.",
+        "Memory for the logits of one chunk, GiB. None: 0.25 on a CPU, 1 on a GPU. Doesn't change the result.",
         POSITIVE,
         (lambda v: not v["fused_head"], "fused_head is false"),
     )
     teacher_placement: Literal["replica", "zero3", "cpu_offload"] | None = option(
         None,
-        "Where the teacher's weights are, whatever the student's ZeRO stage: whole on every device, sharded over them "
-        "(zero3), or over the hosts' memory (cpu_offload). None: sharded if the student's are, else whole.",
+        "Where the teacher's weights are, independent of the student's ZeRO stage: a replica on every device, sharded "
+        "(zero3), or sharded in CPU memory (cpu_offload). None: zero3 if the student is sharded, otherwise replica.",
     )
     resume: bool = option(
         False,
-        "Continue from the newest complete checkpoint in output_dir; without one, start: for jobs that are requeued. "
-        "resume_from_checkpoint needs one, and takes a path too.",
+        "Continue from the newest complete checkpoint in output_dir, or start if there is none; for requeued jobs. "
+        "resume_from_checkpoint requires a checkpoint, and also accepts a path.",
     )
     max_nonfinite_steps: int = option(
         0,
-        "How many steps with a non-finite loss or gradient are left out before the run stops.",
+        "Number of steps with a non-finite loss or gradient to skip before the run stops.",
         NON_NEGATIVE,
     )
-    use_vllm: bool = option(False, "Roll out with vLLM.", no_effect=_NEVER_SAMPLES)
+    use_vllm: bool = option(False, "Sample the student's completions with vLLM.", no_effect=_NEVER_SAMPLES)
     vllm_mode: Literal["colocate", "server"] = option(
         "colocate",
-        "Where vLLM runs: an engine in each process (colocate), or one that vllm serve runs (server).",
+        "Where vLLM runs: in each training process (colocate), or in a separate vllm serve process (server).",
         no_effect=_WITHOUT_VLLM,
     )
     vllm_model_impl: Literal["auto", "vllm", "transformers"] = option(
-        "auto", "Whose implementation of the model vLLM runs: its own, or transformers'.", no_effect=_NOT_COLOCATE
+        "auto", "Model implementation that vLLM uses: its own, or transformers'.", no_effect=_NOT_COLOCATE
     )
     vllm_gpu_memory_utilization: float = option(
         0.3,
-        "Share of a device's memory (on a CPU: of the machine's) for a colocated engine.",
+        "Share of the device's memory (on a CPU: of the machine's) for a colocated engine.",
         POSITIVE_FRACTION,
         _NOT_COLOCATE,
     )
-    vllm_tensor_parallel_size: int = option(1, "Processes that share a colocated engine.", AT_LEAST_ONE, _NOT_COLOCATE)
+    vllm_tensor_parallel_size: int = option(
+        1, "Number of processes that share a colocated engine.", AT_LEAST_ONE, _NOT_COLOCATE
+    )
     vllm_enable_sleep_mode: bool = option(
-        False, "A colocated engine gives its memory back during training steps.", no_effect=_NOT_COLOCATE
+        False, "Free the memory of a colocated engine during training steps.", no_effect=_NOT_COLOCATE
     )
     vllm_server_base_url: str | None = option(
-        None, "URL of the vLLM server; instead of host and port.", no_effect=_NOT_SERVER
+        None, "URL of the vLLM server, instead of host and port.", no_effect=_NOT_SERVER
     )
-    vllm_server_host: str = option(
-        "127.0.0.1", "Host of the vLLM server; by default this machine.", no_effect=_NOT_SERVER
-    )
+    vllm_server_host: str = option("127.0.0.1", "Host of the vLLM server.", no_effect=_NOT_SERVER)
     vllm_server_port: int = option(8000, "Port of the vLLM server.", PORT, _NOT_SERVER)
     vllm_server_timeout: float = option(
-        240.0, "How long to wait for the vLLM server to be up, seconds.", NON_NEGATIVE, _NOT_SERVER
+        240.0, "Time to wait for the vLLM server to start, seconds.", NON_NEGATIVE, _NOT_SERVER
     )
     vllm_request_timeout: float = option(
-        1800.0, "How long to wait for an answer of the vLLM server, seconds.", POSITIVE, _NOT_SERVER
+        1800.0, "Time to wait for a response of the vLLM server, seconds.", POSITIVE, _NOT_SERVER
     )
-    vllm_group_port: int = option(51216, "Port through which the vLLM server gets the weights.", PORT, _NOT_SERVER)
+    vllm_group_port: int = option(51216, "Port for sending weights to the vLLM server.", PORT, _NOT_SERVER)
     vllm_max_model_length: int | None = option(
         None,
-        "The engine's context, tokens; none: max_length, or without one the models' context.",
+        "Context length of the engine, tokens. None: max_length, or else the models' context length.",
         SEQUENCE_LENGTH,
         _WITHOUT_VLLM,
     )
     vllm_check_every: int = option(
         50,
-        "Every how many weight syncs, the first included, the engine's log-probabilities are compared with the "
-        "student's.",
+        "Compare the engine's log-probabilities with the student's after the first weight sync, and after every N-th.",
         AT_LEAST_ONE,
         _WITHOUT_VLLM,
     )
@@ -249,7 +255,7 @@ class TokenSelectiveConfig(GKDConfig):
 
     @classmethod
     def method_options(cls) -> list[str]:
-        """The options that a method adds to what all have, or gives another default."""
+        """The options that a method adds, or whose default it changes."""
         common = {name: get_default(TokenSelectiveConfig, name) for name in declared_fields(TokenSelectiveConfig)}
         if cls is TokenSelectiveConfig:
             return list(common)
@@ -263,16 +269,16 @@ class TokenSelectiveConfig(GKDConfig):
 
     @property
     def iterations_per_rollout(self) -> int:
-        """How often a rollout's completions are trained on."""
+        """How many times each rollout is trained on."""
         return 1
 
     def steps_per_rollout(self, processes: int | None = None) -> int:
-        """Optimizer steps that one rollout serves, with so many processes; by default those that there are."""
+        """Number of optimizer steps that train on one rollout; by default with the current number of processes."""
         return 1
 
 
 def require_config(args: Any, config_class: type[TokenSelectiveConfig], trainer: str) -> None:
-    """Raises `ConfigError` for another method's configuration, and for another library's of the same name."""
+    """Raises `ConfigError` for the configuration of another method or another library."""
     found = type(args)
     if getattr(args, "method", None) != config_class.method:
         name = (
@@ -285,10 +291,10 @@ def require_config(args: Any, config_class: type[TokenSelectiveConfig], trainer:
 
 @dataclass
 class DataArguments:
-    """Where the prompts come from."""
+    """The data sets."""
 
     dataset_name: str | None = option(
-        None, "Hub name, local file (JSON, JSONL, CSV, Parquet), or a folder of such files."
+        None, "Prompts: hub name, local file (JSON, JSONL, CSV, Parquet), or a folder of such files."
     )
     dataset_config: str | None = option(None, "Configuration (subset) of a hub data set.")
     dataset_train_split: str = option("train", "Split to train on.")

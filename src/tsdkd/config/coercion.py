@@ -31,13 +31,13 @@ def finite_number(value: Any, low: float = -_MAX_NUMBER, high: float = _MAX_NUMB
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """ ", did you mean ...?" where something known is close to `word`, else nothing."""
+    """ ", did you mean ...?" if a known word is close to `word`, otherwise empty."""
     close = difflib.get_close_matches(word[:100], list(known), n=1, cutoff=0.6)
     return f", did you mean {close[0]!r}?" if close else ""
 
 
 def shorten(value: Any) -> str:
-    """A value as a message shows it: a stranger's may be long, deep, or a number of a million digits."""
+    """A value for a message, shortened: it may be long, deeply nested, or a number with a million digits."""
     try:
         text = _repr.repr(value)
     except (RecursionError, ValueError):
@@ -100,7 +100,7 @@ def _coerce_one(value: Any, type_hint: Any) -> Any:
 
 
 def _coerce_element(value: Any, hints: tuple[Any, ...]) -> Any:
-    """An element of a list or mapping whose type says what it holds; others are taken as they are."""
+    """Coerce an element of a typed list or mapping; elements of untyped ones are kept."""
     return value if not hints or hints[0] is Any else coerce(value, hints[0])
 
 
@@ -166,14 +166,14 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def is_plain_text(text: str) -> bool:
-    """Whether a file, a path and a terminal can hold a text: no NUL, no surrogate."""
+    """Whether a text has no NUL and no surrogates, so that files, paths and terminals can hold it."""
     return not any(c == "\0" or "\ud800" <= c <= "\udfff" for c in text)
 
 
 def explain_unusual(value: Any, level: int = 1) -> str | None:
-    """What a text, a mapping or a list of a configuration holds that no file can, or that is nested too deeply."""
+    """Why a text, mapping or list of a configuration can't be stored in a file, or None."""
     if isinstance(value, str) and not is_plain_text(value):
-        return f"must be text without \\0 and halves of characters, found {shorten(value)}"
+        return f"must be valid text without \\0, found {shorten(value)}"
     if isinstance(value, float) and not math.isfinite(value):
         return f"must hold finite numbers, found {value}"
     if isinstance(value, int) and abs(value) >= 2**63:

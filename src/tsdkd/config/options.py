@@ -1,4 +1,4 @@
-"""Declares options, each once: default, help, and the rules that its values must fulfil."""
+"""Declares options: default, help, and the rules for their values."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -6,13 +6,13 @@ from dataclasses import MISSING, field, fields
 from typing import Any, NamedTuple
 
 ValueRule = tuple[Callable[[Any], bool], str]
-"""What a value must fulfil, and how a message says so ("must be at least 1")."""
+"""A condition on a value, and its text in messages ("must be at least 1")."""
 
 NoEffectRule = tuple[Callable[[Mapping[str, Any]], bool], str]
-"""When an option has no effect, of all values of a configuration, and how a message says so ("gate is false")."""
+"""A condition on all values under which an option has no effect, and its text in messages ("gate is false")."""
 
 ConflictRule = tuple[tuple[str, ...], Callable[[Mapping[str, Any]], bool], str]
-"""Options, when their values contradict each other, of all values of a configuration, and how a message says so."""
+"""Options, a condition on all values under which they contradict each other, and its text in messages."""
 
 POSITIVE: ValueRule = (lambda v: v > 0, "must be greater than 0")
 AT_LEAST_ONE: ValueRule = (lambda v: v >= 1, "must be at least 1")
@@ -33,12 +33,12 @@ _RESERVED_TEMPLATE_KWARGS = (
 )
 TEMPLATE_KWARGS: ValueRule = (
     lambda v: v.keys().isdisjoint(_RESERVED_TEMPLATE_KWARGS),
-    f"must leave out {', '.join(_RESERVED_TEMPLATE_KWARGS)}: they are tsdkd's to set",
+    f"must not contain {', '.join(_RESERVED_TEMPLATE_KWARGS)}: tsdkd sets them",
 )
 
 
 class Rules(NamedTuple):
-    """The rules that validation applies to an option; None where there is nothing to check."""
+    """The rules of an option; None if there is nothing to check."""
 
     value: ValueRule | None = None
     no_effect: NoEffectRule | None = None
@@ -67,7 +67,7 @@ def option(
 
 
 def get_default(cls: type, name: str) -> Any:
-    """The default of a dataclass field (None where there is none)."""
+    """The default of a dataclass field, or None."""
     for f in fields(cls):
         if f.name == name:
             return (
@@ -77,17 +77,17 @@ def get_default(cls: type, name: str) -> Any:
 
 
 def get_help(cls: type, name: str) -> str:
-    """The help of an option, by the nearest declaration that has one."""
+    """The help of an option, from the nearest declaration that has one."""
     return next((text for metadata in _declarations(cls, name) if (text := metadata.get("help"))), "")
 
 
 def is_option(cls: type, name: str) -> bool:
-    """Whether a class or a base declares the field with `option`; a subclass may give it a plain default."""
+    """Whether a class or one of its bases declares the field with `option`."""
     return any("rules" in metadata for metadata in _declarations(cls, name))
 
 
 def declared_rules(cls: type, name: str) -> Rules:
-    """The rules of an option, each by the nearest declaration that has one."""
+    """The rules of an option, each from the nearest declaration that has one."""
     found = [metadata["rules"] for metadata in _declarations(cls, name) if "rules" in metadata]
     return Rules(*(next((rule for rule in rules if rule), None) for rules in zip(*found, strict=True)))
 
@@ -99,5 +99,5 @@ def _declarations(cls: type, name: str) -> list[Mapping[str, Any]]:
 
 
 def enum_value(value: Any) -> Any:
-    """An enumeration's member as its value, anything else as it is."""
+    """The value of an enumeration member; anything else unchanged."""
     return getattr(value, "value", value)

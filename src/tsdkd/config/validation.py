@@ -1,4 +1,4 @@
-"""Whether the values of a configuration can be run together: the mechanism. All problems at once.
+"""Validates the values of a configuration, and reports all problems at once.
 
 The rules are where the options are declared, those of TRL's and transformers' options in `tsdkd.config.inherited`.
 """
@@ -16,7 +16,7 @@ from .options import Rules, declared_rules, get_default, is_option
 
 
 def declared_fields(cls: type) -> list[str]:
-    """The fields that `option` declares or gives another default, each by one name, those of subclasses first."""
+    """The fields that are declared with `option`, without aliases, those of subclasses first."""
     annotated = dict.fromkeys(name for base in cls.__mro__ for name in inspect.get_annotations(base))
     names = {f.name for f in fields(cls) if is_option(cls, f.name)} - ALIASES.keys()
     return [name for name in annotated if name in names]
@@ -32,7 +32,7 @@ def get_rules(cls: type) -> dict[str, Rules]:
 
 
 def validate_options(cls: Any, values: Mapping[str, Any]) -> list[str]:
-    """All problems of a configuration's values: range, support, contradiction. Values are already of their types."""
+    """All problems of a configuration's values, whose types are correct: range, support, contradictions."""
     rules = get_rules(cls)
     problems = [
         f"{name}: {text}, found {shorten(values[name])}"
@@ -47,7 +47,7 @@ def validate_options(cls: Any, values: Mapping[str, Any]) -> list[str]:
         if name in UNSUPPORTED_OPTIONS:
             problems.append(f"{name}: not supported here ({UNSUPPORTED_OPTIONS[name]})")
         if name in unsupported_options:
-            problems.append(f"{name}: no option of {cls.method}: {unsupported_options[name]}; remove it")
+            problems.append(f"{name}: not an option of {cls.method}: {unsupported_options[name]}; remove it")
         elif no_effect and no_effect[0](values):
             remedy = "" if ";" in no_effect[1] else "; remove it"
             problems.append(f"{name}: {shorten(values[name])} has no effect because {no_effect[1]}{remedy}")
