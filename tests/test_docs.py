@@ -90,7 +90,7 @@ def small(words: list[str], folder: Path) -> list[str]:
     if command == "compare" and not {"--list", "--slurm", "--report"} & set(rest):
         return ["compare", *rest, "--report"]
     if command == "analyze" and "--config" in rest:
-        return ["analyze", *rest, "--num_prompts", "2"]
+        return ["analyze", *rest, "--limit", "2"]
     if command == "eval":
         text = re.sub(r"Qwen/[\w.-]+", "tsdkd://demo/student", " ".join(rest))
         text = re.sub(r"--(suite|benchmarks|backend|samples|data_dir) \S+|--allow_code_execution", "", text)
