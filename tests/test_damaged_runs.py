@@ -366,7 +366,7 @@ def test_items_of_an_evaluation(change: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "items.jsonl"
     for line in (json.dumps(ROW | change), "[" * 5000, "3", "null"):
         path.write_text(json.dumps(ROW) + "\n" + line + "\n")
-        with pytest.raises(OutputDirError, match=r"line 2 of .*items\.jsonl isn't from"):
+        with pytest.raises(OutputDirError, match=r"line 2 of .*items\.jsonl wasn't written"):
             ItemResults(path, {"samples": 2})
 
 

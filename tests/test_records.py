@@ -195,7 +195,7 @@ def test_pass_at_k_of_evaluations(run: dict[str, Any], tmp_path: Path, capsys: p
     assert "left out: " in capsys.readouterr().err
     shutil.rmtree(tmp_path / "eval-1")
     assert main(["analyze", str(tmp_path)]) == 2
-    assert "results-demo.json isn't from tsdkd eval" in capsys.readouterr().err
+    assert "results-demo.json wasn't written by tsdkd eval" in capsys.readouterr().err
 
 
 def test_any_two_models(
