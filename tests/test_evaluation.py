@@ -412,6 +412,7 @@ def test_bad_input(changes: list[str], found: str, tmp_path: Path, capsys: pytes
         (["--benchmarks", "gsm9k"], "--benchmarks: unknown 'gsm9k', did you mean 'gsm8k'? (tsd-kd has gsm8k, "),
         (["--benchmarks", "gsm8k,aime24"], "gsm8k is in tsd-kd, aime24 is in eopd; evaluate one suite at a time"),
         (["--benchmarks", "demo"], "demo is in demo and other; their settings differ, choose one with --suite"),
+        (["--benchmarks", "org/name"], "--benchmarks: there is no file 'org/name'"),
         (["--benchmarks", "mbpp"], "MBPP: grading runs the programs"),
     ],
 )
@@ -579,6 +580,7 @@ def test_a_grader_of_ones_own(
     ("name", "content", "found"),
     [
         ("none.jsonl", None, "there is no file"),
+        ("org/name", None, "there is no file"),
         ("empty.jsonl", "", "empty.jsonl"),
         ("damaged.jsonl", '{"prompt": "a", "answer": 1}\n{"prompt"', "can't be read"),
         ("text.txt", "What?", "must end in"),

@@ -11,6 +11,8 @@ _EPILOG = """examples:
   tsdkd analyze --config demo.yaml --model_name_or_path runs/demo --output_dir runs/look     any two models
 With --config, the student first completes some of the prompts, and what both models predict at each token is recorded
 in output_dir. The figures are then written to output_dir/figures."""
+_USAGE = """tsdkd analyze RUN_DIR ... [--output_dir DIR]
+       tsdkd analyze --config FILE [--output_dir DIR] [--limit N] [--key value ...]"""
 _RENAMED = {"figures_dir": "output_dir", "num_prompts": "limit"}
 _DEFAULT_LIMIT = 50
 
@@ -18,7 +20,8 @@ _DEFAULT_LIMIT = 50
 def main(argv: Sequence[str]) -> int:
     """Parse the arguments and hand over to `tsdkd.analysis`."""
     about = "Plot the papers' figures, and write the numbers behind them, from recorded runs or from any two models."
-    parser = build_run_parser("analyze", about, _EPILOG, "RUN_DIR ... | ", _RENAMED)
+    parser = build_run_parser("analyze", about, _EPILOG, "", _RENAMED)
+    parser.usage = _USAGE
     parser.add_argument(
         "--output_dir",
         type=Path,

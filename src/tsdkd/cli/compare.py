@@ -19,8 +19,7 @@ def main(argv: Sequence[str]) -> int:
     """Run a comparison or one of its tasks, or write its table or its SLURM script."""
     parser = ArgumentParser(
         prog="tsdkd compare",
-        description="Train several methods with several seeds on the same models and prompts, and compare them: "
-        "results.jsonl, a Markdown table and a plot.",
+        description="Train several methods with several seeds, and compare them: results.jsonl, a table and a plot.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
 
     suite = resolve_suite(
         args.suite,
-        args.benchmarks.split(",") if args.benchmarks else None,
+        [name for name in args.benchmarks.split(",") if name],
         args.allow_code_execution,
         **{name: getattr(args, name) for name in _FILE_OPTIONS},
     )
@@ -70,8 +70,7 @@ def main(argv: Sequence[str]) -> int:
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="tsdkd eval",
-        description="Evaluate models on the papers' benchmarks or on your own problems. The result is one table, with "
-        "intervals and paired tests.",
+        description="Evaluate models on the papers' benchmarks or on your own problems, with intervals and tests.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -118,6 +117,7 @@ def _add_benchmark_flags(parser: ArgumentParser) -> None:
     group.add_argument(
         "--benchmarks",
         metavar="A,B",
+        default="",
         help="names of benchmarks (default: all of the suite), or files of your own problems (.jsonl, .json, .csv, "
         ".parquet) with a column prompt or messages and a column answer",
     )

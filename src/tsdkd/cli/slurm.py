@@ -19,7 +19,7 @@ example:
 def main(argv: Sequence[str]) -> int:
     """Write the script to a file, or print it."""
     about = "Write an sbatch script that trains with a configuration."
-    usage = "[--nodes N] [--gpus_per_node N] --time HH:MM:SS "
+    usage = "--time HH:MM:SS [--nodes N] [--gpus_per_node N] [--output_file FILE] "
     renamed = {"script": "output_file"}
     parser = build_run_parser("slurm", about, _EPILOG, usage, renamed)
     parser.add_argument("--output_file", metavar="FILE", type=Path, help="file to write; by default it is printed")

@@ -53,7 +53,10 @@ def load_problems(file: ProblemFile) -> Dataset:
     Raises:
         DataError: the file can't be read, or a row has no usable prompt or answer.
     """
-    rows = load_split(str(resolve_path(file.path)), None, "train", "--benchmarks")
+    path = str(resolve_path(file.path))
+    if not os.path.exists(path):  # `load_split` would look for a data set on the hub
+        raise DataError(f"--benchmarks: there is no file {file.path!r}")
+    rows = load_split(path, None, "train", "--benchmarks")
     present = rows.column_names
     prompt = file.prompt_column or ("messages" if "prompt" not in present and "messages" in present else "prompt")
     answer = file.answer_column or "answer"
