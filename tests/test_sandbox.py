@@ -249,8 +249,11 @@ def test_descriptors_are_the_programs_own(name: str) -> None:
 
 
 NO_PROGRAMS = {
-    "40 MiB": ("#" + "x" * 41_943_040, "the program has 40.0 MiB, at most 4 MiB fit"),
-    "4 MiB in two-byte characters": ("x = '" + "ä" * 2_097_152 + "'", "the program has 4.0 MiB, at most 4 MiB fit"),
+    "40 MiB": ("#" + "x" * 41_943_040, "the program has 40.0 MiB, at most 4 MiB are allowed"),
+    "4 MiB in two-byte characters": (
+        "x = '" + "ä" * 2_097_152 + "'",
+        "the program has 4.0 MiB, at most 4 MiB are allowed",
+    ),
     "NUL": ("x = (\0", "SyntaxError"),
     "surrogate": ("x = '\udcff'", "UTF-8"),
     "unfinished string": ('x = """', "unterminated"),

@@ -47,7 +47,7 @@ class BenchmarkResult:
         There is no pass@1, which is avg@n.
         """
         n = self.scores.shape[1]
-        ks = sorted(({2**i for i in range(1, n.bit_length())} | {n, *self.pass_at_ks}) - {1})
+        ks = sorted(k for k in {2**i for i in range(n.bit_length())} | {n, *self.pass_at_ks} if 1 < k <= n)
         return {self._mean_metric: self.scores.mean(axis=1), **{f"pass@{k}": pass_at_k(self.scores, k) for k in ks}}
 
     @property
