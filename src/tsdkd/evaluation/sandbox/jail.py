@@ -109,7 +109,7 @@ def _die_with_parent() -> None:
 
 
 def _clone() -> int:
-    """Fork a child into new namespaces. Unlike `unshare`, this leaves the process itself outside, where it can map ids.
+    """Fork a child into new namespaces. Unlike `unshare`, this leaves the process itself outside, to map the ids.
 
     Root can do without a user namespace, on machines that don't allow one.
     """
