@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from datasets import Dataset
 
@@ -543,7 +544,12 @@ BROKEN: dict[str, tuple[str, bytes | list[Any], dict[str, Any], Say]] = {
         ("row 0", "completion"),
     ),
     "completion is words": ("rows.jsonl", [{**PROMPT, "completion": ["w1"]}], {}, ("row 0", "completion")),
-    "no prompt column": ("rows.csv", b"question,answer\nw1,2\n", {}, ("prompt", "question, answer", "prompt_column")),
+    "no prompt column": (
+        "rows.csv",
+        b"question,answer\nw1,2\n",
+        {},
+        ("prompt", "'question', 'answer'", "prompt_column", "dataset_name rows.csv"),
+    ),
     "prompt_column isn't there": (
         "rows.jsonl",
         [PROMPT],
@@ -630,9 +636,28 @@ def test_split_that_isn_t_there(place: Workplace) -> None:
     place.refuses_config(changes, (), ("data", "validation"))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="bfloat16 works here")
+def test_bfloat16_without_a_gpu(place: Workplace) -> None:
+    """Where it is asked for, the flags that help are told. TRL's own default gives way to float32, with a note."""
+    flags = ("--use_cpu true", "--bf16 false")
+    asked = {"use_cpu": False, "bf16": True}
+    place.refuses_config(asked, (), ("bf16: needs a GPU with bfloat16, and no GPU is visible", *flags))
+    config = place.write(asked)
+    place.refuses(("generate", "--config", config, "--output_file", "o.jsonl"), ("bf16: needs a GPU", *flags))
+    preset = ("train", "--config", "qwen25_14b_to_1p5b.yaml", "--use_vllm", "false", "--output_dir", "out")
+    place.refuses(preset, ("bf16: needs a GPU", *flags))
+    default = place.write({"use_cpu": GONE, "bf16": GONE})
+    assert place.run("train", "--config", default, "--dry_run")[0] == 0
+    assert main(("train", "--config", default)) == 0
+    out = place.capsys.readouterr().out
+    assert out.count("note: no GPU with bfloat16 is visible: the run is in float32") == 1
+    assert yaml.safe_load((place.folder / "out/tsdkd_config.yaml").read_text())["bf16"] is False
+    assert place.run("generate", "--config", default, "--output_file", "o.jsonl")[0] == 0
+
+
 def test_parquet_of_another_shape(place: Workplace) -> None:
     Dataset.from_dict({"text": ["w1"], "n": [1]}).to_parquet("rows.parquet")
-    place.refuses_config({"dataset_name": "rows.parquet"}, (), ("prompt", "text, n"))
+    place.refuses_config({"dataset_name": "rows.parquet"}, (), ("prompt", "'text', 'n'"))
 
 
 # The models

@@ -13,7 +13,7 @@ from datasets import Dataset
 from tokenizers.processors import TemplateProcessing
 
 from conftest import QUIET, TEMPLATE, WORDS, build_tokenizer, flags, make_rows, write_jsonl
-from tsdkd import DataError, TSDKDConfig
+from tsdkd import DataError, TSDKDConfig, TSDKDTrainer
 from tsdkd.cli import main
 from tsdkd.data import collate, completion_mask, load_split, pad_sequences, prepare_dataset
 
@@ -102,6 +102,16 @@ def test_other_columns_go_and_answer_stays() -> None:
     assert set(got[0]) == {"index", "prompt_ids", "completion_ids", "limit", "answer"}
     assert [(r["index"], r["answer"]) for r in got] == [(0, "7"), (1, "8")]
     assert "answer" not in prepare([{"prompt": "w1"}])[0]
+
+
+def test_an_answer_has_another_name() -> None:
+    rows = [{"prompt": "w1", "answer": "long", "gold": "7"}, {"prompt": "w2 w3", "answer": "long", "gold": "8"}]
+    got = prepare(rows, answer_column="gold")
+    assert set(got[0]) == {"index", "prompt_ids", "completion_ids", "limit", "answer"}
+    assert [r["answer"] for r in got] == ["7", "8"]
+    assert "answer" not in prepare([{"prompt": "w1", "answer": "7"}], answer_column="gold")[0]  # training reads none
+    (same,) = prepare([{"prompt": "w1", "gold": "w2"}], answer_column="gold", completion_column="gold")
+    assert (same["answer"], same["completion_ids"]) == ("w2", ids("w2 <eos>"))
 
 
 def test_a_tokenizer_without_a_template_takes_strings_as_they_are() -> None:
@@ -323,3 +333,82 @@ def test_dry_run_counts_what_is_dropped(
         logging.getLogger("tsdkd.data").removeHandler(handler)
     (warning,) = [record.getMessage() for record in warnings]
     assert "2 of 4" in warning and "dropped" in warning
+
+
+MISSING: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    # name -> (training row, options, what the line says; an evaluation row is {"prompt": "w1", "answer": "3"})
+    "misspelt": (
+        {"prompt": "w1", "quest": "w1"},
+        {"prompt_column": "quests"},
+        "prompt_column: dataset_name rows.jsonl has no column 'quests'; it has 'prompt', 'quest'; "
+        "did you mean 'quest'?",
+    ),
+    "usual name": (
+        {"query": "w1", "n": 1},
+        {"prompt_column": "text"},
+        "prompt_column: dataset_name rows.jsonl has no column 'text'; it has 'query', 'n'; did you mean 'query'?",
+    ),
+    "nothing to guess": (
+        {"prompt": "w1", "x": "w1"},
+        {"completion_column": "reply"},
+        "completion_column: dataset_name rows.jsonl has no column 'reply'; it has 'prompt', 'x'",
+    ),
+    "no prompt": (
+        {"problem": "w1"},
+        {},
+        "prompt_column: dataset_name rows.jsonl has no column 'prompt' or 'messages'; it has 'problem'; "
+        "set prompt_column; did you mean 'problem'?",
+    ),
+    "of the evaluation": (
+        {"problem": "w1", "prompt": "w1"},
+        {"prompt_column": "problem", "eval_strategy": "steps", "eval_steps": 1},
+        "prompt_column: eval_dataset_name held_out.jsonl has no column 'problem'; it has 'prompt', 'answer'; "
+        "did you mean 'prompt'?",
+    ),
+    "answers of the evaluation": (
+        {"prompt": "w1"},
+        {"answer_column": "gold", "eval_strategy": "steps", "eval_steps": 1},
+        "answer_column: eval_dataset_name held_out.jsonl has no column 'gold'; it has 'prompt', 'answer'; "
+        "did you mean 'answer'?",
+    ),
+    "a name that writes to the terminal": (
+        {"prompt": "w1"},
+        {"prompt_column": "a\x1b[2J"},
+        "prompt_column: dataset_name rows.jsonl has no column 'a\\x1b[2J'; it has 'prompt'; did you mean 'prompt'?",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISSING)
+@pytest.mark.parametrize("command", ["train", "dry run", "generate"])
+def test_a_missing_column_is_told_with_its_data_set(
+    command: str,
+    name: str,
+    saved_model: Paths,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    row, options, line = MISSING[name]
+    write_jsonl(tmp_path / "rows.jsonl", [row])
+    write_jsonl(tmp_path / "held_out.jsonl", [{"prompt": "w1", "answer": "3"}])
+    paths = {"model_name_or_path": saved_model("qwen3", 0), "teacher_model_name_or_path": saved_model("qwen3", 1)}
+    paths |= {"dataset_name": "rows.jsonl", "eval_dataset_name": "held_out.jsonl"}
+    argv = {"train": ["train", "--output_dir=out"], "dry run": ["train", "--dry_run", "--output_dir=out"]}
+    argv |= {"generate": ["generate", "--output_file=out.jsonl"]}
+    assert main([*argv[command], *flags(**paths, **{**QUIET, **options})]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == f"tsdkd {argv[command][0]}: {line}"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["held_out.jsonl", "rows.jsonl"]
+
+
+def test_a_missing_column_in_python(saved_model: Paths, tmp_path: Path) -> None:
+    rows = {name: Dataset.from_list([{column: "w1"}]) for name, column in (("train", "prompt"), ("eval", "question"))}
+    with pytest.raises(DataError, match="prompt_column: eval_dataset has no column 'prompt' or 'messages'"):
+        TSDKDTrainer(
+            saved_model("qwen3", 0),
+            saved_model("qwen3", 1),
+            TSDKDConfig(str(tmp_path), **QUIET),
+            train_dataset=rows["train"],
+            eval_dataset=rows["eval"],
+        )

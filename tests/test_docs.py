@@ -1,6 +1,5 @@
 """README and docs: links lead somewhere, commands run, the reference is the code's."""
 
-import importlib
 import importlib.metadata
 import json
 import os
@@ -17,9 +16,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from conftest import on_cpus
 from fast_set import EVERY_NTH, SLOW_FILES, SLOW_TESTS
 from tsdkd.cli import main
-from tsdkd.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -62,7 +61,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert main([*command, "--output_dir", str(place / "runs/demo")]) == 0
     for name in ("student", "gkd"):
         shutil.copytree(place / "runs/demo", place / "runs" / name)
+    (place / "uncertain_kl.py").write_text(recipe(), encoding="utf-8")
     return place
+
+
+def recipe() -> str:
+    """The guide's file of a method."""
+    (text,) = (block for block in blocks(ROOT / "docs/guide.md", "python") if "objective_class" in block)
+    return text
 
 
 def ours(words: list[str]) -> list[str] | None:
@@ -138,23 +144,24 @@ def test_python_runs(page: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -
         )
 
 
-def test_the_recipe_of_a_method_is_one_file_and_one_line(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(place)
-    (recipe,) = blocks(ROOT / "docs/methods.md", "python")
-    (tmp_path / "uncertain_kl.py").write_text(recipe, encoding="utf-8")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    trainer = importlib.import_module("uncertain_kl").UncertainKLTrainer
-    monkeypatch.setitem(METHODS, trainer.config_class.method, trainer)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_recipe_of_a_method_is_one_file(processes: int, place: Path, tmp_path: Path) -> None:
+    """By the program itself, which doesn't have the current directory on its path as `python -m` does."""
+    program = [
+        sys.executable,
+        "-c",
+        "import sys; sys.path.remove(''); from tsdkd.__main__ import run; sys.exit(run())",
+    ]
     options = ["--teacher_threshold", "0", "--max_steps", "1", "--max_new_tokens", "4", "--logging_steps", "1"]
-    command = ["train", "--method", "uncertain-kl", *DEMO, *options, "--output_dir", str(tmp_path / "out")]
-    assert main(command) == 0
+    options += ["--num_processes", str(processes), "--report_to", "none", "--output_dir", str(tmp_path / "out")]
+    command = [*program, "train", "--method", "uncertain_kl:UncertainKLTrainer", *DEMO, *options]
+    result = subprocess.run(command, cwd=place, env=on_cpus(), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
     (log,) = (
         row for row in json.loads((tmp_path / "out/trainer_state.json").read_text())["log_history"] if "loss" in row
     )
     assert log["loss"] == pytest.approx(log["loss/forward_kl"]) and log["loss"] > 0
-    assert main([*command, "--beta", "0.5"]) == 2
+    assert "uncertain-kl" in (tmp_path / "out/README.md").read_text()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

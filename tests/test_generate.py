@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from conftest import flags
+from conftest import flags, write_jsonl
 from tsdkd.cli import main
 from tsdkd.generate import engine_memory_utilization
 from tsdkd.rollout.hf import sample_completions
@@ -72,6 +72,13 @@ def test_only_the_first_prompts(command, tmp_path):
     assert output.read_bytes().startswith(first)
     assert {key: row for key, row in read(output).items() if key[1] == 0} == read(whole)
     assert main(command(output, limit=10_000)) == 0
+
+
+def test_answers_keep_the_column_that_the_run_looks_for(command, tmp_path):
+    data = write_jsonl(tmp_path / "data.jsonl", [{"prompt": "w1 w2", "gold": "7", "answer": "long"}] * 2)
+    output = tmp_path / "rows.jsonl"
+    assert main(command(output, dataset_name=data, answer_column="gold")) == 0
+    assert all(row["gold"] == "7" and "answer" not in row for row in read(output).values())
 
 
 def test_a_suffix_is_asked_and_not_written(command, saved_model, tmp_path, capsys):

@@ -1,6 +1,9 @@
 """One grader: training, the demo, comparisons and `tsdkd eval --suite demo` judge a completion alike."""
 
 import json
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
@@ -9,16 +12,26 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from conftest import QUIET, flags, write_jsonl
+from conftest import QUIET, flags, on_cpus, write_jsonl
+from tsdkd import TSDKDConfig, TSDKDTrainer
 from tsdkd.cli import main
 from tsdkd.demo.run_demo import evaluate_saved
 from tsdkd.grading import is_exact_match
 
+GRADERS = """
+NUMBER = 3
+def has_word(completion, answer): return answer in completion.split()
+def fails(completion, answer): raise RuntimeError("no luck\\nat all")
+def scores(completion, answer): return 0.5
+def takes_one(completion): return True
+"""
 DEMO = Path(str(resources.files("tsdkd").joinpath("demo")))
 COMPLETION = "so a 3 +4 = 7 . then d 5 -2 = 3"  # cut off before the word "answer"
-ROWS = [{"prompt": "d 5 -2 ; a 3 +4 ; find d - a", "answer": answer} for answer in ("3", "8", "7", "3.0")]
+Rows = list[dict[str, str]]
+ROWS: Rows = [{"prompt": "d 5 -2 ; a 3 +4 ; find d - a", "answer": answer} for answer in ("3", "8", "7", "3.0")]
 
 
 @pytest.fixture(autouse=True)
@@ -34,10 +47,10 @@ def says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PreTrainedTokenizerBase, "decode", decode)
 
 
-def by_training(folder: Path) -> float:
+def by_training(folder: Path, rows: Rows = ROWS, **options: Any) -> float:
     values = {**QUIET, "model_name_or_path": DEMO / "student", "teacher_model_name_or_path": DEMO / "teacher"}
-    rows = write_jsonl(folder / "rows.jsonl", [row | {"completion": "a"} for row in ROWS])
-    values |= {"dataset_name": rows, "eval_dataset_name": rows, "max_steps": 1, "max_new_tokens": 4}
+    path = write_jsonl(folder / "rows.jsonl", [row | {"completion": "a"} for row in rows])
+    values |= {"dataset_name": path, "eval_dataset_name": path, "max_steps": 1, "max_new_tokens": 4, **options}
     values |= {"eval_strategy": "steps", "eval_steps": 1, "output_dir": folder / "run", "max_length": 64}
     assert main(["train", *flags(**values)]) == 0
     log = json.loads((folder / "run/trainer_state.json").read_text())["log_history"]
@@ -48,10 +61,10 @@ def by_demo(folder: Path) -> float:
     return evaluate_saved(str(DEMO / "student"), ROWS).metrics["greedy"]
 
 
-def by_compare(folder: Path) -> float:
+def by_compare(folder: Path, rows: Rows = ROWS, **options: Any) -> float:
     base = {"model_name_or_path": str(DEMO / "student"), "teacher_model_name_or_path": str(DEMO / "teacher")}
-    base |= {"dataset_name": write_jsonl(folder / "rows.jsonl", ROWS), "output_dir": "unused", "max_new_tokens": 4}
-    base |= {"use_cpu": True, "bf16": False, "max_length": 64}
+    base |= {"dataset_name": write_jsonl(folder / "rows.jsonl", rows), "output_dir": "unused", "max_new_tokens": 4}
+    base |= {"use_cpu": True, "bf16": False, "max_length": 64, **options}
     (folder / "base.yaml").write_text(yaml.safe_dump(base))
     values = {
         "config": str(folder / "base.yaml"),
@@ -78,6 +91,110 @@ def by_eval(folder: Path) -> float:
 def test_every_path_grades_alike(measure: Callable[[Path], float], tmp_path: Path) -> None:
     """The last number counts where nothing is boxed: two of the four answers are 3."""
     assert measure(tmp_path) == 50.0
+
+
+@pytest.mark.parametrize("measure", [by_training, by_compare])
+def test_a_grader_of_ones_own(
+    measure: Callable[..., float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is found in the current directory, and answers in another column. 3 and 7 are words of the
+    completion, 8 and 3.0 aren't."""
+    (tmp_path / "word_grader.py").write_text(GRADERS, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": row["prompt"], "answer": "none", "gold": row["answer"]} for row in ROWS]
+    assert measure(tmp_path, rows, answer_column="gold", grader="word_grader:has_word") == 50.0
+    shutil.rmtree(tmp_path / ("run" if measure is by_training else "out"))
+    for grader, found in (
+        ("fails", "raised RuntimeError: no luck, for the completion of row 0: "),
+        ("scores", "returned 0.5, expected True or False, for the completion of row 0: "),
+    ):
+        capsys.readouterr()
+        with pytest.raises(AssertionError):
+            measure(tmp_path, rows, answer_column="gold", grader=f"word_grader:{grader}")
+        assert f"grader: word_grader:{grader} {found}{COMPLETION!r}" in capsys.readouterr().err
+        shutil.rmtree(tmp_path / ("run" if measure is by_training else "out"))
+
+
+@pytest.mark.parametrize(
+    ("grader", "found"),
+    [
+        ("nowhere_at_all:grade", "there is no module 'nowhere_at_all'"),
+        ("word_grader:has_wrod", "has no 'has_wrod', did you mean 'has_word'?"),
+        ("word_grader:NUMBER", "word_grader:NUMBER must be a function, found 3"),
+        ("word_grader:takes_one", "must take a completion and an answer, found (completion)"),
+        ("broken_grader:grade", "the module broken_grader can't be imported: ZeroDivisionError: division by zero"),
+        ("script_grader:grade", "the module script_grader can't be imported: SystemExit"),
+        ("word_grader.py:grade", "must be package.module:name, without a folder and without .py"),
+        ("word_grader", "must be package.module:name"),
+    ],
+)
+@pytest.mark.parametrize("command", ["train", "dry run", "compare"])
+def test_a_grader_that_is_none_is_told_first(
+    command: str,
+    grader: str,
+    found: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "word_grader.py").write_text(GRADERS, encoding="utf-8")
+    (tmp_path / "broken_grader.py").write_text("1 / 0", encoding="utf-8")
+    (tmp_path / "script_grader.py").write_text("raise SystemExit(5)", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    if command == "compare":
+        with pytest.raises(AssertionError):
+            by_compare(tmp_path, grader=grader)
+    else:
+        values = {**QUIET, "model_name_or_path": DEMO / "student", "teacher_model_name_or_path": DEMO / "teacher"}
+        values |= {"dataset_name": DEMO / "train.jsonl", "output_dir": "run", "grader": grader}
+        assert main(["train", *flags(**values), *(["--dry_run"] if command == "dry run" else [])]) == 2
+        left = {path for path in tmp_path.rglob("*") if "__pycache__" not in str(path)}
+        assert left == set(before)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "grader" in line]
+    assert lines and all(found in line for line in lines)
+    assert len(lines) == 1 or command == "compare"
+
+
+def test_a_grader_that_fails_on_one_process_stops_all(tmp_path: Path) -> None:
+    """All of them say it together, so that none is left waiting."""
+    text = "import os\ndef grade(completion, answer):\n    return 1 / (os.environ['RANK'] == '0')\n"
+    (tmp_path / "one_grader.py").write_text(text, encoding="utf-8")
+    values = {**QUIET, "model_name_or_path": DEMO / "student", "teacher_model_name_or_path": DEMO / "teacher"}
+    rows = write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    values |= {"dataset_name": rows, "eval_dataset_name": rows, "max_steps": 1, "max_new_tokens": 4}
+    values |= {"eval_strategy": "steps", "eval_steps": 1, "output_dir": "run", "per_device_eval_batch_size": 2}
+    values |= {"grader": "one_grader:grade", "num_processes": 2}
+    command = [sys.executable, "-m", "tsdkd", "train", *flags(**values)]
+    result = subprocess.run(command, cwd=tmp_path, env=on_cpus(), capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr.count("one_grader:grade raised ZeroDivisionError: division by zero, for the completion") == 1
+    assert "Traceback" not in result.stderr and "gloo" not in result.stderr
+
+
+def test_a_run_goes_on_with_its_grader(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its accuracies would not be of one kind."""
+    (tmp_path / "word_grader.py").write_text(GRADERS, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    options = {"grader": "word_grader:has_word", "save_strategy": "steps", "save_steps": 1, "resume": "true"}
+    assert by_training(tmp_path, **options) == 50.0
+    with pytest.raises(AssertionError):
+        by_training(tmp_path, **{**options, "grader": "word_grader:scores", "max_steps": 2})
+    assert "grader was 'word_grader:has_word', now 'word_grader:scores'" in capsys.readouterr().err
+
+
+def test_a_grader_in_python(tmp_path: Path) -> None:
+    trainer = TSDKDTrainer(
+        str(DEMO / "student"),
+        str(DEMO / "teacher"),
+        TSDKDConfig(str(tmp_path), **QUIET, max_new_tokens=4, eval_strategy="steps", eval_steps=1),
+        train_dataset=Dataset.from_list(ROWS),
+        eval_dataset=Dataset.from_list(ROWS),
+        grader=lambda completion, answer: answer == "8" and completion == COMPLETION,
+    )
+    assert trainer.evaluate()["eval_accuracy"] == 0.25
 
 
 def test_the_last_box_comes_before_the_last_number() -> None:

@@ -19,6 +19,7 @@ from conftest import QUIET, build_model, build_tokenizer, completions_of, flags,
 from crash import run, run_ranks
 from tsdkd.cli import main
 from tsdkd.errors import DataError
+from tsdkd.grading import Grader, is_math_equivalent
 from tsdkd.lm_head.dense import DenseHead
 from tsdkd.lm_head.fused import FusedHead
 from tsdkd.lm_head.projection import Projection
@@ -477,6 +478,32 @@ def test_grpo_takes_no_worked_solution_for_an_answer(solution: Any, tmp_path: An
         grpo_rows(tmp_path, rows)
 
 
+def test_grpo_grades_by_the_grader(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers needn't be mathematics then, and are in the column that the configuration names."""
+    (tmp_path / "grades_by_word.py").write_text("def grade(completion, answer):\n    return answer in completion\n")
+    monkeypatch.chdir(tmp_path)
+    options = {**STEP, "max_length": None, "rollout_batch_size": 6, "answer_column": "gold"}
+    config = METHODS["grpo"].config_class(output_dir="out", grader="grades_by_word:grade", **options)
+    rows = [{"prompt": "w1 w2", "gold": "Paris"}] * 8
+    trainer = METHODS["grpo"](
+        build_model("llama", 0),
+        args=config,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=build_tokenizer(),
+    )
+    assert trainer.train_dataset["answer"] == ["Paris"] * 8
+    (reward,) = trainer.reward_funcs
+    assert reward(completions=["in Paris", "in Rome"], answer=["Paris", "Paris"], index=[0, 1]) == [1.0, 0.0]
+
+
+def test_grpo_needs_answers(tmp_path: Any) -> None:
+    rows = [{"prompt": "w1", "gold": "1"}] * 8
+    with pytest.raises(
+        DataError, match=r"answer_column: train_dataset has no column 'answer' or 'solution'; .*'gold'"
+    ):
+        grpo_rows(tmp_path, rows)
+
+
 def test_grpo_puts_the_suffix_after_the_question(tmp_path: Any) -> None:
     rows = [{"prompt": prompt, "answer": "1"} for prompt in ("half", "two")] * 4
     prompts = grpo_rows(tmp_path, rows, prompt_suffix="reason")["prompt"]
@@ -485,8 +512,9 @@ def test_grpo_puts_the_suffix_after_the_question(tmp_path: Any) -> None:
 
 def test_grpo_rewards_right_answers() -> None:
     pytest.importorskip("math_verify")
-    from tsdkd.methods.grpo_trainer import accuracy_reward
+    from tsdkd.methods.grpo_trainer import make_accuracy_reward
 
+    accuracy_reward = make_accuracy_reward(Grader(is_math_equivalent))
     texts = ["so 4 + 3 = 7 . answer 7", r"thus \boxed{\frac{1}{2}}", "answer 8", ""]
     assert accuracy_reward(texts, ["7", "0.5", "7", "7"]) == [1.0, 1.0, 0.0, 0.0]
     chats = [[{"role": "assistant", "content": text}] for text in texts]

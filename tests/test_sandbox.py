@@ -522,7 +522,7 @@ def test_good_program(name: str) -> None:
 @pytest.mark.parametrize("name", vars(LIMITS))
 @pytest.mark.parametrize("value", [0, -1, 0.5])
 def test_a_limit_is_at_least_1(name: str, value: float) -> None:
-    with pytest.raises(ValueError, match=f"{name} is {value}: at least 1"):
+    with pytest.raises(ValueError, match=f"{name}: must be at least 1, found {value}"):
         ResourceLimits(**{name: value})
 
 

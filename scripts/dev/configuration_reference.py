@@ -44,7 +44,8 @@ def main() -> None:
     parts.append(table(LaunchArguments, [f.name for f in dataclasses.fields(LaunchArguments)]))
     parts += [
         "## All methods\n",
-        "`method` names one of those below (none: `tsd-kd`), `teacher_model_name_or_path` the teacher.\n",
+        "`method` names one of those below (none: `tsd-kd`), or [one of your own](guide.md#a-method-of-your-own);\n"
+        "`teacher_model_name_or_path` names the teacher.\n",
     ]
     parts.append(table(TokenSelectiveConfig, TokenSelectiveConfig.method_options()))
     parts += ["## Each method\n", "Its own options, and where its defaults differ from those above.\n"]

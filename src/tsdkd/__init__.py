@@ -6,6 +6,8 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .config.base import TokenSelectiveConfig
+    from .config.options import option
     from .errors import (
         ConfigError,
         DataError,
@@ -15,7 +17,9 @@ if TYPE_CHECKING:
         TokenizerMismatchError,
         TSDKDError,
     )
-    from .methods import EOPDConfig, EOPDTrainer, TSDKDConfig, TSDKDTrainer
+    from .lm_head.statistics import StatisticsRequest
+    from .methods import EOPDConfig, EOPDTrainer, TSDKDConfig, TSDKDTrainer, register_method
+    from .objective import Objective
     from .trainer.trainer import TokenSelectiveTrainer
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # GKDTrainer is experimental; its TRL series is pinned
@@ -28,20 +32,26 @@ __all__ = [
     "EOPDTrainer",
     "EngineError",
     "ModelError",
+    "Objective",
     "OutputDirError",
+    "StatisticsRequest",
     "TSDKDConfig",
     "TSDKDError",
     "TSDKDTrainer",
+    "TokenSelectiveConfig",
     "TokenSelectiveTrainer",
     "TokenizerMismatchError",
+    "option",
+    "register_method",
 ]
 
 _HOMES = {
-    "TSDKDConfig": "methods",
-    "EOPDConfig": "methods",
-    "TSDKDTrainer": "methods",
-    "EOPDTrainer": "methods",
+    **dict.fromkeys(("EOPDConfig", "EOPDTrainer", "TSDKDConfig", "TSDKDTrainer", "register_method"), "methods"),
+    "Objective": "objective",
+    "StatisticsRequest": "lm_head.statistics",
+    "TokenSelectiveConfig": "config.base",
     "TokenSelectiveTrainer": "trainer.trainer",
+    "option": "config.options",
 }
 
 

@@ -1,12 +1,47 @@
-"""Whether a completion gives the expected answer: as a number, as mathematics or as a letter."""
+"""Whether a completion gives the expected answer: as a number, as mathematics, or as a letter."""
 
 import re
+from collections.abc import Callable
+from typing import Any
+
+from .errors import ConfigError, first_line
 
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 _BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")  # braces in it, two deep
 _PROSE = re.compile(r"[^\W\d_]{2}|[=⇒→∴\n]|\\(?:implies|therefore|iff|to|[lL]ong|[rR]ightarrow)")
 _COMMAND = re.compile(r"\\[a-zA-Z]+")
 _LETTER = re.compile(r"(?:\\text\{)?\s*\(?([A-Z])\b")
+
+
+class Grader:
+    """A grading function, whose failures become one line that names it.
+
+    Args:
+        function: `(completion, answer)` -> whether the completion is right: True or False, or the numbers 1 or 0.
+        name: what messages call it.
+    """
+
+    def __init__(self, function: Callable[[str, str], Any] | None = None, name: str = "the grader") -> None:
+        self.function = is_exact_match if function is None else function
+        self.name = name
+
+    def __call__(self, completion: str, answer: str, row: int | None = None) -> bool:
+        """Grade a completion of a row of the data set.
+
+        Raises:
+            ConfigError: the function raises an exception, or returns something else.
+        """
+        where = f"for the completion{'' if row is None else f' of row {row}'}: {completion[:200]!r}"
+        try:
+            verdict = self.function(completion, answer)
+            is_verdict = bool(verdict in (0, 1))
+        except (Exception, SystemExit) as error:
+            reason = f"{type(error).__name__}: {first_line(error)[:300]}"
+            raise ConfigError([f"grader: {self.name} raised {reason}, {where}"]) from error
+        if not is_verdict:
+            found = f"{repr(verdict)[:60]}, expected True or False"
+            raise ConfigError([f"grader: {self.name} returned {found}, {where}"])
+        return bool(verdict)
 
 
 def is_exact_match(completion: str, answer: str) -> bool:

@@ -204,11 +204,14 @@ def approx_kl(log_ratio: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def common_metrics(statistics: TokenStatistics, completions: CompletionBatch) -> Metrics:
-    """Student and teacher entropy, and the engine's log-probability error (metric names as in TRL)."""
-    metrics = {"entropy/student": mean_metric(statistics.entropy)}
+    """Student and teacher entropy, and the engine's log-probability error (metric names as in TRL), as far as the
+    statistics were requested."""
+    metrics: Metrics = {}
+    if statistics.entropy is not None:
+        metrics["entropy/student"] = mean_metric(statistics.entropy)
     if statistics.teacher_entropy is not None:
         metrics["entropy/teacher"] = mean_metric(statistics.teacher_entropy)
-    if completions.sampling_per_token_logps is not None:
+    if completions.sampling_per_token_logps is not None and statistics.logps is not None:
         difference = (statistics.logps[:, 0].detach() - completions.sampling_per_token_logps).abs()
         largest = difference.max() if len(difference) else difference.new_zeros(())
         metrics["sampling/sampling_logp_difference/mean"] = mean_metric(difference)

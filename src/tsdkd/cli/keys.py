@@ -7,15 +7,24 @@ from ..config.console import PlainConsole
 from ..config.launch import LaunchArguments
 from ..config.options import get_default, get_help
 from ..config.validation import declared_fields
-from ..methods import METHODS
+from ..methods import all_methods, find_method
 
 
-def print_keys() -> None:
-    """The keys that tsdkd adds or gives another default."""
+def print_keys(method: str | None = None) -> None:
+    """The keys that tsdkd adds or gives another default.
+
+    Args:
+        method: a method that may not be registered yet, as `package.module:Trainer`.
+
+    Raises:
+        ConfigError: there is no such method.
+    """
+    if method is not None:
+        find_method(method)
     table = Table(title="tsdkd's keys (all of TRL's ModelConfig and transformers' TrainingArguments work too)")
     for column in ("method", "key", "default", "meaning"):
         table.add_column(column, overflow="fold", no_wrap=column == "key")
-    methods = {name: trainer.config_class for name, trainer in METHODS.items()}
+    methods = {name: trainer.config_class for name, trainer in all_methods().items()}
     rows: list[tuple[str, type, list[str]]] = [
         *((name, cls, cls.method_options()) for name, cls in {"all": TokenSelectiveConfig, **methods}.items()),
         *(("all", cls, declared_fields(cls)) for cls in (DataArguments, LaunchArguments)),

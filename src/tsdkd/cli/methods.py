@@ -22,11 +22,11 @@ def _print_methods() -> None:
     from ..config.base import TokenSelectiveConfig
     from ..config.console import PlainConsole
     from ..config.options import get_default
-    from ..methods import METHODS  # torch from here on
+    from ..methods import all_methods  # torch from here on
 
     console = PlainConsole()
     common = {f.name for f in fields(TokenSelectiveConfig)} - {"beta"}
-    for name, trainer in METHODS.items():
+    for name, trainer in all_methods().items():
         cls = trainer.config_class
         about = f"  {(cls.__doc__ or '').splitlines()[0]}  "
         console.print(Text.assemble((name, "bold"), about, (cls.paper, "dim")))

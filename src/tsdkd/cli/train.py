@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
     if args.help_keys:
         from .keys import print_keys
 
-        print_keys()
+        print_keys(read_flags(flags, []).get("method"))
         return 0
     launch.warn_about_compile_locks()
     launch_flags = {name: value for name in _LAUNCH_FLAGS if (value := getattr(args, name)) is not None}
@@ -60,6 +60,11 @@ def main(argv: Sequence[str]) -> int:
             _print_dry_run(parse_arguments(args.config, flags, do_train=False), launch_spec)
         except TSDKDError as error:
             raise ConfigError([*missing, *error.lines]) if missing else error from None
+    if missing and not launch_spec:
+        try:
+            parse_arguments(args.config, flags)
+        except TSDKDError as error:
+            raise ConfigError([*missing, *error.lines]) from None
     if missing:
         raise ConfigError(missing)
     if args.dry_run:

@@ -13,7 +13,7 @@ from ..config.coercion import coerce, did_you_mean, shorten
 from ..config.options import AT_LEAST_ONE, declared_rules, enum_value, option
 from ..errors import ConfigError
 from ..launch.processes import LaunchSpec, resolve_launch
-from ..methods import METHODS
+from ..methods import find_method
 from ..run.arguments import RunArguments, parse_args_and_config, resolve_run_values
 from ..run.config_file import read_yaml, resolve_path
 
@@ -109,7 +109,7 @@ class Comparison:
 
     def _needs_completions(self, values: Mapping[str, Any]) -> bool:
         run = resolve_run_values(self.config, values)
-        return METHODS[run.method].config_class.always_needs_completions or run.values["lmbda"] < 1
+        return find_method(run.method).config_class.always_needs_completions or run.values["lmbda"] < 1
 
     def parse_arguments(self, task: ComparisonTask) -> RunArguments:
         """The arguments of the run, parsed and validated. Raises `ConfigError`."""
@@ -126,7 +126,7 @@ class Comparison:
         """The flags that all runs share, with `--lmbda 1`: for the teacher's completions and for the evaluation."""
         values = {**self.settings, "output_dir": self.output_dir}
         method = resolve_run_values(self.config, values).method
-        return _to_flags(self.config, {**values, "lmbda": 1} if METHODS[method].config_class.has_lmbda else values)
+        return _to_flags(self.config, {**values, "lmbda": 1} if find_method(method).config_class.has_lmbda else values)
 
     def generate_flags(self, is_on_gpu: bool) -> list[str]:
         """Flags of `tsdkd generate` for the teacher's completions.

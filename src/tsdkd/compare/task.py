@@ -20,10 +20,12 @@ from transformers import AutoModelForCausalLM
 
 from ..config.aliases import rename_deprecated
 from ..config.coercion import shorten
-from ..data import load_split, prepare_dataset
+from ..config.user_code import load_grader
+from ..data import load_split, missing_column, prepare_dataset, resolve_columns
 from ..errors import DataError, EngineError, OutputDirError, PreemptedError
 from ..evaluation import ProblemSet, evaluate
 from ..files import ensure_dir, write_atomically
+from ..grading import Grader
 from ..launch.accelerate import launch_processes
 from ..launch.children import started_by_this
 from ..launch.processes import LaunchSpec
@@ -189,8 +191,10 @@ def load_problems(comparison: Comparison) -> Dataset:
         raise DataError("eval_dataset_name: missing; it names the problems to evaluate on")
     split = "train" if Path(name).is_file() else shared.data_args.dataset_test_split
     rows = load_split(name, None, split, "eval_dataset_name")
-    if "answer" not in rows.column_names:
-        raise DataError(f"eval_dataset_name: {name} has no column 'answer'")
+    load_grader(shared.training_args.grader)
+    columns = resolve_columns(rows, shared.training_args, f"eval_dataset_name {name}", needs_answer=True)
+    if columns.answer is None:
+        raise missing_column("answer_column", f"eval_dataset_name {name}", ("answer",), rows.column_names)
     return rows.select(range(min(comparison.eval_limit or len(rows), len(rows))))
 
 
@@ -200,6 +204,7 @@ def _evaluate(
     """Evaluate a model with the comparison's length limits and the run's chat template."""
     training, shared = arguments.training_args, comparison.parse_shared_arguments().training_args
     training.max_completion_length, training.max_length = shared.max_completion_length, shared.max_length
+    training.answer_column = shared.answer_column
     student, teacher = str(arguments.model_args.model_name_or_path), teacher_name_or_path(arguments)
     pair = resolve_pair(student, teacher, training)
     prepared = prepare_dataset(rows, pair.template_tokenizer, training, pair.context_length, needs_completion=False)
@@ -208,7 +213,10 @@ def _evaluate(
     loaded = load_pretrained(AutoModelForCausalLM.from_pretrained, model, field, "model", dtype=dtype)
     require_finite(loaded.to(training.device), field, model)
     result = evaluate(
-        loaded, _build_problem_set(pair, prepared, loaded, writer), comparison.eval_samples, comparison.eval_batch_size
+        loaded,
+        _build_problem_set(pair, prepared, loaded, writer, load_grader(shared.grader)),
+        comparison.eval_samples,
+        comparison.eval_batch_size,
     )
     return {
         **result.metrics,
@@ -217,13 +225,13 @@ def _evaluate(
     }
 
 
-def _build_problem_set(pair: ModelPair, prepared: Any, model: Any, writer: Role) -> ProblemSet:
+def _build_problem_set(pair: ModelPair, prepared: Any, model: Any, writer: Role, grader: Grader) -> ProblemSet:
     def decode(ids: list[int]) -> str:
         return str(pair.tokenizer.decode(ids, skip_special_tokens=True))
 
     stop_token_ids, vocab_size = pair.stop_token_ids(writer, model.generation_config), pair.shared_vocab_size
     return ProblemSet(
-        prepared["prompt_ids"], prepared["answer"], prepared["limit"], stop_token_ids, vocab_size, decode
+        prepared["prompt_ids"], prepared["answer"], prepared["limit"], stop_token_ids, vocab_size, decode, grader
     )
 
 

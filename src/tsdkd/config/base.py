@@ -16,13 +16,14 @@ from .coercion import coerce
 from .options import (
     AT_LEAST_ONE,
     FRACTION,
+    IMPORT_PATH,
     NON_NEGATIVE,
     PORT,
     POSITIVE,
     POSITIVE_FRACTION,
     SEQUENCE_LENGTH,
+    TEMPLATE_KWARGS,
     ConflictRule,
-    ValueRule,
     get_default,
     option,
 )
@@ -32,14 +33,6 @@ _NEVER_SAMPLES = (lambda v: v["lmbda"] == 0, "lmbda is 0: nothing is generated")
 _WITHOUT_VLLM = (lambda v: not v["use_vllm"], "use_vllm is false")
 _NOT_COLOCATE = (lambda v: v["vllm_mode"] != "colocate", "vllm_mode is not colocate")
 _NOT_SERVER = (lambda v: v["vllm_mode"] != "server", "vllm_mode is not server")
-_RESERVED_TEMPLATE_KWARGS = (
-    *("add_generation_prompt", "continue_final_message", "padding", "return_assistant_tokens_mask", "return_dict"),
-    *("return_tensors", "sanitize_control_tokens", "tokenize", "tokenizer_kwargs", "truncation"),
-)
-_TEMPLATE_KWARGS: ValueRule = (
-    lambda v: v.keys().isdisjoint(_RESERVED_TEMPLATE_KWARGS),
-    f"must leave out {', '.join(_RESERVED_TEMPLATE_KWARGS)}: they are tsdkd's to set",
-)
 
 
 @dataclass
@@ -50,7 +43,7 @@ class TokenSelectiveConfig(GKDConfig):
     """
 
     method: ClassVar[str]
-    paper: ClassVar[str]
+    paper: ClassVar[str] = "no paper"
     # Whether it trains on the data set's completions whatever lmbda is.
     always_needs_completions: ClassVar[bool] = False
     # The completions that it trains on, for people.
@@ -104,7 +97,7 @@ class TokenSelectiveConfig(GKDConfig):
     chat_template_kwargs: dict[str, Any] | None = option(
         None,
         'Keyword arguments of the chat template, e.g. {"enable_thinking": false}.',
-        _TEMPLATE_KWARGS,
+        TEMPLATE_KWARGS,
         (lambda v: v["chat_template_source"] == "none", "chat_template_source is none"),
     )
     prompt_suffix: str | None = option(
@@ -114,6 +107,13 @@ class TokenSelectiveConfig(GKDConfig):
     )
     prompt_column: str | None = option(None, "Column of the prompt, if it is not 'prompt' or 'messages'.")
     completion_column: str | None = option(None, "Column of the completion, if it is not 'completion'.")
+    answer_column: str | None = option(None, "Column of the right answer, if it is not 'answer'.")
+    grader: str | None = option(
+        None,
+        "A function of yours that grades completions, as package.module:function; none: exact match of the last "
+        "\\boxed{} or number. Evaluation's accuracy, tsdkd compare and grpo's reward use it.",
+        IMPORT_PATH,
+    )
     log_completions: bool = option(
         False, "Print a table of completions at every logging step.", no_effect=_NEVER_SAMPLES
     )

@@ -1,5 +1,6 @@
 """Declares options, each once: default, help, and the rules that its values must fulfil."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, field, fields
 from typing import Any, NamedTuple
@@ -22,6 +23,18 @@ OPEN_FRACTION: ValueRule = (lambda v: 0 < v < 1, "must be in (0, 1)")
 BELOW_ONE: ValueRule = (lambda v: 0 <= v < 1, "must be in [0, 1)")
 SEQUENCE_LENGTH: ValueRule = (lambda v: v >= 2, "must be at least 2 (a prompt and a completion token)")
 PORT: ValueRule = (lambda v: 0 < v < 2**16, "must be a port, 1 to 65535")
+IMPORT_PATH: ValueRule = (
+    lambda v: re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", v) is not None and ".py:" not in v,
+    "must be package.module:name, without a folder and without .py",
+)
+_RESERVED_TEMPLATE_KWARGS = (
+    *("add_generation_prompt", "continue_final_message", "padding", "return_assistant_tokens_mask", "return_dict"),
+    *("return_tensors", "sanitize_control_tokens", "tokenize", "tokenizer_kwargs", "truncation"),
+)
+TEMPLATE_KWARGS: ValueRule = (
+    lambda v: v.keys().isdisjoint(_RESERVED_TEMPLATE_KWARGS),
+    f"must leave out {', '.join(_RESERVED_TEMPLATE_KWARGS)}: they are tsdkd's to set",
+)
 
 
 class Rules(NamedTuple):

@@ -1,9 +1,6 @@
 """A user's own problems: a file of prompts and answers, as a benchmark for `tsdkd eval`."""
 
-import importlib
 import os
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +8,9 @@ from typing import Any
 from datasets import Dataset, Features, List, Value
 
 from ..config.coercion import shorten
-from ..data import load_split, split_prompt_completion
-from ..errors import ConfigError, DataError, first_line, list_names
-from ..grading import is_math_equivalent
+from ..data import Columns, load_split, missing_column, split_prompt_completion
+from ..errors import DataError
 from ..run.config_file import resolve_path
-
-Grade = Callable[[str, str], bool]
 
 _MESSAGES = List({"role": Value("string"), "content": Value("string")})
 _SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
@@ -60,10 +54,13 @@ def load_problems(file: ProblemFile) -> Dataset:
     present = rows.column_names
     prompt = file.prompt_column or ("messages" if "prompt" not in present and "messages" in present else "prompt")
     answer = file.answer_column or "answer"
-    for flag, name in (("prompt_column", prompt), ("answer_column", answer)):
+    for field, name, is_given in (
+        ("prompt_column", prompt, file.prompt_column),
+        ("answer_column", answer, file.answer_column),
+    ):
         if name not in present:
-            has = f"it has {list_names(present)}"
-            raise DataError(f"--benchmarks: {file.path} has no column {name!r}, {has}; set --{flag}")
+            usual = ("prompt", "messages") if field == "prompt_column" else ("answer",)
+            raise missing_column(field, file.path, (name,) if is_given else usual, present)
     try:
         problems = [_read_row(row, index, prompt, answer) for index, row in enumerate(rows)]
     except DataError as error:
@@ -72,7 +69,7 @@ def load_problems(file: ProblemFile) -> Dataset:
 
 
 def _read_row(row: Any, index: int, prompt_column: str, answer_column: str) -> dict[str, Any]:
-    prompt, _ = split_prompt_completion(row, index, (prompt_column, None))
+    prompt, _ = split_prompt_completion(row, index, Columns(prompt_column, None, None))
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     answer = row[answer_column]
     if not isinstance(answer, str | int | float) or not str(answer).strip():
@@ -81,42 +78,6 @@ def _read_row(row: Any, index: int, prompt_column: str, answer_column: str) -> d
         "messages": [{"role": m["role"], "content": m["content"]} for m in messages],
         "answer": str(answer),
     }
-
-
-def load_grader(name: str | None) -> Grade:
-    """Import the function that grades; None: math-verify. Modules in the current directory can be imported.
-
-    Raises:
-        ConfigError: there is no such module or function. The returned function also raises it, when the user's own
-            function raises an exception or returns something else than a truth value.
-    """
-    if name is None:
-        return is_math_equivalent
-    module, _, attribute = name.partition(":")
-    if not module or not attribute:
-        raise ConfigError([f"--grader: expected package.module:function, found {shorten(name)}"])
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        function = getattr(importlib.import_module(module), attribute)
-    except (Exception, SystemExit) as error:  # whatever the module raises
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        raise ConfigError([f"--grader: {name} can't be imported: {reason}"]) from error
-    if not callable(function):
-        raise ConfigError([f"--grader: {name} must be a function, found {shorten(function)}"])
-
-    def grade(completion: str, answer: str) -> bool:
-        try:
-            verdict = function(completion, answer)
-            is_right = bool(verdict)
-        except Exception as error:
-            reason = f"{type(error).__name__}: {first_line(error)}"
-            raise ConfigError([f"--grader: {name} raised {reason}, for answer {shorten(answer)}"]) from error
-        if verdict not in (0, 1):
-            raise ConfigError([f"--grader: {name} must return True or False, found {shorten(verdict)}"])
-        return is_right
-
-    return grade
 
 
 def problem_file_title(file: ProblemFile) -> str:

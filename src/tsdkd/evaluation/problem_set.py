@@ -1,13 +1,13 @@
 """Evaluates a model on problems with known answers: greedy accuracy, avg@k and pass@k."""
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from transformers import PreTrainedModel
 
 from ..data import completion_mask, pad_sequences
-from ..grading import is_exact_match
+from ..grading import Grader
 from ..losses import token_entropy
 from ..rollout.base import Completion
 from ..rollout.hf import sample_completions
@@ -27,7 +27,7 @@ class ProblemSet:
         stop_token_ids: tokens that end a completion.
         vocab_size: only ids below it are sampled.
         decode: converts token ids to text.
-        grader: (completion, answer) -> whether the completion is right.
+        grader: says whether a completion is right.
     """
 
     prompts: Sequence[list[int]]
@@ -36,7 +36,7 @@ class ProblemSet:
     stop_token_ids: Collection[int]
     vocab_size: int
     decode: Callable[[list[int]], str]
-    grader: Callable[[str, str], bool] = is_exact_match
+    grader: Grader = field(default_factory=Grader)
 
 
 @dataclass
@@ -113,7 +113,8 @@ def _sample_completions(
 
 def _grade(problems: ProblemSet, completions: Sequence[Completion]) -> list[bool]:
     texts = (problems.decode(c.ids) for c in completions)
-    return [problems.grader(text, str(answer)) for text, answer in zip(texts, problems.answers, strict=True)]
+    graded = enumerate(zip(texts, problems.answers, strict=True))
+    return [problems.grader(text, str(answer), row) for row, (text, answer) in graded]
 
 
 @torch.no_grad()

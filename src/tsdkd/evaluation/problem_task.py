@@ -8,7 +8,9 @@ from typing import Any
 from datasets import DatasetDict
 from lm_eval.api.task import ConfigurableTask
 
-from .problem_file import ProblemFile, load_grader, load_problems
+from ..config.user_code import load_grader
+from ..grading import is_math_equivalent
+from .problem_file import ProblemFile, load_problems
 
 
 class ProblemTask(ConfigurableTask):
@@ -36,7 +38,7 @@ class ProblemTask(ConfigurableTask):
         max_new_tokens: int,
         **neutral_kwargs: Any,
     ) -> None:
-        grade = load_grader(file.grader)
+        grade = load_grader(file.grader, is_math_equivalent)
         self._problems = load_problems(file)
         sampling = {"do_sample": True, "temperature": 1.0} if is_sampled else {"do_sample": False}
         super().__init__(

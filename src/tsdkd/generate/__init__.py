@@ -17,7 +17,7 @@ from datasets import Dataset
 from transformers import PretrainedConfig
 
 from ..config.base import TokenSelectiveConfig
-from ..data import prepare_dataset, resolve_columns, split_prompt_completion
+from ..data import Columns, prepare_dataset, resolve_columns, split_prompt_completion
 from ..errors import ConfigError
 from ..files import hold_file, open_for_append
 from ..models.finite_weights import require_finite_files
@@ -45,7 +45,7 @@ class GenerationSetup:
         args: the run's training arguments.
         pair: the run's models.
         dataset: all rows of the run's data set, as they were loaded.
-        source_columns: the names of its prompt and completion columns.
+        source_columns: the names of its columns.
         tokenized_dataset: the rows to generate for, as `prepare_dataset` returns them.
     """
 
@@ -55,7 +55,7 @@ class GenerationSetup:
     args: TokenSelectiveConfig
     pair: ModelPair
     dataset: Dataset
-    source_columns: tuple[str, str | None]
+    source_columns: Columns
     tokenized_dataset: Dataset
 
     @property
@@ -81,8 +81,8 @@ class GenerationSetup:
         )
 
     @property
-    def output_columns(self) -> tuple[str, str]:
-        """The names of the prompt and completion columns in the output file."""
+    def output_columns(self) -> Columns:
+        """The names of the prompt, completion and answer columns in the output file."""
         return output_columns(self.args)
 
     def get_prompt(self, index: int) -> Any:
@@ -151,7 +151,7 @@ def engine_memory_utilization(arguments: RunArguments, device: torch.device) -> 
 
 
 def _append_completions(setup: GenerationSetup, output: Path, num_samples: int) -> None:
-    done = read_finished(output, setup.output_columns[0], setup.metadata, len(setup.dataset), setup.get_prompt)
+    done = read_finished(output, setup.output_columns.prompt, setup.metadata, len(setup.dataset), setup.get_prompt)
     requests = [
         GenerationRequest(
             row["index"], sample, row["prompt_ids"], row["limit"], (setup.args.seed, sample, row["index"])
@@ -207,11 +207,12 @@ def _prepare_setup(arguments: RunArguments, role: Role, limit: int | None) -> Ge
 
 
 def _build_row(setup: GenerationSetup, request: GenerationRequest, completion: Completion) -> dict[str, Any]:
-    source_row, (prompt_column, completion_column) = setup.dataset[request.index], setup.output_columns
+    source_row, columns = setup.dataset[request.index], setup.output_columns
+    source_answer = setup.source_columns.answer
     return {
-        prompt_column: setup.get_prompt(request.index),
-        completion_column: setup.pair.tokenizer.decode(completion.ids, skip_special_tokens=True),
-        **({"answer": to_json_value(source_row["answer"])} if "answer" in source_row else {}),
+        columns.prompt: setup.get_prompt(request.index),
+        str(columns.completion): setup.pair.tokenizer.decode(completion.ids, skip_special_tokens=True),
+        **({str(columns.answer): to_json_value(source_row[source_answer])} if source_answer else {}),
         "index": request.index,
         "sample": request.sample,
         "num_tokens": len(completion.ids),

@@ -7,16 +7,17 @@ from typing import Any
 
 from ..config.base import TokenSelectiveConfig
 from ..config.coercion import shorten
+from ..data import Columns
 from ..errors import ConfigError, OutputDirError
 from ..files import iter_whole_lines
 
 SHARED_OPTIONS = ("seed", "temperature", "top_p", "max_new_tokens", "prompt_suffix")
 """Options of the run that every row records."""
-_OTHER_COLUMNS = {"answer", "index", "sample", "num_tokens", "finish_reason", "model", "revision", "engine"}
+_OTHER_COLUMNS = {"index", "sample", "num_tokens", "finish_reason", "model", "revision", "engine"}
 
 
-def output_columns(args: TokenSelectiveConfig) -> tuple[str, str]:
-    """The prompt and completion columns, named as the run expects them.
+def output_columns(args: TokenSelectiveConfig) -> Columns:
+    """The prompt, completion and answer columns, named as the run expects them.
 
     Raises:
         ConfigError: a name is taken by another column of the output.
@@ -24,6 +25,7 @@ def output_columns(args: TokenSelectiveConfig) -> tuple[str, str]:
     columns = {
         "prompt_column": args.prompt_column or "prompt",
         "completion_column": args.completion_column or "completion",
+        "answer_column": args.answer_column or "answer",
     }
     problems = [
         f"{field}: the output file uses the column {name!r} for something else; rename the column in the data set"
@@ -32,7 +34,7 @@ def output_columns(args: TokenSelectiveConfig) -> tuple[str, str]:
     ]
     if problems:
         raise ConfigError(problems)
-    return columns["prompt_column"], columns["completion_column"]
+    return Columns(*columns.values())
 
 
 def read_finished(

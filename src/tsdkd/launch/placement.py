@@ -16,7 +16,7 @@ from ..config.launch import launch_config_names, read_launch_config
 from ..config.yaml_file import MAX_BYTES
 from ..errors import ConfigError
 from ..files import read_small_file
-from ..methods import METHODS
+from ..methods import find_method
 from ..models.loading import load_config
 from ..run.arguments import resolve_run_values
 from .memory import MEMORY_COMPONENTS, Sharding, estimate_memory
@@ -58,7 +58,7 @@ def plan(
         ConfigError, ModelError: there is nothing to estimate.
     """
     method, values = resolve_run_values(config, flags)[:2]
-    cls = METHODS[method].config_class
+    cls = find_method(method).config_class
     if not cls.has_teacher:
         raise ConfigError([f"method: {method} isn't a distillation; plan estimates those only"])
     gpus, gpu_gib, text = _detect_gpus(gpus, gpu_gib, values["num_processes"])

@@ -1,9 +1,7 @@
-"""Every method, by its name: the trainer that runs it, which knows its configuration and its objective.
+"""The methods of the papers, one file each, and the registry of all methods (`registry.py`).
 
-To add one, write a file beside these (docs/methods.md) and add its trainer here.
+To add one to tsdkd, write a file beside these and add its trainer here (docs/methods.md).
 """
-
-from typing import Any
 
 from .distillm import DistiLLMConfig, DistiLLMTrainer
 from .eopd import EOPDConfig, EOPDTrainer
@@ -16,14 +14,15 @@ from .minillm import MiniLLMConfig, MiniLLMTrainer
 from .opd import OPDConfig, OPDTrainer
 from .opd_advantage_shaping import OPDAdvantageShapingConfig, OPDAdvantageShapingTrainer
 from .opd_entropy_bonus import OPDEntropyBonusConfig, OPDEntropyBonusTrainer
+from .registry import METHODS, all_methods, find_method, register_method
 from .seq_kd import SeqKDConfig, SeqKDTrainer
 from .speculative_kd import SpeculativeKDConfig, SpeculativeKDTrainer
 from .supervised_kd import SupervisedKDConfig, SupervisedKDTrainer
 from .tsd_kd import TSDKDConfig, TSDKDTrainer
 from .tsd_kd_released import TSDKDReleasedConfig, TSDKDReleasedTrainer
 
-METHODS: dict[str, Any] = {
-    trainer.config_class.method: trainer
+METHODS.update(
+    (trainer.config_class.method, trainer)
     for trainer in (
         TSDKDTrainer,
         EOPDTrainer,
@@ -42,4 +41,4 @@ METHODS: dict[str, Any] = {
         EOPDRandomTrainer,
         TSDKDReleasedTrainer,
     )
-}
+)

@@ -25,7 +25,7 @@ class GRPOConfig(TokenSelectiveConfig):
     unsupported_options = {
         **BETA_UNSUPPORTED,
         "lmbda": "the method always samples",
-        "completion_column": "the reward looks at the column `answer`",
+        "completion_column": "the reward looks at the answer",
         "max_length": "TRL's trainer bounds completions only; set max_completion_length",
         "chat_template_source": "there is no teacher whose template could be taken",
         **dict.fromkeys(("fused_head", "head_chunk_gib", "log_term_gradients"), "TRL's trainer computes the loss"),

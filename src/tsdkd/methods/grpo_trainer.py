@@ -1,5 +1,6 @@
 """`GRPOTrainer`: TRL's, on tsdkd's configuration, with a reward for right answers and tsdkd's checkpoints."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -10,17 +11,24 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from ..checkpointing.preemption import PreemptionCallback
 from ..checkpointing.trainer_mixin import CheckpointMixin
 from ..config.inherited import UNSUPPORTED_OPTIONS
-from ..data import append_prompt_suffix, prepare_dataset, resolve_columns, split_prompt_completion
-from ..errors import ConfigError, DataError, list_names
+from ..config.user_code import load_grader
+from ..data import append_prompt_suffix, missing_column, prepare_dataset, resolve_columns, split_prompt_completion
+from ..errors import ConfigError, DataError
+from ..grading import Grader, extract_answer, is_math_equivalent
 from ..models.loading import load_student, resolve_pair
 
 
-def accuracy_reward(completions: list[Any], answer: list[str], **columns: Any) -> list[float]:
-    """1 where math-verify finds the completion's answer equal to `answer`, else 0."""
-    from ..grading import is_math_equivalent  # math-verify is an extra
+def make_accuracy_reward(grader: Grader) -> Callable[..., list[float]]:
+    """A reward function of TRL's: 1 where a completion is right, else 0."""
 
-    texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
-    return [float(is_math_equivalent(text, str(expected))) for text, expected in zip(texts, answer, strict=True)]
+    def accuracy_reward(
+        completions: list[Any], answer: list[str], index: Sequence[int | None] | None = None, **columns: Any
+    ) -> list[float]:
+        texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+        rows = index or [None] * len(texts)
+        return [float(grader(*graded)) for graded in zip(texts, map(str, answer), rows, strict=True)]
+
+    return accuracy_reward
 
 
 class GRPOTrainer(CheckpointMixin, trl.GRPOTrainer):
@@ -29,8 +37,10 @@ class GRPOTrainer(CheckpointMixin, trl.GRPOTrainer):
     Args:
         model: the student: path, hub id or loaded model.
         args: a `GRPOConfig` of `tsdkd.methods`.
-        train_dataset: rows with a prompt and an `answer`, or a `solution` that has a boxed one or is one.
+        train_dataset: rows with a prompt and an answer, or a `solution` that has a boxed one or is one.
         eval_dataset, processing_class, callbacks, optimizers, peft_config: as in TRL's.
+        grader: `(completion, answer)` -> whether it is right, for the reward; by default `args.grader`, or else
+            math-verify.
 
     Raises:
         ConfigError, DataError, ModelError: the input can't be used; nothing has been written.
@@ -47,16 +57,19 @@ class GRPOTrainer(CheckpointMixin, trl.GRPOTrainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
         peft_config: Any | None = None,
+        grader: Callable[[str, str], bool] | None = None,
     ) -> None:
-        _require_math_verify()
+        if grader is None and args.grader is None:
+            _require_math_verify()
+        graded_by = load_grader(args.grader, is_math_equivalent) if grader is None else Grader(grader)
         pair = resolve_pair(model, model, args, processing_class, processing_class)
         rows = [
-            None if d is None else _prepare_prompts(d, pair.template_tokenizer, args, pair.context_length)
-            for d in (train_dataset, eval_dataset)
+            None if d is None else _prepare_prompts(d, pair.template_tokenizer, args, pair.context_length, source)
+            for source, d in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset))
         ]
         super().__init__(
             load_student(model, args),
-            reward_funcs=accuracy_reward,
+            reward_funcs=make_accuracy_reward(graded_by),
             args=_to_trl_config(args),
             train_dataset=rows[0],
             eval_dataset=rows[1],
@@ -101,32 +114,36 @@ def _to_trl_config(args: Any) -> trl.GRPOConfig:
         raise ConfigError([f"rollout_batch_size, num_generations: {' '.join(str(error).split())}"]) from error
 
 
-def _prepare_prompts(rows: Dataset, template: PreTrainedTokenizerBase, args: Any, context: int) -> Dataset:
+def _prepare_prompts(
+    rows: Dataset, template: PreTrainedTokenizerBase, args: Any, context: int, source: str
+) -> Dataset:
     """Prompts that leave room for a completion, as TRL takes them, and answers."""
-    source = next((name for name in ("answer", "solution") if name in rows.column_names), None)
-    if source is None:
-        raise DataError(
-            "grpo rewards right answers: the data set has no column 'answer' or 'solution', it has "
-            f"{list_names(rows.column_names)}"
-        )
-    from ..grading import extract_answer  # math-verify is an extra
-
-    shape = resolve_columns(rows, args)
-    kept = prepare_dataset(rows, template, args, context, needs_completion=False)["index"]
+    columns = resolve_columns(rows, args, source, needs_answer=True)
+    answer_column = columns.answer or ("solution" if "solution" in rows.column_names else None)
+    if answer_column is None:
+        raise missing_column("answer_column", source, ("answer", "solution"), rows.column_names)
+    if columns.answer is None:
+        _require_math_verify()
+    kept = prepare_dataset(rows, template, args, context, False, source, needs_answer=True)["index"]
 
     def prompt_and_answer(row: dict[str, Any], index: int) -> dict[str, Any]:
-        prompt = append_prompt_suffix(split_prompt_completion(row, index, shape)[0], index, args.prompt_suffix)
+        prompt = append_prompt_suffix(split_prompt_completion(row, index, columns)[0], index, args.prompt_suffix)
         if isinstance(prompt, str) and args.chat_template_source != "none" and template.chat_template is not None:
             prompt = [{"role": "user", "content": prompt}]
-        given = row[source]
+        given = row[answer_column]
         if given is None:
-            raise DataError(f"row {index}: no answer: its {source} is empty")
-        answer = given if source == "answer" else extract_answer(str(given))
+            raise DataError(f"row {index}: no answer: its {answer_column} is empty")
+        answer = given if columns.answer else extract_answer(str(given))
         if answer is None:
             raise DataError(
                 f"row {index}: no answer: its solution has no \\boxed{{}}, and isn't a bare answer: {given[-60:]!r}"
             )
-        return {"prompt": prompt, "answer": str(answer)}
+        return {"prompt": prompt, "answer": str(answer), "index": index}
 
     chosen = rows.select(kept)
-    return chosen.map(prompt_and_answer, with_indices=True, remove_columns=rows.column_names, desc="Prompts")
+    return chosen.map(
+        lambda row, position: prompt_and_answer(row, kept[position]),
+        with_indices=True,
+        remove_columns=rows.column_names,
+        desc="Prompts",
+    )

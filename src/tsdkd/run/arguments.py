@@ -4,6 +4,7 @@ import logging
 import re
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,12 +15,12 @@ from trl import ModelConfig
 
 from ..config.aliases import ALIASES, RENAMED, resolve_aliases
 from ..config.base import DataArguments, TokenSelectiveConfig
-from ..config.coercion import coerce, did_you_mean, explain_unusual, shorten
+from ..config.coercion import coerce, did_you_mean, explain_unusual
 from ..config.launch import LaunchArguments
 from ..config.options import get_default
 from ..config.validation import get_rules, validate_options
 from ..errors import ConfigError
-from ..methods import METHODS
+from ..methods import all_methods, find_method
 from .config_file import read_flags, read_yaml, resolve_path
 
 logger = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ class RunValues(NamedTuple):
     """The values of a run, before anything looks at this machine.
 
     Attributes:
-        method: a key of `METHODS`.
+        method: its name, or `package.module:Trainer`.
         values: of every option, by name.
         explicit_values: those that the file and the flags set.
         notes: what the user should know before the run.
@@ -49,7 +50,7 @@ class RunArguments:
     """The arguments of a run.
 
     Attributes:
-        method: a key of `METHODS`.
+        method: its name, or `package.module:Trainer`.
         training_args: the method's configuration.
         model_args: TRL's model arguments (student, LoRA).
         data_args: where the prompts come from.
@@ -92,16 +93,21 @@ def parse_args_and_config(config: str | None, flags: Sequence[str], do_train: bo
     run = resolve_run_values(config, flags)
     flag_names = set(resolve_aliases(read_flags(flags, []), []))
     bf16 = [name for name in ("bf16", "bf16_full_eval") if run.values[name]]
-    if not bf16 or run.values["use_cpu"] or is_torch_bf16_gpu_available():
+    is_default = run.values["bf16"] is None and not run.values["fp16"]  # TRL then turns it on
+    if not (bf16 or is_default) or run.values["use_cpu"] or is_torch_bf16_gpu_available():
         return _build_run_arguments(run, flag_names)
-    if do_train:
+    if do_train and bf16:
         here = "this GPU has none" if torch.accelerator.is_available() else "no GPU is visible"
         on_cpu = "--use_cpu true --bf16 false"
         raise ConfigError([f"{', '.join(bf16)}: needs a GPU with bfloat16, and {here}; on a CPU: {on_cpu}"])
-    without = {**run.values, **dict.fromkeys(bf16, False)}  # transformers would refuse it
-    arguments = _build_run_arguments(run._replace(values=without), flag_names)
-    for name in bf16:
-        setattr(arguments.training_args, name, True)
+    off = dict.fromkeys([*bf16, "bf16"], False)  # transformers would refuse it
+    notes = [*run.notes, *(["note: no GPU with bfloat16 is visible: the run is in float32"] if do_train else [])]
+    in_float32 = RunValues(run.method, {**run.values, **off}, {**run.explicit_values, **off}, notes)
+    arguments = _build_run_arguments(in_float32, flag_names)
+    if not do_train:
+        arguments.explicit_values = run.explicit_values
+        for name in bf16 or ["bf16"]:
+            setattr(arguments.training_args, name, True)
     return arguments
 
 
@@ -121,13 +127,11 @@ def resolve_run_values(config: str | None, flags: Sequence[str] | Mapping[str, A
     from_flags = resolve_aliases(overriding, problems)
     explicit_values = {**from_file, **from_flags}
     method = explicit_values.pop("method", "tsd-kd")
-    if not isinstance(method, str) or method not in METHODS:
-        problems.append(
-            f"method: must be one of {', '.join(METHODS)}, found {shorten(method)}{did_you_mean(str(method), METHODS)}"
-        )
-        raise ConfigError(problems)
+    try:
+        config_class = find_method(method).config_class
+    except ConfigError as error:
+        raise ConfigError([*problems, *error.problems]) from error
     notes = _drop_options_of_other_methods(explicit_values, method, from_file, from_flags)
-    config_class = METHODS[method].config_class
     classes = (config_class, ModelConfig, DataArguments, LaunchArguments)
     values = {f.name: get_default(cls, f.name) for cls in classes for f in fields(cls) if not f.name.startswith("_")}
     problems += _coerce_values(explicit_values, values, method)
@@ -144,7 +148,7 @@ def resolve_run_values(config: str | None, flags: Sequence[str] | Mapping[str, A
 def _coerce_values(explicit_values: dict[str, Any], values: dict[str, Any], method: str) -> list[str]:
     """Put what was set into `values`, each as the type of its option. Returns what is wrong."""
     hints: dict[str, Any] = {}
-    for cls in (LaunchArguments, DataArguments, ModelConfig, METHODS[method].config_class):
+    for cls in (LaunchArguments, DataArguments, ModelConfig, find_method(method).config_class):
         hints |= typing.get_type_hints(cls)
     problems = []
     known = [name for name in values if name not in ALIASES]
@@ -172,7 +176,7 @@ def _build_run_arguments(run: RunValues, flag_names: set[str]) -> RunArguments:
         given = [f.name for f in fields(cls) if f.name in explicit_values and f.name != excluded]
         return cls(**{name: run.values[name] for name in given})
 
-    config_class = METHODS[run.method].config_class
+    config_class = find_method(run.method).config_class
     classes = (config_class, ModelConfig, DataArguments, LaunchArguments)
     try:
         training_args, model_args, data_args, launch_args = (build(cls) for cls in classes)
@@ -204,13 +208,15 @@ def _drop_options_of_other_methods(
     """Drop the file's options of the method it was written for if `--method` names another one. Returns notes."""
     if "method" not in from_flags or from_file.get("method", "tsd-kd") == method:
         return []
-    config_class = METHODS[method].config_class
+    written_for = from_file.get("method", "tsd-kd")
+    with suppress(ConfigError):  # it may name a module that isn't here
+        find_method(written_for)
+    config_class = find_method(method).config_class
     options = {f.name for f in fields(config_class)} - config_class.unsupported_options.keys()
-    others = {f.name for trainer in METHODS.values() for f in fields(trainer.config_class)} - options
+    others = {f.name for trainer in all_methods().values() for f in fields(trainer.config_class)} - options
     dropped = sorted(k for k in explicit_values if k in others and k not in from_flags)
     for key in dropped:
         del explicit_values[key]
-    written_for = from_file.get("method", "tsd-kd")
     return (
         [f"note: {', '.join(dropped)} of the file, written for {written_for}, mean nothing to {method}: left out"]
         if dropped
@@ -258,7 +264,7 @@ def _note_dataset_completions(
 def _explain_unknown_key(key: str, method: str, known: Sequence[str]) -> str:
     if key in RENAMED:
         return f"{key}: is called {RENAMED[key]}"
-    owners = [name for name, t in METHODS.items() if any(f.name == key for f in fields(t.config_class))]
+    owners = [name for name, t in all_methods().items() if any(f.name == key for f in fields(t.config_class))]
     if owners:
         return f"{key}: belongs to method {', '.join(owners)}, this run's method is {method}"
     return f"{key}: unknown key{did_you_mean(key, known)}"

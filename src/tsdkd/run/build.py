@@ -10,9 +10,10 @@ from trl import get_peft_config
 
 from ..config.base import DataArguments, TokenSelectiveConfig
 from ..config.options import enum_value
-from ..data import load_split
+from ..config.user_code import load_grader
+from ..data import load_split, resolve_columns
 from ..errors import ConfigError, DataError, TSDKDError
-from ..methods import METHODS
+from ..methods import find_method
 from ..trainer.trainer import TokenSelectiveTrainer
 from .arguments import RunArguments
 
@@ -20,10 +21,11 @@ from .arguments import RunArguments
 def build_trainer(arguments: RunArguments) -> TokenSelectiveTrainer:
     """Check tokenizers and data, load both models. Raises `TSDKDError`, with nothing written."""
     training, model = arguments.training_args, arguments.model_args
+    load_grader(training.grader)  # raises before anything is loaded
     train_rows, eval_rows = load_datasets(arguments.data_args, training)
     set_model_init_kwargs(arguments)
     try:
-        trainer = METHODS[training.method](
+        trainer = find_method(arguments.method)(
             model=str(model.model_name_or_path),
             teacher_model=teacher_name_or_path(arguments),
             args=training,
@@ -93,20 +95,26 @@ def set_model_init_kwargs(arguments: RunArguments) -> None:
 
 
 def load_datasets(data: DataArguments, training: TokenSelectiveConfig) -> tuple[Dataset, Dataset | None]:
-    """The rows to train on and those to evaluate on. Raises `DataError`."""
+    """The rows to train on and those to evaluate on, with the columns that the run needs. Raises `DataError`."""
     name, is_file = str(data.dataset_name), Path(str(data.dataset_name)).is_file()
     if is_file and data.dataset_config:
         raise DataError(f"dataset_config: {data.dataset_config!r} has no effect, dataset_name is a single file")
     field = "dataset_train_split" if is_file and data.dataset_train_split != "train" else "dataset_name"
     rows = load_split(name, data.dataset_config, data.dataset_train_split, field)
+    resolve_columns(rows, training, f"dataset_name {name}")
     if enum_value(training.eval_strategy) == "no" and not training.eval_on_start:
         return rows, None
     if data.eval_dataset_name:
         split = "train" if Path(data.eval_dataset_name).is_file() else data.dataset_test_split
-        return rows, load_split(data.eval_dataset_name, None, split, "eval_dataset_name")
-    if is_file:
+        eval_rows = load_split(data.eval_dataset_name, None, split, "eval_dataset_name")
+        source = f"eval_dataset_name {data.eval_dataset_name}"
+    elif is_file:
         raise DataError(f"eval_dataset_name: missing, and {name} is a single file without a split to evaluate on")
-    return rows, load_split(name, data.dataset_config, data.dataset_test_split)
+    else:
+        eval_rows = load_split(name, data.dataset_config, data.dataset_test_split)
+        source = f"dataset_name {name} (split {data.dataset_test_split})"
+    resolve_columns(eval_rows, training, source, needs_answer=True)
+    return rows, eval_rows
 
 
 def _peft_config(arguments: RunArguments) -> Any:

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..config.base import TokenSelectiveConfig
+from ..config.user_code import load_grader
 from ..data import prepare_dataset
 from ..errors import DataError, ModelError, escape_line
 from ..models.loading import ModelPair, resolve_pair
@@ -31,6 +32,7 @@ def describe_run(arguments: RunArguments, processes: int | None = None) -> Itera
     training = arguments.training_args
     processes = processes or training.world_size
     training.steps_per_rollout(processes)
+    load_grader(training.grader)
     checkpoint = resolve_resume(arguments)
     yield Text(yaml.safe_dump(build_run_config(arguments), sort_keys=True, allow_unicode=True))
     known = _summarize_config(arguments, processes, checkpoint)

@@ -22,7 +22,7 @@ from ..config.validation import declared_fields
 from ..config.yaml_file import load_yaml
 from ..errors import DataError, OutputDirError, ResumeError
 from ..files import require_dir_path, wrap_os_errors, write_atomically
-from ..methods import METHODS
+from ..methods import find_method
 from .arguments import RunArguments
 
 logger = get_logger(__name__)
@@ -194,7 +194,7 @@ def build_run_config(arguments: RunArguments) -> dict[str, Any]:
     """All of tsdkd's keys and every transformers or TRL key that was set, without hub tokens."""
     values = {
         name: getattr(arguments.training_args, name)
-        for name in declared_fields(METHODS[arguments.method].config_class)
+        for name in declared_fields(find_method(arguments.method).config_class)
     }
     values |= {k: v for k, v in arguments.explicit_values.items() if not k.endswith("token")}
     return {"method": arguments.method, **{k: enum_value(v) for k, v in values.items()}}
@@ -207,7 +207,7 @@ def _describe_changes(arguments: RunArguments, folder: Path) -> tuple[str, list[
     except DataError as error:
         raise OutputDirError(f"output_dir: {error}") from error
     defaults = {"method": None}
-    for cls in (METHODS[arguments.method].config_class, ModelConfig, DataArguments):
+    for cls in (find_method(arguments.method).config_class, ModelConfig, DataArguments):
         defaults |= {f.name: get_default(cls, f.name) for f in fields(cls)}
     changed = [
         (name, *(run.get(name, enum_value(defaults.get(name))) for run in (before, now)))

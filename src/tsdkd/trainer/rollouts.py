@@ -10,11 +10,12 @@ from trl.trainer.utils import print_prompt_completions_sample
 
 from ..data import pad_sequences
 from ..errors import escape_controls
-from ..grading import is_exact_match
+from ..grading import Grader
 from ..models.loading import ModelPair
 from ..rollout.base import Completion, Sampler
 from ..rollout.build import make_sampler
 from ..rollout.seeding import RandomStream, prompt_generator
+from .count_correct import count_correct
 from .forward import HeadForward
 from .metrics import MetricAccumulator
 from .rollout_buffer import Batch
@@ -36,6 +37,7 @@ class RolloutMixin:
         pair: student and teacher, as far as they are known without their weights.
         stop_token_ids: ids that end a completion.
         sampler: samples the student's completions.
+        grader: says whether an evaluation's completions are right.
         head_forward: runs forward passes of both models.
         token_recorder: records tokens of some rollouts.
         metric_accumulators: "train" or "eval" -> its metrics.
@@ -49,6 +51,7 @@ class RolloutMixin:
     pair: ModelPair
     stop_token_ids: frozenset[int]
     sampler: Sampler
+    grader: Grader
     head_forward: HeadForward
     token_recorder: TokenRecorder
     metric_accumulators: dict[str, MetricAccumulator]
@@ -121,18 +124,21 @@ class RolloutMixin:
             check_engine_weights(self.head_forward, self.accelerator, model, prompts, completions, self.args.top_p)
             self.sampler.needs_weight_check = False
         accumulator.add("completions/eos_share", sum(c.stopped for c in completions), len(completions))
-        self._log_completions(prompts, completions, [a for b in rows for a in b.get("answer", [])], mode)
+        answers = [(i, a) for b in rows for i, a in zip(b["index"], b.get("answer", []), strict=False)]
+        self._log_completions(prompts, completions, answers, mode)
         return completions
 
     def _log_completions(
-        self, prompts: list[list[int]], completions: list[Completion], answers: list[str], mode: str
+        self, prompts: list[list[int]], completions: list[Completion], answers: list[tuple[int, Any]], mode: str
     ) -> None:
-        """Accuracy, in evaluation only as decoding costs, and some completions for the log."""
+        """Accuracy, in evaluation only as decoding costs, and some completions for the log.
+
+        `answers` has the row's number and answer of each completion, or nothing.
+        """
         decode = self.pair.tokenizer.decode
         if mode == "eval" and answers:
             texts = [decode(c.ids, skip_special_tokens=True) for c in completions]
-            num_correct = sum(is_exact_match(text, str(answer)) for text, answer in zip(texts, answers, strict=True))
-            self.metric_accumulators[mode].add("accuracy", num_correct, len(answers))
+            self.metric_accumulators[mode].add("accuracy", count_correct(self.grader, texts, answers), len(answers))
         if self.args.log_completions:
             self._logged_completions = [
                 (decode(prompt), decode(completion.ids, skip_special_tokens=True), completion)

@@ -3,7 +3,7 @@
 A step: next window -> its counts -> forward to hidden states -> statistics -> objective -> loss.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import fields
 from functools import cached_property, partial
@@ -22,8 +22,10 @@ from ..checkpointing.preemption import PreemptionCallback
 from ..checkpointing.run_lock import on_main_process
 from ..checkpointing.trainer_mixin import CheckpointMixin
 from ..config.base import TokenSelectiveConfig, require_config
+from ..config.user_code import load_grader
 from ..data import collate, completion_mask, hash_rows, is_prepared, prepare_dataset, target_ids
 from ..errors import ResumeError
+from ..grading import Grader
 from ..models.identity import identify_model
 from ..models.loading import get_model_id, load_student, resolve_pair
 from ..models.teacher import load_teacher, prepare_teacher
@@ -53,10 +55,11 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
         teacher_model: path, hub id or loaded model.
         args: the method's configuration, of `config_class`.
         train_dataset: rows as `tsdkd.data` describes them.
-        eval_dataset: held-out rows; with an `answer` column accuracy is logged too.
+        eval_dataset: held-out rows; where they have answers, accuracy is logged too.
         processing_class: the student's tokenizer; by default the one beside `model`.
         teacher_processing_class: the teacher's; by default the one beside `teacher_model`.
         callbacks, optimizers, peft_config: as in `GKDTrainer`.
+        grader: `(completion, answer)` -> whether it is right, for the accuracy; by default `args.grader`.
 
     Raises:
         TokenizerMismatchError: the tokenizers differ.
@@ -80,18 +83,20 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
         peft_config: Any | None = None,
+        grader: Callable[[str, str], bool] | None = None,
     ) -> None:
         args = args or self.config_class(f"{Path(get_model_id(model)).name}-{self.config_class.method}")
         self._check_args(args)
+        self.grader = load_grader(args.grader) if grader is None else Grader(grader)
         self._tag_names = ["tsdkd", args.method]
         self.objective = self._make_objective(args)
         self.rollout_buffer = RolloutBuffer(
             args.gradient_accumulation_steps, args.steps_per_rollout(), args.iterations_per_rollout
         )
         self.pair = resolve_pair(model, teacher_model, args, processing_class, teacher_processing_class)
-        train_dataset = self._tokenize_dataset(train_dataset, args)
+        train_dataset = self._tokenize_dataset(train_dataset, args, "train_dataset")
         if eval_dataset is not None:
-            eval_dataset = self._tokenize_dataset(eval_dataset, args)
+            eval_dataset = self._tokenize_dataset(eval_dataset, args, "eval_dataset")
         frozen: dict[str, tuple[Any, ...]] = {}
         if peft_config is not None:
             frozen["model_name_or_path"] = (model, self.pair.student_config, args.model_init_kwargs)
@@ -276,14 +281,20 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
     # Data and models
 
     def _tokenize_dataset(
-        self, rows: Dataset | dict[str, Dataset], args: TokenSelectiveConfig
+        self, rows: Dataset | dict[str, Dataset], args: TokenSelectiveConfig, source: str
     ) -> Dataset | dict[str, Dataset]:
         if isinstance(rows, dict):
-            return {name: self._tokenize_dataset(part, args) for name, part in rows.items()}
+            return {name: self._tokenize_dataset(part, args, source) for name, part in rows.items()}
         if is_prepared(rows):
             return rows
         return prepare_dataset(
-            rows, self.pair.template_tokenizer, args, self.pair.context_length, args.needs_completions
+            rows,
+            self.pair.template_tokenizer,
+            args,
+            self.pair.context_length,
+            args.needs_completions,
+            source,
+            needs_answer=source == "eval_dataset",
         )
 
     def _set_stop_token_ids(self) -> frozenset[int]:
@@ -303,9 +314,9 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Evaluate the same loss terms on held-out prompts, and accuracy where rows carry an `answer`."""
+        """Evaluate the same loss terms on held-out prompts, and accuracy where rows have an answer."""
         if eval_dataset is not None and not isinstance(eval_dataset, str):
-            eval_dataset = self._tokenize_dataset(eval_dataset, self.args)
+            eval_dataset = self._tokenize_dataset(eval_dataset, self.args, "eval_dataset")
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:

@@ -1,0 +1,28 @@
+"""Prompts in any usual shape -> token ids and lengths, before training starts.
+
+A row has `prompt` (a string or messages), `messages` (the last assistant turn is the completion), or `prompt` and
+`completion`; `answer` is optional. Lengths say which tokens belong to the prompt and which to the completion; the pad
+token is never compared with anything.
+"""
+
+from .batches import collate, completion_mask, hash_rows, pad_sequences, target_ids
+from .columns import Columns, append_prompt_suffix, missing_column, resolve_columns, split_prompt_completion
+from .loading import load_split
+from .prepare import is_prepared, max_sequence_length, prepare_dataset
+
+__all__ = [
+    "Columns",
+    "append_prompt_suffix",
+    "collate",
+    "completion_mask",
+    "hash_rows",
+    "is_prepared",
+    "load_split",
+    "max_sequence_length",
+    "missing_column",
+    "pad_sequences",
+    "prepare_dataset",
+    "resolve_columns",
+    "split_prompt_completion",
+    "target_ids",
+]

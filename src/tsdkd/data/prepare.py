@@ -1,0 +1,153 @@
+"""Tokenizes the prompts and completions of a data set."""
+
+from typing import Any
+
+from accelerate import PartialState
+from datasets import Dataset, DatasetInfo, Features, List, Value
+from transformers import PreTrainedTokenizerBase
+
+from ..config.base import TokenSelectiveConfig
+from ..config.logs import get_logger
+from ..errors import DataError
+from ..models.chat_template import render_prompt
+from ..models.round_trip import check_round_trip
+from .columns import Columns, append_prompt_suffix, resolve_columns, split_prompt_completion
+
+logger = get_logger(__name__)
+_CHECKED_ROWS = 200  # whose prompts are compared with what the tokenizer makes of them
+
+
+class _PreparedInfo(DatasetInfo):
+    """Marks rows that `prepare_dataset` made, and what is selected of them; no file can carry it."""
+
+
+def is_prepared(rows: Dataset) -> bool:
+    """Whether `prepare_dataset` made these rows."""
+    return isinstance(rows.info, _PreparedInfo)
+
+
+def prepare_dataset(
+    rows: Dataset,
+    template_tokenizer: PreTrainedTokenizerBase,
+    args: TokenSelectiveConfig,
+    context_length: int,
+    needs_completion: bool,
+    source: str = "the data set",
+    needs_answer: bool = False,
+) -> Dataset:
+    """Tokenize, and drop the prompts that leave no room for a completion.
+
+    Args:
+        rows: as `tsdkd.data` describes them.
+        template_tokenizer: the tokenizer whose chat template renders the prompts.
+        args: column names, template settings, length limits.
+        context_length: the longest sequence that both models take, tokens.
+        needs_completion: whether every row must have one (`lmbda` below 1).
+        source: what messages about a missing column call the data set.
+        needs_answer: whether `answer_column`, where it is set, must be there.
+
+    Returns:
+        Columns `index` (row number in `rows`), `prompt_ids`, `completion_ids` (empty without one), `limit` (the most
+        tokens that the completion may have) and, where the rows have one, `answer`.
+
+    Raises:
+        DataError: a column is missing, a row has no usable prompt, the tokenizer can't represent the prompts, or no
+            row is left.
+    """
+    columns = resolve_columns(rows, args, source, needs_answer)
+    total = max_sequence_length(args, context_length)
+    _check_tokenizer(rows, template_tokenizer, args, columns)
+    kept = {"answer"} if columns.answer == "answer" else set()
+
+    def tokenize(row: dict[str, Any], index: int) -> dict[str, Any]:
+        prompt, completion = split_prompt_completion(row, index, columns)
+        text, is_rendered = _render(prompt, index, template_tokenizer, args)
+        prompt_ids = list(template_tokenizer(text, add_special_tokens=not is_rendered)["input_ids"])
+        if not prompt_ids:
+            raise DataError(f"row {index}: the tokenizer makes no token of the prompt {str(prompt)[:60]!r}")
+        if completion is None and needs_completion:
+            raise DataError(
+                f"row {index}: no completion, but {args.method} (lmbda {args.lmbda}) trains on the data set's"
+            )
+        limit = min(args.max_completion_length, total - len(prompt_ids))
+        ids = [] if completion is None else _completion_ids(completion, template_tokenizer, row)
+        answer = {"answer": row[columns.answer]} if columns.answer and not kept else {}
+        return {
+            "index": index,
+            "prompt_ids": prompt_ids,
+            "completion_ids": ids[: max(limit, 0)],
+            "limit": limit,
+            **answer,
+        }
+
+    features = {"index": Value("int64"), "prompt_ids": List(Value("int64")), "completion_ids": List(Value("int64"))}
+    features |= {"limit": Value("int64")}  # given: columns of the same names would impose their types
+    if columns.answer:
+        features |= {"answer": rows.features[columns.answer]}
+    with PartialState().main_process_first():
+        tokenized = rows.map(
+            tokenize,
+            with_indices=True,
+            remove_columns=[name for name in rows.column_names if name not in kept],
+            features=Features(features),
+            num_proc=args.dataset_num_proc,
+            desc="Tokenizing",
+        )
+        dataset = tokenized.filter(
+            lambda limits: [limit >= 1 for limit in limits], batched=True, input_columns="limit"
+        )
+    if len(dataset) == 0:
+        shortest = min(total - limit for limit in tokenized["limit"])
+        raise DataError(
+            f"all {len(rows)} prompts leave no room for a completion: the shortest has {shortest} tokens, the limit "
+            f"of prompt and completion is {total} (max_length, vllm_max_model_length, or the models' context)"
+        )
+    if len(dataset) < len(rows):
+        dropped = len(rows) - len(dataset)
+        logger.warning(f"dropped {dropped} of {len(rows)} prompts: they leave no room for a completion")
+    dataset.info.__class__ = _PreparedInfo
+    return dataset
+
+
+def max_sequence_length(args: TokenSelectiveConfig, context_length: int) -> int:
+    """The most tokens that prompt and completion may have together: by the options, the models and the engine."""
+    limits = [args.max_length, args.vllm_max_model_length if args.use_vllm else None]
+    return min([context_length, *(limit for limit in limits if limit)])
+
+
+def _check_tokenizer(
+    rows: Dataset, template_tokenizer: PreTrainedTokenizerBase, args: TokenSelectiveConfig, columns: Columns
+) -> None:
+    """Raise `DataError`, or warn, where the tokenizer loses a part of the first prompts."""
+    first = rows.select(range(min(_CHECKED_ROWS, len(rows))))
+    texts = [
+        _render(split_prompt_completion(row, index, columns)[0], index, template_tokenizer, args)[0]
+        for index, row in enumerate(first)
+    ]
+    field = "teacher_model_name_or_path" if args.chat_template_source == "teacher" else "model_name_or_path"
+    check_round_trip(texts, template_tokenizer, field)
+
+
+def _render(
+    prompt: Any, index: int, template_tokenizer: PreTrainedTokenizerBase, args: TokenSelectiveConfig
+) -> tuple[str, bool]:
+    """The text of a prompt, and whether a chat template rendered it: then the text has its special tokens already."""
+    prompt = append_prompt_suffix(prompt, index, args.prompt_suffix)
+    if isinstance(prompt, str):
+        if args.chat_template_source == "none" or template_tokenizer.chat_template is None:
+            return prompt, False
+        prompt = [{"role": "user", "content": prompt}]
+    if template_tokenizer.chat_template is None:
+        raise DataError(f"row {index}: the prompt is a list of messages, but the tokenizer has no chat template")
+    try:
+        return render_prompt(template_tokenizer, prompt, **(args.chat_template_kwargs or {})), True
+    except DataError as error:
+        raise DataError(f"row {index}: {error}") from error
+
+
+def _completion_ids(completion: str, template_tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> list[int]:
+    """The completion, with the end of its turn unless `tsdkd generate` had to cut it: without the end token a student
+    never learns to stop."""
+    ids = list(template_tokenizer(completion, add_special_tokens=False)["input_ids"])
+    cut = template_tokenizer.eos_token_id is None or row.get("finish_reason") == "length"
+    return ids if cut else [*ids, template_tokenizer.eos_token_id]
