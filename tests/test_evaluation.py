@@ -592,6 +592,11 @@ def test_a_grader_of_ones_own(
         ("b.jsonl", '{"prompt": "a", "gold": 1}', "answer_column: {} has no column 'answer'; it has 'prompt', 'gold'"),
         ("c.jsonl", '{"prompt": "a", "answer": 1}\n{"prompt": " ", "answer": 1}', "row 1: no prompt"),
         ("d.jsonl", '{"prompt": "a", "answer": null}', "row 0: answer must be text or a number, found None"),
+        (
+            "h.jsonl",
+            f'{{"prompt": "a", "answer": 1{"0" * 5000}}}',
+            "row 0: answer must be text or a number, found inf",
+        ),
         ("e.jsonl", '{"prompt": "a", "answer": ["1"]}', "row 0: answer must be text or a number, found ['1']"),
         ("f.jsonl", '{"prompt": [{"role": "user"}], "answer": "1"}', "row 0: no prompt: prompt must hold messages"),
         ("g h.jsonl", '{"prompt": "a", "answer": 1}', "its name must have letters"),

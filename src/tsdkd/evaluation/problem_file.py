@@ -1,5 +1,6 @@
 """A user's own problems: a file of prompts and answers, as a benchmark for `tsdkd eval`."""
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,7 +73,8 @@ def _read_row(row: Any, index: int, prompt_column: str, answer_column: str) -> d
     prompt, _ = split_prompt_completion(row, index, Columns(prompt_column, None, None))
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     answer = row[answer_column]
-    if not isinstance(answer, str | int | float) or not str(answer).strip():
+    is_number = isinstance(answer, int | float) and math.isfinite(answer)
+    if not is_number and not (isinstance(answer, str) and answer.strip()):
         raise DataError(f"row {index}: {answer_column} must be text or a number, found {shorten(answer)}")
     return {
         "messages": [{"role": m["role"], "content": m["content"]} for m in messages],
