@@ -211,7 +211,7 @@ def test_nothing_needs_an_extra(saved_model, rows_file, tmp_path):
         ("plan", "--learning-rate", "1e-6", "--num-processes", "1", "--gpu-gib", "80"),
         ("slurm", "--learning-rate", "1e-6", "--gpus-per-node", "2", "--time", "1:00:00"),
         ("generate", "--learning-rate", "1e-6", "--num-processes", "1", "--output-file", "{}/rows.jsonl"),
-        ("analyze", "--config", "demo", "--learning-rate", "1e-6", "--num-processes", "1", "--num-prompts", "1"),
+        ("analyze", "--config", "demo", "--learning-rate", "1e-6", "--num-processes", "1", "--limit", "1"),
     ],
     ids=lambda argv: argv[0],
 )
@@ -221,10 +221,37 @@ def test_every_flag_may_be_written_with_dashes(argv, saved_model, rows_file, tmp
     assert main([argv[0], *(word.format(tmp_path) for word in argv[1:]), *run]) == 0
 
 
+@pytest.mark.parametrize(
+    ("argv", "found"),
+    [
+        ("report run --output page.html", "--output: is called --output_file"),
+        ("analyze run --figures_dir figures", "--figures_dir: is called --output_dir"),
+        ("analyze --config demo --num-prompts=5", "--num_prompts: is called --limit"),
+        ("slurm --config demo --script job", "--script: is called --output_file"),
+        ("generate --config demo --num_completions 4", "--num_completions: is called --samples"),
+        ("report run --outptu page.html", "--outptu: unknown flag, did you mean '--output_file'?"),
+        ("reproduce eopd-toy --seedz 3", "--seedz: unknown flag, did you mean '--seeds'?"),
+        ("compare --lst", "--lst: unknown flag, did you mean '--list'?"),
+        ("configs --path demo", "unexpected argument 'demo'"),
+        ("plan --config demo --gpuz=3", "--gpuz: unknown flag, did you mean '--gpus'?"),
+        ("slurm --config demo --time 1:00:00 --nodez 3", "--nodez: unknown flag, did you mean '--nodes'?"),
+        ("generate --config demo --output_file x --sampels 4", "--sampels: unknown flag, did you mean '--samples'?"),
+        ("generate --config demo --output_file x --sede 4", "sede: unknown key, did you mean 'seed'?"),
+        ("analyze --config demo --limitt 4", "--limitt: unknown flag, did you mean '--limit'?"),
+    ],
+)
+def test_an_unknown_flag_is_told_in_one_line(argv, found, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(argv.split()) == 2
+    output = capsys.readouterr()
+    assert output.err == f"tsdkd {argv.split()[0]}: {found}\n" and not output.out
+    assert not list(tmp_path.iterdir())
+
+
 def test_analyze_takes_a_method_that_never_generates(saved_model, rows_file, tmp_path):
     run = run_flags(saved_model, rows_file, tmp_path / "out", max_new_tokens=4, method="supervised-kd")[1:]
     (tmp_path / "run.yaml").write_text("method: supervised-kd")
-    assert main(["analyze", "--config", str(tmp_path / "run.yaml"), "--num_prompts", "1", *run]) == 0
+    assert main(["analyze", "--config", str(tmp_path / "run.yaml"), "--limit", "1", *run]) == 0
     assert list((tmp_path / "out").rglob("*.parquet"))
 
 

@@ -94,7 +94,7 @@ def test_a_comparison_from_end_to_end(comparison: Any, tmp_path: Path, capfd: An
     shutil.rmtree(out / "fixed/seed-2")
     capfd.readouterr()
     assert main(["compare", "--config", name]) == 0
-    assert "5 of 6 tasks are done, 1 to go" in capfd.readouterr().out
+    assert "5 of 6 tasks are finished, 1 remain" in capfd.readouterr().out
     again = results(out)
     assert (out / "plain/seed-1/model.safetensors").stat().st_mtime_ns == kept
     same = [k for k in first[0] if not k.endswith("seconds")]
@@ -196,7 +196,7 @@ def test_a_damaged_result_is_named(text: str, comparison: Any, tmp_path: Path, c
 
 def test_nothing_is_reported_of_nothing(comparison: Any, tmp_path: Path, capsys: Any) -> None:
     assert main(["compare", "--config", comparison(), "--report"]) == 0
-    assert "nothing is finished" in capsys.readouterr().out
+    assert "no task is finished" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
 
 
@@ -219,7 +219,7 @@ def test_two_processes_do_a_task_once(comparison: Any, tmp_path: Path) -> None:
     pipes: dict[str, Any] = {"env": on_cpus(), "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     said = [process.communicate()[0] for process in [subprocess.Popen(command, **pipes) for _ in range(2)]]
     assert sum("saved the student" in text for text in said) == 1
-    assert sum("waiting for it" in text for text in said) == 1
+    assert sum("waiting for another process" in text for text in said) == 1
     assert (tmp_path / "out/plain/seed-1/result.json").exists()
 
 
@@ -251,7 +251,7 @@ def test_a_signal_stops_the_running_tasks_and_they_continue(number: int, compari
     assert process.wait(60) == (75 if number == signal.SIGTERM else -number)
     assert not psutil.wait_procs([child], 60)[1]
     assert (folder / ".preempted").exists() and list(folder.glob("checkpoint-*"))
-    assert ("goes on from here" in process.communicate()[1]) == (number == signal.SIGTERM)
+    assert ("run the same command again" in process.communicate()[1]) == (number == signal.SIGTERM)
     assert not (tmp_path / "out/never_begun").exists()
 
 
@@ -314,7 +314,7 @@ def test_every_run_of_a_table_trains(name: str, tmp_path: Path) -> None:
     few = write_jsonl(tmp_path / "few.jsonl", [json.loads(line) for line in lines])
     values = yaml.safe_load((package / "configs/compare" / name).read_text())
     values["settings"] |= {"dataset_name": few, "max_steps": 1, "per_device_train_batch_size": 8, "max_new_tokens": 16}
-    values |= {"output_dir": str(tmp_path / "out"), "seeds": [1], "eval_samples": 1, "eval_problems": 4}
+    values |= {"output_dir": str(tmp_path / "out"), "seeds": [1], "eval_samples": 1, "eval_limit": 4}
     (tmp_path / name).write_text(yaml.safe_dump(values, sort_keys=False))
     do(str(tmp_path / name), range(2, 2 + len(values["runs"])))
     assert main(["compare", "--config", str(tmp_path / name), "--report"]) == 0
@@ -330,7 +330,7 @@ def test_every_run_of_a_table_trains(name: str, tmp_path: Path) -> None:
         ({"runs": {"a": {"seed": 3}}}, ["runs: a: seed", "the comparison sets it"]),
         ({"runs": {"a": 3}}, ["runs: a", "mapping", "3"]),
         ({"runs": {}}, ["runs"]),
-        ({"runs": {"a b": {}, "a + b": {}}}, ["runs", "one folder"]),
+        ({"runs": {"a b": {}, "a + b": {}}}, ["runs", "the same folder"]),
         ({"baseline": "b"}, ["baseline", "'b'"]),
         ({"x": "beta"}, ["plain", "beta", "nothing"]),
         (
@@ -343,8 +343,9 @@ def test_every_run_of_a_table_trains(name: str, tmp_path: Path) -> None:
         ({"seeds": [1, -3]}, ["seeds", "-3"]),
         ({"seeds": [1, 1]}, ["seeds", "twice"]),
         ({"runs": {"student": {}}}, ["student", "choose another name"]),
-        ({"runs": "qwen3_table5.yaml"}, ["qwen3_table5.yaml", "runs of its own"]),
+        ({"runs": "qwen3_table5.yaml"}, ["qwen3_table5.yaml", "must list runs itself"]),
         ({"eval_samples": 0}, ["eval_samples", "at least 1"]),
+        ({"eval_problems": 4}, ["eval_problems: is called eval_limit"]),
         ({"config": "none.yaml"}, ["none.yaml"]),
         ({"output_dir": None}, ["output_dir", "missing"]),
     ],
@@ -370,11 +371,19 @@ def test_what_all_runs_share_may_be_off_policy(comparison: Any) -> None:
     assert shared.method == "supervised-kd"
 
 
-def test_a_slurm_array(comparison: Any, capsys: Any) -> None:
+def test_a_slurm_array(comparison: Any, tmp_path: Path, capsys: Any) -> None:
     name = comparison()
     assert main(["compare", "--config", name, "--slurm", "--time", "02:00:00", "--gpus_per_node", "0"]) == 0
     script = capsys.readouterr().out
     assert "#SBATCH --array=0-5" in script and f"tsdkd compare --config {name} --task" in script
+    file = tmp_path / "job.sbatch"
+    command = ["compare", "--config", name, "--slurm", "--time", "02:00:00", "--gpus_per_node", "0"]
+    assert main([*command, "--output_file", str(file)]) == 0
+    assert file.read_text() == script and f"sbatch {file}" in capsys.readouterr().out
+    assert main([*command, "--output_file", str(file)]) == 2
+    assert "--output_file" in capsys.readouterr().err and file.read_text() == script
+    assert main(["compare", "--config", name, "--output_file", str(file)]) == 2
+    assert "--output_file: only with --slurm" in capsys.readouterr().err
     assert main(["compare", "--config", name, "--slurm", "--time", "soon"]) == 2
     assert main(["compare", "--config", name, "--task", "99"]) == 2
 
@@ -423,7 +432,6 @@ def test_the_gates_gradients(capsys: Any) -> None:
         for name, (formula, found) in case.values.items():
             assert formula == pytest.approx(found, rel=1e-10), name
     assert stronger.values["Eq. 23, C"][0] > 1 > weaker.values["Eq. 23, C"][0]
-    with pytest.raises(SystemExit):
-        main(["reproduce", "tsdkd-gradient", "--seeds", "4"])
+    assert main(["reproduce", "tsdkd-gradient", "--seeds", "4"]) == 2
     assert main(["reproduce", "tsdkd-gradient"]) == 0
     assert "Eq. 22" in capsys.readouterr().out

@@ -283,8 +283,8 @@ def others(tmp_path: Path) -> list[str]:
 
 def test_names_on_a_page_and_in_figures(others: list[str], tmp_path: Path, capsys: Any) -> None:
     """Nothing is left out for a name, whatever it has."""
-    assert main(["report", *others, "--output", str(tmp_path / "page.html")]) == 0
-    assert main(["analyze", *others, "--figures_dir", str(tmp_path / "figures")]) == 0
+    assert main(["report", *others, "--output_file", str(tmp_path / "page.html")]) == 0
+    assert main(["analyze", *others, "--output_dir", str(tmp_path / "figures")]) == 0
     out, err = capsys.readouterr()
     assert err == "" and "\x1b" not in out
     page = (tmp_path / "page.html").read_text()
@@ -336,8 +336,8 @@ def test_hundreds_of_metrics_and_models(run: Path, capsys: Any, monkeypatch: Any
 def test_a_report_is_written_to_a_file(what: str, run: Path, tmp_path: Path, capsys: Any) -> None:
     output = tmp_path / "page"
     NO_FILES[what](output)
-    assert main(["report", str(run), "--output", str(output)]) == 2
-    assert "--output" in capsys.readouterr().err
+    assert main(["report", str(run), "--output_file", str(output)]) == 2
+    assert "--output_file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["a" * 300, "\0"])
@@ -366,7 +366,7 @@ def test_items_of_an_evaluation(change: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "items.jsonl"
     for line in (json.dumps(ROW | change), "[" * 5000, "3", "null"):
         path.write_text(json.dumps(ROW) + "\n" + line + "\n")
-        with pytest.raises(OutputDirError, match=r"line 2 of .*items\.jsonl isn't from"):
+        with pytest.raises(OutputDirError, match=r"line 2 of .*items\.jsonl wasn't written"):
             ItemResults(path, {"samples": 2})
 
 

@@ -53,6 +53,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [{"prompt": text, "instruction": text, "completion": "so a", "response": "so a"} for text in texts]
     for name in ("prompts.jsonl", "teacher.jsonl"):
         (place / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    shutil.copy(ROOT / "src/tsdkd/demo/test.jsonl", place / "mine.jsonl")
     comparison = {"config": "demo.yaml", "output_dir": "runs/mine", "runs": {"one": {}, "two": {"beta": 0.9}}}
     (place / "mine.yaml").write_text(json.dumps(comparison), encoding="utf-8")
     options = "--max_steps 1 --record_steps 1 --max_new_tokens 8 --per_device_train_batch_size 2 --report_to none"
@@ -92,11 +93,15 @@ def small(words: list[str], folder: Path) -> list[str]:
     if command in ("plan", "slurm"):
         return [command, *rest, *DEMO]
     if command == "generate":
-        return ["generate", *rest, *PAIR, "--dataset_name", "prompts.jsonl", "--output_file", "written.jsonl"]
+        return ["generate", *rest, *PAIR, "--dataset_name", "prompts.jsonl", "--output_file", str(folder)]
+    if command == "compare" and "--output_file" in rest:
+        return ["compare", *rest, "--output_file", str(folder)]
     if command == "compare" and not {"--list", "--slurm", "--report"} & set(rest):
         return ["compare", *rest, "--report"]
     if command == "analyze" and "--config" in rest:
-        return ["analyze", *rest, "--num_prompts", "2"]
+        return ["analyze", *rest, "--limit", "2"]
+    if command == "eval" and "mine.jsonl" in rest:
+        return ["eval", *rest, "--limit", "2", "--samples", "2", "--output_dir", str(folder)]
     if command == "eval":
         text = re.sub(r"Qwen/[\w.-]+", "tsdkd://demo/student", " ".join(rest))
         text = re.sub(r"--(suite|benchmarks|backend|samples|data_dir) \S+|--allow_code_execution", "", text)

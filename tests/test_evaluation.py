@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import resources
 from itertools import combinations, product
 from pathlib import Path
@@ -335,7 +336,7 @@ def test_two_models_in_one_table(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert ran(out, "--batch_size", "16") == 0
     table = (out / "results-demo.md").read_text()
     assert table in capsys.readouterr().out
-    assert "| student |" in table and "against student" in table and "demo pass@2" in table
+    assert "| student |" in table and "difference from student" in table and "demo pass@2" in table
     results = json.loads((out / "results-demo.json").read_text())["results"]
     teacher = {e["metric"]: e for e in results if e["model"] == "teacher" and e["benchmark"] == "demo"}
     student = {e["metric"]: e for e in results if e["model"] == "student" and e["benchmark"] == "demo"}
@@ -386,10 +387,13 @@ def test_published_rows_are_beside_their_pair(data: Path, tmp_path: Path) -> Non
     [
         (["--suite", "tsd-kd"], "--allow_code_execution"),
         (["--benchmarks", "demmo"], "did you mean 'demo'"),
+        (["--suit", "demo"], "--suit: unknown flag, did you mean '--suite'?"),
+        (["--answer_column", "gold"], "--answer_column: only with a file of problems"),
+        (["--grader", "mine:grade"], "--grader: only with a file of problems"),
         (["--baseline", "nobody"], "--baseline: must be one of"),
         (["--data_dir", "nowhere"], "--data_dir: no such directory"),
-        (["--k", "3"], "--k: pass@3 needs as many samples, found 2"),
-        (["--model_args", "pretrained=x"], "--model_args: pretrained is set"),
+        (["--k", "3"], "--k: pass@3 needs at least 3 samples, found 2"),
+        (["--model_args", "pretrained=x"], "--model_args: pretrained can't be set here"),
         (["--model_args", "foo"], "--model_args: expected name=value, found 'foo'"),
     ],
 )
@@ -398,6 +402,235 @@ def test_bad_input(changes: list[str], found: str, tmp_path: Path, capsys: pytes
     assert ran(tmp_path / "out", *changes) == 2
     error = capsys.readouterr().err
     assert found in error and len(error.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "found"),
+    [
+        ([], "--suite: missing; choose tsd-kd, eopd, ood, demo, or name benchmarks or your own file"),
+        (["--benchmarks", "gsm9k"], "--benchmarks: unknown 'gsm9k', did you mean 'gsm8k'? (tsd-kd has gsm8k, "),
+        (["--benchmarks", "gsm8k,aime24"], "gsm8k is in tsd-kd, aime24 is in eopd; evaluate one suite at a time"),
+        (["--benchmarks", "demo"], "demo is in demo and other; their settings differ, choose one with --suite"),
+        (["--benchmarks", "org/name"], "--benchmarks: there is no file 'org/name'"),
+        (["--benchmarks", "mbpp"], "MBPP: grading runs the programs"),
+    ],
+)
+def test_a_suite_that_benchmarks_do_not_tell(
+    flags: list[str], found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if flags[1:] == ["demo"]:
+        monkeypatch.setitem(SUITES, "other", replace(SUITES["demo"], name="other", apply_chat_template=False))
+    assert ran(tmp_path / "out", *flags, models=["tsdkd://demo/student"]) == 2
+    error = capsys.readouterr().err
+    assert found in error and len(error.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_benchmark_tells_its_suite_and_one_sample_is_enough(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One sample: avg@1 is all there is, under that name; `--k 1` asks for nothing else."""
+    out, student = tmp_path / "out", ["tsdkd://demo/student"]
+    flags = ["--benchmarks", "aime24", "--data_dir", str(data), "--max_new_tokens", "8", "--output_dir", str(out)]
+    assert ran(out, *flags, "--samples", "1", "--k", "1", "--limit", "1", models=student) == 0
+    table = (out / "results-eopd.md").read_text()
+    assert table.startswith("|  | AIME24 avg@1 |\n") and "| student | 0.0 [0.0, 0.0] |" in table
+    (entry,) = json.loads((out / "results-eopd.json").read_text())["results"]
+    assert (entry["metric"], entry["items"], entry["low"], entry["high"]) == ("avg@1", 1, 0.0, 0.0)
+
+    both = ["tsdkd://demo/student", "teacher=tsdkd://demo/teacher"]
+    assert ran(tmp_path / "demo", "--benchmarks", "demo", "--k", "1", models=both) == 0
+    table = (tmp_path / "demo/results-demo.md").read_text()
+    assert table.startswith("|  | demo avg@2 |\n") and "avg@n is the mean over n samples, which is pass@1" in table
+    assert ran(tmp_path / "one", "--benchmarks", "demo", "--samples", "1", models=both) == 0
+    table = (tmp_path / "one/results-demo.md").read_text()
+    assert table.startswith("|  | demo avg@1 |\n") and "| difference from student | demo avg@1 |" in table
+
+
+# A file of one's own -------------------------------------------------------------------------------------------------
+
+OWN = ["tsdkd://demo/student", "teacher=tsdkd://demo/teacher"]
+
+
+def demo_rows(count: int = 12) -> list[dict[str, Any]]:
+    lines = (resources.files("tsdkd") / "demo/test.jsonl").read_text().splitlines()[:count]
+    return [json.loads(line) for line in lines]
+
+
+def own_file(path: Path, some_rows: list[Any]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in some_rows))
+    return str(path)
+
+
+def ran_own(out: Path, file: str, *flags: str, models: list[str] = OWN) -> int:
+    return ran(out, "--benchmarks", file, "--max_new_tokens", "64", *flags, models=models)
+
+
+def test_a_file_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Is a benchmark: as many items are right as of the same problems in the demo's suite, greedily item by item."""
+    out, file = tmp_path / "out", own_file(tmp_path / "mine.jsonl", demo_rows())
+    assert ran_own(out, file) == 0
+    printed = capsys.readouterr().out
+    table = (out / "results-mine.md").read_text()
+    assert table in printed and "Settings of mine: backend hf, chat template yes, max_new_tokens 64" in table
+    assert table.startswith("|  | mine, greedy | mine avg@2 | mine pass@2 |") and "(p " in table
+    assert f"<user> {demo_rows()[0]['prompt']} <sol>" in printed
+    assert ran(tmp_path / "demo") == 0
+    for model in ("student", "teacher"):
+        own, demo = (
+            rows(folder / model / f"{name}_greedy.jsonl")
+            for folder, name in ((out, "mine"), (tmp_path / "demo", "demo"))
+        )
+        assert [row["responses"] for row in own] == [row["responses"] for row in demo]
+        assert [row["scores"] for row in own] == [row["scores"] for row in demo]
+    results = {
+        (e["model"], e["metric"]): e["mean"] for e in json.loads((out / "results-mine.json").read_text())["results"]
+    }
+    assert results["teacher", "avg@2"] > results["student", "avg@2"]
+
+    items = out / "teacher/mine.jsonl"
+    whole = items.read_text()
+    items.write_text("".join(whole.splitlines(keepends=True)[:5]))
+    assert ran_own(out, file) == 0
+    assert items.read_text().splitlines()[:5] == whole.splitlines()[:5] and len(rows(items)) == 12
+    capsys.readouterr()
+    own_file(tmp_path / "mine.jsonl", [*demo_rows()[1:], demo_rows()[0]])
+    assert ran_own(out, file) == 2
+    assert "data was" in capsys.readouterr().err
+
+
+def test_conversations_numbers_and_other_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A prompt may be messages, also with a solution at the end; an answer may be a number, in any readable format."""
+    problems = demo_rows(4)
+    chats = [
+        {"messages": [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": "answer 1"}]}
+        | {"gold": float(row["answer"])}
+        for row in problems
+    ]
+    student = OWN[:1]
+    (tmp_path / "table.csv").write_text(
+        "".join(["q,gold\n", *(f"{row['prompt']},{row['answer']}\n" for row in problems)])
+    )
+    plain = own_file(tmp_path / "plain.jsonl", problems)
+    chat = own_file(tmp_path / "chat.json", chats)
+    table = str(tmp_path / "table.csv")
+    gold = ["--answer_column", "gold"]
+    assert ran_own(tmp_path / "out", plain, models=student) == 0
+    assert ran_own(tmp_path / "out", chat, *gold, models=student) == 0
+    assert ran_own(tmp_path / "out", f"{table},{chat}", "--prompt_column", "q", *gold, models=student) == 2
+    assert "chat.json has no column 'q'" in capsys.readouterr().err
+    assert ran_own(tmp_path / "out", table, "--prompt_column", "q", *gold, models=student) == 0
+    assert {path.name for path in (tmp_path / "out").glob("*.md")} == {
+        f"results-{n}.md" for n in ("plain", "chat", "table")
+    }
+    greedy = [rows(tmp_path / f"out/student/{name}_greedy.jsonl") for name in ("plain", "chat", "table")]
+    assert [[row["scores"] for row in some] for some in greedy] == [[row["scores"] for row in greedy[0]]] * 3
+    assert [[row["responses"] for row in some] for some in greedy] == [[row["responses"] for row in greedy[0]]] * 3
+
+    turns = [
+        {"role": "user", "content": "w1"},
+        {"role": "assistant", "content": "w2"},
+        {"role": "user", "content": "w3"},
+    ]
+    several = own_file(tmp_path / "several.jsonl", [{"prompt": turns, "answer": 1}])
+    assert ran_own(tmp_path / "turns", several, "--apply_chat_template", "false", models=student) == 2
+    assert "row 0 isn't a single user message" in capsys.readouterr().err
+    assert not (tmp_path / "turns").exists()
+    assert ran_own(tmp_path / "turns", several, models=student) == 0
+    assert all(word in prompt(tmp_path / "turns", "student", "several") for word in ("w1", "w2", "w3"))
+    assert ran_own(tmp_path / "text", plain, "--apply_chat_template", "false", models=student) == 0
+    assert prompt(tmp_path / "text", "student", "plain") == problems[0]["prompt"]
+
+
+def test_a_grader_of_ones_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From the current directory; its scores aren't mixed with math-verify's, and its mistakes are told in a line."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_graders.py").write_text(
+        "def contains(completion, answer):\n    return f' {answer} ' in completion\n"
+        "def fails(completion, answer):\n    raise KeyError('nothing')\n"
+        "def says(completion, answer):\n    return 'yes'\n"
+        "number = 3\n"
+    )
+    file = own_file(tmp_path / "mine.jsonl", demo_rows(4))
+    student, out = OWN[:1], tmp_path / "out"
+    assert ran_own(out, file, "--grader", "my_graders:contains", models=student) == 0
+    for row in rows(out / "student/mine.jsonl"):
+        answer = demo_rows(4)[row["doc_id"]]["answer"]
+        assert row["scores"] == [float(f" {answer} " in text) for text in row["responses"]]
+    capsys.readouterr()
+    assert ran_own(out, file, models=student) == 2
+    assert "grader was 'my_graders:contains', now None" in capsys.readouterr().err
+    for name, found in [
+        ("my_graders:fails", "my_graders:fails raised KeyError: 'nothing'"),
+        ("my_graders:says", "my_graders:says returned 'yes', expected True or False"),
+        ("my_graders:number", "must be a function, found 3"),
+        ("my_graders:nothing", "has no 'nothing'"),
+        ("no_such_module:f", "there is no module 'no_such_module'"),
+        ("my_graders", "found 'my_graders'"),
+    ]:
+        assert ran_own(tmp_path / "bad", file, "--grader", name, models=student) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("tsdkd eval: grader: ") and found in error
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "found"),
+    [
+        ("none.jsonl", None, "there is no file"),
+        ("org/name", None, "there is no file"),
+        ("empty.jsonl", "", "empty.jsonl"),
+        ("damaged.jsonl", '{"prompt": "a", "answer": 1}\n{"prompt"', "can't be read"),
+        ("text.txt", "What?", "must end in"),
+        (
+            "a.jsonl",
+            '{"question": "a", "answer": 1}',
+            "prompt_column: {} has no column 'prompt' or 'messages'; it has 'question', 'answer'",
+        ),
+        ("b.jsonl", '{"prompt": "a", "gold": 1}', "answer_column: {} has no column 'answer'; it has 'prompt', 'gold'"),
+        ("c.jsonl", '{"prompt": "a", "answer": 1}\n{"prompt": " ", "answer": 1}', "row 1: no prompt"),
+        ("d.jsonl", '{"prompt": "a", "answer": null}', "row 0: answer must be text or a number, found None"),
+        (
+            "h.jsonl",
+            f'{{"prompt": "a", "answer": 1{"0" * 5000}}}',
+            "row 0: answer must be text or a number, found inf",
+        ),
+        ("e.jsonl", '{"prompt": "a", "answer": ["1"]}', "row 0: answer must be text or a number, found ['1']"),
+        ("f.jsonl", '{"prompt": [{"role": "user"}], "answer": "1"}', "row 0: no prompt: prompt must hold messages"),
+        ("g h.jsonl", '{"prompt": "a", "answer": 1}', "its name must have letters"),
+        ("gsm8k.jsonl", '{"prompt": "a", "answer": 1}', "another benchmark is called 'gsm8k'"),
+        ("folder.jsonl/", None, "folder.jsonl"),
+    ],
+)
+def test_a_file_that_cannot_be_used(
+    name: str, content: str | None, found: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Is told in one line, before a model is loaded and with nothing written."""
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    elif name.endswith("/"):
+        (tmp_path / name).mkdir()
+    assert ran_own(tmp_path / "out", f"{tmp_path}/{name}", models=OWN[:1]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    is_column = found.startswith(("prompt_column", "answer_column"))
+    assert error.startswith("tsdkd eval: " if is_column else "tsdkd eval: --benchmarks: ")
+    assert found.format(tmp_path / name) in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_file_cannot_be_combined_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = own_file(tmp_path / "mine.jsonl", demo_rows(2))
+    for flags, found in [
+        (["--suite", "demo"], "can't be combined with --suite demo"),
+        (["--benchmarks", f"{file},demo"], "can't be combined with benchmark demo"),
+        (["--benchmarks", f"{file},{file}"], "another benchmark is called 'mine'"),
+        (["--data_dir", str(tmp_path)], "--data_dir: it replaces the data of a suite"),
+    ]:
+        assert ran_own(tmp_path / "out", file, *flags) == 2
+        error = capsys.readouterr().err
+        assert found in error and len(error.splitlines()) == 1
     assert not (tmp_path / "out").exists()
 
 
@@ -494,10 +727,10 @@ def test_a_model_without_a_chat_template(tmp_path: Path, capsys: pytest.CaptureF
 def test_a_context_that_is_too_short(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--suite", "eopd", "--benchmarks", "aime24", "--data_dir", str(data)]
     assert ran(tmp_path, *flags, models=["tsdkd://demo/student"]) == 2
-    assert "the context of student has 128; --max_new_tokens" in capsys.readouterr().err
+    assert "the context of student has only 128; set a lower --max_new_tokens" in capsys.readouterr().err
     greedy = ["tsdkd://demo/student", "--suite", "tsd-kd", "--benchmarks", "gsm8k", "--data_dir", str(data)]
     assert ran(tmp_path, models=greedy) == 2
-    assert "the context of student has 128; leave it out" in capsys.readouterr().err
+    assert "the context of student has only 128; leave it out" in capsys.readouterr().err
     assert ran(tmp_path, *flags, "--max_new_tokens", "8", models=["tsdkd://demo/student"]) == 0
 
 

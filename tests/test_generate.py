@@ -40,7 +40,7 @@ def read(path: Path) -> dict[tuple[int, int], dict]:
 
 def test_rows_are_the_models_samples(command, saved_model, rows_file, tmp_path):
     output = tmp_path / "new" / "rows.jsonl"
-    assert main(command(output, num_completions=2)) == 0
+    assert main(command(output, samples=2)) == 0
     rows, prompts = read(output), [json.loads(line) for line in Path(rows_file).read_text().splitlines()]
     assert rows.keys() == {(i, j) for i in range(len(prompts)) for j in range(2)}
     teacher = saved_model("qwen3", 1, rows=70, hidden=48)
@@ -58,6 +58,20 @@ def test_rows_are_the_models_samples(command, saved_model, rows_file, tmp_path):
             assert build_ids(row["completion"], bare=True) == [t for t in drawn.ids if 2 <= t < 60]
     assert {row["finish_reason"] for row in rows.values()} == {"stop", "length"}
     assert rows[0, 0]["completion"] != rows[0, 1]["completion"]
+
+
+def test_only_the_first_prompts(command, tmp_path):
+    """Are what --limit generates for; a call with a higher limit, or none, adds the others."""
+    output, whole = tmp_path / "rows.jsonl", tmp_path / "whole.jsonl"
+    assert main(command(output, limit=3, samples=2)) == 0
+    assert read(output).keys() == {(i, j) for i in range(3) for j in range(2)}
+    first = output.read_bytes()
+    assert main(command(output, limit=2)) == 0
+    assert output.read_bytes() == first
+    assert main(command(output)) == 0 and main(command(whole)) == 0
+    assert output.read_bytes().startswith(first)
+    assert {key: row for key, row in read(output).items() if key[1] == 0} == read(whole)
+    assert main(command(output, limit=10_000)) == 0
 
 
 def test_answers_keep_the_column_that_the_run_looks_for(command, tmp_path):
@@ -124,7 +138,7 @@ def test_other_prompts_and_other_files_are_refused(command, rows_file, tmp_path,
     for path in (Path(rows_file), one_line):
         before = path.read_bytes()
         assert main(command(path)) == 2
-        assert "isn't from tsdkd generate" in capsys.readouterr().err
+        assert "wasn't written by tsdkd generate" in capsys.readouterr().err
         assert path.read_bytes() == before
     for path in (tmp_path, one_line / "rows.jsonl"):
         assert main(command(path)) == 2

@@ -172,7 +172,7 @@ def test_completions_are_text(run: Path, browser: Any, tmp_path: Path) -> None:
     write_token_records(
         folder, 3, [RecordedCompletion(0, [1, 2], list(range(20)))], columns, lambda ids: HOSTILE * len(ids)
     )
-    assert main(["report", str(folder), "--output", str(tmp_path / "page.html")]) == 0
+    assert main(["report", str(folder), "--output_file", str(tmp_path / "page.html")]) == 0
     opened(browser, tmp_path / "page.html")
     assert "taken" not in browser.title and not browser.find_elements(By.CSS_SELECTOR, "img")
     assert tokens(browser)[0].text == HOSTILE
@@ -224,7 +224,7 @@ def test_runs_beside_each_other(run: Path, browser: Any, tmp_path: Path) -> None
     shutil.rmtree(other / "records")
     config = (other / "tsdkd_config.yaml").read_text().replace("beta: 0.9", "beta: 0.5")
     (other / "tsdkd_config.yaml").write_text(config)
-    assert main(["report", str(run), str(other), "--output", str(tmp_path / "both.html")]) == 0
+    assert main(["report", str(run), str(other), "--output_file", str(tmp_path / "both.html")]) == 0
     opened(browser, tmp_path / "both.html")
     assert browser.title == "a run and other"
     assert len(browser.find_elements(By.CSS_SELECTOR, "#summary h3")) == 2
@@ -261,12 +261,12 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_nothing_but_a_report_is_overwritten(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     student = tmp_path / "model.safetensors"
     student.write_bytes(b"weights")
-    assert main(["report", str(run), "--output", str(student)]) == 2
-    assert "--output" in capsys.readouterr().err and student.read_bytes() == b"weights"
-    assert main(["report", str(run), "--output", str(student / "page.html")]) == 2
-    assert "--output" in capsys.readouterr().err
+    assert main(["report", str(run), "--output_file", str(student)]) == 2
+    assert "--output_file" in capsys.readouterr().err and student.read_bytes() == b"weights"
+    assert main(["report", str(run), "--output_file", str(student / "page.html")]) == 2
+    assert "--output_file" in capsys.readouterr().err
     for _ in range(2):
-        assert main(["report", str(run), "--output", str(tmp_path / "page.html")]) == 0
+        assert main(["report", str(run), "--output_file", str(tmp_path / "page.html")]) == 0
 
 
 def test_the_demo_ends_with_a_report(

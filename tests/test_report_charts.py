@@ -245,7 +245,7 @@ def test_the_last_bin_of_entropies_has_all_above(tmp_path: Path) -> None:
     columns["student_entropy"][3] = 3.95
     samples = [RecordedCompletion(0, [1], list(range(20)))]
     write_token_records(folder, 0, samples, columns, lambda ids: "".join(f" w{i}" for i in ids))
-    assert main(["analyze", str(folder), "--figures_dir", str(tmp_path / "figures")]) == 0
+    assert main(["analyze", str(folder), "--output_dir", str(tmp_path / "figures")]) == 0
     shares = json.loads((tmp_path / "figures/analysis.json").read_text())["entropy_histogram"]["a"]["student"]["share"]
     assert shares[-2:] == pytest.approx([1 / 20, 3 / 20]) and sum(shares) == pytest.approx(1)
 

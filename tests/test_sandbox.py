@@ -249,8 +249,11 @@ def test_descriptors_are_the_programs_own(name: str) -> None:
 
 
 NO_PROGRAMS = {
-    "40 MiB": ("#" + "x" * 41_943_040, "the program has 40.0 MiB, at most 4 MiB fit"),
-    "4 MiB in two-byte characters": ("x = '" + "ä" * 2_097_152 + "'", "the program has 4.0 MiB, at most 4 MiB fit"),
+    "40 MiB": ("#" + "x" * 41_943_040, "the program has 40.0 MiB, at most 4 MiB are allowed"),
+    "4 MiB in two-byte characters": (
+        "x = '" + "ä" * 2_097_152 + "'",
+        "the program has 4.0 MiB, at most 4 MiB are allowed",
+    ),
     "NUL": ("x = (\0", "SyntaxError"),
     "surrogate": ("x = '\udcff'", "UTF-8"),
     "unfinished string": ('x = """', "unterminated"),
@@ -519,7 +522,7 @@ def test_good_program(name: str) -> None:
 @pytest.mark.parametrize("name", vars(LIMITS))
 @pytest.mark.parametrize("value", [0, -1, 0.5])
 def test_a_limit_is_at_least_1(name: str, value: float) -> None:
-    with pytest.raises(ValueError, match=f"{name} is {value}: at least 1"):
+    with pytest.raises(ValueError, match=f"{name}: must be at least 1, found {value}"):
         ResourceLimits(**{name: value})
 
 

@@ -46,7 +46,7 @@ def test_a_job_is_signalled_and_requeued(slurm, saved_model, rows_file, tmp_path
     }
     script, folder = tmp_path / "job.sbatch", tmp_path / "out"
     written = ["slurm", "--nodes", "2", "--gpus_per_node", "0", "--cpus_per_task", "1", "--time", "00:03:00"]
-    written += ["--signal_seconds", "110", "--accelerate_config", "ddp", "--script", str(script)]
+    written += ["--signal_seconds", "110", "--accelerate_config", "ddp", "--output_file", str(script)]
     assert main([*written, *flags(**values, output_dir=folder)]) == 0
     run = {"env": on_cpus() | slurm, "cwd": tmp_path, "text": True, "capture_output": True}
     job = subprocess.run(["sbatch", "--parsable", script], check=True, **run).stdout.strip()
@@ -102,9 +102,9 @@ def test_the_shipped_scripts_are_what_the_command_writes(capsys):
 
 def test_a_script_is_never_overwritten(tmp_path, capsys):
     command = ["slurm", "--config", "demo.yaml", "--time", "01:00:00", "--output_dir", "out"]
-    assert main([*command, "--script", str(tmp_path / "job")]) == 0
+    assert main([*command, "--output_file", str(tmp_path / "job")]) == 0
     before = (tmp_path / "job").read_text()
-    assert main([*command, "--nodes", "7", "--script", str(tmp_path / "job")]) == 2
+    assert main([*command, "--nodes", "7", "--output_file", str(tmp_path / "job")]) == 2
     assert (tmp_path / "job").read_text() == before
     assert main([*command, "--accelerate_config", "zero9"]) == 2
     assert main(["slurm", "--config", "none.yaml", "--time", "01:00:00"]) == 2
@@ -123,7 +123,7 @@ def test_a_script_is_never_overwritten(tmp_path, capsys):
         (["--time", "01:00:00", "--run_name", "a\ntouch b"], ["line break"]),
         (["--time", "01:00:00", "--learnin_rate", "1"], ["learnin_rate", "learning_rate"]),
         (["--time", "01:00:00", "--beta", "7"], ["beta", "7"]),
-        (["--time", "01:00:00", "--script", "/no/such/folder/job"], ["script", "/no/such/folder/job"]),
+        (["--time", "01:00:00", "--output_file", "/no/such/folder/job"], ["output_file", "/no/such/folder/job"]),
     ],
     ids=str,
 )

@@ -1,4 +1,4 @@
-"""A record of any two models: the student completes some prompts, and both score each token."""
+"""Records any two models: the student completes some prompts, and both models score each token."""
 
 from pathlib import Path
 
@@ -19,22 +19,22 @@ from ..trainer.token_records import RecordedCompletion, compute_token_records, r
 _BATCH_SIZE = 8
 
 
-def record_pair(arguments: RunArguments, count: int) -> Path:
-    """Record the first `count` prompts of a run's data set; returns the run's folder.
+def record_pair(arguments: RunArguments, limit: int) -> Path:
+    """Record the first `limit` prompts of a run's data set. Returns the run's folder.
 
     Raises:
         DataError, ModelError, TokenizerMismatchError: as for training.
-        OutputDirError: the folder isn't empty: its records may be a run's.
+        OutputDirError: the folder isn't empty, so it may hold the records of a run.
     """
     training = arguments.training_args
     folder = Path(str(training.output_dir))
     require_empty_dir(folder)
     rows, _ = load_datasets(arguments.data_args, training)
+    rows = rows.select(range(min(limit, len(rows))))
     set_model_init_kwargs(arguments)
     names = str(arguments.model_args.model_name_or_path), str(training.teacher_model_name_or_path)
     pair = resolve_pair(*names, training)
     prepared = prepare_dataset(rows, pair.template_tokenizer, training, pair.context_length, needs_completion=False)
-    prepared = prepared.select(range(min(count, len(prepared))))
     fields = ("model_name_or_path", "teacher_model_name_or_path")
     student, teacher = (
         load_frozen_model(name, training, field, training.device).eval()

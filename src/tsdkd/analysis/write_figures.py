@@ -1,4 +1,4 @@
-"""Every figure of some runs, as pictures and as numbers."""
+"""Writes all figures of one or more runs, as pictures and as numbers."""
 
 import json
 from collections.abc import Sequence
@@ -20,24 +20,24 @@ from .load import StepRecord, read_records
 
 
 def write_figures(folders: Sequence[Path], output: Path) -> None:
-    """Write `<name>.png` of every figure and `analysis.json` with all their numbers.
+    """Write each figure as `<name>.png`, and the numbers of all figures as `analysis.json`.
 
-    What can't be read is left out, with a warning.
+    A file that can't be read is skipped with a warning.
 
     Raises:
-        DataError: a folder with neither records nor evaluations that can be read.
+        DataError: a folder has neither readable records nor readable evaluations.
         OutputDirError: `output` can't be written.
     """
     skipped: list[str] = []
     runs, entries_by_file = _load_runs(folders, skipped)
     curves = pass_at_k.collect_pass_at_k(entries_by_file)
-    ensure_dir(output, "--figures_dir")
+    ensure_dir(output, "--output_dir")
     numbers_by_figure: dict[str, Any] = {}
     table = Table("figure", "shows", "in the paper")
 
     def save(name: str, numbers: Any, figure: Figure, title: str, paper: str) -> None:
         figure.suptitle(title)
-        with atomic_path(output / f"{name}.png", "--figures_dir") as temporary:
+        with atomic_path(output / f"{name}.png", "--output_dir") as temporary:
             save_figure(figure, temporary, format="png", dpi=150)
         numbers_by_figure[name] = numbers
         table.add_row(f"{name}.png", title, paper)
@@ -51,19 +51,19 @@ def write_figures(folders: Sequence[Path], output: Path) -> None:
             figure = pass_at_k.plot_pass_at_k(curves, skipped)
             save("pass_at_k", curves, figure, pass_at_k.TITLE, pass_at_k.PAPER)
     numbers = json.dumps(numbers_by_figure, indent=1, allow_nan=False)
-    write_atomically(output / "analysis.json", numbers, "--figures_dir")
+    write_atomically(output / "analysis.json", numbers, "--output_dir")
     warn_of_skipped(skipped)
     console = PlainConsole()
     console.print(table)
     for run, records in runs.items():
         console.print(_summarize_run(run, records))
-    console.print(escape_line(f"written to {output}, the numbers in analysis.json"))
+    console.print(escape_line(f"wrote the figures to {output}, and their numbers to analysis.json"))
 
 
 def _load_runs(
     folders: Sequence[Path], skipped: list[str]
 ) -> tuple[dict[str, list[StepRecord]], dict[str, list[ResultEntry]]]:
-    """Records of the folders that have some, and results of evaluations. Raises `DataError`."""
+    """Read the records and the results of evaluations in the folders. Raises `DataError`."""
     runs: dict[str, list[StepRecord]] = {}
     entries_by_file: dict[str, list[ResultEntry]] = {}
     for name, folder in name_folders(folders).items():
@@ -83,7 +83,7 @@ def _load_runs(
 
 
 def name_folders(folders: Sequence[Path]) -> dict[str, Path]:
-    """Name -> folder: its last component, or its whole path where two folders share that. Raises `DataError`."""
+    """Name -> folder: the name is the last component, or the whole path if folders share it. Raises `DataError`."""
     with wrap_os_errors(folders[0], "RUN_DIR", "read"):
         missing = [str(folder) for folder in folders if not folder.is_dir()]
     if missing:
@@ -96,6 +96,7 @@ def _summarize_run(run: str, records: Sequence[StepRecord]) -> str:
     last = records[-1]
     ours, theirs = (100 * float((last.columns[f"{who}_entropy"] >= 1.0).mean()) for who in ("student", "teacher"))
     return escape_line(
-        f"{run}: {len(records)} records, the last after {last.step} steps, {len(last.samples)} completions; tokens of "
-        f"1 nat or more: student {ours:.1f} %, teacher {theirs:.1f} % (EOPD, Sec. 3.1: 6.8 and 18.5)"
+        f"{run}: {len(records)} records; the last one, after {last.step} steps, has {len(last.samples)} completions. "
+        f"Tokens with an entropy of at least 1 nat: student {ours:.1f} %, teacher {theirs:.1f} % (EOPD, Sec. 3.1: 6.8 "
+        "and 18.5)"
     )

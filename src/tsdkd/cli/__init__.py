@@ -1,4 +1,4 @@
-"""The command line: one small module a command. The only place that catches our errors and prints them."""
+"""The command line: one small module per command. Only this module catches and prints tsdkd's errors."""
 
 import argparse
 import os
@@ -15,22 +15,23 @@ from ..launch.children import stop_with_launcher
 from .logs import log_to_streams
 
 _COMMANDS = {
-    "train": "distil a student: tsdkd train --config FILE [--key value ...]",
-    "compare": "run a comparison of methods, with a table, a plot and a test",
-    "generate": "write completions of the teacher or the student to a file, for off-policy runs",
-    "eval": "measure models on the papers' benchmarks: a table with intervals and tests",
-    "report": "one HTML file about a run, or several beside each other",
-    "analyze": "the papers' figures, from recorded runs or any two models",
+    "train": "train a student: tsdkd train --config FILE [--key value ...]",
+    "compare": "train several methods with several seeds, and compare them in a table, a plot and a test",
+    "generate": "write the teacher's or the student's completions to a file, for off-policy runs",
+    "eval": "evaluate models on the papers' benchmarks or on your own problems",
+    "report": "write one HTML file about one or more runs",
+    "analyze": "plot the papers' figures from recorded runs or from any two models",
     "demo": "watch a tiny student learn from a tiny teacher, on a CPU, in minutes",
-    "reproduce": "the papers' small experiments, with the papers' numbers beside",
-    "plan": "estimate the memory on each GPU, and which placement fits",
+    "reproduce": "run the papers' small experiments, and compare the numbers with the papers'",
+    "plan": "estimate the memory on each GPU, and find the placement that fits",
     "slurm": "write an sbatch script for a configuration",
-    "methods": "list the methods, with their options and papers",
-    "configs": "list the configurations that ship with tsdkd",
+    "methods": "list the methods with their options and papers",
+    "configs": "list the shipped configurations",
 }
-_RANK_0_HEAD_START = 10  # seconds, that the first process may be behind another
+_RANK_0_HEAD_START = 10  # seconds that the first process may be behind another one
 _EXAMPLES = """examples:
   tsdkd demo
+  tsdkd configs
   tsdkd train --config qwen25_14b_to_1p5b.yaml --output_dir student
   tsdkd train --config my.yaml --learning_rate 1e-6 --dry_run
   accelerate launch --num_processes 8 -m tsdkd train --config my.yaml
@@ -41,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Returns the exit code: 0, an error's (2 for bad input), 130 when interrupted."""
     parser = argparse.ArgumentParser(
         prog="tsdkd",
-        description="On-policy, token-selective distillation of LLM reasoning (TSD-KD, EOPD).",
+        description="On-policy, token-selective distillation of LLM reasoning (TSD-KD, EOPD). `tsdkd COMMAND --help` "
+        "describes a command.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -72,13 +74,17 @@ def _underscore(word: str) -> str:
 
 
 def _print_error(command: str, error: TSDKDError) -> None:
-    """Most errors are all processes'; the first says them, after which the launcher ends the others. One that ended
-    sooner would have the launcher end the first before it has spoken; one that is still there later was alone."""
+    """Print an error once, although most errors occur in all processes.
+
+    The first process prints it, and then the launcher ends the others. If another process ended sooner, the launcher
+    would end the first one before it has printed anything, so the others wait. A process that is still alive after
+    the wait was the only one with the error, and prints it.
+    """
     if os.environ.get("RANK", "0") != "0" and not isinstance(error, CheckpointError):
         if isinstance(error, PreemptedError):
             return
         time.sleep(_RANK_0_HEAD_START)
-        if isinstance(error, NonFiniteError):  # which is always all processes'
+        if isinstance(error, NonFiniteError):  # always in all processes
             return
-    with handle_stop_signals(lambda *_: None):  # the exit code counts, though nobody may read this any more
+    with handle_stop_signals(lambda *_: None):  # a closed terminal must not change the exit code
         print(*(f"tsdkd {command}: {escape_line(line)}" for line in error.lines), sep="\n", file=sys.stderr)

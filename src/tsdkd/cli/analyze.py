@@ -7,22 +7,39 @@ from ..errors import ConfigError
 from .arguments import always_on_policy, build_run_parser, int_at_least
 
 _EPILOG = """examples:
-  tsdkd analyze runs/tsdkd runs/gkd --figures_dir figures         runs that recorded (--record_steps N)
+  tsdkd analyze runs/tsdkd runs/gkd --output_dir figures          runs with records (--record_steps N)
   tsdkd analyze --config demo.yaml --model_name_or_path runs/demo --output_dir runs/look     any two models
-With --config, the student answers some of the run's prompts, and what both models say at each token is recorded in
-output_dir first."""
+With --config, the student first completes some of the prompts, and what both models predict at each token is recorded
+in output_dir. The figures are then written to output_dir/figures."""
+_USAGE = """tsdkd analyze RUN_DIR ... [--output_dir DIR]
+       tsdkd analyze --config FILE [--output_dir DIR] [--limit N] [--key value ...]"""
+_RENAMED = {"figures_dir": "output_dir", "num_prompts": "limit"}
+_DEFAULT_LIMIT = 50
 
 
 def main(argv: Sequence[str]) -> int:
-    """Parse, and hand over to `tsdkd.analysis`."""
-    about = "The papers' figures, and the numbers in them, from recorded runs or any two models."
-    parser = build_run_parser("analyze", about, _EPILOG, "RUN_DIR ... | ")
-    parser.add_argument("--figures_dir", type=Path, help="default: figures/ in the first run's directory")
-    parser.add_argument("--num_prompts", type=int_at_least(1), help="with --config; default: 50")
+    """Parse the arguments and hand over to `tsdkd.analysis`."""
+    about = "Plot the papers' figures, and write the numbers behind them, from recorded runs or from any two models."
+    parser = build_run_parser("analyze", about, _EPILOG, "", _RENAMED)
+    parser.usage = _USAGE
+    parser.add_argument(
+        "--output_dir",
+        type=Path,
+        metavar="DIR",
+        help="folder for the figures; default: figures/ in the first run's folder. With --config: folder for the "
+        "records, which must be new; default: the configuration's",
+    )
+    parser.add_argument(
+        "--limit",
+        type=int_at_least(1),
+        metavar="N",
+        help=f"with --config: use only the first N prompts; default: {_DEFAULT_LIMIT}",
+    )
     args, rest = parser.parse_known_args(argv)
     if not args.config and not rest:
-        raise ConfigError(["name directories of runs, or a configuration with --config"])
-    options = [text for text in rest if text.startswith("-")] + ["--num_prompts"] * bool(args.num_prompts)
+        raise ConfigError(["name folders of runs, or a configuration with --config"])
+    parser.refuse_misspelled(rest)
+    options = [text for text in rest if text.startswith("-")] + ["--limit"] * bool(args.limit)
     if not args.config and options:
         raise ConfigError([f"{options[0]}: only with --config"])
     try:
@@ -35,9 +52,12 @@ def main(argv: Sequence[str]) -> int:
     from ..run.arguments import parse_arguments
 
     if args.config:
-        arguments = parse_arguments(args.config, always_on_policy(args.config, rest))
-        folders = [record_pair(arguments, args.num_prompts or 50)]
+        flags = rest if args.output_dir is None else [*rest, f"--output_dir={args.output_dir}"]
+        folder = record_pair(
+            parse_arguments(args.config, always_on_policy(args.config, flags)), args.limit or _DEFAULT_LIMIT
+        )
+        write_figures([folder], folder / "figures")
     else:
         folders = [Path(text) for text in rest]
-    write_figures(folders, args.figures_dir or folders[0] / "figures")
+        write_figures(folders, args.output_dir or folders[0] / "figures")
     return 0

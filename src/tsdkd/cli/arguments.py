@@ -1,25 +1,97 @@
-"""Arguments that several commands share: a run's configuration, and checked numbers."""
+"""What several commands share: the parser, a run's configuration, and checked numbers."""
 
 import argparse
 import math
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NoReturn
+from dataclasses import fields
+from typing import Any, NoReturn
 
-from ..errors import PreemptedError, escape_line
+from ..config.coercion import did_you_mean, shorten
+from ..errors import ConfigError, PreemptedError, escape_line
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse's, whose errors quote arguments."""
+    """argparse's parser. Errors escape what they quote, and unknown flags get a suggestion.
+
+    Args:
+        renamed: former name of a flag -> its present name, both without dashes.
+    """
+
+    def __init__(self, *args: Any, renamed: Mapping[str, str] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.renamed = dict(renamed or {})
+
+    @property
+    def flags(self) -> list[str]:
+        """The command's own flags, such as `--output_dir`, and those of its subcommands."""
+        subcommands = [a for a in self._actions if isinstance(a, argparse._SubParsersAction)]
+        parsers = [self, *(parser for action in subcommands for parser in action.choices.values())]
+        return [flag for parser in parsers for flag in parser._option_string_actions if flag.startswith("--")]
 
     def error(self, message: str) -> NoReturn:
         """See argparse."""
         super().error(escape_line(message))
 
+    # argparse's own signatures have overloads for other namespaces
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:  # type: ignore[override]
+        """See argparse. Raises `ConfigError` for an argument that the command doesn't have."""
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            others = {flag: [own for own in self.flags if own != flag] for flag in _flag_names(unknown)}
+            problems = [f"{flag}: unknown flag{did_you_mean(flag, known)}" for flag, known in others.items()]
+            raise ConfigError(problems or [f"unexpected argument {shorten(unknown[0])}"])
+        return parsed
 
-def build_run_parser(command: str, description: str, epilog: str, usage: str) -> ArgumentParser:
-    """The parser of a command whose other flags are keys of `tsdkd train`."""
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """See argparse. Raises `ConfigError` for a flag's former name."""
+        old = [flag for flag in _flag_names(args or ()) if flag[2:] in self.renamed]
+        if old:
+            raise ConfigError([f"{flag}: is called --{self.renamed[flag[2:]]}" for flag in old])
+        return super().parse_known_args(args, namespace)
+
+    def refuse_misspelled(self, flags: Sequence[str]) -> None:
+        """Check the flags that are left for the run's configuration.
+
+        Raises:
+            ConfigError: a flag is no key of a run, and is more like one of the command's own flags.
+        """
+        if not (names := _flag_names(flags)):
+            return
+        keys = [f"--{key}" for key in _run_keys()]
+        hints = {name: did_you_mean(name, [*keys, *self.flags]) for name in names if name not in keys}
+        problems = [
+            f"{name}: unknown flag{hint}"
+            for name, hint in hints.items()
+            if any(hint == did_you_mean(name, [own]) for own in self.flags)
+        ]
+        if problems:
+            raise ConfigError(problems)
+
+
+def _flag_names(words: Sequence[str]) -> list[str]:
+    return [word.partition("=")[0] for word in words if word.startswith("--") and len(word) > 2]
+
+
+def _run_keys() -> set[str]:
+    from trl import ModelConfig
+
+    from ..config.aliases import ALIASES, RENAMED
+    from ..config.base import DataArguments
+    from ..config.launch import LaunchArguments
+    from ..methods import METHODS  # torch from here on
+
+    classes = [ModelConfig, DataArguments, LaunchArguments, *(t.config_class for t in METHODS.values())]
+    return {f.name for cls in classes for f in fields(cls)} | {"method", *ALIASES, *RENAMED}
+
+
+def build_run_parser(
+    command: str, description: str, epilog: str, usage: str, renamed: Mapping[str, str] | None = None
+) -> ArgumentParser:
+    """The parser of a command that also takes the keys of `tsdkd train` as flags."""
     parser = ArgumentParser(
         prog=f"tsdkd {command}",
         description=description,
@@ -27,8 +99,11 @@ def build_run_parser(command: str, description: str, epilog: str, usage: str) ->
         usage=f"tsdkd {command} --config FILE {usage}[--key value ...]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
+        renamed=renamed,
     )
-    parser.add_argument("--config", metavar="FILE", help="a YAML file, or the name of a shipped one (`tsdkd configs`)")
+    parser.add_argument(
+        "--config", metavar="FILE", help="a YAML file, or the name of a shipped configuration (`tsdkd configs`)"
+    )
     return parser
 
 
@@ -43,7 +118,7 @@ def say_how_to_continue(*command: str) -> Iterator[None]:
 
 
 def always_on_policy(config: str | None, flags: Sequence[str]) -> list[str]:
-    """`flags` for a command that samples whatever the run would train on: `--lmbda 1`, where the method has it."""
+    """`flags`, with `--lmbda 1` if the method has that option: the command samples, whatever the run trains on."""
     from ..methods import find_method
     from ..run.config_file import read_flags, read_yaml  # torch from here on
 
@@ -53,7 +128,7 @@ def always_on_policy(config: str | None, flags: Sequence[str]) -> list[str]:
 
 
 def int_at_least(least: int) -> Callable[[str], int]:
-    """An argument's type: a whole number."""
+    """An argument type: a whole number of at least `least`."""
 
     def parse(text: str) -> int:
         try:
@@ -68,7 +143,7 @@ def int_at_least(least: int) -> Callable[[str], int]:
 
 
 def positive_float(text: str) -> float:
-    """An argument's type: a finite number above 0."""
+    """An argument type: a finite number greater than 0."""
     try:
         value = float(text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""`tsdkd configs`: what ships with the package."""
+"""`tsdkd configs`."""
 
 from collections.abc import Sequence
 
@@ -7,9 +7,9 @@ from .arguments import ArgumentParser
 
 
 def main(argv: Sequence[str]) -> int:
-    """List the presets: name and the first comment line."""
+    """List the presets: the name and the first comment line of each."""
     parser = ArgumentParser(prog="tsdkd configs", description="List the configurations that ship with tsdkd.")
-    parser.add_argument("--path", action="store_true", help="print each file's path, to copy it from")
+    parser.add_argument("--path", action="store_true", help="print the path of each file, for example to copy it")
     args = parser.parse_args(argv)
     paths = preset_paths()
     width = max(len(path.name) for path in paths)

@@ -4,19 +4,31 @@ from collections.abc import Sequence
 
 from .arguments import build_run_parser, int_at_least, positive_float
 
-_EPILOG = """The estimate is for full-length completions. It needs the models' configurations, no weights and no GPU.
+_EPILOG = """The estimate assumes completions of full length. It reads the models' configurations only: no weights are
+loaded, and no GPU is needed.
 example:
   tsdkd plan --config qwen25_14b_to_1p5b.yaml --gpus 8 --gpu_gib 80"""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print what a configuration takes."""
-    about = "What a configuration takes on each GPU, and which placement fits."
+    """Print the memory estimate of a configuration."""
+    about = "Estimate the memory that a configuration needs on each GPU, and find the placement that fits."
     usage = "[--gpus N] [--gpu_gib GIB] "
     parser = build_run_parser("plan", about, _EPILOG, usage)
-    parser.add_argument("--gpus", type=int_at_least(1), help="default: num_processes, the visible ones, or 8")
-    parser.add_argument("--gpu_gib", type=positive_float, help="memory of one, GiB; default: theirs, or else 80")
+    parser.add_argument(
+        "--gpus",
+        type=int_at_least(1),
+        metavar="N",
+        help="number of GPUs; default: num_processes, else the visible GPUs, else 8",
+    )
+    parser.add_argument(
+        "--gpu_gib",
+        type=positive_float,
+        metavar="GIB",
+        help="memory of one GPU, GiB; default: that of the visible GPUs, else 80",
+    )
     args, flags = parser.parse_known_args(argv)
+    parser.refuse_misspelled(flags)
 
     from ..config.console import PlainConsole
     from ..launch.placement import plan  # torch from here on

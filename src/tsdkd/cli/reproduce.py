@@ -11,22 +11,42 @@ def main(argv: Sequence[str]) -> int:
     """Run one of the papers' small experiments."""
     parser = ArgumentParser(
         prog="tsdkd reproduce",
-        description="The papers' small experiments, with the paper's numbers beside ours.",
+        description="Run one of the papers' small experiments and compare the numbers with the paper's.",
         allow_abbrev=False,
     )
     experiments = parser.add_subparsers(dest="experiment", required=True)
-    experiments.add_parser("tsdkd-gradient", help="the gradients of TSD-KD's gate (App. A.2)")
+    experiments.add_parser("tsdkd-gradient", help="gradients of TSD-KD's gate (App. A.2)", allow_abbrev=False)
     toy = experiments.add_parser(
-        "eopd-toy", help="EOPD's toy (Sec. 3.2, Table 1, Figures 1 and 6)", allow_abbrev=False
+        "eopd-toy", help="EOPD's toy example (Sec. 3.2, Table 1, Figures 1 and 6)", allow_abbrev=False
     )
     toy.add_argument(
-        "--output_dir", type=Path, default=Path("runs/eopd_toy"), help="of the plots; default: %(default)s"
+        "--output_dir",
+        type=Path,
+        metavar="DIR",
+        default=Path("runs/eopd_toy"),
+        help="folder for the plots; default: %(default)s",
     )
-    toy.add_argument("--seeds", type=int_at_least(1), default=3, help="default: %(default)s, as in the paper")
     toy.add_argument(
-        "--learning_rate", type=positive_float, default=0.2, help="not in the paper; default: %(default)s"
+        "--seeds",
+        type=int_at_least(1),
+        metavar="N",
+        default=3,
+        help="number of random seeds; default: %(default)s, as in the paper",
     )
-    toy.add_argument("--steps", type=int_at_least(25), default=1000, help="not in the paper; default: %(default)s")
+    toy.add_argument(
+        "--learning_rate",
+        type=positive_float,
+        metavar="RATE",
+        default=0.2,
+        help="the paper doesn't give it; default: %(default)s",
+    )
+    toy.add_argument(
+        "--steps",
+        type=int_at_least(25),
+        metavar="N",
+        default=1000,
+        help="optimizer steps, which the paper doesn't give; default: %(default)s",
+    )
     args = parser.parse_args(argv)
     if args.experiment == "tsdkd-gradient":
         from ..reproduce import tsdkd_gradient

@@ -1,4 +1,4 @@
-"""The configuration of a comparison: its YAML file -> runs, seeds, and the flags of `tsdkd train` for each."""
+"""The configuration of a comparison: reads its YAML file, and turns each run and seed into flags of `tsdkd train`."""
 
 import json
 import re
@@ -20,8 +20,9 @@ from ..run.config_file import read_yaml, resolve_path
 _PRESETS_DIR = Path(str(resources.files("tsdkd").joinpath("configs/compare")))
 _RESERVED_KEYS = ("seed", "output_dir", "resume")
 REFERENCE_MODELS = ("student", "teacher")
-"""Measured beside the runs, as they are."""
+"""Models that are evaluated without training, next to the runs."""
 _RESERVED_NAMES = (*REFERENCE_MODELS, "results", "teacher_completions")
+_RENAMED_KEYS = {"eval_problems": "eval_limit"}
 _MAX_RUNS = 1000
 
 
@@ -30,9 +31,9 @@ class ComparisonTask:
     """One run with one seed, or one of `REFERENCE_MODELS`.
 
     Attributes:
-        run: its name in the file.
-        seed: None for a reference.
-        folder: where everything of it is written.
+        run: its name in the comparison's file.
+        seed: the seed; None for a reference model.
+        folder: the folder for its output.
     """
 
     run: str
@@ -41,31 +42,34 @@ class ComparisonTask:
 
     @property
     def title(self) -> str:
-        """Display name."""
+        """The name in messages."""
         return self.run if self.seed is None else f"{self.run}, seed {self.seed}"
 
 
 @dataclass
 class Comparison:
-    """A comparison's file; what its keys mean is in their help, and in docs/configuration.md."""
+    """The content of a comparison's file. docs/configuration.md lists the keys."""
 
-    config: str = option("", "The configuration that all runs share: a file or a shipped name.")
-    output_dir: str = option("", "Where runs, results, table and plot go.")
+    config: str = option("", "Configuration that all runs share: a file, or the name of a shipped one.")
+    output_dir: str = option("", "Folder for the runs, the results, the table and the plot.")
     runs: dict[str, Any] | str = option(
-        dict, "Name -> keys of `tsdkd train` in which the run differs; or another comparison, whose runs are taken."
+        dict,
+        "Run name -> the keys of `tsdkd train` that differ in this run; or another comparison, to use its runs.",
     )
-    seeds: list[Any] = option(lambda: [1, 2, 3, 4, 5], "Each run is done with each.")
-    settings: dict[str, Any] = option(dict, "Keys of `tsdkd train` for all runs, over those of `config`.")
-    baseline: str | None = option(None, "The run that the others are tested against; none: the first.")
-    x: str | None = option(None, "The key that a sweep varies, for the plot.")
+    seeds: list[Any] = option(lambda: [1, 2, 3, 4, 5], "Every run is trained once with each seed.")
+    settings: dict[str, Any] = option(dict, "Keys of `tsdkd train` for all runs; they override those of `config`.")
+    baseline: str | None = option(None, "Run that the others are tested against; default: the first.")
+    x: str | None = option(None, "The key that the runs vary; the plot then has it on its x-axis.")
     teacher_completions: bool = option(
-        False, "Runs that need completions train on the teacher's, which are written first."
+        False, "Generate the teacher's completions first, and train the runs that need completions on them."
     )
-    eval_dataset_name: str | None = option(None, "Problems with an `answer`; none: those of `config`.")
-    eval_problems: int | None = option(None, "How many of them; none: all.", AT_LEAST_ONE)
-    eval_samples: int = option(8, "Completions at temperature 1 for each.", AT_LEAST_ONE)
-    eval_batch_size: int = option(256, "Completions at a time.", AT_LEAST_ONE)
-    accelerate_config: str | None = option(None, "How each run is launched; none: as its configuration says.")
+    eval_dataset_name: str | None = option(
+        None, "Problems to evaluate on, with an `answer`; default: those of `config`."
+    )
+    eval_limit: int | None = option(None, "Use only the first N of these problems; default: all.", AT_LEAST_ONE)
+    eval_samples: int = option(8, "Completions per problem at temperature 1.", AT_LEAST_ONE)
+    eval_batch_size: int = option(256, "Completions per batch.", AT_LEAST_ONE)
+    accelerate_config: str | None = option(None, "Launch configuration of each run; default: the one in `config`.")
     num_processes: int | None = option(None, "Processes of each run.", AT_LEAST_ONE)
 
     @property
@@ -75,12 +79,12 @@ class Comparison:
 
     @property
     def teacher_completions_path(self) -> Path:
-        """Path of the file with the teacher's completions."""
+        """The file with the teacher's completions."""
         return self.folder / "teacher_completions.jsonl"
 
     @property
     def tasks(self) -> list[ComparisonTask]:
-        """All that is to be done: references first, then every run with the first seed, and so on."""
+        """All tasks: the reference models, then all runs with the first seed, then with the second, and so on."""
         assert isinstance(self.runs, dict)
         references = [ComparisonTask(name, None, self.folder / name) for name in REFERENCE_MODELS]
         folders = {name: self.folder / (re.sub(r"[^\w.-]+", "_", name).lstrip(".") or "_") for name in self.runs}
@@ -93,7 +97,7 @@ class Comparison:
         return _to_flags(self.config, self.train_values(task))
 
     def train_values(self, task: ComparisonTask) -> dict[str, Any]:
-        """The values that those flags have, by name. Raises `ConfigError`."""
+        """The values of these flags, by name. Raises `ConfigError`."""
         assert isinstance(self.runs, dict)
         reserved = {"output_dir": str(task.folder), "resume": True}
         if task.seed is not None:
@@ -108,7 +112,7 @@ class Comparison:
         return find_method(run.method).config_class.always_needs_completions or run.values["lmbda"] < 1
 
     def parse_arguments(self, task: ComparisonTask) -> RunArguments:
-        """The run, parsed and checked. Raises `ConfigError`."""
+        """The arguments of the run, parsed and validated. Raises `ConfigError`."""
         return parse_args_and_config(self.config, self.train_flags(task))
 
     def launch_spec(self, task: ComparisonTask) -> LaunchSpec | None:
@@ -119,8 +123,7 @@ class Comparison:
 
     @property
     def shared_flags(self) -> list[str]:
-        """Flags shared by all runs, with sampling enabled; used to generate the teacher's completions and to
-        evaluate."""
+        """The flags that all runs share, with `--lmbda 1`: for the teacher's completions and for the evaluation."""
         values = {**self.settings, "output_dir": self.output_dir}
         method = resolve_run_values(self.config, values).method
         return _to_flags(self.config, {**values, "lmbda": 1} if find_method(method).config_class.has_lmbda else values)
@@ -128,28 +131,28 @@ class Comparison:
     def generate_flags(self, is_on_gpu: bool) -> list[str]:
         """Flags of `tsdkd generate` for the teacher's completions.
 
-        On a GPU the runs' `vllm_gpu_memory_utilization` is dropped, because the engine has the GPU to itself.
+        On a GPU, `vllm_gpu_memory_utilization` is left out, because vLLM has the GPU to itself there.
         """
         left_out = {"vllm_gpu_memory_utilization"} if is_on_gpu else set()
         return replace(self, settings={k: v for k, v in self.settings.items() if k not in left_out}).shared_flags
 
     def parse_shared_arguments(self) -> RunArguments:
-        """`shared_flags`, parsed and checked. Raises `ConfigError`."""
+        """`shared_flags`, parsed and validated. Raises `ConfigError`."""
         return parse_args_and_config(self.config, self.shared_flags)
 
     def sweep_value(self, run: str) -> float:
-        """The value of `x` in a run."""
+        """The value that a run has for `x`."""
         assert isinstance(self.runs, dict) and self.x is not None
         return float(self.runs[run][self.x])
 
 
 def comparison_names() -> list[str]:
-    """The comparisons that ship with tsdkd."""
+    """The names of the shipped comparisons."""
     return sorted(path.name for path in _PRESETS_DIR.glob("*.yaml"))
 
 
 def describe_comparisons() -> str:
-    """The shipped comparisons, a line each: the name, and the first line of the file."""
+    """One line per shipped comparison: its name, and the first line of its file."""
     names = comparison_names()
     width = max(map(len, names))
     first_lines = ((_PRESETS_DIR / name).read_text(encoding="utf-8").splitlines()[0].lstrip("# ") for name in names)
@@ -157,10 +160,10 @@ def describe_comparisons() -> str:
 
 
 def read_comparison(name: str) -> Comparison:
-    """A file, or a shipped comparison.
+    """Read and validate a comparison: a file, or a shipped one.
 
     Raises:
-        ConfigError: with every problem found, one line each, of the comparison and of its runs.
+        ConfigError: lists all problems of the comparison and of its runs, one line each.
     """
     raw = read_yaml(str(_find_comparison(name)))
     problems = _unknown_keys(raw)
@@ -184,7 +187,7 @@ def read_comparison(name: str) -> Comparison:
     if isinstance(values["runs"], str):
         other = read_yaml(str(_find_comparison(values["runs"]))).get("runs")
         if not isinstance(other, dict):
-            raise ConfigError([f"runs: {values['runs']}: must have runs of its own, found {shorten(other)}"])
+            raise ConfigError([f"runs: {values['runs']} must list runs itself, found {shorten(other)}"])
         values["runs"] = other
     values["runs"] = {str(name): run for name, run in values["runs"].items()}
     values["eval_dataset_name"] = resolve_path(values.get("eval_dataset_name"))
@@ -200,18 +203,24 @@ def _find_comparison(name: str) -> Path:
     raise ConfigError(
         [
             f"--config: no file and no shipped comparison is called {name!r}{did_you_mean(name, comparison_names())}; "
-            "see `tsdkd compare --list`"
+            "`tsdkd compare --list` lists the shipped ones"
         ]
     )
 
 
 def _unknown_keys(raw: Mapping[str, Any]) -> list[str]:
     known = [f.name for f in fields(Comparison)]
-    return [f"{key}: unknown key{did_you_mean(key, known)}" for key in raw if key not in known]
+    return [
+        f"{key}: is called {_RENAMED_KEYS[key]}"
+        if key in _RENAMED_KEYS
+        else f"{key}: unknown key{did_you_mean(key, known)}"
+        for key in raw
+        if key not in known
+    ]
 
 
 def _validate_comparison(comparison: Comparison) -> None:
-    """Every run's keys, before the first one starts."""
+    """Check the keys of all runs before the first run starts."""
     runs, problems = comparison.runs, []
     assert isinstance(runs, dict)
     if len(runs) > _MAX_RUNS or len(comparison.seeds) > _MAX_RUNS:
@@ -223,11 +232,11 @@ def _validate_comparison(comparison: Comparison) -> None:
     for task in comparison.tasks:
         other = folders.setdefault(task.folder.parent if task.seed is not None else task.folder, task.run)
         if other != task.run:
-            problems.append(f"runs: {other!r} and {task.run!r} would be written into one folder; change a name")
+            problems.append(f"runs: {other!r} and {task.run!r} would use the same folder; rename one of them")
     if comparison.baseline is not None and comparison.baseline not in runs:
         problems.append(f"baseline: must be one of {', '.join(runs)}, found {shorten(comparison.baseline)}")
     problems += [
-        f"runs: {name}: a file or a model of the comparison is called so; choose another name"
+        f"runs: {name}: the comparison uses this name for a file or a model; choose another name"
         for name in runs
         if name.partition(".")[0] in _RESERVED_NAMES
     ]
@@ -243,7 +252,7 @@ def _validate_comparison(comparison: Comparison) -> None:
         if comparison.x is not None and not _is_number(values.get(comparison.x)):
             found = values.get(comparison.x, "nothing")
             problems.append(
-                f"runs: {name}: {comparison.x}: x says that it varies, must be a number, found {shorten(found)}"
+                f"runs: {name}: {comparison.x}: must be a number because it is the key of x, found {shorten(found)}"
             )
         task = ComparisonTask(name, 0, Path("unused"))
         try:
@@ -263,7 +272,7 @@ def _validate_seeds(seeds: list[Any]) -> list[str]:
     twice = {seed for seed in seeds if seeds.count(seed) > 1}
     return [
         *(f"seeds: must be whole numbers of at least 0 and below 2**32, found {shorten(seed)}" for seed in wrong),
-        *(f"seeds: {seed} is there twice" for seed in twice),
+        *(f"seeds: {seed} is listed twice" for seed in twice),
     ]
 
 
@@ -275,7 +284,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _to_flags(config: str, values: Mapping[str, Any]) -> list[str]:
-    """Values as flags that a run reads as the same values. Raises `ConfigError`, also where no flags would be."""
+    """Values as flags that `tsdkd train` reads as the same values. Raises `ConfigError` if no flags would be."""
     run = resolve_run_values(config, values)
     expected = {name: run.values.get(name, run.method) for name in resolve_aliases(values, [])}
     flags = [word for name, value in expected.items() for word in _to_flag(name, enum_value(value))]
@@ -284,12 +293,12 @@ def _to_flags(config: str, values: Mapping[str, Any]) -> list[str]:
         found = {"method": run.method, **resolve_run_values(config, flags).values}
         refused = [name for name, value in expected.items() if found[name] != value]
     if refused:
-        raise ConfigError([f"{name}: {shorten(expected[name])} can't be passed on to a run" for name in refused])
+        raise ConfigError([f"{name}: {shorten(expected[name])} can't be passed to a run" for name in refused])
     return flags
 
 
 def _has_flag_like_element(value: Any) -> bool:
-    """Whether argparse could take an element for an option of the command's."""
+    """Whether argparse could mistake an element for an option of the command."""
     return isinstance(value, list) and len(value) > 1 and any(str(element).startswith("-") for element in value)
 
 

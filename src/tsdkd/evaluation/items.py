@@ -1,4 +1,4 @@
-"""Responses and scores, item by item: a JSONL file for each model and benchmark, to which a later call appends."""
+"""Stores responses and scores, item by item, in one JSONL file per model and benchmark. Later calls append to it."""
 
 import json
 from collections.abc import Iterable
@@ -15,13 +15,13 @@ from ..files import iter_whole_lines, open_for_append, wrap_os_errors
 
 @dataclass
 class ItemResult:
-    """One item of a benchmark.
+    """The result of one item of a benchmark.
 
     Attributes:
-        task: of the harness; a benchmark may have several.
-        doc_id: its place in the task's data set.
-        scores: of each sample, in [0, 1].
-        responses: the samples; empty where options were compared by their probabilities.
+        task: the harness's task; a benchmark may have several.
+        doc_id: row number in the task's data set.
+        scores: one score per sample, in [0, 1].
+        responses: the samples; empty if the model only scored the options of a multiple-choice question.
     """
 
     task: str
@@ -31,14 +31,14 @@ class ItemResult:
 
 
 class ItemResults:
-    """The file of one model's items of one benchmark.
+    """The results of one model on one benchmark, and their file.
 
     Args:
-        path: of the file; needn't be there.
-        metadata: what all rows share: the model and the settings. Rows with other metadata are refused.
+        path: the file, which may not exist yet.
+        metadata: the model and the settings, which are the same in all rows.
 
     Raises:
-        OutputDirError: the file has other rows, or can't be read.
+        OutputDirError: the file has rows with other metadata, or can't be read.
     """
 
     def __init__(self, path: Path, metadata: dict[str, Any]) -> None:
@@ -46,11 +46,11 @@ class ItemResults:
         self.results: dict[tuple[str, int], ItemResult] = {}
         with wrap_os_errors(path):
             if path.exists():
-                with open_for_append(path):  # a file that can be added to
+                with open_for_append(path):  # check now that the file can be appended to
                     self._load()
 
     def add(self, items: Iterable[ItemResult]) -> None:
-        """Append those that aren't there. Raises `OutputDirError`."""
+        """Append the items that the file doesn't have yet. Raises `OutputDirError`."""
         new = [item for item in items if (item.task, item.doc_id) not in self.results]
         lines = [json.dumps(asdict(item) | self.metadata, ensure_ascii=False) + "\n" for item in new]
         with open_for_append(self.path) as append:
@@ -58,7 +58,7 @@ class ItemResults:
         self.results |= {(item.task, item.doc_id): item for item in new}
 
     def stack_scores(self, items: Iterable[tuple[str, int]]) -> np.ndarray:
-        """`[items, samples]`, in the order of `items`: task and doc_id."""
+        """The scores `[items, samples]` of some items, each given as (task, doc_id)."""
         return np.array([self.results[key].scores for key in items])
 
     def _load(self) -> None:
@@ -72,8 +72,8 @@ class ItemResults:
                 is_damaged = True
             if is_damaged:
                 raise OutputDirError(
-                    f"output_dir: line {number} of {self.path} isn't from this version of tsdkd eval; delete it, and "
-                    "its items are evaluated again"
+                    f"output_dir: line {number} of {self.path} wasn't written by this version of tsdkd eval; delete "
+                    "the line to evaluate its items again"
                 )
             changes = [
                 f"{k} was {shorten(metadata[k])}, now {shorten(now)}"
@@ -82,13 +82,13 @@ class ItemResults:
             ]
             if changes:
                 raise OutputDirError(
-                    f"output_dir: {self.path} has other items: {', '.join(changes)}; choose another directory"
+                    f"output_dir: {self.path} has items of other settings: {', '.join(changes)}; choose another folder"
                 )
             self.results[item.task, item.doc_id] = item
 
 
 def _is_item(item: ItemResult) -> bool:
-    """Whether the values of a line are of their types and ranges."""
+    """Whether the values of a line have the right types and ranges."""
     return (
         isinstance(item.task, str)
         and type(item.doc_id) is int

@@ -1,4 +1,4 @@
-"""Evaluates a model on problems with known answers: greedy, the average sample, the best of several."""
+"""Evaluates a model on problems with known answers: greedy accuracy, avg@k and pass@k."""
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ from ..rollout.base import Completion
 from ..rollout.hf import sample_completions
 from ..rollout.seeding import prompt_generator
 
-_LOGITS_GIB = 0.5  # that exist at once for the entropy
+_LOGITS_GIB = 0.5  # GiB of logits per batch, for the entropy
 
 
 @dataclass
@@ -22,11 +22,11 @@ class ProblemSet:
 
     Attributes:
         prompts: token ids.
-        answers: the right ones.
-        limits: of each completion, tokens.
+        answers: the right answers.
+        limits: maximum length of each completion, tokens.
         stop_token_ids: tokens that end a completion.
         vocab_size: only ids below it are sampled.
-        decode: token ids -> text.
+        decode: converts token ids to text.
         grader: says whether a completion is right.
     """
 
@@ -41,14 +41,14 @@ class ProblemSet:
 
 @dataclass
 class EvalResult:
-    """The problems that a model solved.
+    """Which problems a model solved.
 
     Attributes:
-        is_greedy_correct: whether the greedy completion is right.
-        num_correct: how many of the samples are.
-        num_samples: for each problem.
-        mean_length: of the samples, tokens.
-        mean_entropy: mean of the model's next-token distributions along its first samples, nats.
+        is_greedy_correct: whether the greedy completion is right, for each problem.
+        num_correct: number of samples that are right, for each problem.
+        num_samples: samples per problem.
+        mean_length: mean length of the samples, tokens.
+        mean_entropy: mean entropy of the next-token distributions along the first sample of each problem, nats.
     """
 
     is_greedy_correct: list[bool]
@@ -59,7 +59,7 @@ class EvalResult:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Percent of the problems (greedy, average sample, best of the samples), tokens, nats."""
+        """Accuracies in percent (greedy, avg@n, pass@n), `length` in tokens, `entropy` in nats."""
         count = len(self.is_greedy_correct)
         return {
             "greedy": 100 * sum(self.is_greedy_correct) / count,
@@ -74,10 +74,10 @@ def evaluate(model: PreTrainedModel, problems: ProblemSet, num_samples: int = 8,
     """Solve every problem once greedily and `num_samples` times at temperature 1, from fixed seeds.
 
     Args:
-        model: on its device; put into eval mode.
-        problems: at least one.
-        num_samples: for each problem, at least 1.
-        batch_size: completions at a time.
+        model: the model, which is put into eval mode.
+        problems: at least one problem.
+        num_samples: samples per problem, at least 1.
+        batch_size: completions per batch.
     """
     model.eval()
     is_greedy_correct = _grade(problems, _sample_completions(model, problems, None, batch_size))
@@ -96,7 +96,7 @@ def evaluate(model: PreTrainedModel, problems: ProblemSet, num_samples: int = 8,
 def _sample_completions(
     model: PreTrainedModel, problems: ProblemSet, sample_index: int | None, batch_size: int
 ) -> list[Completion]:
-    """One completion of each problem; `sample_index` None is greedy. The batch doesn't change what is sampled."""
+    """One completion per problem; greedy if `sample_index` is None. Samples don't depend on the batch."""
     completions: list[Completion] = []
     for start in range(0, len(problems.prompts), batch_size):
         indices = range(start, min(start + batch_size, len(problems.prompts)))

@@ -1,4 +1,4 @@
-"""Renders prompts for a model: as in the training of the run that made it, or else as its suite says."""
+"""How prompts are rendered for a model: as in the run that trained it, or else by the settings of the suite."""
 
 import hashlib
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ class PromptFormat:
 
     Attributes:
         template_hash: a digest of the chat template; None: prompts are plain text.
-        chat_template_kwargs: arguments of the template beside the messages.
+        chat_template_kwargs: arguments of the chat template, other than the messages.
     """
 
     template_hash: str | None
@@ -27,7 +27,7 @@ class PromptFormat:
 
     @property
     def applies_chat_template(self) -> bool:
-        """Whether prompts go through the chat template."""
+        """Whether prompts are rendered with the chat template."""
         return self.template_hash is not None
 
 
@@ -39,15 +39,17 @@ def resolve_prompt_format(
     defaults: Mapping[str, Any],
     model_args: Mapping[str, Any],
 ) -> PromptFormat | None:
-    """A model's, None where it would need a chat template and has none.
+    """The prompt format of a model, or None if it needs a chat template and doesn't have one.
 
     Args:
-        path: its folder or hub id.
-        tokenizer: the model's.
-        apply_chat_template: whether prompts go through chat templates.
-        is_explicit: whether the user said so; otherwise a run that was trained on plain text gets plain text.
-        defaults: for models that aren't of a run, as far as their template knows them.
-        model_args: of the harness; `enable_thinking` among them wins.
+        path: folder or hub id of the model.
+        tokenizer: its tokenizer.
+        apply_chat_template: whether to render prompts with the chat template.
+        is_explicit: whether the user chose `apply_chat_template`. If not, a model that was trained on plain text gets
+            plain text.
+        defaults: arguments of the chat template for models that no run trained; those that it doesn't know are left
+            out.
+        model_args: arguments of the harness's model class; `enable_thinking` among them overrides the others.
 
     Raises:
         DataError: the configuration of the run can't be read.
@@ -66,6 +68,6 @@ def resolve_prompt_format(
 
 
 def _find_run_config(folder: Path) -> dict[str, Any] | None:
-    """The configuration of the run whose student, or whose checkpoint, is in a folder."""
+    """The configuration of the run whose student or checkpoint is in a folder, if there is one."""
     places = [folder, folder.parent] if folder.name.startswith("checkpoint-") else [folder]
     return next((read_run_config(place) for place in places if (place / RUN_CONFIG_NAME).is_file()), None)

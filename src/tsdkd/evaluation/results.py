@@ -1,4 +1,4 @@
-"""The table: models and benchmarks, intervals, tests, and what the papers report for the same pair."""
+"""Writes the table: models and benchmarks, intervals, tests, and the papers' results for the same pair."""
 
 import json
 from collections.abc import Sequence
@@ -19,20 +19,20 @@ from .scores import NUM_RESAMPLES, bootstrap_interval, format_p_value, paired_pe
 from .suites import Benchmark
 
 ResultEntry = dict[str, Any]
-"""`model`, `benchmark`, `metric`, `mean`; against a baseline, also `difference` with its interval, `p`, `baseline`."""
+"""`model`, `benchmark`, `metric`, `mean`; except for the baseline also `difference`, its interval, `p`, `baseline`."""
 MAX_RESULTS = 24
 _MAX_FILE_MIB = 16
 
 
 @dataclass
 class BenchmarkResult:
-    """One model on one benchmark.
+    """The result of one model on one benchmark.
 
     Attributes:
-        model: its name.
-        benchmark: one of a suite's.
-        scores: `[items, samples]`.
-        pass_at_ks: the k of pass@k in the Markdown table, each at most the number of samples; none: that number.
+        model: name of the model.
+        benchmark: the benchmark.
+        scores: `[items, samples]`, in [0, 1].
+        pass_at_ks: the k of pass@k in the Markdown table, each at most the number of samples; empty: that number.
     """
 
     model: str
@@ -42,18 +42,24 @@ class BenchmarkResult:
 
     @property
     def item_metrics(self) -> dict[str, np.ndarray]:
-        """Metric -> `[items]`; accuracy, or avg@n and pass@k for `pass_at_ks`, the powers of two up to n, and n."""
+        """Metric -> `[items]`: accuracy, or avg@n and pass@k for `pass_at_ks`, the powers of two up to n, and n.
+
+        There is no pass@1, which is avg@n.
+        """
         n = self.scores.shape[1]
-        if n == 1:
-            return {"accuracy": self.scores[:, 0]}
-        pass_at_ks = sorted({2**i for i in range(1, n.bit_length())} | {n, *self.pass_at_ks})
-        return {f"avg@{n}": self.scores.mean(axis=1), **{f"pass@{k}": pass_at_k(self.scores, k) for k in pass_at_ks}}
+        ks = sorted(k for k in {2**i for i in range(n.bit_length())} | {n, *self.pass_at_ks} if 1 < k <= n)
+        return {self._mean_metric: self.scores.mean(axis=1), **{f"pass@{k}": pass_at_k(self.scores, k) for k in ks}}
 
     @property
     def table_metrics(self) -> list[str]:
-        """The metrics of the Markdown table."""
+        """The metrics in the Markdown table."""
         n = self.scores.shape[1]
-        return ["accuracy"] if n == 1 else [f"avg@{n}", *(f"pass@{k}" for k in self.pass_at_ks or (n,))]
+        ks = [k for k in self.pass_at_ks or (n,) if 1 < k <= n]
+        return [self._mean_metric, *(f"pass@{k}" for k in ks)]
+
+    @property
+    def _mean_metric(self) -> str:
+        return f"avg@{self.scores.shape[1]}" if self.benchmark.num_samples > 1 else "accuracy"
 
 
 def write_results(
@@ -64,8 +70,7 @@ def write_results(
     suite: str,
     settings: dict[str, Any] | None = None,
 ) -> Path:
-    """Write `results-<suite>.json` and `results-<suite>.md`, with the settings that the numbers are of; returns the
-    latter."""
+    """Write `results-<suite>.json` and `results-<suite>.md`, with the settings. Returns the path of the latter."""
     result_entries = [
         entry for m in results for entry in _build_entries(m, _find_result(results, baseline, m.benchmark))
     ]
@@ -73,31 +78,31 @@ def write_results(
     text = json.dumps({"models": paths, "settings": settings or {}, "results": result_entries}, indent=1)
     path = folder / f"results-{suite}.md"
     settings_line = ", ".join(f"{name} {value}" for name, value in (settings or {}).items())
-    settings_line = f"\nSuite {suite}: {escape_line(settings_line)}.\n" if settings_line else ""
+    settings_line = f"\nSettings of {suite}: {escape_line(settings_line)}.\n" if settings_line else ""
     write_atomically(path.with_suffix(".json"), text)
     write_atomically(path, _format_markdown(results, result_entries, models, baseline) + settings_line)
     return path
 
 
 def find_results(folder: Path, skipped: list[str]) -> dict[str, Path]:
-    """Find the JSON files of `write_results` in a folder and its subfolders `eval*`: name -> file.
+    """Find the JSON files that `write_results` wrote, in a folder and its subfolders `eval*`. Returns name -> file.
 
-    At most `MAX_RESULTS`; `skipped` takes how many more there are.
+    Returns at most `MAX_RESULTS` files; a message about the others is added to `skipped`.
     """
     paths = [*sorted(folder.glob("results-*.json")), *sorted(folder.glob("eval*/results-*.json"))]
     if len(paths) > MAX_RESULTS:
-        skipped.append(f"{folder}: {len(paths) - MAX_RESULTS} results of evaluations, after {MAX_RESULTS} others")
+        skipped.append(f"{folder}: {len(paths) - MAX_RESULTS} results of evaluations, beyond the first {MAX_RESULTS}")
     return {f"{path.parent.name}/{path.stem.removeprefix('results-')}": path for path in paths[:MAX_RESULTS]}
 
 
 def read_results(path: Path) -> tuple[dict[str, str], list[ResultEntry]]:
-    """Models and entries of a `results-<suite>.json`: names are strings, numbers finite. Raises `DataError`."""
+    """Read and check a `results-<suite>.json`. Returns its models and its entries. Raises `DataError`."""
     content = parse_json(read_bounded(path, _MAX_FILE_MIB), path)
     try:
         models = {name: _check_text("models", model) for name, model in content["models"].items()}
         return models, [_check_entry(entry) for entry in content["results"]]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} isn't from tsdkd eval: {explain_damage(error)}") from error
+        raise DataError(f"{path} wasn't written by tsdkd eval: {explain_damage(error)}") from error
 
 
 def _check_entry(entry: Any) -> ResultEntry:
@@ -144,7 +149,7 @@ def _find_result(results: Sequence[BenchmarkResult], model: str, benchmark: Benc
 def _format_markdown(
     results: Sequence[BenchmarkResult], result_entries: Sequence[dict[str, Any]], models: dict[str, str], baseline: str
 ) -> str:
-    """Means with 95 % intervals, then the differences from the baseline, then the papers' rows."""
+    """Format means with 95 % intervals, then the differences from the baseline, then the papers' results."""
     entries = {(e["model"], e["benchmark"], e["metric"]): e for e in result_entries}
     benchmarks = list(dict.fromkeys(m.benchmark for m in results))
     columns = [(b, metric) for b in benchmarks for metric in _find_result(results, baseline, b).table_metrics]
@@ -158,11 +163,15 @@ def _format_markdown(
     others = [m for m in models if m != baseline]
     if others:
         tests = [row(m, format_difference) for m in others]
-        parts.append(format_table([f"against {baseline}", *heads], tests))
+        parts.append(format_table([f"difference from {baseline}", *heads], tests))
     parts += [_format_published(pair, [b.name for b in benchmarks]) for pair in _find_published(models)]
-    items = ", ".join(f"{b.title} {len(_find_result(results, baseline, b).scores)}" for b in benchmarks)
-    test = f" p: two-sided, of a paired permutation test ({NUM_RESAMPLES:,} sign flips of the items' differences)."
-    parts.append(f"Percent, with 95 % bootstrap intervals over items ({items}).{test if others else ''}\n")
+    items = "; ".join(f"{b.title}: {len(_find_result(results, baseline, b).scores)}" for b in benchmarks)
+    notes = [f"Percent, with 95 % bootstrap intervals over the items ({items})."]
+    if any(metric.startswith("avg@") for _, metric in columns):
+        notes.append("avg@n is the mean over n samples, which is pass@1.")
+    if others:
+        notes.append(f"p: two-sided p-value of a paired permutation test ({NUM_RESAMPLES:,} sign flips).")
+    parts.append(f"{' '.join(notes)}\n")
     return "\n".join(part for part in parts if part)
 
 
@@ -173,24 +182,24 @@ def format_difference(entry: dict[str, Any]) -> str:
 
 
 def format_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; a cell's bars and line ends are escaped."""
+    """A Markdown table. Vertical bars and line breaks in cells are escaped."""
     lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
     escaped = ([escape_line(cell).replace("|", r"\|") for cell in line] for line in lines)
     return "".join(f"| {' | '.join(line)} |\n" for line in escaped)
 
 
 def _find_published(models: dict[str, str]) -> list[dict[str, Any]]:
-    """The papers' pairs to which one of the models belongs, by its name on the hub."""
+    """The papers' results for a student that is one of the models, by its name on the hub."""
     text = resources.files("tsdkd").joinpath("evaluation/published.yaml").read_text(encoding="utf-8")
     names = {name for path in models.values() for name in _model_names(path)}
     return [pair for pair in yaml.safe_load(text) if pair["student"] in names]
 
 
 def _model_names(path: str) -> set[str]:
-    """A model's own name; of a run's student, also the one that it started from."""
+    """The name of a model and, if a run trained it, the name of the model that the run started from."""
     names = {Path(path).name}
     if Path(path, RUN_CONFIG_NAME).is_file():
-        with suppress(DataError):  # no reason to lose a table
+        with suppress(DataError):  # a damaged configuration is no reason to lose the table
             names.add(Path(str(read_run_config(Path(path)).get("model_name_or_path"))).name)
     return names
 

@@ -1,4 +1,4 @@
-"""Statistics of a model's items: means with bootstrap intervals, pass@k, and a paired test between two models."""
+"""Statistics over items: means with bootstrap intervals, pass@k, and a paired test of two models."""
 
 import numpy as np
 from scipy import stats
@@ -14,7 +14,7 @@ def pass_at_k(scores: np.ndarray, k: int) -> np.ndarray:
         k: at most n.
 
     Returns:
-        `[items]`, the probability that one of k samples is right.
+        `[items]`, the probability that at least one of k samples is right.
     """
     n, wrong = scores.shape[1], (scores < 1).sum(axis=1)
     i = np.arange(k)
@@ -25,8 +25,8 @@ def bootstrap_interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]
     """The 95 % bootstrap interval of the mean over items, percentile method.
 
     Args:
-        values: `[items]`, a model's scores, or the differences between two models' scores.
-        seed: of the resampling.
+        values: `[items]`, scores of a model, or differences between the scores of two models.
+        seed: seed of the resampling.
     """
     if len(values) < 2 or np.ptp(values) == 0:
         mean = float(np.mean(values))
@@ -38,17 +38,20 @@ def bootstrap_interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]
 
 
 def paired_permutation_test(ours: np.ndarray, theirs: np.ndarray, seed: int = 0) -> float:
-    """The two-sided p value of "both models score alike on average", by sign flips of the items' differences.
+    """A paired permutation test of the hypothesis that two models have the same mean score.
 
-    Where each item is right or wrong, this is McNemar's exact test up to the randomness of the flips. Up to 13
-    differing items, all sign patterns are enumerated.
+    It flips the signs of the items' differences. If all scores are 0 or 1, this is McNemar's exact test, up to the
+    randomness of the flips. With at most 13 differing items, all sign patterns are enumerated.
 
     Args:
         ours, theirs: `[items]`, the scores of two models on the same items.
-        seed: of the flips.
+        seed: seed of the flips.
+
+    Returns:
+        The two-sided p-value.
     """
     differences = np.asarray(ours, dtype=float) - np.asarray(theirs, dtype=float)
-    differences = differences[differences != 0]  # a flip doesn't change the others
+    differences = differences[differences != 0]  # flipping the sign of 0 changes nothing
     if len(differences) < 2:
         return 1.0
     return float(
@@ -57,7 +60,7 @@ def paired_permutation_test(ours: np.ndarray, theirs: np.ndarray, seed: int = 0)
             lambda x, axis: x.sum(axis=axis),
             permutation_type="samples",
             vectorized=True,
-            n_resamples=NUM_RESAMPLES - 1,  # the observed signs are one more: p is at least 2 / NUM_RESAMPLES
+            n_resamples=NUM_RESAMPLES - 1,  # scipy adds the observed signs, so p is at least 2 / NUM_RESAMPLES
             batch=_batch_size(differences),
             alternative="two-sided",
             rng=seed,
@@ -66,10 +69,10 @@ def paired_permutation_test(ours: np.ndarray, theirs: np.ndarray, seed: int = 0)
 
 
 def format_p_value(p: float) -> str:
-    """Format a p-value with three decimals; below 0.001 as a bound."""
+    """Format a p-value with three decimals, or as "p < 0.001"."""
     return f"p {p:.3f}" if p >= 0.001 else "p < 0.001"
 
 
 def _batch_size(values: np.ndarray) -> int:
-    """Resamples at a time, in bounded memory."""
+    """Resamples per batch, so that memory is bounded."""
     return max(1, min(1000, 10_000_000 // len(values)))

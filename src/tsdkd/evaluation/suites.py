@@ -1,27 +1,31 @@
-"""The papers' benchmarks, with their shots, and what of each item counts."""
+"""The papers' benchmarks with their settings, and which of them a call of `tsdkd eval` evaluates."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..config.coercion import did_you_mean
 from ..errors import ConfigError
+from .problem_file import ProblemFile, is_problem_file, problem_file_title
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One column of a table.
+    """A benchmark: one column of the table, or several.
 
     Attributes:
-        name: on the command line and in files.
-        title: in tables.
-        task: the harness's task or group, or one of `tasks.CUSTOM_TASKS`.
+        name: name on the command line and in files.
+        title: name in tables.
+        task: a task or group of the harness, one of `tasks.CUSTOM_TASKS`, or the task of `problem_file`.
         num_fewshot: examples before each question.
-        metric: of each item, in [0, 1].
-        filter: the harness's name for how the answer is taken from the text.
-        num_samples: completions of each item.
-        is_sampled: at temperature 1 and top-p 0.8, up to 8192 tokens; `--samples` says how many.
-        requires_code_execution: the grade comes from running what the model wrote.
+        metric: the harness's metric of an item, in [0, 1].
+        filter: the harness's filter, which extracts the answer from the text.
+        num_samples: completions per item.
+        is_sampled: completions are sampled, not decoded greedily: in the papers' suites at temperature 1 and top-p
+            0.8, up to 8192 tokens.
+        requires_code_execution: an item is graded by running the program that the model wrote.
+        problem_file: the user's file that has the items; None: a data set of the suite.
     """
 
     name: str
@@ -33,19 +37,27 @@ class Benchmark:
     num_samples: int = 1
     is_sampled: bool = False
     requires_code_execution: bool = False
+    problem_file: ProblemFile | None = None
+
+    @property
+    def uses_max_new_tokens(self) -> bool:
+        """Whether `--max_new_tokens` limits the completions, rather than the harness's task."""
+        return self.is_sampled or self.problem_file is not None
 
 
 @dataclass(frozen=True)
 class Suite:
-    """Benchmarks that belong together.
+    """Benchmarks that are evaluated together.
 
     Attributes:
+        name: name on the command line and in the names of the result files.
         benchmarks: the benchmarks, in the order of the table.
-        apply_chat_template: prompts go through the model's chat template, if the command line says nothing else.
-        paper: where shots and settings are from.
-        chat_template_kwargs: for chat templates that know them, for models that no run of tsdkd made.
+        apply_chat_template: whether prompts are rendered with the model's chat template by default.
+        paper: the source of the settings.
+        chat_template_kwargs: arguments for chat templates that know them, except for models that tsdkd trained.
     """
 
+    name: str
     benchmarks: tuple[Benchmark, ...]
     apply_chat_template: bool
     paper: str
@@ -59,8 +71,9 @@ def _sampled_benchmark(name: str, title: str) -> Benchmark:
     return Benchmark(name, title, name, 0, "score", "all", num_samples=8, is_sampled=True)
 
 
-SUITES = {
-    "tsd-kd": Suite(
+_ALL_SUITES = (
+    Suite(
+        "tsd-kd",
         (
             Benchmark("gsm8k", "GSM8K", "gsm8k", 5, "exact_match", "strict-match"),
             Benchmark("gsm_plus", "GSM-Plus", "gsm_plus", 5, "exact_match", "strict-match"),
@@ -76,7 +89,8 @@ SUITES = {
         apply_chat_template=False,
         paper="TSD-KD, appendix A.10",
     ),
-    "eopd": Suite(
+    Suite(
+        "eopd",
         (
             _sampled_benchmark("math500", "MATH500"),
             _sampled_benchmark("amc23", "AMC23"),
@@ -89,7 +103,8 @@ SUITES = {
         paper="EOPD, section 5.1 and appendix C",
         chat_template_kwargs=_NOT_THINKING,
     ),
-    "ood": Suite(
+    Suite(
+        "ood",
         (
             _sampled_benchmark("gpqa_diamond", "GPQA-Diamond"),
             Benchmark("mmlu_pro", "MMLU-Pro", "mmlu_pro", 5, "exact_match", "custom-extract", is_sampled=True),
@@ -98,7 +113,8 @@ SUITES = {
         paper="EOPD, section 5.3 and appendix C",
         chat_template_kwargs=_NOT_THINKING,
     ),
-    "demo": Suite(
+    Suite(
+        "demo",
         (
             Benchmark("demo_greedy", "demo, greedy", "demo_greedy", 0, "score", "all"),
             _sampled_benchmark("demo", "demo"),
@@ -106,39 +122,111 @@ SUITES = {
         apply_chat_template=True,
         paper="the embedded demo",
     ),
-}
+)
+SUITES = {suite.name: suite for suite in _ALL_SUITES}
 
 
 def benchmark_title(name: str) -> str:
-    """A benchmark's title; of an unknown one its name."""
+    """The title of a benchmark; of an unknown one its name."""
     return next((b.title for suite in SUITES.values() for b in suite.benchmarks if b.name == name), name)
 
 
-def select_benchmarks(suite: str, names: list[str] | None, allow_code_execution: bool = False) -> list[Benchmark]:
-    """The suite's benchmarks, or those of them that are named.
+def resolve_suite(
+    suite: str | None,
+    benchmarks: Sequence[str] | None,
+    allow_code_execution: bool = False,
+    **file_options: str | None,
+) -> Suite:
+    """The suite to evaluate, with only the chosen benchmarks.
+
+    Args:
+        suite: one of `SUITES`; None: the suite that has the benchmarks.
+        benchmarks: names of benchmarks, or files of problems; None: all benchmarks of the suite.
+        allow_code_execution: whether programs that models write may be run.
+        **file_options: the other fields of `ProblemFile`, for files of problems.
 
     Raises:
-        ConfigError: the suite hasn't one of them, or it runs programs and that isn't allowed.
+        ConfigError: there is no such suite, benchmark or combination, or running programs isn't allowed.
+    """
+    names = list(benchmarks or ())
+    files = [name for name in names if is_problem_file(name)]
+    if files:
+        others = [name for name in names if name not in files]
+        if suite is not None or others:
+            other = f"benchmark {others[0]}" if others else f"--suite {suite}"
+            raise ConfigError([f"--benchmarks: {files[0]} can't be combined with {other}; evaluate it separately"])
+        return _build_file_suite([ProblemFile(file, **file_options) for file in files])
+    if given := [name for name, value in file_options.items() if value is not None]:
+        raise ConfigError([f"--{given[0]}: only with a file of problems as --benchmarks"])
+    chosen = SUITES[suite] if suite is not None else _find_suite(names)
+    selected = select_benchmarks(chosen.name, names, allow_code_execution)
+    return replace(chosen, benchmarks=tuple(selected))
+
+
+def _find_suite(names: Sequence[str]) -> Suite:
+    """The only suite that has all these benchmarks. Raises `ConfigError`."""
+    if not names:
+        suites = ", ".join(SUITES)
+        raise ConfigError(
+            [f"--suite: missing; choose {suites}, or name benchmarks or your own file with --benchmarks"]
+        )
+    suites_of = {name: [s for s in SUITES.values() if any(b.name == name for b in s.benchmarks)] for name in names}
+    known = [b.name for s in SUITES.values() for b in s.benchmarks]
+    unknown = [name for name in names if not suites_of[name]]
+    if unknown:
+        has = "; ".join(f"{s.name} has {', '.join(b.name for b in s.benchmarks)}" for s in SUITES.values())
+        raise ConfigError([f"--benchmarks: unknown {name!r}{did_you_mean(name, known)} ({has})" for name in unknown])
+    common = [s for s in suites_of[names[0]] if all(s in suites_of[name] for name in names)]
+    if len(common) == 1:
+        return common[0]
+    places = ", ".join(f"{name} is in {' and '.join(s.name for s in suites_of[name])}" for name in names)
+    advice = "their settings differ, choose one with --suite" if common else "evaluate one suite at a time"
+    raise ConfigError([f"--benchmarks: {places}; {advice}"])
+
+
+def _build_file_suite(files: Sequence[ProblemFile]) -> Suite:
+    """Two benchmarks for each file: greedy, and sampled at temperature 1. Raises `ConfigError`."""
+    benchmarks: list[Benchmark] = []
+    for file in files:
+        name = problem_file_title(file)
+        taken = {b.name for suite in SUITES.values() for b in suite.benchmarks} | {b.name for b in benchmarks}
+        if not re.fullmatch(r"\w[\w.+-]{0,99}", name):
+            raise ConfigError([f"--benchmarks: {file.path}: its name must have letters, digits and . _ + - only"])
+        if {name, f"{name}_greedy"} & taken:
+            raise ConfigError([f"--benchmarks: {file.path}: another benchmark is called {name!r}; rename the file"])
+        shared: dict[str, Any] = {"num_fewshot": 0, "metric": "score", "filter": "all", "problem_file": file}
+        greedy, sampled = f"{name}_greedy", name
+        benchmarks.append(Benchmark(greedy, f"{name}, greedy", greedy, **shared))
+        benchmarks.append(Benchmark(sampled, name, sampled, num_samples=8, is_sampled=True, **shared))
+    suite_name = "+".join(problem_file_title(file) for file in files)[:100]
+    return Suite(suite_name, tuple(benchmarks), apply_chat_template=True, paper="the user's problems")
+
+
+def select_benchmarks(suite: str, names: Sequence[str] | None, allow_code_execution: bool = False) -> list[Benchmark]:
+    """The benchmarks of a suite, or the named ones among them.
+
+    Raises:
+        ConfigError: the suite doesn't have a benchmark, or has one that runs programs, which isn't allowed.
     """
     known = {benchmark.name: benchmark for benchmark in SUITES[suite].benchmarks}
     unknown = [name for name in names or () if name not in known]
     if unknown:
-        has = f"it has {', '.join(known)}"
         raise ConfigError(
             [
-                f"--benchmarks: {name!r} is not of suite {suite}{did_you_mean(name, list(known))}; {has}"
+                f"--benchmarks: suite {suite} doesn't have {name!r}{did_you_mean(name, list(known))}; it has "
+                f"{', '.join(known)}"
                 for name in unknown
             ]
         )
-    chosen = [known[name] for name in names or known]
+    chosen = [known[name] for name in dict.fromkeys(names or known)]
     code_benchmarks = [b.title for b in chosen if b.requires_code_execution]
     if code_benchmarks and not allow_code_execution:
         others = ",".join(b.name for b in chosen if not b.requires_code_execution)
-        alternative = f", or leave it out: --benchmarks {others}" if others else ""
+        alternative = f", or leave it out with --benchmarks {others}" if others else ""
         raise ConfigError(
             [
-                f"{', '.join(code_benchmarks)}: its programs, which the model writes, would have to be run; allow it "
-                f"with --allow_code_execution{alternative}"
+                f"{', '.join(code_benchmarks)}: grading runs the programs that the model writes; allow this with "
+                f"--allow_code_execution{alternative}"
             ]
         )
     return chosen

@@ -1,4 +1,4 @@
-"""Benchmarks as tasks of lm-evaluation-harness: the harness's, with the papers' shots, and custom ones."""
+"""Benchmarks as tasks of lm-evaluation-harness: its own, with the papers' shots, and custom ones."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -16,6 +16,7 @@ from lm_eval.tasks import TaskManager
 from ..errors import DataError, first_line, list_names
 from ..files import load_in_child_first, require_readable_data
 from ..grading import is_boxed_letter, is_exact_match, is_math_equivalent
+from .problem_task import ProblemTask
 from .sandbox import run_program
 from .suites import Benchmark
 
@@ -23,7 +24,7 @@ Grader = Callable[[str, dict[str, Any]], bool]
 
 _BOXED_INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."  # EOPD, appendix C
 _SAMPLING_KWARGS = {"do_sample": True, "temperature": 1.0, "top_p": 0.8}
-_NEUTRAL_KWARGS = {"top_k": 0, "repetition_penalty": 1.0}  # or a checkpoint's own generation settings would join in
+_NEUTRAL_KWARGS = {"top_k": 0, "repetition_penalty": 1.0}  # override the checkpoint's generation settings
 _LETTERS = "ABCD"
 
 
@@ -43,7 +44,7 @@ def _math_task(path: str, split: str, question: str, answer: str) -> dict[str, A
 
 def _gpqa_task() -> dict[str, Any]:
     def choices(doc: dict[str, Any]) -> list[str]:
-        """The right one and the others, in an order that depends on the question alone."""
+        """The columns with the right and the wrong answers, in an order that depends only on the question."""
         names = ["Correct Answer", *(f"Incorrect Answer {i}" for i in (1, 2, 3))]
         key = {name: hashlib.sha256(f"{doc['Question']}\0{name}".encode()).digest() for name in names}
         return sorted(names, key=key.__getitem__)
@@ -84,21 +85,25 @@ CUSTOM_TASKS: dict[str, dict[str, Any]] = {
     "demo": _demo_task(do_sample=True, temperature=1.0),
     "demo_greedy": _demo_task(do_sample=False),
 }
-"""Task -> keys of the harness, and `grade`, which takes a response and its item."""
+"""Task -> its configuration for the harness, and `grade`, which takes a response and its item."""
 
 
 def build_tasks(benchmark: Benchmark, num_samples: int, max_new_tokens: int, data_dir: Path | None) -> list[Task]:
-    """The benchmark's tasks, with their data loaded.
+    """Build the tasks of a benchmark and load their data.
 
     Args:
-        benchmark: of `suites`.
-        num_samples: completions of each item.
-        max_new_tokens: of each, where they are sampled.
-        data_dir: where `<task>/<split>.jsonl` are read instead of the hub's data sets.
+        benchmark: the benchmark.
+        num_samples: completions per item.
+        max_new_tokens: maximum length of a completion, tokens, if it is sampled.
+        data_dir: folder with `<task>/<split>.jsonl`, to read instead of the data sets on the hub.
 
     Raises:
-        DataError: a data set that isn't there, or local rows that aren't the benchmark's.
+        ConfigError: the user's grader can't be imported.
+        DataError: a data set is missing, or a local row isn't one of the benchmark.
     """
+    if benchmark.problem_file is not None:
+        file, is_sampled = benchmark.problem_file, benchmark.is_sampled
+        return [ProblemTask(benchmark.task, file, num_samples, is_sampled, max_new_tokens, **_NEUTRAL_KWARGS)]
     manager = _harness_task_manager() if benchmark.task not in CUSTOM_TASKS else TaskManager(include_defaults=False)
     if benchmark.task in CUSTOM_TASKS:
         task_configs = [_custom_task_config(benchmark.task, num_samples, max_new_tokens)]
@@ -112,7 +117,9 @@ def build_tasks(benchmark: Benchmark, num_samples: int, max_new_tokens: int, dat
         task_configs = [
             task_config | _local_dataset_config(task_config["task"], data_dir) for task_config in task_configs
         ]
-    if task_configs[0]["task"] in manager.task_index:  # a group's members may say in what they differ from the index
+    if (
+        task_configs[0]["task"] in manager.task_index
+    ):  # only as members of a group can tasks of the index be overridden
         task_configs = [{"group": benchmark.name, "task": task_configs}]
     try:
         tasks = list(manager.load(task_configs)["tasks"].values())
@@ -120,13 +127,13 @@ def build_tasks(benchmark: Benchmark, num_samples: int, max_new_tokens: int, dat
         if data_dir is None:
             raise
         raise DataError(
-            f"--data_dir: {benchmark.title} needs a split or column that {data_dir} hasn't: {error}"
+            f"--data_dir: {benchmark.title} needs a split or column that {data_dir} doesn't have: {error}"
         ) from error
-    except Exception as error:  # of the hub, datasets, pyarrow, and the task's own functions
+    except Exception as error:  # anything from the hub, datasets, pyarrow or the task's functions
         cause = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
         line = next((line for line in str(cause).splitlines() if line.strip()), f"empty ({type(cause).__name__})")
         place = f" from {data_dir}" if data_dir else ""
-        raise DataError(f"{benchmark.title}: its data can't be loaded{place}: {line}") from error
+        raise DataError(f"{benchmark.title}: the data can't be loaded{place}: {line}") from error
     if data_dir is not None:
         for task in tasks:
             _validate_rows(task, benchmark, data_dir)
@@ -134,12 +141,12 @@ def build_tasks(benchmark: Benchmark, num_samples: int, max_new_tokens: int, dat
 
 
 def _validate_rows(task: Task, benchmark: Benchmark, data_dir: Path) -> None:
-    """Check local rows for errors that the harness would otherwise raise only after models are loaded."""
+    """Check local rows now: the harness would raise errors only after the models are loaded."""
     examples = list(task.fewshot_docs() or []) if benchmark.num_fewshot else []
     if len(examples) < benchmark.num_fewshot:
         raise DataError(
-            f"--data_dir: {data_dir / task.task_name} has {len(examples)} few-shot examples, {benchmark.title} shows "
-            f"{benchmark.num_fewshot}"
+            f"--data_dir: {data_dir / task.task_name} has {len(examples)} few-shot examples, but {benchmark.title} "
+            f"needs {benchmark.num_fewshot}"
         )
     for kind, rows in (("item", task.eval_docs), ("few-shot example", examples)):
         for number, row in enumerate(rows):
@@ -151,15 +158,18 @@ def _validate_rows(task: Task, benchmark: Benchmark, data_dir: Path) -> None:
                 _, target = task.doc_to_text(row), task.doc_to_target(row)
                 if task.OUTPUT_TYPE == "multiple_choice":
                     choices = task.doc_to_choice(row)
-                    if target not in (*choices, *range(len(choices))):  # the harness would count it as wrong
+                    if target not in (
+                        *choices,
+                        *range(len(choices)),
+                    ):  # the harness would count every response as wrong
                         raise ValueError(f"no choice is {target!r}")
                 if benchmark.task in CUSTOM_TASKS:
                     CUSTOM_TASKS[benchmark.task]["grade"]("", row)
-            except Exception as error:  # of templates and functions of many hands
+            except Exception as error:  # anything from the templates and functions of the harness's tasks
                 text = " ".join(str(error).split())[:300]
                 raise DataError(
-                    f"--data_dir: {kind} {number} of {data_dir / task.task_name} isn't a row of {benchmark.title}: "
-                    f"{type(error).__name__}: {text}; it has {list_names(row)}"
+                    f"--data_dir: {kind} {number} of {data_dir / task.task_name} isn't a valid row of "
+                    f"{benchmark.title}: {type(error).__name__}: {text}; it has {list_names(row)}"
                 ) from error
 
 
@@ -169,12 +179,12 @@ def _is_list_of_text(value: Any) -> bool:
 
 @cache
 def _harness_task_manager() -> TaskManager:
-    """All of the harness's tasks: thousands of small files."""
+    """The index of all tasks of the harness. It reads thousands of small files."""
     return TaskManager()
 
 
 def leaf_tasks(manager: TaskManager, name: str) -> list[str]:
-    """The harness's tasks of that name: itself, a group's, a tag's."""
+    """The tasks of a name, which may be a task, a group or a tag."""
     entry = manager.task_index[name]
     members = entry.cfg.get("task") if entry.cfg else sorted(entry.tags)
     if isinstance(members, str):
@@ -216,7 +226,7 @@ def _harness_task_config(name: str, benchmark: Benchmark, max_new_tokens: int) -
 
 
 def _sandboxed_task_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The harness's task of writing programs, without its way to run them, which is no sandbox."""
+    """The harness's task of writing programs, graded in our sandbox: the harness runs programs without one."""
     kept = ("dataset_path", "dataset_name", "test_split", "doc_to_text", "target_delimiter", "generation_kwargs")
     return {
         **{key: config[key] for key in kept},
@@ -236,7 +246,7 @@ def _passes_tests(response: str, doc: dict[str, Any]) -> bool:
 
 
 def _is_used(column: str, task: Task, benchmark: Benchmark, row: dict[str, Any]) -> bool:
-    """Whether prompt or grade depend on a column. A row that lacks it has None there, which may also be a value."""
+    """Whether the prompt or the grade depends on a column. None may be a missing value, or a valid one."""
 
     def rendered(row: dict[str, Any]) -> tuple[Any, ...]:
         grade = CUSTOM_TASKS[benchmark.task]["grade"](r"\boxed{7}", row) if benchmark.task in CUSTOM_TASKS else None
@@ -244,12 +254,14 @@ def _is_used(column: str, task: Task, benchmark: Benchmark, row: dict[str, Any])
 
     try:
         return rendered(row) != rendered({**row, column: "7"})
-    except Exception:  # it can't do without, or not with that
+    except Exception:  # it needs the column, or another value
         return True
 
 
 def hash_local_data(tasks: Sequence[Task], data_dir: Path | None) -> str | None:
-    """Hash of the files in `data_dir` that the tasks read; None without local data."""
+    """A digest of the local data that the tasks read: a user's problems, or files in `data_dir`. None without any."""
+    if isinstance(tasks[0], ProblemTask):
+        return tasks[0].data_hash
     if data_dir is None:
         return None
     digest = hashlib.sha256()
@@ -265,11 +277,11 @@ def _split_files(task: str, data_dir: Path) -> list[Path]:
 def _local_dataset_config(task: str, data_dir: Path) -> dict[str, Any]:
     files = {path.stem: str(path) for path in _split_files(task, data_dir)}
     if not files:
-        raise DataError(f"--data_dir: no {data_dir / task}/<split>.jsonl")
+        raise DataError(f"--data_dir: there is no {data_dir / task}/<split>.jsonl")
     try:
         require_readable_data(data_dir / task)
         load_in_child_first(lambda: load_dataset("json", data_files=files))
-    except Exception as error:  # the reader's own
+    except Exception as error:  # anything from the reader
         raise DataError(
             f"--data_dir: {data_dir / task} can't be read: {first_line(error.__cause__ or error)[:300]}"
         ) from error

@@ -1,5 +1,7 @@
-"""Completions of the teacher or the student for the prompts of a run, as rows of a JSONL file: data for off-policy
-runs (`lmbda: 0`) and sequence-level distillation."""
+"""Generates the teacher's or the student's completions of a run's prompts and appends them to a JSONL file.
+
+Such a file is the data set of off-policy runs (`lmbda: 0`) and of sequence-level distillation.
+"""
 
 import json
 import logging
@@ -37,12 +39,14 @@ class GenerationSetup:
     """The generating model, its sampling options, and the prompts.
 
     Attributes:
-        role: of the generating model.
+        role: the model that generates.
         model_name_or_path: its folder or hub id.
-        revision: its branch, tag or commit on the hub, if one is given.
-        args, pair: the run's.
-        dataset, source_columns: the prompts as they were given, and their columns.
-        tokenized_dataset: see `prepare_dataset`.
+        revision: its branch, tag or commit on the hub, or None.
+        args: the run's training arguments.
+        pair: the run's models.
+        dataset: all rows of the run's data set, as they were loaded.
+        source_columns: the names of its columns.
+        tokenized_dataset: the rows to generate for, as `prepare_dataset` returns them.
     """
 
     role: Role
@@ -61,7 +65,7 @@ class GenerationSetup:
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """The metadata that all rows of an output file share."""
+        """The values that are the same in all rows of an output file."""
         return {
             "model": self.model_name_or_path,
             "revision": get_revision(self.model_name_or_path, self.config),
@@ -71,31 +75,31 @@ class GenerationSetup:
 
     @property
     def sampling(self) -> SamplingConfig:
-        """Only ids that both models have, up to a stop token of the generating model."""
+        """Sample only token ids that both models have, until a stop token of the generating model."""
         return SamplingConfig(
             self.pair.stop_token_ids(self.role), self.pair.shared_vocab_size, self.args.temperature, self.args.top_p
         )
 
     @property
     def output_columns(self) -> Columns:
-        """Names of the output's columns of prompt, completion and answer."""
+        """The names of the prompt, completion and answer columns in the output file."""
         return output_columns(self.args)
 
     def get_prompt(self, index: int) -> Any:
-        """The prompt of a row of the data set, as it stands there."""
+        """The prompt of a row, unchanged."""
         return split_prompt_completion(self.dataset[index], index, self.source_columns)[0]
 
 
 @dataclass
 class GenerationRequest:
-    """One completion to be generated.
+    """One completion to generate.
 
     Attributes:
         index: row number in the data set.
-        sample: which of the prompt's completions, from 0.
-        prompt_ids: token ids.
-        max_new_tokens: the most tokens that the completion may have.
-        seed_key: what seeds it.
+        sample: number of the completion among those of its prompt, from 0.
+        prompt_ids: token ids of the prompt.
+        max_new_tokens: maximum length of the completion, tokens.
+        seed_key: what the random stream is seeded with.
     """
 
     index: int
@@ -106,54 +110,61 @@ class GenerationRequest:
 
 
 def generate_completions(
-    arguments: RunArguments, role: Role, output: Path, num_completions: int = 1, top_p: float | None = None
+    arguments: RunArguments,
+    role: Role,
+    output: Path,
+    num_samples: int = 1,
+    limit: int | None = None,
+    top_p: float | None = None,
 ) -> None:
-    """Append to `output` the rows that it lacks, each as soon as it is generated.
+    """Generate the rows that `output` doesn't have yet, and append each one as soon as it is finished.
 
     Args:
-        arguments: the run: its pair, prompts, limits and `vllm_…` fields.
-        role: which model generates.
-        output: a JSONL file, a row for each completion.
-        num_completions: for each prompt.
-        top_p: nucleus mass, instead of the run's: no loss has to model these samples.
+        arguments: the run: its models, prompts, length limits and `vllm_…` options.
+        role: the model that generates.
+        output: a JSONL file, one row per completion.
+        num_samples: completions per prompt.
+        limit: use only the first `limit` prompts; None: all.
+        top_p: nucleus sampling, instead of the run's value. It may differ: no loss has to model these samples.
 
     Raises:
-        TSDKDError: all finished rows are kept.
+        TSDKDError: something is wrong with the input, or generation failed. Finished rows are kept.
     """
     if top_p is not None:
         arguments.training_args.top_p = top_p
-    setup = _prepare_setup(arguments, role)
+    setup = _prepare_setup(arguments, role, limit)
     is_new = not output.exists()
     with hold_file(output, "output_file"):
         try:
-            _append_completions(setup, output, num_completions)
+            _append_completions(setup, output, num_samples)
         finally:
             if is_new and output.exists() and output.stat().st_size == 0:
                 os.unlink(os.path.realpath(output))  # nothing was generated
 
 
 def engine_memory_utilization(arguments: RunArguments, device: torch.device) -> float:
-    """Share of a GPU's memory for an engine that has it to itself: the configuration's is for one beside training."""
+    """The share of a GPU's memory for vLLM, which has the GPU to itself here. The configuration's value assumes that
+    training uses the same GPU."""
     if device.type == "cuda" and "vllm_gpu_memory_utilization" not in arguments.flag_names:
         return 0.9
     return arguments.training_args.vllm_gpu_memory_utilization
 
 
-def _append_completions(setup: GenerationSetup, output: Path, num_completions: int) -> None:
+def _append_completions(setup: GenerationSetup, output: Path, num_samples: int) -> None:
     done = read_finished(output, setup.output_columns.prompt, setup.metadata, len(setup.dataset), setup.get_prompt)
     requests = [
         GenerationRequest(
             row["index"], sample, row["prompt_ids"], row["limit"], (setup.args.seed, sample, row["index"])
         )
-        for sample in range(num_completions)
+        for sample in range(num_samples)
         for row in setup.tokenized_dataset
         if (row["index"], sample) not in done
     ]
-    _log_progress(f"{output}: {len(done)} completions are there, {len(requests)} to go")
+    _log_progress(f"{output}: {len(done)} completions are finished, {len(requests)} remain")
     if not requests:
         return
     if setup.args.use_vllm and setup.args.vllm_mode == "colocate":
-        _log_progress("starting vLLM's engine, which takes a minute or two")
+        _log_progress("starting the vLLM engine, which takes a minute or two")
     metadata = setup.metadata
     generate = _generate_with_vllm if setup.args.use_vllm else _generate_with_transformers
     completions = generate(setup, requests)
@@ -163,21 +174,25 @@ def _append_completions(setup: GenerationSetup, output: Path, num_completions: i
             append(json.dumps(row, ensure_ascii=False, default=str) + "\n")
 
 
-def _prepare_setup(arguments: RunArguments, role: Role) -> GenerationSetup:
+def _prepare_setup(arguments: RunArguments, role: Role, limit: int | None) -> GenerationSetup:
     args = arguments.training_args
     if args.world_size > 1:
         raise ConfigError(
-            [f"it runs in one process, found {args.world_size}; vLLM takes vllm_tensor_parallel_size GPUs"]
+            [
+                f"tsdkd generate must run in one process, found {args.world_size}; to use several GPUs, set "
+                "vllm_tensor_parallel_size"
+            ]
         )
     if args.use_vllm:
         require_vllm()
         args.vllm_gpu_memory_utilization = engine_memory_utilization(arguments, args.device)
-    output_columns(args)  # raises before anything is loaded
+    output_columns(args)  # check the names before anything is loaded
     dataset, _ = load_datasets(arguments.data_args, args)
     set_model_init_kwargs(arguments)
     student, teacher = str(arguments.model_args.model_name_or_path), str(args.teacher_model_name_or_path)
     pair = resolve_pair(student, teacher, args)
-    tokenized = prepare_dataset(dataset, pair.template_tokenizer, args, pair.context_length, needs_completion=False)
+    rows = dataset.select(range(min(limit or len(dataset), len(dataset))))
+    tokenized = prepare_dataset(rows, pair.template_tokenizer, args, pair.context_length, needs_completion=False)
     init_kwargs = args.model_init_kwargs if role == "student" else args.teacher_model_init_kwargs
     return GenerationSetup(
         role,
@@ -206,7 +221,7 @@ def _build_row(setup: GenerationSetup, request: GenerationRequest, completion: C
 
 
 def _generate_with_vllm(setup: GenerationSetup, requests: list[GenerationRequest]) -> Iterator[tuple[int, Completion]]:
-    """Position and completion of each request, in the order in which they are finished."""
+    """Yield the position of each request and its completion, in the order in which they finish."""
     if setup.args.vllm_mode == "colocate" or Path(setup.model_name_or_path).is_dir():
         require_finite_files(setup.model_name_or_path, _MODEL_FIELDS[setup.role], setup.revision)
     from ..rollout.vllm.colocate import iter_completions, shared_sampling_params, start_engine  # vLLM is an extra
@@ -228,13 +243,13 @@ def _generate_with_vllm(setup: GenerationSetup, requests: list[GenerationRequest
 def _generate_with_transformers(
     setup: GenerationSetup, requests: list[GenerationRequest]
 ) -> Iterator[tuple[int, Completion]]:
-    """Yield positions and completions, as `_generate_with_vllm` does."""
+    """See `_generate_with_vllm`."""
     from ..rollout.hf import sample_completions
 
     field, size = _MODEL_FIELDS[setup.role], setup.args.per_device_eval_batch_size
     model = load_frozen_model(setup.model_name_or_path, setup.args, field, setup.args.device).eval()
     sampling = vars(setup.sampling)
-    # similar lengths together, so that little is padded; the longest first, so that memory runs out at once or never
+    # Similar lengths share a batch, to pad little. The longest come first: if memory is short, it shows at once
     order = sorted(range(len(requests)), key=lambda i: -len(requests[i].prompt_ids) - requests[i].max_new_tokens)
     for positions in (order[i : i + size] for i in range(0, len(order), size)):
         batch = [requests[i] for i in positions]
@@ -244,7 +259,7 @@ def _generate_with_transformers(
 
 
 def _with_progress(completions: Iterator[tuple[int, Completion]], total: int) -> Iterator[tuple[int, Completion]]:
-    """Pass completions through and log progress every `_PROGRESS_INTERVAL` seconds."""
+    """Pass the completions on, and log the progress every `_PROGRESS_INTERVAL` seconds."""
     start = last_logged = time.perf_counter()
     num_tokens = 0
     for count, (position, completion) in enumerate(completions, 1):

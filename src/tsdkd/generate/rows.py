@@ -1,4 +1,4 @@
-"""Rows of the output file: which names their columns have, and which rows are there already."""
+"""The rows of the output file: the names of their columns, and which rows the file already has."""
 
 import json
 from collections.abc import Callable
@@ -12,19 +12,23 @@ from ..errors import ConfigError, OutputDirError
 from ..files import iter_whole_lines
 
 SHARED_OPTIONS = ("seed", "temperature", "top_p", "max_new_tokens", "prompt_suffix")
-"""Options of the run that are in every row."""
+"""Options of the run that every row records."""
 _OTHER_COLUMNS = {"index", "sample", "num_tokens", "finish_reason", "model", "revision", "engine"}
 
 
 def output_columns(args: TokenSelectiveConfig) -> Columns:
-    """The columns as the run will look for them. Raises `ConfigError` for a name that is another column's."""
+    """The prompt, completion and answer columns, named as the run expects them.
+
+    Raises:
+        ConfigError: a name is taken by another column of the output.
+    """
     columns = {
         "prompt_column": args.prompt_column or "prompt",
         "completion_column": args.completion_column or "completion",
         "answer_column": args.answer_column or "answer",
     }
     problems = [
-        f"{field}: {name!r} is a column of the output with another content; rename it in the data set"
+        f"{field}: the output file uses the column {name!r} for something else; rename the column in the data set"
         for field, name in columns.items()
         if name in {*_OTHER_COLUMNS, *SHARED_OPTIONS} or (list(columns.values()).count(name) > 1)
     ]
@@ -36,16 +40,17 @@ def output_columns(args: TokenSelectiveConfig) -> Columns:
 def read_finished(
     output: Path, prompt_column: str, metadata: dict[str, Any], num_prompts: int, get_prompt: Callable[[int], Any]
 ) -> set[tuple[int, int]]:
-    """(index, sample) of the rows that are there; a last line that was cut off is removed.
+    """The (index, sample) pairs of the rows that the file has. An incomplete last line is removed.
 
     Args:
         output: the file.
-        prompt_column: the rows' column of the prompt.
-        metadata: what all rows share.
-        num_prompts, get_prompt: of the data set; the prompt of its row.
+        prompt_column: the name of its prompt column.
+        metadata: the values that are the same in all rows.
+        num_prompts: number of rows of the data set.
+        get_prompt: returns the prompt of a row of the data set.
 
     Raises:
-        OutputDirError: the file has other rows, and is unchanged.
+        OutputDirError: a row isn't from this command, or from another model, setting or prompt. The file is unchanged.
     """
     done, prefix = set(), f"{{{json.dumps(prompt_column, ensure_ascii=False)}: ".encode()
     for number, line in iter_whole_lines(output, prefix, "output_file"):
@@ -55,11 +60,11 @@ def read_finished(
             found = {name: row[name] for name in metadata} | {"prompt": row[prompt_column]}
             expected = metadata | {"prompt": get_prompt(key[0])}
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise OutputDirError(f"output_file: line {number} of {output} isn't from tsdkd generate") from error
+            raise OutputDirError(f"output_file: line {number} of {output} wasn't written by tsdkd generate") from error
         for name, value in expected.items():
             if found[name] != value:
                 raise OutputDirError(
-                    f"output_file: {output} has other rows: {name} was {shorten(found[name])}, now "
+                    f"output_file: {output} has rows of other settings: {name} was {shorten(found[name])}, now "
                     f"{shorten(value)}; choose another file"
                 )
         done.add(key)
@@ -67,7 +72,7 @@ def read_finished(
 
 
 def _row_key(row: Any, num_prompts: int) -> tuple[int, int]:
-    """Index and sample of a row of the file. Raises `ValueError` where they are none, and what an odd row raises."""
+    """The index and sample of a row. Raises `ValueError`, `KeyError` or `TypeError` for an invalid row."""
     index, sample = row["index"], row["sample"]
     if not (type(index) is type(sample) is int and 0 <= index < num_prompts and 0 <= sample < 2**31):
         raise ValueError(f"index {index!r}, sample {sample!r}")
@@ -75,7 +80,7 @@ def _row_key(row: Any, num_prompts: int) -> tuple[int, int]:
 
 
 def to_json_value(value: Any) -> Any:
-    """A value of a data set as JSON can hold it, if need be as text: Parquet has more types."""
+    """A value of a data set, as text if JSON can't hold it: Parquet has more types."""
     try:
         json.dumps(value, allow_nan=False)
     except (TypeError, ValueError):

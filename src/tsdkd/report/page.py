@@ -33,14 +33,14 @@ def write_report(folders: Sequence[Path], output: Path) -> Path:
         DataError: a directory isn't a run's, or something in it can't be read.
         OutputDirError: the file can't be written, or is something else than a report.
     """
-    with wrap_os_errors(output, "--output"):
+    with wrap_os_errors(output, "--output_file"):
         if output.exists() and not _is_report(output):
-            raise OutputDirError(f"--output: {output} isn't a report; choose another file")
+            raise OutputDirError(f"--output_file: {output} isn't a report; choose another file")
     runs = [load_run(name, folder) for name, folder in name_folders(folders).items()]
     skipped: list[str] = []
     page = render_page(runs, skipped)
     warn_of_skipped([*(reason for run in runs for reason in run.skipped), *skipped])
-    write_atomically(output, page, "--output")
+    write_atomically(output, page, "--output_file")
     return output
 
 

@@ -1,8 +1,8 @@
-"""Programs that a model wrote, run where they can't do harm: no network, no files but their own, little of the rest.
+"""Runs programs that a model wrote in a sandbox: without network, with their own files only, with few resources.
 
-Linux namespaces, resource limits and a list of allowed system calls, without root and without a container (`jail.py`,
-`seccomp.py`). Not covered: a hole in the kernel itself, and a program that sets out to fool its own tests, which run
-in its process.
+It uses Linux namespaces, resource limits and a list of allowed system calls, and needs neither root nor a container
+(`jail.py`, `seccomp.py`). It doesn't protect against vulnerabilities of the kernel, or against a program that
+manipulates its own tests, which run in the same process.
 """
 
 import errno
@@ -34,13 +34,13 @@ _SYSTEM_PATHS = (
 )
 _BUSY = {errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE}
 _PAUSES = (1, 2, 4, 8, 16)
-"""Seconds after each try that a signal, or a machine with no process, memory or descriptor left, has ended."""
+"""Seconds to wait after a try that failed because of a signal, or because the machine had no resources left."""
 _MOST_KILLS = 3
-"""Times in a row that a program's init may be killed before that is taken for the program's doing, by its memory."""
+"""If init is killed so many times in a row, the program is held responsible, because of its use of memory."""
 
 
 class SandboxError(TSDKDError, RuntimeError):
-    """This machine doesn't let a program be locked in."""
+    """The sandbox doesn't work on this machine."""
 
 
 @dataclass(frozen=True)
@@ -48,14 +48,14 @@ class ResourceLimits:
     """The resources that a program may use.
 
     Attributes:
-        timeout_seconds: of wall time; also of each process's CPU time.
-        memory_mib: of each process.
-        disk_mib: of its directory, which is in memory.
-        file_mib: of one file, the program included.
-        max_processes: at once, threads included.
+        timeout_seconds: wall time, and CPU time of each process, seconds.
+        memory_mib: memory of each process, MiB.
+        disk_mib: size of the working directory, which is in memory, MiB.
+        file_mib: size of one file, including the program, MiB.
+        max_processes: processes and threads at the same time.
 
     Raises:
-        ValueError: one of them is below 1.
+        ValueError: a limit is below 1.
     """
 
     timeout_seconds: int = 10
@@ -67,7 +67,7 @@ class ResourceLimits:
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if value < 1:
-                raise ValueError(f"{name} is {value}: at least 1 is needed")
+                raise ValueError(f"{name}: must be at least 1, found {value}")
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,8 @@ class ProgramResult:
     """The outcome of a program.
 
     Attributes:
-        passed: it ran through to its last line.
-        reason: where it didn't: the last line of its error output, or what stopped it.
+        passed: whether it ran to its last line.
+        reason: if not, the last line of its error output, or what stopped it.
     """
 
     passed: bool
@@ -84,18 +84,18 @@ class ProgramResult:
 
 
 def run_program(program: str, limits: ResourceLimits = ResourceLimits()) -> ProgramResult:
-    """Run a Python program to its end. When this returns, or raises, nothing that it has started is left.
+    """Run a Python program. When this function returns or raises, no process of the program is left.
 
     Raises:
-        SandboxError: the machine doesn't allow it to be locked in, or in half a minute had no process or memory left
-            for it or stopped each try; there is no verdict on the program.
+        SandboxError: there is no verdict on the program, because the sandbox doesn't work on this machine, or because
+            for half a minute the machine had no process or memory left, or stopped each try.
     """
     end_marker = secrets.token_hex(16)
-    # An early exit(0) isn't success. The name is another in processes that multiprocessing spawns.
+    # An early exit(0) isn't success. In processes that multiprocessing spawns, __name__ has another value.
     program += f'\n\nif __name__ == "__main__": import os as _os; _os.write(3, b"{end_marker}")\n'
     size, most = len(program.encode("utf-8", "surrogatepass")), min(limits.file_mib, limits.disk_mib)
     if size > most * _MIB:
-        return ProgramResult(False, f"the program has {size / _MIB:.1f} MiB, at most {most} MiB fit")
+        return ProgramResult(False, f"the program has {size / _MIB:.1f} MiB, at most {most} MiB are allowed")
     result = _run_jail(_build_jail_spec(program, limits))
     if "error" in result:
         return ProgramResult(False, f"killed by the system, {_MOST_KILLS} times in a row")
@@ -127,7 +127,7 @@ def _build_jail_spec(program: str, limits: ResourceLimits) -> dict[str, Any]:
             "CPU": limits.timeout_seconds,
             "AS": limits.memory_mib * _MIB,
             "FSIZE": limits.file_mib * _MIB,
-            "NPROC": limits.max_processes + (os.geteuid() != 0),  # init counts where it is the same user
+            "NPROC": limits.max_processes + (os.geteuid() != 0),  # init counts too if it is the same user
             "NOFILE": 64,
             "STACK": 8 * _MIB,
             **dict.fromkeys(("CORE", "MEMLOCK", "MSGQUEUE", "NICE", "RTPRIO"), 0),
@@ -140,11 +140,11 @@ def _build_filter() -> bytes:
     try:
         return build_filter()
     except NotImplementedError as error:
-        raise SandboxError(f"programs can't be locked in on this machine: {error}") from error
+        raise SandboxError(f"the sandbox can't be set up on this machine: {error}") from error
 
 
 def _run_jail(spec: dict[str, Any]) -> dict[str, Any]:
-    """A program that couldn't be run to its end hasn't failed: wait for a busy machine."""
+    """Try again while the machine is busy: a program that couldn't run to its end hasn't failed."""
     kills = 0
     for pause in _PAUSES:
         result = _try_jail(spec)
@@ -155,7 +155,7 @@ def _run_jail(spec: dict[str, Any]) -> dict[str, Any]:
             break
         time.sleep(pause)
     if "error" in result:
-        raise SandboxError(f"programs can't be locked in on this machine: {result['error']}")
+        raise SandboxError(f"the sandbox can't be set up on this machine: {result['error']}")
     return result
 
 

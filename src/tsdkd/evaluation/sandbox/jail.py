@@ -1,14 +1,14 @@
-"""The process that locks a model's program in. Run by path, from a process of its own; stdlib only.
+"""The process that isolates a model's program. It is run by path in a process of its own, and uses only the stdlib.
 
 It becomes the *supervisor*, which stays outside, and starts the *init* of new namespaces (users, processes, network,
 mounts, IPC, host name), which starts the *program*. The program can't reach the supervisor, and the kernel protects an
-init from its own processes: so nothing inside decides when it ends. The supervisor kills init when the time is over,
-or when it is told to; the kernel kills init when the supervisor dies, the supervisor when the grader dies, and with
-init everything inside.
+init from the processes in its namespaces, so the program can't prolong its life. The supervisor kills init when the
+time is over, or when it is told to. The kernel kills init when the supervisor dies, the supervisor when the grader
+dies, and all processes inside when init dies.
 
-The program's root is a small file system in memory that holds the interpreter, read-only, and an empty working
-directory; nothing else of the machine has a name there. It has no privileges, few resources and few system calls, and
-the files that its error output and its last line go to are read when everything inside is dead.
+The program's root is a small file system in memory. It has the interpreter, read-only, and an empty working directory;
+no other file of the machine can be named there. The program has no privileges, few resources and few system calls. The
+files with its error output and its last line are read when all processes inside are dead.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ _NAMESPACES = 0x00020000 | 0x02000000 | 0x04000000 | 0x08000000 | 0x20000000 | 0
 _NEW_USERS = 0x10000000
 _CLONE = {"x86_64": 56, "aarch64": 220}
 _NOBODY = 65534
-_UNUSED_USERS = 0x70000000  # the 2^28 from here on are nobody's; as is recommended by systemd
+_UNUSED_USERS = 0x70000000  # systemd recommends the 2^28 ids from here on; no user has them
 _RDONLY, _NOSUID, _NODEV, _NOEXEC, _REMOUNT, _BIND, _REC, _PRIVATE = 1, 2, 4, 8, 32, 4096, 16384, 1 << 18
 _DETACH = 2
 _PDEATHSIG, _DUMPABLE, _SECCOMP, _NO_NEW_PRIVS = 1, 4, 22, 38
@@ -43,9 +43,9 @@ _libc = ctypes.PyDLL(None, use_errno=True)
 
 
 def main() -> int:
-    """Run what stdin says, and print how it went.
+    """Run the program that stdin describes, and print the result.
 
-    That is `error` and `errno` if there is no verdict on the program; `killed` if init was, by someone else.
+    The result has `error` and `errno` if there is no verdict on the program, and `killed` if someone else killed init.
     """
     spec = json.load(sys.stdin)
     try:
@@ -58,15 +58,15 @@ def main() -> int:
 
 def _supervise(spec: dict[str, Any]) -> dict[str, Any]:
     _die_with_parent()
-    if os.getppid() != spec["grader"]:  # it has died before
+    if os.getppid() != spec["grader"]:  # it died earlier
         sys.exit(1)
     signal.pthread_sigmask(signal.SIG_BLOCK, _WAKING)
-    for number in _WAKING:  # the end of a child isn't told to one who ignores it
+    for number in _WAKING:  # a process that ignores the signal isn't told of the end of a child
         signal.signal(number, signal.SIG_DFL)
     spec["user"] = _choose_user()
     report, to_report = os.pipe()
     from_go, go = os.pipe()
-    errors, end = os.memfd_create("errors"), os.memfd_create("end")  # what the program does to them is its own affair
+    errors, end = os.memfd_create("errors"), os.memfd_create("end")  # the program may write anything into them
     init = _clone()
     if init == 0:
         os.close(report)
@@ -109,9 +109,9 @@ def _die_with_parent() -> None:
 
 
 def _clone() -> int:
-    """Fork, with the child in new namespaces. Unlike after `unshare`, this process stays outside, as what maps ids.
+    """Fork a child into new namespaces. Unlike `unshare`, this leaves the process itself outside, to map the ids.
 
-    Root can do without the one of users, where a machine allows none.
+    Root can do without a user namespace, on machines that don't allow one.
     """
     number = ctypes.c_long(_CLONE[platform.machine()])
     for namespaces in [_NAMESPACES | _NEW_USERS] + [_NAMESPACES] * (os.geteuid() == 0):
@@ -122,10 +122,10 @@ def _clone() -> int:
 
 
 def _map_ids(init: int) -> None:
-    """Say who is who in init's namespace, where the program's processes count on their own.
+    """Map the users of init's namespace, in which the processes of the program are counted separately.
 
-    For root everyone is who they are outside: init reads all files, and then gives the program another user. Otherwise
-    there is one user inside, nobody.
+    Root maps every id to itself, so that init can read all files before it changes the program's user. Other users map
+    only themselves, to nobody.
     """
     if os.path.samefile("/proc/self/ns/user", f"/proc/{init}/ns/user"):
         texts = {}
@@ -134,32 +134,32 @@ def _map_ids(init: int) -> None:
     else:
         own = zip(_ID_MAPS, (os.geteuid(), os.getegid()), strict=True)
         texts = {"setgroups": "deny", **{name: f"{_NOBODY} {number} 1" for name, number in own}}
-    for name, text in (texts | {"oom_score_adj": "1000"}).items():  # the first to go where memory runs out
+    for name, text in (texts | {"oom_score_adj": "1000"}).items():  # the kernel kills it first when memory runs out
         with open(f"/proc/{init}/{name}", "w") as file:
             file.write(text)
 
 
 def _extents(id_map: str) -> list[tuple[int, int]]:
-    """First id and count of each range of ids that there are here."""
+    """The first id and the size of each range of ids in this namespace."""
     with open(f"/proc/self/{id_map}") as file:
         return [(int(first), int(count)) for first, _, count in map(str.split, file)]
 
 
 def _choose_user() -> int:
-    """Who the program of root is: a user whom no one else is; in a container, which has few, nobody."""
+    """The user that runs root's program: an id that no one else has, or nobody in a container, which has few ids."""
     user = _UNUSED_USERS + int.from_bytes(os.urandom(3))
     return user if any(first <= user < first + count for first, count in _extents("uid_map")) else _NOBODY
 
 
 def _run_init(spec: dict[str, Any], go: int, report: int, errors: int, end: int) -> int:
-    """Returns the exit code of the program, to which the forked child turns."""
+    """Run the program in a forked child. Returns its exit code."""
     try:
         _die_with_parent()
         os.write(report, b".")
-        if not os.read(go, 1):  # the supervisor has died before
+        if not os.read(go, 1):  # the supervisor died earlier
             return _FAILED
         for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
-            signal.signal(number, signal.SIG_DFL)  # an init is deaf to what it has no handler for
+            signal.signal(number, signal.SIG_DFL)  # the kernel doesn't deliver a signal without a handler to an init
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         _build_root(spec["paths"], spec["disk"])
         with open(f"{_WORK}/program.py", "w", encoding="utf-8", errors="surrogatepass") as file:
@@ -186,7 +186,7 @@ def _become_program(spec: dict[str, Any], report: int, errors: int, end: int) ->
     os.chdir(_WORK)
     os.umask(0o077)
     null = os.open("/dev/null", os.O_RDWR)
-    for descriptor, number in ((null, 0), (null, 1), (errors, 2), (end, 3)):  # the others close on exec
+    for descriptor, number in ((null, 0), (null, 1), (errors, 2), (end, 3)):  # all others are closed on exec
         os.dup2(descriptor, number)
     _give_up_privileges(spec["user"])
     if os.sched_getscheduler(0) in (os.SCHED_FIFO, os.SCHED_RR):
@@ -202,14 +202,14 @@ def _become_program(spec: dict[str, Any], report: int, errors: int, end: int) ->
 
 
 def _set_limit(limit: int, value: int) -> None:
-    """At most what this user may have."""
+    """Set a limit, or a lower one if this user may not have more."""
     _, most = resource.getrlimit(limit)
     value = value if most == resource.RLIM_INFINITY else min(value, most)
     resource.setrlimit(limit, (value, value))
 
 
 def _give_up_privileges(user: int) -> None:
-    """Root becomes the user. Another's privileges, in the namespace alone, end at exec."""
+    """Change from root to this user. Privileges of another user exist only in the namespace, and end at exec."""
     if os.geteuid() == 0:
         os.setgroups([])
         os.setresgid(_NOBODY, _NOBODY, _NOBODY)
@@ -217,14 +217,14 @@ def _give_up_privileges(user: int) -> None:
 
 
 def _install_filter(rules: bytes) -> None:
-    """Let the seccomp filter decide about every system call from here on."""
+    """Apply the seccomp filter to all further system calls."""
     code = ctypes.create_string_buffer(rules, len(rules))
     program = (len(rules) // 8).to_bytes(8, sys.byteorder) + ctypes.addressof(code).to_bytes(8, sys.byteorder)
     _call_libc("prctl", _SECCOMP, 2, program, 0, 0)
 
 
 def _build_root(paths: list[str], disk: int) -> None:
-    """Make a root of `paths`, read-only with all that is mounted below them, and a working directory."""
+    """Build the root from `paths`, which are read-only with all mounts below them, and a working directory."""
     os.umask(0o022)
     _mount(None, "/", None, _REC | _PRIVATE)
     _mount("tmpfs", "/tmp", "tmpfs", _NOSUID | _NODEV, "size=1m,nr_inodes=1024,mode=755")
@@ -236,7 +236,7 @@ def _build_root(paths: list[str], disk: int) -> None:
     for path in paths:
         if os.path.lexists(_OLD_ROOT + path) and not os.path.lexists(path):
             _bind(path)
-    os.symlink(_WORK, "/dev/shm")  # semaphores and shared memory are files of the program, too
+    os.symlink(_WORK, "/dev/shm")  # semaphores and shared memory count as files of the program
     with open(f"{_OLD_ROOT}/proc/self/mountinfo", errors="surrogateescape") as file:
         mounts = [line.split()[4:6] for line in file]
     _call_libc("umount2", os.fsencode(_OLD_ROOT), _DETACH)
@@ -245,7 +245,7 @@ def _build_root(paths: list[str], disk: int) -> None:
 
 
 def _bind(path: str) -> None:
-    """Give a path of the old root its name in the new one; a symbolic link is copied."""
+    """Make a path of the old root available in the new one. A symbolic link is copied."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     if os.path.islink(_OLD_ROOT + path):
         os.symlink(os.readlink(_OLD_ROOT + path), path)
@@ -262,13 +262,13 @@ def _unescape(path: str) -> str:
 
 
 def _make_read_only(mounts: list[tuple[str, list[str]]]) -> None:
-    """Remount everything but the working directory, with the options that a mount of someone else must keep."""
+    """Remount everything except the working directory read-only, with the mount options that must be kept."""
     paths = [path for path, _ in mounts if path != _WORK and not (path + "/").startswith(_OLD_ROOT + "/")]
     for path, options in mounts:
         flags = _NOEXEC if "noexec" in options else 0
         if "nodev" in options or not path.startswith("/dev/"):
             flags |= _NODEV
-        with contextlib.suppress(OSError):  # it may lie below another mount, where no one can reach it
+        with contextlib.suppress(OSError):  # it may be hidden below another mount
             if path in paths:
                 _mount(None, path, None, _BIND | _REMOUNT | _RDONLY | _NOSUID | flags)
     for path in paths:

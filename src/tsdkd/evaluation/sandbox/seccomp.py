@@ -1,4 +1,4 @@
-"""The system calls that a program may make: those of CPython and its libraries. A seccomp filter for `jail.py`.
+"""The seccomp filter for `jail.py`: it allows the system calls that CPython and its libraries make.
 
 Everything else fails as on a kernel that doesn't have it, with ENOSYS, for which libraries have a way around. Left out
 are, above all, calls that reach out of namespaces or count against the user (keys, message queues, watches), that in
@@ -42,7 +42,7 @@ _ALLOWED = """
     sendto 44 206, recvfrom 45 207, shutdown 48 210, getsockopt 55 209, getsockname 51 204, getpeername 52 205
 """
 _NAMESPACES = 0x7E020000  # CLONE_NEW...: mounts, cgroup, host name, IPC, users, processes, network
-# name -> its numbers, the argument's index, its values, and the error for others
+# name -> numbers of the call, index of the argument, its allowed values, and the error for others
 _ALLOWED_ARGUMENTS = {
     "prlimit64": ((302, 261), 0, (0,), errno.EPERM),  # of itself
     "setpriority": ((141, 140), 0, (0,), errno.EPERM),  # PRIO_PROCESS
@@ -58,22 +58,22 @@ _AF_UNIX, _SOCK_STREAM, _SOCK_TYPES = 1, 1, 0xF
 
 _LOAD, _AND, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x54, 0x15, 0x35, 0x45, 0x06
 _KILL, _ERRNO, _ALLOW = 0x80000000, 0x00050000, 0x7FFF0000
-_NUMBER, _MACHINE = 0, 4  # where the kernel puts them
+_NUMBER, _MACHINE = 0, 4  # their offsets in the kernel's data
 _Rule = tuple[int, int, int, int]
 """Operation, rules to skip if true, rules to skip if false, operand."""
 
 
 def build_filter() -> bytes:
-    """The filter for this machine, as the kernel's array of `sock_filter`.
+    """Build the filter for this machine, as an array of the kernel's `sock_filter`.
 
     Raises:
         NotImplementedError: a machine whose system calls aren't known here.
     """
     if platform.machine() not in _MACHINES:
-        raise NotImplementedError(f"machine {platform.machine()}: only {' and '.join(_MACHINES)} are supported")
+        raise NotImplementedError(f"only {' and '.join(_MACHINES)} are supported, found {platform.machine()}")
     machine = list(_MACHINES).index(platform.machine())
     rules: list[_Rule] = [(_LOAD, 0, 0, _MACHINE), (_EQUAL, 1, 0, _MACHINES[platform.machine()]), _refuse(None)]
-    rules += [(_LOAD, 0, 0, _NUMBER), (_AT_LEAST, 0, 1, 0x40000000), _refuse(None)]  # x86's second table
+    rules += [(_LOAD, 0, 0, _NUMBER), (_AT_LEAST, 0, 1, 0x40000000), _refuse(None)]  # the second table of x86
     for number in _list_allowed(machine):
         rules += _case(number, [])
     rules += [(_EQUAL, 0, 1, _FLOCK[machine]), _refuse(0)]
@@ -94,12 +94,12 @@ def _list_allowed(machine: int) -> list[int]:
 
 
 def _case(number: int, checks: Sequence[_Rule]) -> list[_Rule]:
-    """Allow a system call that passes the checks."""
+    """Allow a system call if it passes the checks."""
     return [(_EQUAL, 0, len(checks) + 1, number), *checks, (_RETURN, 0, 0, _ALLOW)]
 
 
 def _one_of(index: int, values: Sequence[int], error: int) -> list[_Rule]:
-    """Refuse a call whose argument is none of the values. Its upper half is left out: these are all ints."""
+    """Refuse a call unless its argument is one of the values. The upper half isn't checked: all of them are ints."""
     tests = [(_EQUAL, len(values) - i, 0, value) for i, value in enumerate(values)]
     return [_load_argument(index), *tests, _refuse(error)]
 
@@ -109,5 +109,5 @@ def _load_argument(index: int) -> _Rule:
 
 
 def _refuse(error: int | None) -> _Rule:
-    """Fail with that error; 0 does nothing and succeeds, None kills the process."""
+    """Make the call fail with an error. With 0 it succeeds without doing anything; None kills the process."""
     return (_RETURN, 0, 0, _KILL if error is None else _ERRNO | error)
