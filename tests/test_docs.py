@@ -114,8 +114,9 @@ def small(words: list[str], folder: Path) -> list[str]:
 def test_commands_run(words: list[str], place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
     if words[:2] == ["pip", "install"]:
-        named = [extra for extras in re.findall(r"tsdkd\[([\w,-]+)\]", " ".join(words)) for extra in extras.split(",")]
+        named = [extra for extras in re.findall(r"\.\[([\w,-]+)\]", " ".join(words)) for extra in extras.split(",")]
         assert set(named) <= set(importlib.metadata.metadata("tsdkd").get_all("Provides-Extra"))
+        assert not any(word.startswith("tsdkd") for word in words)  # it is on no index
     elif words[0].startswith("scripts/"):
         assert os.access(ROOT / words[0], os.X_OK)
     elif words[0] == "python":
