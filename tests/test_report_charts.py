@@ -43,7 +43,7 @@ def log(slope: float = 0.01, count: int = 100, **others: Any) -> Entries:
 
 
 def open_report(browser: Any, output: Path, *folders: Path) -> Any:
-    assert main(["report", *map(str, folders), "--output", str(output)]) == 0
+    assert main(["report", *map(str, folders), "--output_file", str(output)]) == 0
     opened(browser, output)
     unfold(browser)
     return browser
@@ -171,7 +171,7 @@ def test_losses_share_an_axis_only_if_they_are_the_same_function(browser: Any, t
 @needs_chromium
 def test_the_main_charts_come_first(browser: Any, tmp_path: Path) -> None:
     entries = log(**{"completions/mean_length": 9.0, "completions/eos_share": 0.5, "policy/ratio": 1.0, "mine": 3.0})
-    assert main(["report", str(write_run(tmp_path / "a", entries)), "--output", str(tmp_path / "page.html")]) == 0
+    assert main(["report", str(write_run(tmp_path / "a", entries)), "--output_file", str(tmp_path / "page.html")]) == 0
     opened(browser, tmp_path / "page.html")
     titles = [title.text for title in browser.find_elements(By.CSS_SELECTOR, "#curves figcaption b")]
     visible = [title for title in titles if title]

@@ -73,7 +73,7 @@ def _write_report(arguments: RunArguments, eval_results: dict[str, EvalResult]) 
         measured.append(BenchmarkResult(name, greedy, np.array(result.is_greedy_correct, dtype=float)[:, None]))
         measured.append(BenchmarkResult(name, sampled, samples.astype(float)))
     write_results(measured, models, "before", folder / "eval", "demo")
-    logger.info("report: %s (open it in a browser)", write_report([folder], folder / "report.html"))
+    logger.info("report: %s", write_report([folder], folder / "report.html"))
 
 
 def evaluate_saved(folder: str, rows: list[dict[str, str]]) -> EvalResult:
