@@ -1,4 +1,4 @@
-"""Whether a completion gives the expected answer: as a number, as mathematics, or as a letter."""
+"""Grades completions against expected answers: numbers, mathematics, or letters."""
 
 import re
 from collections.abc import Callable
@@ -14,7 +14,7 @@ _LETTER = re.compile(r"(?:\\text\{)?\s*\(?([A-Z])\b")
 
 
 class Grader:
-    """A grading function, whose failures become one line that names it.
+    """Wraps a grading function. Its failures are reported in one line with its name.
 
     Args:
         function: `(completion, answer)` -> whether the completion is right: True or False, or the numbers 1 or 0.
@@ -97,7 +97,7 @@ def extract_answer(solution: str) -> str | None:
 
 
 def _replace_command(command: re.Match[str]) -> str:
-    """Commands aren't words, and only some of them connect steps."""
+    """Replace LaTeX commands: they aren't words, and only some connect steps."""
     return command[0] if _PROSE.match(command[0]) else " "
 
 

@@ -10,15 +10,15 @@ _EPILOG = """examples:
   tsdkd demo
   tsdkd demo --method eopd
   tsdkd demo --alpha 0 --entropy_weight 0 --gate false     (plain GKD)
-Any key of `tsdkd train` works; the configurations are the shipped demo.yaml and demo_eopd.yaml."""
+All options of `tsdkd train` work. The configurations are the shipped demo.yaml and demo_eopd.yaml."""
 _PRESETS = {"tsd-kd": "demo.yaml", "eopd": "demo_eopd.yaml"}
 
 
 def main(argv: Sequence[str]) -> int:
-    """Evaluate, distil and evaluate again, on the embedded task."""
+    """Evaluate, distill and evaluate again on the embedded task."""
     parser = ArgumentParser(
         prog="tsdkd demo",
-        description="Watch a tiny student learn reasoning from a tiny teacher: on a CPU, without any download.",
+        description="Watch a tiny student learn arithmetic from a tiny teacher, on a CPU, without any download.",
         epilog=_EPILOG,
         usage="tsdkd demo [--method tsd-kd|eopd] [--key value ...]",
         formatter_class=argparse.RawDescriptionHelpFormatter,

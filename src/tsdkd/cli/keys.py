@@ -11,7 +11,7 @@ from ..methods import all_methods, find_method
 
 
 def print_keys(method: str | None = None) -> None:
-    """The keys that tsdkd adds or gives another default.
+    """Print the options that tsdkd adds, or whose default it changes.
 
     Args:
         method: a method that may not be registered yet, as `package.module:Trainer`.
@@ -21,7 +21,9 @@ def print_keys(method: str | None = None) -> None:
     """
     if method is not None:
         find_method(method)
-    table = Table(title="tsdkd's keys (all of TRL's ModelConfig and transformers' TrainingArguments work too)")
+    table = Table(
+        title="Options of tsdkd (all options of TRL's ModelConfig and transformers' TrainingArguments work too)"
+    )
     for column in ("method", "key", "default", "meaning"):
         table.add_column(column, overflow="fold", no_wrap=column == "key")
     methods = {name: trainer.config_class for name, trainer in all_methods().items()}

@@ -16,7 +16,7 @@ _LIBRARY = logging.getLogger("tsdkd")
 
 
 class _StreamsHandler(logging.Handler):
-    """The message alone: progress of the first process to stdout, warnings of any to stderr."""
+    """Prints messages without prefixes: info of the first process to stdout, warnings of all to stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """See `logging.Handler`."""
@@ -30,7 +30,7 @@ class _StreamsHandler(logging.Handler):
 
 
 class _EscapedRecord(logging.LogRecord):
-    """Of any library's logger: messages quote files and models. Ours are one line each."""
+    """Escapes control characters, since messages of any library quote files and models."""
 
     def getMessage(self) -> str:
         """See `logging.LogRecord`."""
@@ -40,7 +40,7 @@ class _EscapedRecord(logging.LogRecord):
 
 @contextmanager
 def escape_output() -> Iterator[None]:
-    """Within the block, log records, warnings and characters that stdout's encoding lacks are escaped."""
+    """Within the block, escape log records, warnings, and characters that stdout can't encode."""
     factory, format_warning = logging.getLogRecordFactory(), warnings.formatwarning
     stdout = sys.stdout if isinstance(sys.stdout, TextIOWrapper) else None
     encoding_errors = stdout.errors if stdout else None
@@ -64,7 +64,7 @@ def escape_output() -> Iterator[None]:
 
 @contextmanager
 def log_to_streams() -> Iterator[None]:
-    """While a command runs."""
+    """Within the block, show the library's log messages."""
     handler, before = _StreamsHandler(), (_LIBRARY.level, _LIBRARY.propagate)
     logging.getLogger("DeepSpeed").addFilter(_is_for_users)
     _LIBRARY.addHandler(handler)
@@ -80,11 +80,11 @@ def log_to_streams() -> Iterator[None]:
 
 
 def _is_for_users(record: logging.LogRecord) -> bool:
-    """Not DeepSpeed's warning, on every machine without a GPU, that it computes on the CPU."""
+    """Drop DeepSpeed's warning that it runs on the CPU, which it logs on every machine without a GPU."""
     return "Setting accelerator to CPU" not in record.getMessage()
 
 
 def hide_progress_bars() -> None:
-    """Hide libraries' bars, for loading and saving. To be called before anything imports tqdm."""
+    """Hide the progress bars of libraries. Call this before anything imports tqdm."""
     for name in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
         os.environ.setdefault(name, "1")

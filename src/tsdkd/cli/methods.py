@@ -8,7 +8,7 @@ from .arguments import ArgumentParser
 
 def main(argv: Sequence[str]) -> int:
     """List the methods."""
-    about = "List the methods, with options and papers."
+    about = "List the methods with their papers and options."
     ArgumentParser(prog="tsdkd methods", description=about).parse_args(argv)
     _print_methods()
     return 0

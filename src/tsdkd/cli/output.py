@@ -1,4 +1,4 @@
-"""Standard output and error that never fail: a run isn't lost because nobody can read what it says any more."""
+"""Makes standard output and error never fail, so that a closed terminal or a full disk doesn't end a run."""
 
 import errno
 import io
@@ -18,7 +18,7 @@ _READER_HAS_GONE = {errno.EPIPE, errno.EIO}  # of a pipe, of a terminal
 
 @contextmanager
 def never_failing_output() -> Iterator[None]:
-    """Within it, what can't be written is dropped.
+    """Within the block, output that can't be written is dropped.
 
     A full disk changes nothing else. When the reader has gone, as with `| head -1` or a closed terminal, the process
     gets SIGHUP if it handles or ignores that, as a run does, and otherwise ends as other programs do, by SIGPIPE.
@@ -32,7 +32,7 @@ def never_failing_output() -> Iterator[None]:
 
 @contextmanager
 def _replaced(name: str) -> Iterator[None]:
-    """Only the process's own stream, not one that a caller has put in its place."""
+    """Replace the process's own stream, unless a caller has replaced it already."""
     before = getattr(sys, name)
     if before is None or before is not getattr(sys, f"__{name}__"):
         yield
@@ -73,7 +73,7 @@ class _Output(io.FileIO):
 
 
 def _open_closed_descriptors() -> None:
-    """With `>&-` a file that is opened later, a checkpoint maybe, would become the standard output."""
+    """Open closed standard streams (`>&-`); otherwise the next file, maybe a checkpoint, would become one."""
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:
             os.fstat(number)

@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
-_EPILOG = """Every field of the method's configuration, of TRL's ModelConfig and of transformers' TrainingArguments is
-a key of FILE and a flag: --learning_rate 1e-6, --gate false, --report_to tensorboard wandb.
-`tsdkd train --help_keys` lists tsdkd's own keys with their defaults."""
+_EPILOG = """Every option of the method, of TRL's ModelConfig and of transformers' TrainingArguments is a key
+of FILE and a flag: --learning_rate 1e-6, --gate false, --report_to tensorboard wandb.
+`tsdkd train --help_keys` lists the options that tsdkd adds, with their defaults."""
 _LAUNCH_FLAGS: dict[str, tuple[str, Callable[[str], Any], str]] = {
     "accelerate_config": (
         "FILE",
         str,
-        f"a launch configuration, or one of {', '.join(launch_config_names())}; a key of the YAML too",
+        f"a file, or one of {', '.join(launch_config_names())}; also a key of FILE",
     ),
-    "num_processes": ("N", int_at_least(1), "default: one a visible GPU; a key of the YAML too"),
+    "num_processes": ("N", int_at_least(1), "default: one per visible GPU; also a key of FILE"),
     "num_machines": ("N", int_at_least(1), ""),
     "machine_rank": ("N", int_at_least(0), ""),
     "main_process_ip": ("HOST", str, ""),
@@ -101,12 +101,12 @@ def _print_dry_run(arguments: "RunArguments", launch_spec: LaunchSpec | None) ->
 
 
 def _parser() -> argparse.ArgumentParser:
-    about = "Distil a student from a teacher. Several visible GPUs: one process each, which it starts by itself."
+    about = "Distill a teacher into a student. Starts one process per visible GPU."
     usage = "[--dry_run] [--accelerate_config NAME --num_processes N] "
     parser = build_run_parser("train", about, _EPILOG, usage)
-    parser.add_argument("--dry_run", action="store_true", help="print configuration and plan, and stop")
+    parser.add_argument("--dry_run", action="store_true", help="print the configuration and a summary, and exit")
     parser.add_argument("--help_keys", action="store_true", help="list tsdkd's own keys, and stop")
-    group = parser.add_argument_group("several processes, by accelerate")
+    group = parser.add_argument_group("several processes, started by accelerate")
     for name, (metavar, kind, text) in _LAUNCH_FLAGS.items():
         group.add_argument(f"--{name}", metavar=metavar, type=kind, help=text or "as in `accelerate launch`")
     return parser

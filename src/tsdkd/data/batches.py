@@ -9,7 +9,7 @@ from datasets import Dataset
 
 
 def hash_rows(rows: Dataset) -> str:
-    """A digest of tokenized rows as they are trained on."""
+    """A digest of tokenized rows."""
     digest = hashlib.sha256()
     for some in rows.select_columns(["prompt_ids", "completion_ids", "limit"]).iter(1000):
         digest.update(repr(some).encode())
@@ -17,7 +17,7 @@ def hash_rows(rows: Dataset) -> str:
 
 
 def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Rows as lists: nothing is moved to a device before the rollout."""
+    """Collate rows as lists; tensors are made after the rollout."""
     return {key: [row[key] for row in rows] for key in rows[0]}
 
 

@@ -1,4 +1,4 @@
-"""Which columns hold prompt, completion and answer, and what a row has in them."""
+"""Finds the columns of prompt, completion and answer, and reads them from a row."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ _USUAL_NAMES = {
 
 
 class Columns(NamedTuple):
-    """The columns of a data set: of the prompt, and of completion and answer where there are any."""
+    """The names of a data set's columns; None for completion or answer if there is no such column."""
 
     prompt: str
     completion: str | None
@@ -57,7 +57,7 @@ def resolve_columns(
 
 
 def missing_column(field: str, source: str, expected: Sequence[str], present: Sequence[str]) -> DataError:
-    """The error for columns that a data set doesn't have: which data set, what it has, and which may be meant.
+    """The error for missing columns: names the data set, its columns, and a similar name.
 
     Args:
         field: the option that names the column.
@@ -100,7 +100,7 @@ def split_prompt_completion(row: dict[str, Any], index: int, columns: Columns) -
 
 
 def append_prompt_suffix(prompt: Any, index: int, suffix: str | None) -> Any:
-    """A prompt, string or messages, with a line after it: after its last user message.
+    """Append a line to a prompt; in a conversation, to its last user message.
 
     Raises:
         DataError: there is no user message.

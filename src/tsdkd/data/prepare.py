@@ -18,7 +18,7 @@ _CHECKED_ROWS = 200  # whose prompts are compared with what the tokenizer makes 
 
 
 class _PreparedInfo(DatasetInfo):
-    """Marks rows that `prepare_dataset` made, and what is selected of them; no file can carry it."""
+    """Marks rows that `prepare_dataset` made. The mark survives `select`, and no file can contain it."""
 
 
 def is_prepared(rows: Dataset) -> bool:
@@ -110,7 +110,7 @@ def prepare_dataset(
 
 
 def max_sequence_length(args: TokenSelectiveConfig, context_length: int) -> int:
-    """The most tokens that prompt and completion may have together: by the options, the models and the engine."""
+    """Maximum number of tokens of prompt plus completion, by the options, the models and the engine."""
     limits = [args.max_length, args.vllm_max_model_length if args.use_vllm else None]
     return min([context_length, *(limit for limit in limits if limit)])
 
@@ -118,7 +118,7 @@ def max_sequence_length(args: TokenSelectiveConfig, context_length: int) -> int:
 def _check_tokenizer(
     rows: Dataset, template_tokenizer: PreTrainedTokenizerBase, args: TokenSelectiveConfig, columns: Columns
 ) -> None:
-    """Raise `DataError`, or warn, where the tokenizer loses a part of the first prompts."""
+    """Warn or raise `DataError` if the tokenizer loses a part of the first prompts."""
     first = rows.select(range(min(_CHECKED_ROWS, len(rows))))
     texts = [
         _render(split_prompt_completion(row, index, columns)[0], index, template_tokenizer, args)[0]
@@ -146,8 +146,8 @@ def _render(
 
 
 def _completion_ids(completion: str, template_tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> list[int]:
-    """The completion, with the end of its turn unless `tsdkd generate` had to cut it: without the end token a student
-    never learns to stop."""
+    """The completion's ids with the end token, from which the student learns to stop. A completion that `tsdkd
+    generate` cut off has none."""
     ids = list(template_tokenizer(completion, add_special_tokens=False)["input_ids"])
     cut = template_tokenizer.eos_token_id is None or row.get("finish_reason") == "length"
     return ids if cut else [*ids, template_tokenizer.eos_token_id]

@@ -1,4 +1,4 @@
-"""A chat template is a program that came with a model: for one prompt it gets so much time and memory, and no more."""
+"""Renders chat templates, which are programs that come with a model, with limits on time and memory."""
 
 import os
 import resource
@@ -19,11 +19,11 @@ MAX_GROWTH = 10, 2**20  # characters of a rendered prompt: for each of what goes
 
 
 class _TimeIsUp(BaseException):
-    """Not an `Exception`, which jinja catches while it folds constants."""
+    """Derives from `BaseException`, because jinja catches `Exception` while it folds constants."""
 
 
 def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]], **kwargs: Any) -> str:
-    """Messages as text, up to where the assistant's turn begins; `kwargs` are the template's.
+    """Render messages as text, up to the start of the assistant's turn. `kwargs` are passed to the template.
 
     Raises:
         DataError: the template fails, or takes more than its share.
@@ -43,7 +43,7 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping
 
 @contextmanager
 def limit_template() -> Iterator[None]:
-    """Bound what a template takes within the block: memory on Linux, time in the main thread (signals reach no other).
+    """Limit memory (on Linux) and time (in the main thread, which alone gets signals) within the block.
 
     Raises:
         DataError: it took more.

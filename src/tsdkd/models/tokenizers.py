@@ -1,4 +1,4 @@
-"""Tokenizers: loading, the identity that distillation needs, and the one rule for where a completion ends."""
+"""Loads tokenizers, checks that both models share one, and defines where a completion ends."""
 
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ def load_tokenizer(name: str, field: str, **kwargs: Any) -> PreTrainedTokenizerB
 
 
 def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
-    """Token-level distillation compares ids, so both tokenizers must be the same map.
+    """Check that both tokenizers map tokens to the same ids, as token-level distillation requires.
 
     Raises:
         TokenizerMismatchError: naming the first id that differs.
@@ -41,7 +41,7 @@ def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTo
 
 
 def check_vocab_fits(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, field: str) -> None:
-    """An id beyond the embedding would be an index error in the middle of training."""
+    """Check that the embedding has a row for every id of the tokenizer."""
     largest, rows = max(tokenizer.get_vocab().values()), config.get_text_config().vocab_size
     if largest >= rows:
         raise ModelError(f"{field}: its tokenizer has {largest + 1} ids, but the model only {rows} embeddings")

@@ -20,14 +20,14 @@ def announce_start(arguments: RunArguments, trainer: TokenSelectiveTrainer) -> N
     """Log what will happen: models, data, steps, where it saves."""
     training = arguments.training_args
     steps = num_training_steps(len(trainer.get_train_dataloader()), training)
-    where = f"{training.world_size} process{'es' if training.world_size > 1 else ''} ({training.device.type})"
+    where = f"{_count(training.world_size, 'process', 'processes')} ({training.device.type})"
     lines = {
         "method": f"{arguments.method}, on {summarize_rollouts(training) or 'completions of the data set'}",
         "student": _describe_model(str(arguments.model_args.model_name_or_path), trainer.model),
         "teacher": _describe_model(str(training.teacher_model_name_or_path), getattr(trainer, "teacher_model", None)),
-        "data": f"{len(trainer.train_dataset):,} prompts of {arguments.data_args.dataset_name}",
+        "data": f"{_count(len(trainer.train_dataset), 'prompt')} of {arguments.data_args.dataset_name}",
         "evaluate": _describe_evaluation(training, trainer.eval_dataset),
-        "training": f"{steps:,} steps of {global_batch_size(training)} prompts on {where}",
+        "training": f"{_count(steps, 'step')} of {_count(global_batch_size(training), 'prompt')} on {where}",
         "output": f"{training.output_dir}{_describe_saving(training)}",
     }
     for name, text in lines.items():
@@ -42,7 +42,7 @@ def announce_end(trainer: TokenSelectiveTrainer) -> None:
     timed = [entry for entry in history if "time/step_seconds" in entry]
     names = {name for entry in timed for name in entry if name.startswith("time/")}
     means = {name: sum(entry.get(name, 0.0) for entry in timed) / len(timed) for name in names}
-    duration = f"trained {trainer.state.global_step:,} steps in {tqdm.format_interval(seconds)}"
+    duration = f"trained {_count(trainer.state.global_step, 'step')} in {tqdm.format_interval(seconds)}"
     logger.info(", ".join([duration, *describe_step_time(means)]))
     logger.info(f"saved the student to {trainer.args.output_dir}")
 
@@ -62,7 +62,11 @@ def _describe_evaluation(training: Any, rows: Any) -> str:
     count = sum(map(len, rows.values())) if isinstance(rows, dict) else len(rows)
     every = {"steps": f"every {training.eval_steps:g} steps", "epoch": "every epoch"}
     when = [every.get(str(enum_value(training.eval_strategy))), "before training" if training.eval_on_start else None]
-    return f"on {count:,} prompts, {' and '.join(filter(None, when))}"
+    return f"on {_count(count, 'prompt')}, {' and '.join(filter(None, when))}"
+
+
+def _count(number: int, noun: str, plural: str = "") -> str:
+    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
 
 
 def _describe_saving(training: Any) -> str:

@@ -1,4 +1,4 @@
-"""One flat YAML and command-line flags -> typed, checked arguments; all problems of both reported together."""
+"""Reads a YAML file and command-line flags into typed, validated arguments, and reports all problems together."""
 
 import logging
 import re
@@ -31,7 +31,7 @@ _PATH_KEYS = ("model_name_or_path", "teacher_model_name_or_path", "dataset_name"
 
 
 class RunValues(NamedTuple):
-    """The values of a run, before anything looks at this machine.
+    """The values of a run, independent of this machine.
 
     Attributes:
         method: its name, or `package.module:Trainer`.
@@ -72,7 +72,7 @@ class RunArguments:
 
 
 def parse_arguments(config: str | None, flags: Sequence[str], do_train: bool = True) -> RunArguments:
-    """`parse_args_and_config`, and its notes in the log. Raises `ConfigError`."""
+    """`parse_args_and_config`, with its notes logged. Raises `ConfigError`."""
     if config is None and not flags:
         raise ConfigError(["--config: missing; name a YAML file or a shipped preset (`tsdkd configs` lists them)"])
     arguments = parse_args_and_config(config, flags, do_train)
@@ -114,7 +114,7 @@ def parse_args_and_config(config: str | None, flags: Sequence[str], do_train: bo
 
 
 def resolve_run_values(config: str | None, flags: Sequence[str] | Mapping[str, Any]) -> RunValues:
-    """The values of a run, checked as far as they can be without this machine.
+    """The values of a run, validated as far as possible without looking at this machine.
 
     Args:
         config: the run's file.
@@ -148,7 +148,7 @@ def resolve_run_values(config: str | None, flags: Sequence[str] | Mapping[str, A
 
 
 def _coerce_values(explicit_values: dict[str, Any], values: dict[str, Any], method: str) -> list[str]:
-    """Put what was set into `values`, each as the type of its option. Returns what is wrong."""
+    """Store the explicit values in `values`, coerced to the types of their options. Returns the problems."""
     hints: dict[str, Any] = {}
     for cls in (LaunchArguments, DataArguments, ModelConfig, find_method(method).config_class):
         hints |= typing.get_type_hints(cls)
@@ -207,7 +207,7 @@ def _can_build(build: Callable[[], Any]) -> bool:
 def _drop_options_of_other_methods(
     explicit_values: dict[str, Any], method: str, from_file: dict[str, Any], from_flags: dict[str, Any]
 ) -> list[str]:
-    """Drop the file's options of the method it was written for if `--method` names another one. Returns notes."""
+    """If `--method` overrides the method of the file, drop the options of the file's method. Returns notes."""
     if "method" not in from_flags or from_file.get("method", "tsd-kd") == method:
         return []
     written_for = from_file.get("method", "tsd-kd")
@@ -232,8 +232,10 @@ def _drop_unused_vllm_options(
     cls: type[TokenSelectiveConfig],
     from_flags: Mapping[str, Any],
 ) -> list[str]:
-    """Drop the file's vLLM options that have no effect because a flag turns vLLM off or changes its mode. Returns
-    notes."""
+    """Drop vLLM options of the file that have no effect because a flag turns vLLM off or changes its mode.
+
+    Returns notes.
+    """
     if not from_flags.keys() & {"use_vllm", "vllm_mode", "lmbda", "method"}:
         return []
     of_file = [key for key in explicit_values if key.removeprefix("use_").startswith("vllm") and key not in from_flags]
@@ -253,8 +255,8 @@ def _note_dataset_completions(
     from_file: Mapping[str, Any],
     from_flags: Mapping[str, Any],
 ) -> list[str]:
-    """Note that completions from a data set named by a flag aren't checked to be the teacher's; a local JSONL file
-    is trusted."""
+    """Note that the completions of a data set given by a flag may not be the teacher's. A local JSONL file is
+    trusted."""
     name = from_flags.get("dataset_name")
     needs_completions = cls.always_needs_completions or values["lmbda"] < 1
     if not needs_completions or name in (None, from_file.get("dataset_name")) or str(name).endswith(".jsonl"):

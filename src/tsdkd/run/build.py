@@ -1,4 +1,4 @@
-"""A trainer from the arguments of a run: what can be told to be wrong is told before anything is written."""
+"""Builds the trainer of a run. Everything that can fail early fails here, before anything is written."""
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from .arguments import RunArguments
 
 
 def build_trainer(arguments: RunArguments) -> TokenSelectiveTrainer:
-    """Check tokenizers and data, load both models. Raises `TSDKDError`, with nothing written."""
+    """Check tokenizers and data, load both models, and build the trainer. Writes nothing. Raises `TSDKDError`."""
     training, model = arguments.training_args, arguments.model_args
     load_grader(training.grader)  # raises before anything is loaded
     train_rows, eval_rows = load_datasets(arguments.data_args, training)
@@ -43,7 +43,7 @@ def build_trainer(arguments: RunArguments) -> TokenSelectiveTrainer:
 
 
 def validate_optimizer(trainer: TokenSelectiveTrainer) -> None:
-    """Build what training will build, so that what fails there fails before anything is written."""
+    """Build the optimizer and the schedule once, so that bad settings fail before anything is written."""
     args = trainer.args
     if len(trainer.get_train_dataloader()) == 0:
         raise ConfigError(["dataloader_drop_last: the data set is smaller than one batch, nothing would be left"])
@@ -61,7 +61,7 @@ def validate_optimizer(trainer: TokenSelectiveTrainer) -> None:
 
 
 def explain_error(error: Exception, given: dict[str, Any]) -> str:
-    """One line for an exception of a library, with the keys whose name or value it mentions."""
+    """Explain an exception of a library in one line, with the keys whose names or values it mentions."""
     text = " ".join(str(error).split()) or type(error).__name__
     plain = text.replace("-", "_")
 
@@ -82,12 +82,12 @@ def explain_error(error: Exception, given: dict[str, Any]) -> str:
 
 
 def teacher_name_or_path(arguments: RunArguments) -> str:
-    """Teacher name or path; the student's if the method has no teacher."""
+    """The teacher's name or path; the student's if the method has no teacher."""
     return str(arguments.training_args.teacher_model_name_or_path or arguments.model_args.model_name_or_path)
 
 
 def set_model_init_kwargs(arguments: RunArguments) -> None:
-    """TRL's model arguments, as the trainer takes them."""
+    """Copy TRL's model arguments into `model_init_kwargs`."""
     model = arguments.model_args
     chosen = {"revision": model.model_revision, "dtype": model.dtype, "attn_implementation": model.attn_implementation}
     given = arguments.training_args.model_init_kwargs or {}
@@ -95,7 +95,7 @@ def set_model_init_kwargs(arguments: RunArguments) -> None:
 
 
 def load_datasets(data: DataArguments, training: TokenSelectiveConfig) -> tuple[Dataset, Dataset | None]:
-    """The rows to train on and those to evaluate on, with the columns that the run needs. Raises `DataError`."""
+    """Load the training and evaluation rows, and check their columns. Raises `DataError`."""
     name, is_file = str(data.dataset_name), Path(str(data.dataset_name)).is_file()
     if is_file and data.dataset_config:
         raise DataError(f"dataset_config: {data.dataset_config!r} has no effect, dataset_name is a single file")

@@ -1,4 +1,4 @@
-"""A flat YAML file and command-line flags as they stand: keys and raw values. Needs no torch."""
+"""Reads keys and raw values from a flat YAML file and from command-line flags. Doesn't import torch."""
 
 from collections.abc import Sequence
 from importlib import resources
@@ -55,7 +55,7 @@ def read_flags(flags: Sequence[str], problems: list[str]) -> dict[str, Any]:
 
 
 def resolve_path(value: Any) -> Any:
-    """`tsdkd://demo/student` is a file that ships with the package."""
+    """Resolve `tsdkd://demo/student` to the file or folder in the package."""
     if isinstance(value, str) and value.startswith("tsdkd://"):
         return str(resources.files("tsdkd").joinpath(value.removeprefix("tsdkd://")))
     return value
