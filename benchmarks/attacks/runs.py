@@ -82,7 +82,9 @@ def two_at_once(rng: random.Random, folder: Path) -> None:
     assert set(codes) <= {0, 2} and 0 in codes, (codes, said)
     for code, text in zip(codes, said, strict=True):
         assert "Traceback" not in text
-        assert code == 0 or f"output_dir: another run is in {out} (process" in text or "holds an earlier" in text, text
+        assert code == 0 or f"output_dir: another run is in {out} (process" in text or "contains an earlier" in text, (
+            text
+        )
     _continues(out, "--max_steps", "20")
 
 
