@@ -456,7 +456,7 @@ YAMLS: dict[str, tuple[bytes | None, list[Say]]] = {
     "python object": (b"alpha: !!python/object/apply:os.getcwd []\n", [("run.yaml", "YAML")]),
     "two documents": (b"alpha: 1\n---\nalpha: 2\n", [("run.yaml", "YAML")]),
     "not text": (b"\xff\xfe\x00\x01\x80", [("run.yaml", "UTF-8")]),
-    "key twice": (b"alpha: 0.1\nbeta: 0.5\nalpha: 0.2\n", [("run.yaml", "'alpha'", "twice", "3")]),
+    "key twice": (b"alpha: 0.1\nbeta: 0.5\nalpha: 0.2\n", [("run.yaml", "'alpha'", "duplicate", "3")]),
     "unhashable key": (b"? [a, b]\n: 1\n", [("run.yaml",)]),
 }
 
