@@ -665,7 +665,7 @@ def test_model_of_the_hub_that_needs_something_else(place: Workplace) -> None:
     )
     assert result.returncode == 2, result.stderr
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("tsdkd")]
-    assert "model_name_or_path" in line and "flash" in line.lower() and "hub doesn't have it" not in line
+    assert "model_name_or_path" in line and "flash" in line.lower() and "not found on the hub" not in line
 
 
 def _damage(folder: Path, how: str) -> None:

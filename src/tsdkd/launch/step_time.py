@@ -1,4 +1,4 @@
-"""Estimates the compute time of a step on A100s from the models' configurations. Not validated by own measurements."""
+"""Estimates the compute time of a step on A100s from the models' configurations. Not validated by measurements."""
 
 import math
 
