@@ -190,7 +190,7 @@ def test_all_checkpoints_damaged(finished, tmp_path, capsys):
     assert main(argv) == 2
     captured = capsys.readouterr()
     *skipped, last = captured.err.splitlines()
-    assert len(skipped) == 2 and all("skipped" in line for line in skipped) and "no checkpoint" in last
+    assert len(skipped) == 2 and all("skipped" in line for line in skipped) and "no valid checkpoint" in last
 
 
 # Out of space

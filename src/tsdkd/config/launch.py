@@ -29,7 +29,7 @@ class LaunchArguments:
 
     accelerate_config: str | None = option(
         None,
-        "Accelerate launch configuration: a shipped name or a file.",
+        "Launch configuration of accelerate.",
         (
             lambda v: _launch_config_path(v) is not None,
             f"must be a file or one of {', '.join(launch_config_names())}",
