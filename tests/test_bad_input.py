@@ -457,7 +457,7 @@ YAMLS: dict[str, tuple[bytes | None, list[Say]]] = {
     "python object": (b"alpha: !!python/object/apply:os.getcwd []\n", [("run.yaml", "YAML")]),
     "two documents": (b"alpha: 1\n---\nalpha: 2\n", [("run.yaml", "YAML")]),
     "not text": (b"\xff\xfe\x00\x01\x80", [("run.yaml", "UTF-8")]),
-    "key twice": (b"alpha: 0.1\nbeta: 0.5\nalpha: 0.2\n", [("run.yaml", "'alpha'", "twice", "3")]),
+    "key twice": (b"alpha: 0.1\nbeta: 0.5\nalpha: 0.2\n", [("run.yaml", "'alpha'", "duplicate", "3")]),
     "unhashable key": (b"? [a, b]\n: 1\n", [("run.yaml",)]),
 }
 
@@ -690,7 +690,7 @@ def test_model_of_the_hub_that_needs_something_else(place: Workplace) -> None:
     )
     assert result.returncode == 2, result.stderr
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("tsdkd")]
-    assert "model_name_or_path" in line and "flash" in line.lower() and "hub doesn't have it" not in line
+    assert "model_name_or_path" in line and "flash" in line.lower() and "not found on the hub" not in line
 
 
 def _damage(folder: Path, how: str) -> None:

@@ -91,7 +91,7 @@ def test_a_model_that_is_not_needed_may_be_anything(run: Run) -> None:
 def test_the_engine_s_files_are_looked_at(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM reads them itself: before it starts."""
     spoil("teacher", float("nan"))
-    with pytest.raises(ModelError, match=r"teacher_model_name_or_path: .*teacher.*up_proj\.weight has NaN"):
+    with pytest.raises(ModelError, match=r"teacher_model_name_or_path: .*teacher.*up_proj\.weight contains NaN"):
         require_finite_files("teacher", "teacher_model_name_or_path", None)
     require_finite_files("student", "model_name_or_path", None)
     monkeypatch.setattr("tsdkd.generate.require_vllm", lambda: None)
@@ -104,7 +104,7 @@ def test_an_adapter_s_weights(run: Run) -> None:
     code, _ = run("train", use_peft=True, lora_r=2, output_dir="adapter")
     assert code == 0
     spoil("adapter", float("inf"), next(iter(load_file("adapter/adapter_model.safetensors"))), "adapter_model")
-    with pytest.raises(ModelError, match=r"models: .*lora_A.* has infinity"):
+    with pytest.raises(ModelError, match=r"models: .*lora_A.* contains infinity"):
         require_finite(AutoModelForCausalLM.from_pretrained("adapter"), "models")
     with pytest.raises(ModelError, match="infinity"):
         require_finite_files("adapter", "model_name_or_path", None)
@@ -120,7 +120,7 @@ def test_models_in_memory(role: str, saved_model: Any, tmp_path: Path) -> None:
         chosen.lm_head.weight[3, 4] = float("nan")
     from datasets import Dataset
 
-    with pytest.raises(ModelError, match=rf"^{role}: .*lm_head\.weight has NaN"):
+    with pytest.raises(ModelError, match=rf"^{role}: .*lm_head\.weight contains NaN"):
         TSDKDTrainer(
             *models.values(),
             TSDKDConfig(str(tmp_path / "out"), **QUIET),
@@ -152,11 +152,11 @@ def test_every_type_of_number(dtype: torch.dtype) -> None:
         numbers = largest.clone()
         numbers[-1, -1] = torch.tensor(float(value)).to(dtype)
         if not numbers[-1, -1].float().isfinite():  # e4m3fn has no infinity
-            with pytest.raises(ModelError, match=r"weight has (NaN|infinity)"):
+            with pytest.raises(ModelError, match=r"weight contains (NaN|infinity)"):
                 require_finite(Model(numbers), "model")
     model = Model(largest)
     model.mask[0, 0] = float("nan")
-    with pytest.raises(ModelError, match="mask has NaN"):
+    with pytest.raises(ModelError, match="mask contains NaN"):
         require_finite(model, "model")
 
 
@@ -188,7 +188,7 @@ def test_a_shard_s_padding_is_not_looked_at(numel: int, bad: int | None, monkeyp
             elif bad is None:
                 require_finite(model, "model")
             else:
-                with pytest.raises(ModelError, match="weight has NaN"):
+                with pytest.raises(ModelError, match="weight contains NaN"):
                     require_finite(model, "model")
     assert sum(found is not None for found in seen) == (bad is not None)
 

@@ -48,7 +48,7 @@ def test_every_command_takes_a_file_that_says_how_to_launch(config, tmp_path, ca
     file = config(accelerate_config="ddp", num_processes=1)
     assert main(["train", "--config", file, "--dry_run"]) == 0
     assert main(["plan", "--config", file]) == 0
-    assert "for 1 x 80 GiB, as there is no GPU" in capsys.readouterr().out
+    assert "for 1 x 80 GiB (no GPU found" in capsys.readouterr().out
     assert main(["slurm", "--config", file, "--time", "01:00:00"]) == 0
     assert main(["generate", "--config", file, "--output_file", str(tmp_path / "rows.jsonl")]) == 0
     comparison = {"config": file, "output_dir": str(tmp_path / "c"), "seeds": [1], "runs": {"a": {}}}
@@ -202,7 +202,7 @@ def test_processes_that_do_not_know_of_each_other(config, monkeypatch, tmp_path,
     """As accelerate starts them for GPUs that aren't there; each would train the same."""
     monkeypatch.setenv(LAUNCHED, "2")
     assert main(["train", "--config", config()]) == 2
-    assert "2 were started" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert "2 processes were started" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("text", ["just a string", "", "a: [b", "- 1"])

@@ -81,7 +81,7 @@ def test_what_does_not_fit(plan):
     """On 2 x 24 GiB the teacher must leave; 4 GiB are nothing."""
     flags = ("--use_vllm", "false", "--accelerate_config", "zero2", "--gradient_accumulation_steps", "16")
     out = plan("qwen25_14b_to_1p5b", *flags, gpus=2, gpu_gib=24)
-    assert not fits(out)[0] and "most is teacher" in out and fits(out)[2][1] != "replica"
+    assert not fits(out)[0] and "largest: teacher" in out and fits(out)[2][1] != "replica"
     out = plan("qwen25_14b_to_1p5b", *flags, gpus=1, gpu_gib=4)
     assert not fits(out)[0] and fits(out)[2] is None and "nothing fits" in out
 

@@ -190,7 +190,7 @@ def test_all_checkpoints_damaged(finished, tmp_path, capsys):
     assert main(argv) == 2
     captured = capsys.readouterr()
     *skipped, last = captured.err.splitlines()
-    assert len(skipped) == 2 and all("skipped" in line for line in skipped) and "no checkpoint" in last
+    assert len(skipped) == 2 and all("skipped" in line for line in skipped) and "no valid checkpoint" in last
 
 
 # Out of space
@@ -489,7 +489,7 @@ def test_two_runs_begin_at_once(command, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(runs, "build_trainer", slowly)
     assert main(command(folder, max_steps=2, resume="false")) == 2
-    assert "another run has begun" in capsys.readouterr().err
+    assert "another run has started" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("resume", ["true", "false"])
@@ -635,7 +635,7 @@ def test_the_best_checkpoint_is_deleted_in_mid_run(command, rows_file, tmp_path,
     monkeypatch.setattr(TSDKDTrainer, "evaluate", lambda self, *_, **__: {"eval_loss": self.state.global_step})
     at_step(monkeypatch, 5, lambda: shutil.rmtree(out / "checkpoint-2"))
     assert main(values) == 2
-    assert "checkpoint-2 can't be loaded: it has no manifest.json" in capsys.readouterr().err
+    assert "checkpoint-2 can't be loaded: missing manifest.json" in capsys.readouterr().err
     assert main([*values, "--load_best_model_at_end", "false"]) == 0 and final(out)
 
 
@@ -741,7 +741,7 @@ def test_steps_that_are_not_finite_can_be_left_out(broken_student, command, tmp_
     values = {"model_name_or_path": broken_student, "dataset_name": rows_with_one_bad(tmp_path / "r.jsonl", 9)}
     values |= {"max_steps": 4, "train_sampling_strategy": "sequential", "max_nonfinite_steps": 1, "lmbda": 0}
     assert main(command(**values, save_steps=1, save_total_limit=9)) == 0
-    assert "left out (1 of 1)" in capsys.readouterr().err
+    assert "skipped the step (1 of 1)" in capsys.readouterr().err
     steps = [final(tmp_path / "out" / f"checkpoint-{step}") for step in (1, 2, 3, 4)]
     assert steps[1] == steps[2] and steps[0] != steps[1] and steps[2] != steps[3]
     assert main(command(**values, save_steps=1, save_total_limit=9)) == 0  # finished: nothing is left to do

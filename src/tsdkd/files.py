@@ -1,4 +1,4 @@
-"""Folders and files that are written or read back: one place, one error for what the system says."""
+"""Read and write files and folders safely; system errors become one-line errors that name the field and the file."""
 
 import errno
 import fcntl
@@ -38,7 +38,7 @@ def ensure_dir(folder: Path, field: str = "output_dir") -> None:
 
 
 def require_readable_data(path: Path) -> None:
-    """Raise `ValueError` for what a reader of data would wait for.
+    """Raise `ValueError` for files that would block a reader, such as pipes, and for too many files.
 
     Args:
         path: a file, or a folder with files.
@@ -54,17 +54,18 @@ def require_readable_data(path: Path) -> None:
 
 
 def load_in_child_first(load: Callable[[], T]) -> T:
-    """Call a reader of files in a forked process, then, with a cache that is filled, in this one.
+    """Call `load` in a forked process first. Then call it in this process, where it uses the filled cache.
 
-    A file may crash its reader, as pyarrow's is by JSON of many levels, and must not end this process.
+    Some files crash their reader (deeply nested JSON crashes pyarrow). Such a crash must not end this process.
 
     Raises:
-        ValueError: the reader crashed; and what it raises itself.
+        ValueError: the reader crashed. Exceptions from `load` itself are passed on.
     """
     if sys.platform != "linux":
         return load()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12's, of other threads: the child needs none
+        # Python 3.12 warns about forking with threads; the child needs none of them
+        warnings.simplefilter("ignore", DeprecationWarning)
         child = os.fork()
     if child == 0:
         with suppress(BaseException):
@@ -72,16 +73,17 @@ def load_in_child_first(load: Callable[[], T]) -> T:
         os._exit(0)
     _, status = os.waitpid(child, 0)
     if os.WIFSIGNALED(status):
-        raise ValueError(f"its reader crashed ({signal.Signals(os.WTERMSIG(status)).name})")
+        raise ValueError(f"the file reader crashed ({signal.Signals(os.WTERMSIG(status)).name})")
     return load()
 
 
 @contextmanager
 def open_for_append(path: Path, field: str = "output_dir") -> Iterator[Callable[[str], None]]:
-    """A function that appends a text to a file, wholly or not at all; the folder is made.
+    """Yield a function that appends text to a file, either all of it or nothing. Creates the folder.
 
     Raises:
-        OutputDirError: it is no regular file, or can't be written; also for what fails while it is open.
+        OutputDirError: the path is not a regular file or can't be written. System errors within the block are
+            converted to this error too.
     """
     with wrap_os_errors(path, field, "written"):
         _prepare_writing(path, field)
@@ -91,10 +93,10 @@ def open_for_append(path: Path, field: str = "output_dir") -> Iterator[Callable[
 
 @contextmanager
 def hold_file(path: Path, field: str = "output_dir") -> Iterator[None]:
-    """Keep other processes that call this from a file, which is made.
+    """Hold an exclusive lock on a file, which is created if missing.
 
     Raises:
-        OutputDirError: another has it, it is no regular file, or it can't be written.
+        OutputDirError: another process holds the lock, or the path is not a regular file or can't be written.
     """
     with wrap_os_errors(path, field, "written"):
         _prepare_writing(path, field)
@@ -109,7 +111,7 @@ def hold_file(path: Path, field: str = "output_dir") -> Iterator[None]:
 
 
 def _prepare_writing(path: Path, field: str) -> None:
-    """Make the file's folder. Raises `OutputDirError` for what is there and isn't a regular file."""
+    """Create the file's folder. Raises `OutputDirError` if the path exists and is not a regular file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         if path.exists():
@@ -119,7 +121,7 @@ def _prepare_writing(path: Path, field: str) -> None:
 
 
 def _append(file: FileIO, text: str) -> None:
-    """In one system call, which a signal can't split. A full disk can: then what it took is given back."""
+    """Append in one system call, which a signal can't split. If the disk is full, remove the part that was written."""
     content, end = text.encode(), file.seek(0, os.SEEK_END)
     if file.write(content) < len(content):
         file.truncate(end)
@@ -128,14 +130,14 @@ def _append(file: FileIO, text: str) -> None:
 
 @contextmanager
 def atomic_path(path: Path, field: str = "output_dir") -> Iterator[Path]:
-    """Yield a temporary path that is moved to `path` at the end, so that `path` is complete or unchanged.
+    """Yield a temporary path that is moved to `path` at the end, so that `path` is either complete or unchanged.
 
-    The folder of `path` is made. A link is replaced, not followed. Raises `OutputDirError`.
+    Creates the folder of `path`. A link is replaced, not followed. Raises `OutputDirError`.
     """
     with wrap_os_errors(path, field, "written"):
         _prepare_writing(path, field)
         temporary = path.with_name(f".{path.name}.new")
-        temporary.unlink(missing_ok=True)  # it may be a link, too
+        temporary.unlink(missing_ok=True)  # it may be a link
         try:
             yield temporary
             os.replace(temporary, path)
@@ -146,13 +148,13 @@ def atomic_path(path: Path, field: str = "output_dir") -> Iterator[Path]:
 
 
 def write_atomically(path: Path, text: str, field: str = "output_dir") -> None:
-    """Write a text file that is whole or as before; its folder is made. Raises `OutputDirError`."""
+    """Write a text file atomically: it is complete or unchanged. Creates the folder. Raises `OutputDirError`."""
     with atomic_path(path, field) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def has_text(path: Path, text: str) -> bool:
-    """Whether a file can be read, and holds this text."""
+    """Whether a file can be read and its content equals `text`."""
     try:
         return path.read_text(encoding="utf-8") == text
     except (OSError, ValueError):
@@ -163,7 +165,7 @@ def require_empty_dir(folder: Path) -> None:
     """Raise `OutputDirError` if the folder exists and isn't empty."""
     require_dir_path(folder)
     if folder.is_dir() and (present := sorted(path.name for path in folder.iterdir())):
-        raise OutputDirError(f"output_dir: {folder} holds files already ({present[0]}, …); choose another")
+        raise OutputDirError(f"output_dir: {folder} is not empty ({present[0]}, …); choose another directory")
 
 
 @contextmanager
@@ -171,29 +173,29 @@ def wrap_os_errors(path: Path, field: str = "output_dir", action: str = "written
     """Turn an `OSError` within the block into a one-line `OutputDirError`."""
     try:
         yield
-    except TSDKDError:  # some are an OSError too
+    except TSDKDError:  # some of them are OSErrors
         raise
     except OSError as error:
         raise OutputDirError(f"{field}: {path} can't be {action}: {error.strerror or error}") from error
 
 
 def require_regular_file(path: Path) -> None:
-    """Raise `ValueError` for a folder, a pipe, a device or a socket, without opening it; `OSError` for nothing."""
+    """Raise `ValueError` for a folder, pipe, device or socket, without opening it; `OSError` if nothing is there."""
     mode = path.stat().st_mode
     if not stat.S_ISREG(mode):
-        raise ValueError(f"it is {_KINDS.get(stat.S_IFMT(mode), 'no file')}, expected a file")
+        raise ValueError(f"it is {_KINDS.get(stat.S_IFMT(mode), 'not a file')}, expected a file")
 
 
 def read_small_file(path: Path, max_bytes: int) -> bytes:
-    """The content of a regular file. Raises `ValueError`, saying what is wrong with it."""
+    """Read a regular file of at most `max_bytes`. Raises `ValueError` with the reason if it can't."""
     try:
         require_regular_file(path)
         with open(path, "rb", opener=_open_without_waiting) as file:
             content = file.read(max_bytes + 1)
     except OSError as error:
         raise ValueError(error.strerror or str(error)) from error
-    if content is None:  # of /proc, with nothing to say yet
-        raise ValueError("there is nothing to read yet, expected a file")
+    if content is None:  # a file in /proc without content yet
+        raise ValueError("it has no content yet, expected a regular file")
     if len(content) > max_bytes:
         raise ValueError(f"it is larger than {max_bytes:,} bytes")
     return content
@@ -204,18 +206,18 @@ def _open_without_waiting(path: str, flags: int) -> int:
 
 
 def iter_whole_lines(path: Path, prefix: bytes, field: str = "output_dir") -> Iterator[tuple[int, bytes]]:
-    """The lines of a JSONL file that is only ever appended to, with their numbers from 1.
+    """Yield the lines of an append-only JSONL file with their numbers, from 1, and repair an incomplete last line.
 
-    The caller refuses lines that aren't its own, before anything is changed. Only when it has taken all of them, and
-    at least one, a last line that was cut off in a write is removed; one that lacks only its end gets it.
+    The file is changed only after the caller has accepted all lines before the last one, and at least one. Then a
+    truncated last line is removed; a complete last line without a line end gets one.
 
     Args:
         path: the file.
-        prefix: how each line begins. Only a last line that begins so can have been cut off; another one is yielded.
+        prefix: the beginning of each line. A last line with another beginning is not truncated; it is yielded.
         field: the field that names the file.
 
     Raises:
-        OutputDirError: it has a single line, cut off: nothing says whose it is.
+        OutputDirError: the file has only one line, and it is truncated, so that its origin is unknown.
     """
     size = 0
     with path.open("rb") as file:
@@ -231,7 +233,7 @@ def iter_whole_lines(path: Path, prefix: bytes, field: str = "output_dir") -> It
         with path.open("ab") as file:
             file.write(b"\n")
     elif number == 1:
-        raise OutputDirError(f"{field}: {path} has nothing but a line that was cut off; remove it, or choose another")
+        raise OutputDirError(f"{field}: {path} has only one, truncated line; delete it or choose another file")
     else:
         os.truncate(path, size)
 
@@ -252,7 +254,7 @@ def require_dir_path(folder: Path) -> None:
 
 
 def read_bounded(path: Path, max_mib: float) -> bytes:
-    """`read_small_file`, for files that tsdkd writes. Raises `DataError` that names the file."""
+    """Call `read_small_file` for a file that tsdkd writes. Raises `DataError` that names the file."""
     try:
         return read_small_file(path, int(max_mib * 2**20))
     except ValueError as error:
@@ -260,10 +262,10 @@ def read_bounded(path: Path, max_mib: float) -> bytes:
 
 
 def parse_json(content: bytes | str, name: object) -> Any:
-    """What JSON holds, NaN and Infinity as Python writes them included. Raises `DataError` that begins with `name`."""
+    """Parse JSON, including Python's NaN and Infinity. Raises `DataError`, whose message begins with `name`."""
     try:
         return json.loads(content)
     except RecursionError as error:
         raise DataError(f"{name} is damaged: it is nested too deeply") from error
     except ValueError as error:
-        raise DataError(f"{name} is damaged: it isn't JSON: {first_line(error)}") from error
+        raise DataError(f"{name} is damaged: it is not valid JSON: {first_line(error)}") from error

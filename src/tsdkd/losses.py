@@ -1,7 +1,7 @@
-"""The papers' losses as pure functions on logits: one number a token, no reduction over tokens.
+"""The papers' losses as pure functions of logits, one value per token, without reduction over tokens.
 
-Shapes: ``[..., V]`` logits in, ``[...]`` nats out. Half-precision inputs are computed in float32, float64 stays
-float64. The teacher never receives a gradient. This is the readable specification: every faster path must equal it.
+Shapes: ``[..., V]`` logits in, ``[...]`` nats out. Half-precision inputs are computed in float32; float64 stays
+float64. The teacher never receives a gradient. This is the readable specification that all faster code must match.
 
 TSD-KD is "Token-Selective Dual Knowledge Distillation" (ICLR 2026), EOPD is arXiv 2603.07079.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def upcast(x: Tensor) -> Tensor:
-    """Half precision becomes float32, anything else stays."""
+    """Convert half precision to float32; leave other dtypes unchanged."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
@@ -22,7 +22,7 @@ def _check_same_vocabulary(student_logits: Tensor, teacher_logits: Tensor) -> No
     if student_logits.shape != teacher_logits.shape:
         raise ValueError(
             f"student_logits and teacher_logits must have the same shape, found {tuple(student_logits.shape)} and "
-            f"{tuple(teacher_logits.shape)}; slice both to the ids that the two models share"
+            f"{tuple(teacher_logits.shape)}; slice both to the ids shared by the two models"
         )
 
 
@@ -47,11 +47,11 @@ def _kl(logps: Tensor, other_logps: Tensor) -> Tensor:
 class Divergence:
     """`teacher KL(P||M) + student KL(Q||M)` with `M = mixture P + (1 - mixture) Q`.
 
-    `P` is the teacher's distribution and `Q` the student's. `jsd`, `FORWARD_KL`, `REVERSE_KL`, `skew_forward_kl` and
-    `skew_reverse_kl` name the usual ones.
+    `P` is the teacher's distribution and `Q` the student's. The common cases are `jsd`, `FORWARD_KL`, `REVERSE_KL`,
+    `skew_forward_kl` and `skew_reverse_kl`.
 
     Attributes:
-        mixture: the teacher's share of `M`, in [0, 1].
+        mixture: weight of `P` in `M`, in [0, 1].
         teacher: weight of `KL(P||M)`.
         student: weight of `KL(Q||M)`.
 
@@ -65,10 +65,10 @@ class Divergence:
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.mixture <= 1.0:
-            raise ValueError(f"a mixture's share must be in [0, 1], found {self.mixture}")
+            raise ValueError(f"mixture must be in [0, 1], found {self.mixture}")
 
     def __call__(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-        """The divergence of each position.
+        """Compute the divergence at each position.
 
         Args:
             student_logits: `[..., V]`, receives the gradient.
@@ -78,7 +78,7 @@ class Divergence:
             `[...]`, nats.
 
         Raises:
-            ValueError: shapes differ.
+            ValueError: the shapes differ.
         """
         _check_same_vocabulary(student_logits, teacher_logits)
         student = upcast(student_logits).log_softmax(-1)
@@ -98,9 +98,11 @@ REVERSE_KL = Divergence(1.0, student=1.0)
 
 
 def jsd(beta: float) -> Divergence:
-    """Generalised Jensen-Shannon divergence (TSD-KD Eq. 1): `beta KL(P||M) + (1 - beta) KL(Q||M)`, `M` with share
-    `beta` of `P`. `beta=0` is `KL(P||Q)` and `beta=1` is `KL(Q||P)`, as in TRL: the limits of the gradient, not of the
-    value. Raises `ValueError` where `beta` is outside [0, 1]."""
+    """Generalized Jensen-Shannon divergence, `beta KL(P||M) + (1 - beta) KL(Q||M)` (TSD-KD Eq. 1).
+
+    `M` is `beta P + (1 - beta) Q`. As in TRL, `beta=0` is `KL(P||Q)` and `beta=1` is `KL(Q||P)`: these are the limits
+    of the gradient, not of the value. Raises `ValueError` if `beta` is outside [0, 1].
+    """
     return {0.0: FORWARD_KL, 1.0: REVERSE_KL}.get(beta) or Divergence(beta, teacher=beta, student=1.0 - beta)
 
 
@@ -115,26 +117,30 @@ def skew_reverse_kl(skew: float) -> Divergence:
 
 
 def generalized_jsd(student_logits: Tensor, teacher_logits: Tensor, beta: float) -> Tensor:
-    """`jsd(beta)` of `[..., V]` logits, `[...]` nats. Raises `ValueError`: shapes differ, `beta` outside [0, 1]."""
+    """Compute `jsd(beta)` of `[..., V]` logits; returns `[...]` nats.
+
+    Raises:
+        ValueError: the shapes differ, or `beta` is outside [0, 1].
+    """
     return jsd(beta)(student_logits, teacher_logits)
 
 
 def plackett_luce_nll(student_logits: Tensor, teacher_logits: Tensor, top_k: int = 10) -> Tensor:
     """Negative log-likelihood of the teacher's ranking of the student's candidates (TSD-KD Eq. 4).
 
-    The candidates are the student's `top_k` tokens. The teacher orders them by its own logits, best first (ties keep
-    the student's order); each placement is a softmax over the candidates *not yet placed*.
+    The candidates are the student's `top_k` tokens. The teacher ranks them by its own logits, best first (ties keep
+    the student's order). Each choice is a softmax over the candidates *not yet chosen*.
 
     Args:
-        student_logits: `[..., V]`; the gradient reaches the `top_k` candidates only.
+        student_logits: `[..., V]`; only the `top_k` candidates receive a gradient.
         teacher_logits: `[..., V]`.
-        top_k: number of candidates, at most V are used.
+        top_k: number of candidates; at most V are used.
 
     Returns:
         `[...]`, nats.
 
     Raises:
-        ValueError: shapes differ, or `top_k` is below 1.
+        ValueError: the shapes differ, or `top_k` is below 1.
     """
     _check_same_vocabulary(student_logits, teacher_logits)
     if top_k < 1:
@@ -145,7 +151,7 @@ def plackett_luce_nll(student_logits: Tensor, teacher_logits: Tensor, top_k: int
     ranking = preference.argsort(dim=-1, descending=True, stable=True)
     ranked = scores.gather(-1, ranking)
     placed = torch.ones(k, k, dtype=torch.bool, device=ranked.device).tril(-1)
-    # [j, l]: l against j. Differences first: a large common offset would cost float32 its digits
+    # [j, l]: l relative to j. Take differences first: a large common offset would cost float32 precision
     against = (ranked.unsqueeze(-2) - ranked.unsqueeze(-1)).masked_fill(placed, float("-inf"))
     return against.logsumexp(-1).sum(-1)
 
@@ -155,9 +161,9 @@ def clipped_policy_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, cl
 
     Args:
         logps: `[...]`, log-probabilities of the sampled tokens under the student; receives the gradient.
-        old_logps: `[...]`, under the policy that sampled them.
+        old_logps: `[...]`, log-probabilities under the policy that sampled them.
         advantages: `[...]`.
-        clip_epsilon: half-width of the trust interval.
+        clip_epsilon: half-width of the clipping range.
 
     Returns:
         `[...]`.
@@ -169,13 +175,13 @@ def clipped_policy_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, cl
 
 
 def clipped_reverse_kl(logps: Tensor, old_logps: Tensor, teacher_logps: Tensor, clip_epsilon: float = 0.2) -> Tensor:
-    """Clipped reverse KL on the sampled tokens (EOPD Eq. 8), advantage `teacher_logps - old_logps`.
+    """Clipped reverse KL on the sampled tokens (EOPD Eq. 8), with advantage `teacher_logps - old_logps`.
 
     Args:
         logps: `[...]`, log-probabilities of the sampled tokens under the student; receives the gradient.
-        old_logps: `[...]`, under the policy that sampled them.
-        teacher_logps: `[...]`, under the teacher.
-        clip_epsilon: half-width of the trust interval.
+        old_logps: `[...]`, log-probabilities under the policy that sampled them.
+        teacher_logps: `[...]`, log-probabilities under the teacher.
+        clip_epsilon: half-width of the clipping range.
 
     Returns:
         `[...]`, nats.
@@ -186,11 +192,11 @@ def clipped_reverse_kl(logps: Tensor, old_logps: Tensor, teacher_logps: Tensor, 
 def forward_kl_on(student_logps: Tensor, teacher_logps: Tensor) -> Tensor:
     """Forward KL over a subset of the vocabulary (EOPD Eq. 10).
 
-    The teacher is renormalised on the subset, the student is not: its log-probabilities are of the full softmax.
+    The teacher is renormalized over the subset. The student is not: its log-probabilities come from the full softmax.
 
     Args:
         student_logps: `[..., K]`, the student's log-probabilities at the subset's ids; receives the gradient.
-        teacher_logps: `[..., K]`, the teacher's at the same ids.
+        teacher_logps: `[..., K]`, the teacher's log-probabilities at the same ids.
 
     Returns:
         `[...]`, nats.
@@ -205,13 +211,13 @@ def topk_forward_kl(student_logits: Tensor, teacher_logits: Tensor, top_k: int =
     Args:
         student_logits: `[..., V]`, receives the gradient.
         teacher_logits: `[..., V]`.
-        top_k: size of the subset, at most V are used.
+        top_k: size of the subset; at most V ids are used.
 
     Returns:
         `[...]`, nats.
 
     Raises:
-        ValueError: shapes differ, or `top_k` is below 1.
+        ValueError: the shapes differ, or `top_k` is below 1.
     """
     _check_same_vocabulary(student_logits, teacher_logits)
     if top_k < 1:

@@ -1,8 +1,8 @@
-"""The contract between a method and the trainer: what an objective gets, and what it returns.
+"""The interface between a method and the trainer: the inputs and outputs of an objective.
 
 An objective requests statistics of the tokens of one micro-batch (`tsdkd.lm_head.statistics`) and returns *sums*. The
-trainer divides once, by a count over the global batch: any split into micro-batches and processes gives the same
-update.
+trainer divides them once, by a count over the global batch, so that any split into micro-batches and processes gives
+the same update.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from .lm_head.statistics import Head, PerTokenLoss, StatisticsRequest, TokenStat
 from .selection import token_index
 
 Metrics = dict[str, tuple[Tensor, Tensor]]
-"""Name -> (sum, count), scalars without gradient; what is logged is sum / count."""
+"""Name -> (sum, count), scalars without gradient; sum / count is logged."""
 
 
 @dataclass
@@ -24,11 +24,11 @@ class RolloutScores:
     """Scores of the N tokens of a rollout, computed once before the student changes (EOPD Alg. 1, line 9).
 
     Attributes:
-        teacher_entropy: `[N]`, the teacher's, over the full vocabulary, nats.
+        teacher_entropy: `[N]`, the teacher's entropy over the full vocabulary, nats.
         teacher_per_token_logps: `[N]`, log-probabilities of the tokens under the teacher, nats.
         teacher_topk_ids: `[N, K]`, the teacher's most probable tokens.
         teacher_topk_logps: `[N, K]`, their log-probabilities, nats.
-        random_uniform: `[N]` in [0, 1), the same in every step that the rollout serves.
+        random_uniform: `[N]` in [0, 1), the same in every step that trains on the rollout.
     """
 
     teacher_entropy: Tensor
@@ -38,7 +38,7 @@ class RolloutScores:
     random_uniform: Tensor
 
     def select(self, rows: slice) -> Self:
-        """The scores of some of the N tokens."""
+        """Return the scores of the tokens `rows`."""
         return type(self)(**{name: values[rows] for name, values in vars(self).items()})
 
 
@@ -49,8 +49,8 @@ class PolicyScores(RolloutScores):
     Attributes:
         old_per_token_logps: `[N]`, log-probabilities of the tokens under the policy that sampled them, nats.
         advantages: `[N]`, nats.
-        importance_sampling_ratio: `[N]`, weights of the policy's loss: 1, except where an engine sampled from another
-            distribution than `old_per_token_logps` is of.
+        importance_sampling_ratio: `[N]`, weights of the policy loss. They are 1 unless an engine sampled from a
+            distribution other than that of `old_per_token_logps`.
     """
 
     old_per_token_logps: Tensor
@@ -60,16 +60,16 @@ class PolicyScores(RolloutScores):
 
 @dataclass
 class CompletionBatch:
-    """The completions of a micro-batch, N tokens in B rows.
+    """The completions of a micro-batch: N tokens in B rows.
 
     Attributes:
         mask: `[B, T]` bool with N true entries: the positions that predict the tokens, in row order.
         ids: `[N]`, the tokens.
         is_training: whether the objective updates its state (adaptive c).
-        sampling_per_token_logps: `[N]`, log-probabilities under the engine that sampled, nats, for the log.
-        scores: of the objective's `scores_class`, where it has one.
-        loss_mask: `[B, T]` bool, the part of `mask` that is trained on; by default all of it.
-        index: `[N]`, where `mask` is true (`tsdkd.selection.token_index`); by default it is computed.
+        sampling_per_token_logps: `[N]`, log-probabilities under the engine that sampled, nats; for the log.
+        scores: an instance of the objective's `scores_class`, if it has one.
+        loss_mask: `[B, T]` bool, the part of `mask` to train on; by default all of it.
+        index: `[N]`, the positions where `mask` is true (`tsdkd.selection.token_index`); computed by default.
     """
 
     mask: Tensor
@@ -87,11 +87,11 @@ class CompletionBatch:
             self.index = token_index(self.mask)
 
     def gather(self, values: Tensor) -> Tensor:
-        """`[N]`: `values` `[B, T]` where `mask` is true."""
+        """Return `[N]`, the entries of `values` `[B, T]` where `mask` is true."""
         return values.flatten().index_select(0, self.index)
 
     def scatter(self, values: Tensor) -> Tensor:
-        """`[B, T]`: `values` `[N]` where `mask` is true, 0 elsewhere."""
+        """Return `[B, T]`, with `values` `[N]` where `mask` is true and 0 elsewhere."""
         return values.new_zeros(self.mask.shape).masked_scatter(self.mask, values)
 
     @cached_property
@@ -102,25 +102,25 @@ class CompletionBatch:
 
     @property
     def scored_ids(self) -> Tensor:
-        """`[N, 1 + K]`, the tokens and the teacher's most probable ones, for objectives with `scores`."""
+        """`[N, 1 + K]`, the tokens and the teacher's most probable tokens; for objectives with `scores`."""
         return torch.cat([self.ids.unsqueeze(-1), self.scores.teacher_topk_ids], dim=-1)
 
     @property
     def logged_ids(self) -> Tensor | None:
-        """`[N, 1]`, the tokens whose log-probabilities only the log needs."""
+        """`[N, 1]`, tokens whose log-probabilities are needed only for logging."""
         return None if self.sampling_per_token_logps is None else self.ids.unsqueeze(-1)
 
 
 @dataclass
 class ObjectiveOutput:
-    """Sums of one micro-batch.
+    """Sums over one micro-batch.
 
     Attributes:
         loss: the weighted sum of the terms, scalar, differentiable.
-        terms: each term's sum over the objective's unit, scalar; differentiable where the head doesn't differentiate
-            the per-token loss by itself.
-        weights: each term's factor in the loss.
-        metrics: name -> (sum, count), scalars without gradient; what is logged is sum / count.
+        terms: sum of each term over the objective's unit, scalar; differentiable unless the head differentiates the
+            per-token loss itself.
+        weights: weight of each term in the loss.
+        metrics: name -> (sum, count), scalars without gradient; sum / count is logged.
     """
 
     loss: Tensor
@@ -130,16 +130,17 @@ class ObjectiveOutput:
 
 
 class Objective:
-    """Base of all objectives. Subclasses are dataclasses whose fields are the method's options.
+    """Base class of all objectives. Subclasses are dataclasses whose fields are the method's options.
 
-    A method whose terms all depend on a token's own statistics defines `term_weights`, `request` and
-    `per_token_terms`. A method that selects tokens by the statistics of others adds its terms in `loss`.
+    If every term depends only on each token's own statistics, define `term_weights`, `request` and
+    `per_token_terms`. If a term depends on other tokens, for example to select tokens, add it in `loss`.
 
     Attributes:
-        unit: what the loss is a mean of over the global batch: "completions", "tokens" or "micro-batches".
+        unit: the items that the loss is averaged over in the global batch: "completions", "tokens" or
+            "micro-batches".
         needs_teacher_distribution: whether the head needs the teacher's distributions.
-        scores_class: which scores of a rollout it reads; None where it reads none.
-        teacher_top_k: how many of the teacher's tokens those hold.
+        scores_class: class of the rollout scores that the objective uses; None if it uses none.
+        teacher_top_k: number of the teacher's most probable tokens in these scores.
     """
 
     unit: ClassVar[str] = "tokens"
@@ -149,58 +150,57 @@ class Objective:
 
     @property
     def term_weights(self) -> dict[str, float]:
-        """Each per-token term's factor in the loss."""
+        """Weight of each per-token term in the loss."""
         raise NotImplementedError
 
     def request(self, completions: CompletionBatch) -> StatisticsRequest:
-        """The statistics that the terms need."""
+        """Return the request for the statistics that the terms need."""
         raise NotImplementedError
 
     def per_token_terms(
         self, completions: CompletionBatch, statistics: TokenStatistics, rows: slice
     ) -> dict[str, Tensor]:
-        """The terms of the tokens `rows`, whose statistics are given, `[n]` each."""
+        """Compute the terms of the tokens `rows` from their statistics; each term is `[n]`."""
         raise NotImplementedError
 
     def per_token_loss(self, completions: CompletionBatch) -> PerTokenLoss | None:
-        """The per-token terms, for a head to evaluate chunk by chunk; None if a term needs other tokens'
-        statistics."""
+        """Return the per-token terms, which a head evaluates chunk by chunk; None if a term needs other tokens."""
         return PerTokenLoss(self.term_weights, partial(self.per_token_terms, completions))
 
     def loss(self, statistics: TokenStatistics, completions: CompletionBatch) -> ObjectiveOutput:
-        """The sums of a micro-batch."""
+        """Compute the sums over a micro-batch."""
         metrics = self.metrics(statistics, completions)
         return ObjectiveOutput(statistics.loss, statistics.loss_terms, self.term_weights, metrics)
 
     def metrics(self, statistics: TokenStatistics, completions: CompletionBatch) -> Metrics:
-        """Metrics to log besides the loss terms."""
+        """Compute metrics to log in addition to the loss terms."""
         return common_metrics(statistics, completions)
 
     def __call__(self, head: Head, completions: CompletionBatch) -> ObjectiveOutput:
-        """Request, head and loss in one, as the trainer does it."""
+        """Request the statistics from the head and compute the loss, as the trainer does."""
         return self.loss(head(self.request(completions), self.per_token_loss(completions)), completions)
 
     def state_dict(self) -> dict[str, Any]:
-        """The state that a checkpoint stores; most objectives have none."""
+        """Return the state to store in a checkpoint; most objectives have none."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict()`."""
+        """Restore the state returned by `state_dict()`."""
 
 
 def mean_metric(values: Tensor) -> tuple[Tensor, Tensor]:
-    """`(sum, count)` of a tensor's elements, as a metric."""
+    """Return `(sum, count)` of a tensor's elements, as a metric."""
     values = values.detach().float()
     return values.sum(), values.new_full((), values.numel())
 
 
 def approx_kl(log_ratio: Tensor) -> tuple[Tensor, Tensor]:
-    """`r - 1 - log r`, an estimate of KL(Q_old || Q) from its samples, nats (Schulman 2020), as a metric.
+    """Estimate KL(Q_old || Q) from samples as the mean of `r - 1 - log r`, nats (Schulman 2020), as a metric.
 
     Args:
         log_ratio: `[N]`, `log Q - log Q_old` of the sampled tokens, nats.
     """
-    return mean_metric(log_ratio.expm1() - log_ratio)  # not exp() - 1, whose rounding is larger than the result
+    return mean_metric(log_ratio.expm1() - log_ratio)  # exp() - 1 would have a rounding error larger than the result
 
 
 def common_metrics(statistics: TokenStatistics, completions: CompletionBatch) -> Metrics:

@@ -1,5 +1,4 @@
-"""Checkpoints: written atomically, verified, free of pickles (DeepSpeed's are restricted).
+"""Checkpoints that are written atomically, verified, and free of pickles (DeepSpeed's pickles are restricted).
 
-The state comes from `_get_extra_state` of the trainer; `tsdkd.run.output_dir` chooses the checkpoint of a resumed
-run.
+The state comes from the trainer's `_get_extra_state`. `tsdkd.run.output_dir` chooses the checkpoint to resume from.
 """

@@ -1,8 +1,8 @@
-"""A checkpoint is complete or does not exist.
+"""Writes, verifies and deletes checkpoints. A checkpoint is either complete or does not exist.
 
-It is written beside the others under a hidden name, its files are hashed and brought to the disk, a manifest lists
-them, and only then does the first process rename it, between barriers. What a resume takes must agree with its
-manifest, byte for byte.
+A checkpoint is first written under a hidden name. Its files are hashed and synced to disk, and a manifest lists them.
+Then the main process renames it, between barriers. When a run is resumed, the checkpoint must match its manifest, byte
+for byte.
 """
 
 import hashlib
@@ -32,12 +32,12 @@ _PACKAGES = ("tsdkd", "torch", "transformers", "trl", "accelerate")
 
 @dataclass
 class Manifest:
-    """The contents of a checkpoint, for its verification.
+    """The contents of a checkpoint, for verification.
 
     Attributes:
-        step: optimizer steps that were taken.
-        num_processes: how many processes wrote it.
-        versions: package -> version, of the packages that matter.
+        step: number of completed optimizer steps.
+        num_processes: number of processes that wrote the checkpoint.
+        versions: package -> version, for the main dependencies.
         files: path in the checkpoint -> (bytes, SHA-256).
     """
 
@@ -48,18 +48,18 @@ class Manifest:
 
 
 def write_checkpoint(output_dir: Path, step: int, write_files: Callable[[Path], None]) -> Path:
-    """Make `checkpoint-STEP` in the run's folder, which all processes must see.
+    """Create `checkpoint-STEP` in the output directory, which all processes must share.
 
     Args:
         output_dir: the output directory.
-        step: optimizer steps that were taken.
-        write_files: called by every process with the folder to write into.
+        step: number of completed optimizer steps.
+        write_files: function that every process calls with the folder to write to.
 
     Returns:
-        The folder, complete.
+        The complete checkpoint folder.
 
     Raises:
-        CheckpointError: a file can't be written; the earlier checkpoints are as they were.
+        CheckpointError: a file can't be written. The earlier checkpoints are intact.
     """
     state, final = PartialState(), output_dir / f"{PREFIX_CHECKPOINT_DIR}-{step}"
     partial = output_dir / f"{PARTIAL_PREFIX}{final.name}"
@@ -74,15 +74,15 @@ def write_checkpoint(output_dir: Path, step: int, write_files: Callable[[Path], 
             versions = {name: version(name) for name in _PACKAGES}
             _write_manifest(partial / MANIFEST, Manifest(step, state.num_processes, versions, entries))
             _fsync_dirs(partial)
-            _delete_checkpoint(final)  # only a damaged one, which a resume passed over, can be there
+            _delete_checkpoint(final)  # at most a damaged one exists, which was skipped on resume
             partial.rename(final)
             _fsync(output_dir)
     except Exception as error:
-        # safetensors and torch have exceptions of their own for a full disk
+        # safetensors and torch raise their own exceptions if the disk is full
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
-            f"{final} can't be written: {' '.join(str(error).split())[:300]}; the checkpoints before it are intact, "
-            "continue with resume: true"
+            f"{final} can't be written: {' '.join(str(error).split())[:300]}; earlier checkpoints are intact; "
+            "continue with --resume true"
         ) from error
     state.wait_for_everyone()
     return final
@@ -92,7 +92,7 @@ def get_last_valid_checkpoint(output_dir: Path) -> Path:
     """Return the newest checkpoint that passes verification; log those that are skipped. All processes must call it.
 
     Raises:
-        ResumeError: there is none.
+        ResumeError: there is no valid checkpoint.
     """
     folders = list_checkpoints(output_dir)
     for folder in reversed(folders):
@@ -100,18 +100,18 @@ def get_last_valid_checkpoint(output_dir: Path) -> Path:
         if problem is None:
             return folder
         logger.warning(f"resume: skipped {folder}: {problem}")
-    raise ResumeError(f"resume: {output_dir} has no checkpoint that can be resumed from ({len(folders)} found)")
+    raise ResumeError(f"resume: {output_dir} has no valid checkpoint to resume from ({len(folders)} found)")
 
 
 def verify_checkpoint(folder: Path) -> None:
-    """Check a checkpoint. All processes must call it. Raises `ResumeError`."""
+    """Verify a checkpoint. All processes must call it. Raises `ResumeError`."""
     problem = find_damage(folder)
     if problem:
-        raise ResumeError(f"resume_from_checkpoint: {folder} can't be resumed from: {problem}")
+        raise ResumeError(f"resume_from_checkpoint: can't resume from {folder}: {problem}")
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """The checkpoints in a run's folder, the oldest first, whatever their state."""
+    """Return all checkpoints in a run's folder, oldest first, without verification."""
     found = (
         (_CHECKPOINT_PATTERN.fullmatch(path.name), path) for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
     )
@@ -121,10 +121,10 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 def find_damage(folder: Path) -> str | None:
     """Return why a checkpoint can't be used, or None if it can.
 
-    All processes must call it: each reads a share of the files.
+    All processes must call it; each reads a part of the files.
 
     Raises:
-        ResumeError: it was written by another number of processes.
+        ResumeError: a different number of processes wrote the checkpoint.
     """
     state = PartialState()
     found = _read_manifest(folder)
@@ -133,56 +133,56 @@ def find_damage(folder: Path) -> str | None:
     if found.num_processes != state.num_processes:
         raise ResumeError(
             f"resume: {folder} was written by {found.num_processes} process{'es' * (found.num_processes > 1)}, found "
-            f"{state.num_processes}; start as many"
+            f"{state.num_processes}; start the same number of processes"
         )
     present = _list_files(folder)
     missing = sorted(set(found.files) - set(present))
     if missing:
-        return f"it has no {', '.join(missing[:3])}"
+        return f"missing {', '.join(missing[:3])}"
     now = _map_files(_try_hash_file, folder, sorted(found.files))
     changed = [name for name in now if now[name] != tuple(found.files[name])]
     if changed:
-        return f"{', '.join(changed[:3])}: other bytes than were written"
+        return f"{', '.join(changed[:3])}: changed since written"
     return None
 
 
 def _read_manifest(folder: Path) -> Manifest | str:
-    """The manifest, or why there is none to read."""
+    """Return the manifest, or the reason why it can't be read."""
     try:
         content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         digest = content.pop("sha256")
         if digest != _hash_manifest(content):
-            return f"{MANIFEST}: other bytes than were written"
+            return f"{MANIFEST}: changed since written"
         return Manifest(**content)
     except FileNotFoundError:
-        return f"it has no {MANIFEST}"
+        return f"missing {MANIFEST}"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return f"{MANIFEST} can't be read, or is another version's"
+        return f"{MANIFEST} can't be read, or is from another version"
 
 
 def rotate_checkpoints(newest: Path, keep: int | None, best: str | None) -> None:
     """Delete the oldest checkpoints until `keep` are left.
 
-    Never deletes `newest` or `best`; a deleted checkpoint disappears atomically.
+    Never deletes `newest` or `best`. A checkpoint is removed atomically.
     """
     if not keep:
         return
     folders = list_checkpoints(newest.parent)
-    protected = {newest.name, Path(best or "").name}  # a damaged one may have a higher number
+    protected = {newest.name, Path(best or "").name}  # a damaged checkpoint may have a higher number
     surplus = [folder for folder in folders if folder.name not in protected]
     for folder in surplus[: max(0, len(folders) - keep)]:
         _delete_checkpoint(folder)
 
 
 def remove_partial_checkpoints(output_dir: Path) -> None:
-    """Remove the leftovers of a killed save or rotation."""
+    """Remove the leftovers of an interrupted save or rotation."""
     for pattern in (f"{PARTIAL_PREFIX}*", f"{_DELETED_PREFIX}*"):
         for folder in output_dir.glob(pattern):
             shutil.rmtree(folder, ignore_errors=True)
 
 
 def _delete_checkpoint(folder: Path) -> None:
-    """Not a checkpoint any more at once, then deleted."""
+    """Rename a checkpoint, so that it no longer counts as one, then delete it."""
     if folder.exists():
         doomed = folder.with_name(f"{_DELETED_PREFIX}{folder.name}")
         folder.rename(doomed)
@@ -190,20 +190,20 @@ def _delete_checkpoint(folder: Path) -> None:
 
 
 def _list_files(folder: Path) -> list[str]:
-    """Relative paths, the manifest apart."""
+    """Return the relative paths of all files except the manifest."""
     paths = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     return sorted(path for path in paths if path != MANIFEST)
 
 
 def _map_files(function: Callable[[Path], Any], folder: Path, names: list[str]) -> dict[str, Any]:
-    """Name -> `function(file)`, each process calling it for a share of the files."""
+    """Return name -> `function(file)`. Each process calls the function for a part of the files."""
     state = PartialState()
     own = [(name, function(folder / name)) for name in names[state.process_index :: state.num_processes]]
     return dict(sorted(gather_object(own)))
 
 
 def _fsync_and_hash(path: Path) -> tuple[int, str]:
-    """Bytes and SHA-256 of a file, which is on the disk afterwards."""
+    """Sync a file to disk and return its size in bytes and SHA-256."""
     _fsync(path)
     return _hash_file(path)
 
@@ -214,7 +214,7 @@ def _hash_file(path: Path) -> tuple[int, str]:
 
 
 def _try_hash_file(path: Path) -> tuple[int, str] | None:
-    """None for a file that can't be read: the other processes wait for an answer."""
+    """Like `_hash_file`, but return None if the file can't be read, because the other processes wait for a result."""
     try:
         return _hash_file(path)
     except OSError:
@@ -232,7 +232,7 @@ def _write_manifest(path: Path, manifest: Manifest) -> None:
 
 
 def _fsync(path: Path) -> None:
-    """Bring a file, or the names in a folder, to the disk."""
+    """Sync a file, or the entries of a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

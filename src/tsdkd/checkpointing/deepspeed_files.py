@@ -1,5 +1,8 @@
-"""DeepSpeed keeps its part of a checkpoint in pickles, and would run whatever they say. Here they may only hold
-tensors, numbers, and the few classes that DeepSpeed puts there."""
+"""Restricts the pickles in which DeepSpeed stores its part of a checkpoint.
+
+DeepSpeed would run any code in them. Here, they may contain only tensors, numbers, and the few classes that DeepSpeed
+uses.
+"""
 
 import pickle
 from collections.abc import Iterator
@@ -13,7 +16,7 @@ from ..errors import CheckpointError
 
 @contextmanager
 def safe_deepspeed_load() -> Iterator[None]:
-    """Within it, DeepSpeed's `load_checkpoint` raises `CheckpointError` for a file with anything else in it."""
+    """Within the block, DeepSpeed's `load_checkpoint` raises `CheckpointError` for files with other contents."""
     from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
@@ -33,7 +36,7 @@ def safe_deepspeed_load() -> Iterator[None]:
                 return torch.load(path, map_location=map_location, weights_only=True)
         except pickle.UnpicklingError as error:
             raise CheckpointError(
-                f"resume: {path} holds code, or was not written by DeepSpeed; it was not loaded"
+                f"resume: {path} contains code or was not written by DeepSpeed; it was not loaded"
             ) from error
 
     original_load, TorchCheckpointEngine.load = TorchCheckpointEngine.load, load

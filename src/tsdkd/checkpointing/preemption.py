@@ -1,5 +1,7 @@
-"""A run that is told to stop saves first: a signal to any of its processes sets a flag, all processes read it together
-at the end of a step, save a checkpoint, and stop."""
+"""Saves a checkpoint when a signal stops a run.
+
+A signal to any process sets a flag. At the end of a step, all processes read it together, save a checkpoint and stop.
+"""
 
 import os
 import signal
@@ -17,14 +19,14 @@ from transformers import TrainerCallback, TrainerControl
 from ..config.stop_signals import announce_stop, handle_stop_signals
 
 PREEMPTED_FILE = ".preempted"
-"""In the output directory after such a stop: launchers lose the exit codes of their processes."""
+"""Created in the output directory after such a stop, because launchers do not pass on the processes' exit codes."""
 
-_received: list[int] = []  # signals belong to the process, and so does this
+_received: list[int] = []  # global, because signals are per process
 
 
 @contextmanager
 def catch_signals() -> Iterator[None]:
-    """Within it, the signals set the flag, and a second Ctrl-C ends the process. May be entered again within."""
+    """Within the block, stop signals set the flag, and a second Ctrl-C ends the process. Reentrant."""
     if signal.getsignal(signal.SIGTERM) is _on_signal:
         yield
         return
@@ -38,17 +40,17 @@ def catch_signals() -> Iterator[None]:
 def _on_signal(number: int, frame: FrameType | None) -> None:
     _received.append(number)
     if number == signal.SIGINT:
-        # the default ends a process that hangs in C, too; in a notebook it would end the session
+        # the default handler also ends a process that hangs in C code; in a notebook it would end the session
         signal.signal(signal.SIGINT, signal.default_int_handler if hasattr(sys, "ps1") else signal.SIG_DFL)
         if os.environ.get("RANK", "0") == "0":
             announce_stop()
 
 
 class PreemptionCallback(TrainerCallback):
-    """Saves and stops at the end of a step after which any process has received a signal.
+    """Saves and stops at the end of a step if any process has received a signal.
 
     Attributes:
-        is_preempted: whether it has.
+        is_preempted: whether a signal was received.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
@@ -67,10 +69,10 @@ class PreemptionCallback(TrainerCallback):
             control.should_evaluate = False  # there may be no time
 
     def on_save(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
-        control.should_training_stop |= self.is_preempted  # only now: a checkpoint holds what control says
+        control.should_training_stop |= self.is_preempted  # only now, because the checkpoint stores `control`
 
     def on_epoch_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
-        if self.is_preempted:  # it has been saved
+        if self.is_preempted:  # already saved
             control.should_save = control.should_evaluate = False
 
     def on_train_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""One output directory, one run: the run's first process locks a file there until the run ends or the process dies."""
+"""Allows only one run per output directory: its main process locks a file there until the run or the process ends."""
 
 import fcntl
 import os
@@ -16,12 +16,12 @@ from ..errors import OutputDirError, TSDKDError
 from ..files import wrap_os_errors
 
 logger = get_logger(__name__)
-LOCK_NAME = "_tsdkd.lock"  # `Trainer` doesn't upload what begins with an underscore
-_descriptors: set[int] = set()  # of this process's locks
+LOCK_NAME = "_tsdkd.lock"  # `Trainer` does not upload files that begin with an underscore
+_descriptors: set[int] = set()  # file descriptors of this process's locks
 
 
 class RunLock:
-    """The lock of an output directory. All processes call its methods, except where they say otherwise.
+    """The lock of an output directory. All processes must call its methods, unless stated otherwise.
 
     Args:
         folder: the output directory.
@@ -32,7 +32,7 @@ class RunLock:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Hold the lock, and give it back unless it was held before. Raises `OutputDirError`, on all processes."""
+        """Hold the lock within the block, unless it is already held. Raises `OutputDirError` on all processes."""
         was_held = self._is_held
         self.acquire()
         try:
@@ -42,19 +42,19 @@ class RunLock:
                 self.close()
 
     def acquire(self, only_beside: str = "") -> None:
-        """Take the lock, unless it is held.
+        """Acquire the lock, unless it is already held.
 
         Args:
-            only_beside: a file's name; nothing is done, or made, where the directory doesn't have it.
+            only_beside: a file name; if given, do nothing unless the directory contains this file.
 
         Raises:
-            OutputDirError: another run has it, or the directory can't be written; on all processes.
+            OutputDirError: another run holds the lock, or the directory can't be written. Raised on all processes.
         """
         if not self._is_held:
             self._is_held = on_main_process(lambda: self._lock_beside(only_beside))
 
     def close(self) -> None:
-        """Let others run here. Without effect where the lock isn't held."""
+        """Release the lock. Has no effect if the lock is not held."""
         self._is_held = False
         if self._is_in_place():
             with suppress(OSError):
@@ -62,10 +62,10 @@ class RunLock:
         self._close_file()
 
     def restore(self) -> None:
-        """For the first process: lock again where the file was deleted, or moved away, in mid-run.
+        """Lock again if the file was deleted or moved during the run. Call it only on the main process.
 
         Raises:
-            OutputDirError: another run has begun meanwhile.
+            OutputDirError: another run has started in the meantime.
         """
         if self._is_held and not self._is_in_place():
             self._close_file()
@@ -84,7 +84,7 @@ class RunLock:
     def _lock(self) -> None:
         with wrap_os_errors(self.folder, action="written"):
             self.folder.mkdir(parents=True, exist_ok=True)
-            while not self._try_lock():  # the file that was locked has just been deleted, by a run that ended
+            while not self._try_lock():  # a run that ended has just deleted the locked file
                 self._close_file()
 
     def _try_lock(self) -> bool:
@@ -96,10 +96,11 @@ class RunLock:
             owner = os.pread(self._descriptor, 200, 0).decode(errors="replace") or "unknown"
             self._close_file()
             raise OutputDirError(
-                f"output_dir: another run is in {self.folder} ({owner}); wait until it has ended, or choose another"
+                f"output_dir: another run is using {self.folder} ({owner}); wait until it ends, or choose another "
+                "directory"
             ) from None
         except OSError as error:
-            logger.warning(f"output_dir: no lock in {self.folder} ({error.strerror}): don't start a second run there")
+            logger.warning(f"output_dir: can't lock {self.folder} ({error.strerror}); don't start a second run there")
         if not self._is_in_place():
             return False
         try:
@@ -112,7 +113,7 @@ class RunLock:
         return True
 
     def _is_in_place(self) -> bool:
-        """Whether the file that is locked is the one in the directory."""
+        """Whether the locked file is still the one in the directory."""
         try:
             return os.path.samestat(os.fstat(self._descriptor), os.lstat(self._path))
         except OSError:
@@ -126,7 +127,7 @@ class RunLock:
 
 
 def _close_in_child() -> None:
-    """A process that was forked, to load data for instance, may outlive the run, and would keep its locks."""
+    """Close the lock files in a forked process, which may outlive the run, e.g. a data loader's worker."""
     for descriptor in _descriptors:
         os.close(descriptor)
     _descriptors.clear()
@@ -136,7 +137,7 @@ os.register_at_fork(after_in_child=_close_in_child)
 
 
 def on_main_process(function: Callable[[], Any]) -> Any:
-    """What `function` returns on the first process, or the `TSDKDError` that it raises there, on all processes."""
+    """Call `function` on the main process. Return its result, or raise its `TSDKDError`, on all processes."""
     outcome: list[Any] = [None, None]
     if PartialState().is_main_process:
         try:

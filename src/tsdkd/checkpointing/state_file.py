@@ -1,5 +1,8 @@
-"""Nested state (of an optimizer, of random generators, of a rollout) in one safetensors file: its tensors as they are,
-the rest as JSON in the file's header. Nothing is pickled, so a file from a stranger can't run anything."""
+"""Stores nested state (of an optimizer, random generators, a rollout) in one safetensors file.
+
+Tensors are stored unchanged, everything else as JSON in the header. No pickle is used, so an untrusted file can't run
+code.
+"""
 
 import json
 from pathlib import Path
@@ -16,7 +19,7 @@ def save_state(state: Any, path: str | Path) -> None:
     """Write dictionaries, lists and tuples of tensors, numbers, strings and None.
 
     Raises:
-        TypeError: something else is in it.
+        TypeError: the state contains other types.
         OSError, SafetensorError: the file can't be written.
     """
     tensors: dict[str, Tensor] = {}
@@ -25,7 +28,7 @@ def save_state(state: Any, path: str | Path) -> None:
 
 
 def load_state(path: str | Path) -> Any:
-    """Load a state that `save_state` wrote, bit for bit, on the CPU. Raises `OSError`, `SafetensorError`."""
+    """Load a state written by `save_state`, bitwise equal, on the CPU. Raises `OSError`, `SafetensorError`."""
     with safe_open(str(path), framework="pt") as file:
         return _restore_tensors(json.loads(file.metadata()["state"]), file)
 
@@ -33,15 +36,15 @@ def load_state(path: str | Path) -> Any:
 def _extract_tensors(state: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(state, Tensor):
         name = str(len(tensors))
-        tensors[name] = state.detach().to("cpu", copy=True).contiguous()  # safetensors refuses memory that is shared
+        tensors[name] = state.detach().to("cpu", copy=True).contiguous()  # safetensors rejects shared memory
         return {"tensor": name}
-    if isinstance(state, dict):  # JSON's keys are strings, ours are numbers too
+    if isinstance(state, dict):  # JSON keys are strings, but ours may be numbers
         return {"dict": [[_extract_tensors(part, tensors) for part in item] for item in state.items()]}
     if isinstance(state, (list, tuple)):
         return {"tuple" if isinstance(state, tuple) else "list": [_extract_tensors(part, tensors) for part in state]}
     if isinstance(state, _JSON_TYPES):
         return state
-    raise TypeError(f"a checkpoint holds tensors, numbers and text, found {type(state).__name__}")
+    raise TypeError(f"a checkpoint can contain only tensors, numbers and text, found {type(state).__name__}")
 
 
 def _restore_tensors(structure: Any, file: Any) -> Any:

@@ -1,4 +1,4 @@
-"""A `Trainer` whose checkpoints are written atomically, verified, and free of pickles (DeepSpeed's are restricted)."""
+"""A `Trainer` with atomic, verified checkpoints without pickles (DeepSpeed's pickles are restricted)."""
 
 import random
 from collections.abc import Callable, Mapping
@@ -31,29 +31,29 @@ _OPTIMIZER = "optimizer.safetensors"
 
 
 class CheckpointMixin(Trainer):
-    """Comes before a trainer among its bases; the trainer says what of its own belongs to a checkpoint.
+    """Must precede the trainer among the base classes. The trainer defines its extra state in checkpoints.
 
     Attributes:
-        run_lock: of the output directory; without one, `train` takes it.
-        run_files: texts that belong into the output directory; they are written again where somebody changes them.
+        run_lock: lock of the output directory; `train` acquires it if it is not held.
+        run_files: text files of the output directory; rewritten if they were changed.
     """
 
     run_lock: RunLock | None = None
     run_files: Mapping[Path, str] = {}
 
     def _get_extra_state(self) -> Any:
-        """This process's part of the state, as `tsdkd.checkpointing.state_file` takes it."""
+        """Return this process's extra state, in a form that `tsdkd.checkpointing.state_file` can store."""
         raise NotImplementedError
 
     def _set_extra_state(self, state: Any) -> None:
         raise NotImplementedError
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """See `Trainer.train`. True: from the newest checkpoint in `output_dir` that verifies.
+        """See `Trainer.train`. If True, resume from the newest valid checkpoint in `output_dir`.
 
         Raises:
-            ResumeError: there is none, or the one that is named doesn't verify.
-            OutputDirError: another run is in the output directory.
+            ResumeError: there is no checkpoint, or the given one is invalid.
+            OutputDirError: another run is using the output directory.
             CheckpointError: a checkpoint can't be written.
         """
         self.run_lock = self.run_lock or RunLock(Path(self.args.output_dir))
@@ -62,7 +62,7 @@ class CheckpointMixin(Trainer):
             return super().train(self._find_checkpoint(resume_from_checkpoint), *args, **kwargs)
 
     def _find_checkpoint(self, resume_from_checkpoint: str | bool | None) -> str | None:
-        """The checkpoint to continue from, verified. What a killed save left is removed."""
+        """Return the verified checkpoint to resume from, and remove leftovers of interrupted saves."""
         if self.args.should_save:
             checkpoint.remove_partial_checkpoints(Path(self.args.output_dir))
         if not resume_from_checkpoint:
@@ -71,18 +71,17 @@ class CheckpointMixin(Trainer):
             resume_from_checkpoint = str(checkpoint.get_last_valid_checkpoint(Path(self.args.output_dir)))
         else:
             checkpoint.verify_checkpoint(Path(resume_from_checkpoint))
-        logger.info(f"resume: continuing from {resume_from_checkpoint}")
+        logger.info(f"resuming from {resume_from_checkpoint}")
         return resume_from_checkpoint
 
     def _prepare_input(self, data: Any) -> Any:
-        """Trainer's, without its cast to DeepSpeed's precision, which is for models that take floating inputs: what
-        floats in a batch here are log-probabilities and entropies of a rollout."""
-        return send_to_device(data, self.args.device, non_blocking=True)  # a copy from the host needn't be waited for
+        """See `Trainer`. Does not cast floats to DeepSpeed's precision: here they are scores, not model inputs."""
+        return send_to_device(data, self.args.device, non_blocking=True)  # no need to wait for copies from the host
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
-        """Trainer's, whose workers a signal to all processes of the run would end in the middle of a step."""
+        """See `Trainer`. Makes workers ignore stop signals, which would end them in the middle of a step."""
         loader = super()._get_dataloader(*args, **kwargs)
-        inner = getattr(loader, "base_dataloader", loader)  # of accelerate's
+        inner = getattr(loader, "base_dataloader", loader)  # unwrap accelerate's data loader
         inner.worker_init_fn = partial(_init_worker, inner.worker_init_fn)
         return loader
 
@@ -103,8 +102,10 @@ class CheckpointMixin(Trainer):
             self._push_from_checkpoint(str(folder))
 
     def restore_output_dir(self) -> None:
-        """Where somebody has deleted the output directory, or some of it, write again what a resume needs beside a
-        checkpoint. All processes must call it. Raises `OutputDirError`, on all of them."""
+        """Restore files that a resume needs besides a checkpoint, if they were deleted from the output directory.
+
+        All processes must call it. Raises `OutputDirError` on all of them.
+        """
         on_main_process(self._restore_output_dir)
 
     def _restore_output_dir(self) -> None:
@@ -126,9 +127,9 @@ class CheckpointMixin(Trainer):
             self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Trainer's, without the pickled arguments, which hold the hub's token."""
+        """See `Trainer`. Does not save the pickled arguments, which contain the hub token."""
         folder = output_dir or self.args.output_dir
-        if state_dict is not None:  # of DeepSpeed: copies, which hide that two names are one tensor
+        if state_dict is not None:  # from DeepSpeed: copies, which hide that two names share a tensor
             state_dict = {name: tensor for name, tensor in state_dict.items() if name not in self._tied_weight_keys}
         self.model.save_pretrained(folder, state_dict=state_dict, is_main_process=self.args.should_save)
         if self.args.should_save:
@@ -149,12 +150,12 @@ class CheckpointMixin(Trainer):
                 states[name] = callback.state()
 
     def _stateful_objects(self) -> list[tuple[str, Any]]:
-        """The objects that the main process saves besides the model, by name.
+        """Return the objects that the main process saves besides the model, with their names.
 
-        DeepSpeed saves the optimizer, a scheduler of its own, and the scaler with the model.
+        DeepSpeed saves the optimizer, its own scheduler and the scaler with the model.
         """
         if self.is_deepspeed_enabled:
-            from accelerate.utils import DeepSpeedSchedulerWrapper  # there is none without DeepSpeed
+            from accelerate.utils import DeepSpeedSchedulerWrapper  # not available without DeepSpeed
 
             is_its_own = isinstance(self.lr_scheduler, DeepSpeedSchedulerWrapper)
             return [] if is_its_own else [("scheduler", self.lr_scheduler)]
@@ -164,17 +165,17 @@ class CheckpointMixin(Trainer):
     # Continuing
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """A tied weight isn't in the file by its second name."""
+        """See `Trainer`. Ignores missing tied weights, which are stored under one name only."""
         load_result.missing_keys[:] = [name for name in load_result.missing_keys if name not in self._tied_weight_keys]
         super()._issue_warnings_after_load(load_result)
 
     def _load_best_model(self) -> None:
-        """Trainer's, which goes on with the last weights where the best ones are gone."""
+        """See `Trainer`. Raises an error if the best weights are missing, instead of keeping the last ones."""
         best = Path(self.state.best_model_checkpoint)
         if problem := checkpoint.find_damage(best):
             raise CheckpointError(
-                f"load_best_model_at_end: {best} can't be loaded: {problem}; to save the last weights, continue "
-                "with --resume true --load_best_model_at_end false"
+                f"load_best_model_at_end: {best} can't be loaded: {problem}; to save the last weights instead, "
+                "continue with --resume true --load_best_model_at_end false"
             )
         super()._load_best_model()
 
@@ -201,7 +202,7 @@ def _init_worker(init: Callable[[int], Any] | None, worker_id: int) -> None:
 
 
 def _get_rng_state() -> dict[str, Any]:
-    """RNG states of Python, NumPy, torch and this process's device."""
+    """Return the RNG states of Python, NumPy, torch and this process's device."""
     algorithm, words, *rest = np.random.get_state(legacy=True)
     return {
         "python": random.getstate(),

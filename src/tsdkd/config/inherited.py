@@ -1,6 +1,6 @@
 """Validation rules for options inherited from TRL and transformers.
 
-tsdkd's own options have their rules where they are declared (`tsdkd.config.options.option`).
+The rules of tsdkd's own options are in their declarations (`tsdkd.config.options.option`).
 """
 
 from .options import (
@@ -20,7 +20,7 @@ def _one_of(*choices: str) -> ValueRule:
 
 
 def _only_keys(*allowed: str) -> ValueRule:
-    return (lambda v: set(v) <= set(allowed)), f"must have no other keys than {', '.join(sorted(allowed))}"
+    return (lambda v: set(v) <= set(allowed)), f"must have only the keys {', '.join(sorted(allowed))}"
 
 
 _WITHOUT_PEFT = (lambda v: not v["use_peft"], "use_peft is false; set use_peft: true")
@@ -74,41 +74,41 @@ INHERITED_RULES: dict[str, Rules] = {
 CONFLICTS: list[ConflictRule] = [
     (("bf16", "fp16"), lambda v: v["bf16"] and v["fp16"], "at most one can be true"),
 ]
-"""What options must fulfil together."""
+"""Rules for combinations of options."""
 
-# Refused, as they would have no effect here, or a wrong one.
+# Refused because they would have no effect or a wrong effect.
 UNSUPPORTED_OPTIONS: dict[str, str] = {
     "seq_kd": "use lmbda: 0 with the teacher's completions as data",
     **dict.fromkeys(
-        ("packing", "packing_strategy", "eval_packing", "padding_free"), "completions are trained one a row"
+        ("packing", "packing_strategy", "eval_packing", "padding_free"), "each row contains one completion"
     ),
     "pad_to_multiple_of": "sequences are padded to the longest of their micro-batch",
-    **dict.fromkeys(("completion_only_loss", "assistant_only_loss"), "the loss is always on the completion"),
+    **dict.fromkeys(("completion_only_loss", "assistant_only_loss"), "the loss always covers only the completion"),
     "dataset_text_field": "use prompt_column",
     "dataset_kwargs": "use prompt_column, completion_column and chat_template_kwargs",
-    "truncation_mode": "prompts are never truncated; those that leave no room are dropped",
+    "truncation_mode": "prompts are never truncated; prompts that leave no room for a completion are dropped",
     "shuffle_dataset": "the sampler shuffles; see train_sampling_strategy",
     "chat_template_path": "use chat_template_source, or save the template with the tokenizer",
-    "eos_token": "set it in the tokenizer; the generation config's stop tokens are honoured",
-    "pad_token": "padding is masked by length, no pad token is needed",
-    **dict.fromkeys(("loss_type", "label_smoothing_factor", "router_aux_loss_coef"), "the method decides the loss"),
-    "auto_find_batch_size": "it would change the batch that the paper's numbers belong to",
-    "enable_jit_checkpoint": "it overwrites a good checkpoint with mid-step state; SIGTERM saves without it",
-    "save_only_model": "a checkpoint that can't be resumed from; save_total_limit bounds the disk",
-    "save_on_each_node": "output_dir must be one folder that all nodes see",
+    "eos_token": "set it in the tokenizer; the stop tokens of the generation config are used",
+    "pad_token": "padding is masked by length; no pad token is needed",
+    **dict.fromkeys(("loss_type", "label_smoothing_factor", "router_aux_loss_coef"), "the method determines the loss"),
+    "auto_find_batch_size": "it would change the batch size",
+    "enable_jit_checkpoint": "it overwrites a valid checkpoint with mid-step state; SIGTERM saves one anyway",
+    "save_only_model": "such a checkpoint can't be resumed; use save_total_limit to limit disk usage",
+    "save_on_each_node": "output_dir must be a folder shared by all nodes",
     "average_tokens_across_devices": "terms are always averaged over the global batch",
     **dict.fromkeys(
-        ("include_for_metrics", "batch_eval_metrics", "prediction_loss_only"), "the logged terms are fixed"
+        ("include_for_metrics", "batch_eval_metrics", "prediction_loss_only"), "the logged metrics are fixed"
     ),
-    "label_names": "the collator has no labels",
-    **dict.fromkeys(("use_liger_kernel", "liger_kernel_config"), "TRL deprecates it; it replaces the model's forward"),
+    "label_names": "the collator creates no labels",
+    **dict.fromkeys(("use_liger_kernel", "liger_kernel_config"), "it replaces the model's forward"),
     **dict.fromkeys(
-        ("torch_compile", "torch_compile_backend", "torch_compile_mode"), "rollouts change their shape at every token"
+        ("torch_compile", "torch_compile_backend", "torch_compile_mode"), "shapes change with every sampled token"
     ),
-    **dict.fromkeys(("fsdp", "fsdp_config", "parallelism_config"), "shard with DeepSpeed ZeRO, through accelerate"),
+    **dict.fromkeys(("fsdp", "fsdp_config", "parallelism_config"), "use DeepSpeed ZeRO through accelerate"),
     **dict.fromkeys(
         ("load_in_8bit", "load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_quant_storage", "use_bnb_nested_quant"),
-        "quantized weights aren't trained here; use_peft saves memory",
+        "quantized weights are not supported; set use_peft to save memory",
     ),
     "lora_task_type": "students are causal language models",
 }

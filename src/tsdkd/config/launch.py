@@ -1,4 +1,4 @@
-"""Options for starting the processes of a run, and accelerate's launch configurations, shipped or a user's."""
+"""Options for starting the processes of a run; finds and reads accelerate launch configurations."""
 
 import json
 from collections.abc import Mapping
@@ -14,12 +14,12 @@ from .options import AT_LEAST_ONE, option
 from .yaml_file import MAX_BYTES, load_yaml
 
 _CONFIGS = resources.files("tsdkd").joinpath("configs/accelerate")
-_COUNTS = {"num_processes": 1, "num_machines": 1, "machine_rank": 0, "main_process_port": 0}  # name -> least
-LAUNCHED = "TSDKD_LAUNCHED"  # in the environment of the processes that are started here: how many they are
+_COUNTS = {"num_processes": 1, "num_machines": 1, "machine_rank": 0, "main_process_port": 0}  # name -> minimum
+LAUNCHED = "TSDKD_LAUNCHED"  # environment variable of started processes: their number
 
 
 def launch_config_names() -> list[str]:
-    """The launch configurations that ship with tsdkd."""
+    """Return the names of the launch configurations that ship with tsdkd."""
     return sorted(path.name.removesuffix(".yaml") for path in _CONFIGS.iterdir())
 
 
@@ -29,25 +29,27 @@ class LaunchArguments:
 
     accelerate_config: str | None = option(
         None,
-        "A launch configuration of accelerate.",
+        "Launch configuration of accelerate.",
         (
             lambda v: _launch_config_path(v) is not None,
-            f"must be a file, or one of {', '.join(launch_config_names())}",
+            f"must be a file or one of {', '.join(launch_config_names())}",
         ),
     )
-    num_processes: int | None = option(None, "Processes in all; none: one a visible GPU.", AT_LEAST_ONE)
+    num_processes: int | None = option(None, "Total number of processes. Default: one per visible GPU.", AT_LEAST_ONE)
 
 
 def find_launch_config(config: str) -> Path:
-    """A file, or a shipped configuration. Raises `ConfigError`."""
+    """Return the path of a launch configuration, a file or a shipped name. Raises `ConfigError`."""
     path = _launch_config_path(config)
     if path is None:
-        raise ConfigError([f"accelerate_config: no file {config!r}, and none of {', '.join(launch_config_names())}"])
+        raise ConfigError(
+            [f"accelerate_config: must be a file or one of {', '.join(launch_config_names())}, found {config!r}"]
+        )
     return path
 
 
 def read_launch_config(config: str | None) -> dict[str, Any]:
-    """The values of a launch configuration; empty if there is none. Raises `ConfigError`."""
+    """Return the values of a launch configuration; empty if `config` is None. Raises `ConfigError`."""
     if config is None:
         return {}
     path = find_launch_config(config)
@@ -56,13 +58,13 @@ def read_launch_config(config: str | None) -> dict[str, Any]:
     except ValueError as error:
         raise ConfigError([f"accelerate_config: {path} can't be read: {error}"]) from error
     if not isinstance(values, dict):
-        raise ConfigError([f"accelerate_config: {path} must hold a mapping, found {type(values).__name__}"])
+        raise ConfigError([f"accelerate_config: {path} must contain a mapping, found {type(values).__name__}"])
     _check_deepspeed_file(path, values)
     return values | _coerce_counts(path, values)
 
 
 def _check_deepspeed_file(path: Path, values: Mapping[str, Any]) -> None:
-    """Accelerate and DeepSpeed would wait for a pipe, and for the end of a device."""
+    """Check the file here, because accelerate and DeepSpeed would block on a pipe or an endless device."""
     deepspeed = values.get("deepspeed_config")
     file = deepspeed.get("deepspeed_config_file") if isinstance(deepspeed, dict) else None
     if not isinstance(file, str) or not Path(file).exists():
@@ -91,8 +93,7 @@ def _coerce_counts(path: Path, values: Mapping[str, Any]) -> dict[str, int]:
 
 
 def launch_num_processes(config: str, options: Mapping[str, Any]) -> int:
-    """Number of processes that a launch configuration starts with these options of `accelerate launch`, on all
-    machines."""
+    """Return the number of processes on all machines for a launch configuration and `accelerate launch` options."""
     return int(options.get("num_processes") or read_launch_config(config).get("num_processes") or 1)
 
 

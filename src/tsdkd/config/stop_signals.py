@@ -1,6 +1,7 @@
-"""The signals that stop a run, which saves first.
+"""The signals that make a run save a checkpoint and stop.
 
-They are passed on as SIGTERM: a terminal sends Ctrl-C to all of its processes anyway, and a second one means at once.
+A launcher passes them on as SIGTERM: a terminal already sends Ctrl-C to all processes, and a second Ctrl-C stops at
+once.
 """
 
 import os
@@ -15,8 +16,11 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 
 @contextmanager
 def handle_stop_signals(handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
-    """Within it, `handler` gets the signals, except those that are ignored already: by nohup, or in the background of
-    a script. Without effect in a thread, which can't have handlers."""
+    """Install `handler` for the stop signals within the block.
+
+    Signals that are already ignored (by nohup, or in a script's background job) stay ignored. Has no effect outside
+    the main thread, where handlers can't be installed.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -26,12 +30,15 @@ def handle_stop_signals(handler: Callable[[int, FrameType | None], object]) -> I
         yield
     finally:
         for number, previous in before.items():
-            signal.signal(number, signal.SIG_DFL if previous is None else previous)  # None: not set by Python
+            # None: the previous handler was not set by Python
+            signal.signal(number, signal.SIG_DFL if previous is None else previous)
 
 
 def leave_stop_signals_to_parent() -> None:
-    """For a process that a run has forked, such as a data loader's worker: a signal to all of the run's processes
-    doesn't end it, since the run needs it to end its step; SIGTERM from the run itself does."""
+    """Let a forked process, such as a data loader's worker, ignore stop signals except SIGTERM from its parent.
+
+    The run needs its workers to finish the step, even if a signal goes to all of its processes.
+    """
     for number in STOP_SIGNALS:
         if number != signal.SIGTERM:
             signal.signal(number, signal.SIG_IGN)
@@ -47,6 +54,6 @@ def _obey_parent() -> None:
 
 
 def announce_stop() -> None:
-    """For a handler of Ctrl-C. Not by `print`, which it may have interrupted."""
+    """Announce the stop from a Ctrl-C handler. Doesn't use `print`, which the signal may have interrupted."""
     with suppress(OSError):
         os.write(2, b"\ntsdkd: saving a checkpoint after this step; Ctrl-C again stops at once\n")

@@ -1,4 +1,4 @@
-"""YAML that a stranger may have written: plain values of a sane size, or one line that says what is wrong."""
+"""Load YAML files that may be untrusted: plain values of bounded size, or a one-line error."""
 
 from pathlib import Path
 from typing import Any
@@ -9,30 +9,30 @@ from ..files import read_small_file
 from .coercion import MAX_DEPTH, is_plain_text
 
 MAX_BYTES = 2**18
-"""Of a file, and of what its aliases make of it. The largest that ships has 5,000."""
-_MAX_NUMBER = 100  # characters: longer ones take Python quadratic time
+"""Limit for a file, before and after its aliases are expanded. The largest shipped file has 5,000."""
+_MAX_NUMBER = 100  # characters; Python parses long numbers in quadratic time
 _MAX_KEY = 200
 _PREFIX = "tag:yaml.org,2002:"
 
 
 def load_yaml(path: Path) -> Any:
-    """The value in a YAML file; mapping keys are strings, as they are written, and so are dates.
+    """Load a YAML file. Mapping keys and dates are returned as strings, exactly as written.
 
     Raises:
-        ValueError: not a regular file of at most `MAX_BYTES`, not YAML, or with something in it that no configuration
-            has: a key twice, other types, `MAX_DEPTH` levels, aliases that make much of little, a long number.
+        ValueError: the file is not a regular file of at most `MAX_BYTES`, is not valid YAML, or contains duplicate
+            keys, other types, more than `MAX_DEPTH` levels, aliases that expand too far, or a very long number.
     """
     content = read_small_file(path, MAX_BYTES)
     try:
         return yaml.load(content.decode("utf-8"), Loader=_PlainLoader)
     except UnicodeDecodeError as error:
-        raise ValueError("it isn't UTF-8 text") from error
+        raise ValueError("it is not UTF-8 text") from error
     except yaml.YAMLError as error:
         raise ValueError(f"it is not valid YAML: {' '.join(str(error).split())[:300]}") from error
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """YAML's silent last-one-wins has cost people runs; its other surprises could cost memory and time."""
+    """A safe loader that refuses duplicate keys, which YAML silently accepts, and bounds memory and time."""
 
     yaml_implicit_resolvers = {
         first: [(tag, regexp) for tag, regexp in resolvers if tag.removeprefix(_PREFIX) not in ("timestamp", "value")]
@@ -42,7 +42,7 @@ class _PlainLoader(yaml.SafeLoader):
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self._level = 0
-        self._measures: dict[int, tuple[int, int]] = {}  # id of a node -> its characters and depth, aliases expanded
+        self._measures: dict[int, tuple[int, int]] = {}  # id of a node -> characters and depth, with aliases expanded
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         line, is_alias = self.peek_event().start_mark.line + 1, self.check_event(yaml.AliasEvent)
@@ -52,15 +52,15 @@ class _PlainLoader(yaml.SafeLoader):
         self._level -= 1
         if not is_alias:
             self._measures[id(node)] = self._measure(node)
-        _refuse(id(node) not in self._measures, line, "an alias stands for what it is in")
+        _refuse(id(node) not in self._measures, line, "an alias refers to a node that contains it")
         size, depth = self._measures[id(node)]
-        _refuse(size > MAX_BYTES, line, f"its aliases make more than {MAX_BYTES:,} characters of it")
+        _refuse(size > MAX_BYTES, line, f"its aliases expand to more than {MAX_BYTES:,} characters")
         _refuse(self._level + depth > MAX_DEPTH, line, f"more than {MAX_DEPTH} levels")
         return node
 
     def _measure(self, node: Any) -> tuple[int, int]:
         if isinstance(node, yaml.ScalarNode):
-            _refuse(not is_plain_text(node.value), node.start_mark.line + 1, "a text with \\0 or half a character")
+            _refuse(not is_plain_text(node.value), node.start_mark.line + 1, "a text with \\0 or a lone surrogate")
             return len(node.value) + 1, 0
         children = node.value
         if isinstance(node, yaml.MappingNode):
@@ -79,9 +79,9 @@ def _check_keys(node: yaml.MappingNode) -> None:
     seen = set()
     for key, _ in node.value:
         line = key.start_mark.line + 1
-        _refuse(not isinstance(key, yaml.ScalarNode), line, "a key must be a word, found a collection")
+        _refuse(not isinstance(key, yaml.ScalarNode), line, "a key must be a string, found a collection")
         _refuse(len(key.value) > _MAX_KEY, line, f"a key of {len(key.value):,} characters")
-        _refuse(key.value in seen and key.value != "<<", line, f"key {key.value!r} is given twice")
+        _refuse(key.value in seen and key.value != "<<", line, f"duplicate key {key.value!r}")
         seen.add(key.value)
 
 
@@ -95,8 +95,8 @@ def _construct_scalar(loader: _PlainLoader, node: yaml.ScalarNode) -> int | floa
     _refuse(len(node.value) > _MAX_NUMBER, line, f"a number of {len(node.value):,} characters")
     try:
         value: int | float | bool = getattr(loader, f"construct_yaml_{kind}")(node)
-    except (ValueError, LookupError):  # of an explicit tag
-        raise yaml.YAMLError(f"{node.value!r} is no {kind}, line {line}") from None
+    except (ValueError, LookupError):  # from an explicit tag
+        raise yaml.YAMLError(f"{node.value!r} is not a valid {kind}, line {line}") from None
     _refuse(kind == "int" and abs(value) >= 2**63, line, "a number of more than 64 bits")
     return value
 

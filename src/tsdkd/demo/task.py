@@ -3,9 +3,9 @@
     prompt      a 3 +4 *2 ; d 5 -2 ; find a - d
     completion  so a 3 +4 = 7 . then d 5 -2 = 3 ; thus a 7 *2 = 4 ; so a 4 - d 3 = 1 . answer 1
 
-Every step takes the next operation of one chain; "." ends a step, ";" a step that finishes its chain. Words are
-separated by single spaces and each is one token. A solution is free in two places, and only there: which unfinished
-chain moves next, and the connective that opens the step. Everything else follows from what is already written.
+Every step applies the next operation of one chain. "." ends a step, and ";" ends a step that finishes its chain. Words
+are separated by single spaces, and each word is one token. Each step of a solution has two free choices: which
+unfinished chain to advance, and which connective to begin with. All other tokens are determined by the text so far.
 """
 
 import random
@@ -22,15 +22,15 @@ OPERATIONS = tuple(f"{sign}{n}" for sign, first in (("+", 1), ("-", 1), ("*", 2)
 VOCABULARY = (*SPECIAL_TOKENS, *DIGITS, *OPERATIONS, *NAMES, *CONNECTIVES, "+", "-", "=", ".", ";", "find", "answer")
 
 MAX_OPERATIONS = 3
-MAX_PROMPT_TOKENS = 18  # with <user> and <sol>
-MAX_COMPLETION_TOKENS = 54  # with <eos>
+MAX_PROMPT_TOKENS = 18  # including <user> and <sol>
+MAX_COMPLETION_TOKENS = 54  # including <eos>
 
 Split = Literal["train", "held_out"]
 
 
 @dataclass(frozen=True)
 class Chain:
-    """A named start value and the operations to apply to it, in order."""
+    """A named start value and the operations applied to it, in order."""
 
     name: str
     start: int
@@ -42,7 +42,7 @@ class Chain:
 
 @dataclass(frozen=True)
 class Problem:
-    """Two chains in the order of the question `find first sign second`; the prompt may list them the other way."""
+    """Two chains, in the order of the question `find first sign second`. The prompt may list them in reverse order."""
 
     prompt: str
     answer: str
@@ -52,13 +52,13 @@ class Problem:
 
 
 def apply_operation(value: int, operation: str) -> int:
-    """The result of one operation such as "+4" or "*2", modulo 10."""
+    """Return the result of one operation such as "+4" or "*2", modulo 10."""
     sign, number = operation[0], int(operation[1:])
     return {"+": value + number, "-": value - number, "*": value * number}[sign] % 10
 
 
 def final_value(chain: Chain) -> int:
-    """The value of a chain after all of its operations."""
+    """Return the value of a chain after all of its operations."""
     value = chain.start
     for operation in chain.operations:
         value = apply_operation(value, operation)
@@ -66,7 +66,7 @@ def final_value(chain: Chain) -> int:
 
 
 def make_problem(rng: random.Random) -> Problem:
-    """Draw two chains with different names, and the question."""
+    """Draw two chains with different names and a question."""
     chains = [
         Chain(name, rng.randrange(10), tuple(rng.choices(OPERATIONS, k=rng.randint(1, MAX_OPERATIONS))))
         for name in rng.sample(NAMES, 2)
@@ -79,7 +79,7 @@ def make_problem(rng: random.Random) -> Problem:
 
 
 def sample_solution(problem: Problem, rng: random.Random) -> str:
-    """Draw one correct solution: a fair choice of the chain to advance, a weighted choice of each connective."""
+    """Draw one correct solution. Chains are chosen uniformly, connectives by weight."""
     values = {chain: chain.start for chain in (problem.first, problem.second)}
     todo = {chain: list(chain.operations) for chain in values}
     steps = []
@@ -100,12 +100,12 @@ def _connective(rng: random.Random) -> str:
 
 
 def assign_split(prompt: str) -> Split:
-    """The split of a prompt, a function of its text alone: no seed puts a held-out prompt into training."""
+    """Return the split of a prompt. It depends only on the text, so no seed puts a held-out prompt into training."""
     return "held_out" if crc32(prompt.encode()) % 8 == 0 else "train"
 
 
 def iter_problems(seed: int, split: Split) -> Iterator[tuple[Problem, str]]:
-    """An endless reproducible stream of distinct problems of one split, each with one sampled solution."""
+    """Yield distinct problems of one split, each with one sampled solution; endless and reproducible."""
     rng = random.Random(seed)
     seen: set[str] = set()
     while True:

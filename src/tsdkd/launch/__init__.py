@@ -1,1 +1,1 @@
-"""Starts the processes of a run, and checks what they need."""
+"""Starts the processes of a run and checks their requirements."""

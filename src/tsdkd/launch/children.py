@@ -1,4 +1,4 @@
-"""A launcher and its processes, which stop together, however one of them ends."""
+"""Makes a launcher and its processes stop together, no matter which ends first or why."""
 
 import ctypes
 import os
@@ -14,20 +14,22 @@ from typing import NoReturn
 from ..config.stop_signals import announce_stop
 from ..errors import PreemptedError
 
-_STARTED_BY = "TSDKD_STARTED_BY"  # in the environment of a process that tsdkd starts: which process did, and where
-_FAILURE_FILE = "TSDKD_FAILURE_FILE"  # in their environment: where they say that they failed
+_STARTED_BY = "TSDKD_STARTED_BY"  # environment variable of a started process: pid and host of its launcher
+_FAILURE_FILE = "TSDKD_FAILURE_FILE"  # environment variable: file for a failed process's exit code
 _PR_SET_PDEATHSIG = 1
 
 
 def started_by_this() -> dict[str, str]:
-    """What the environment of a process says that is to stop with this one, which starts it."""
+    """Return environment variables for a process that must stop when this process stops."""
     return {_STARTED_BY: f"{os.getpid()}@{platform.node()}"}
 
 
 @contextmanager
 def collect_failures() -> Iterator[Path]:
-    """Within it, processes that this one starts write the exit code of a failure into the file: a launcher that stops
-    them doesn't tell it."""
+    """Yield a file to which processes started within the block write the exit code if they fail.
+
+    A launcher that stops its processes does not report their exit codes.
+    """
     with TemporaryDirectory() as folder:
         os.environ[_FAILURE_FILE] = str(Path(folder, "exit_code"))
         try:
@@ -37,7 +39,7 @@ def collect_failures() -> Iterator[Path]:
 
 
 def report_failure(exit_code: object) -> None:
-    """Tell the launcher, if there is one, how this process failed."""
+    """Report this process's failure to the launcher, if there is one."""
     path = os.environ.get(_FAILURE_FILE)
     if path and exit_code not in (0, PreemptedError.exit_code):
         with suppress(OSError):
@@ -45,9 +47,9 @@ def report_failure(exit_code: object) -> None:
 
 
 def stop_with_launcher() -> None:
-    """Have this process get SIGTERM, upon which a run saves and stops, once the launcher that started it is dead.
+    """Make the system send SIGTERM to this process when its launcher dies, so that the run saves and stops.
 
-    Without effect where no launcher did, since a shell may end before what runs in its background, and on systems
+    Has no effect if the parent is not a launcher, because a shell may exit before its background jobs, and on systems
     other than Linux.
     """
     parent = os.getppid()
@@ -56,12 +58,12 @@ def stop_with_launcher() -> None:
     if sys.platform != "linux" or not (is_ours or _is_launcher(parent)):
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
-    if os.getppid() != parent or (is_ours and not Path("/proc", launcher).exists()):  # it was dead before
+    if os.getppid() != parent or (is_ours and not Path("/proc", launcher).exists()):  # the launcher is already dead
         signal.raise_signal(signal.SIGTERM)
 
 
 def stop_children() -> None:
-    """End the processes that this one has started, by SIGTERM, and wait for them."""
+    """Send SIGTERM to all child processes and wait for them."""
     import psutil
 
     children = psutil.Process().children()
@@ -72,7 +74,7 @@ def stop_children() -> None:
 
 
 def handle_interrupt(received: Sequence[int]) -> None:
-    """For a launcher's handler, with the signals so far: a first Ctrl-C is announced, a second ends everything."""
+    """Handle Ctrl-C in a launcher, given all signals so far: announce the first one, kill everything at the second."""
     if received[-1] == signal.SIGINT:
         if received.count(signal.SIGINT) > 1:
             _kill_descendants()
@@ -80,7 +82,7 @@ def handle_interrupt(received: Sequence[int]) -> None:
 
 
 def _kill_descendants() -> NoReturn:
-    """End this process, and all that it and they have started, at once."""
+    """Kill all descendants of this process, then end it at once."""
     import psutil
 
     for process in psutil.Process().children(recursive=True):
@@ -90,10 +92,10 @@ def _kill_descendants() -> NoReturn:
 
 
 def _is_launcher(process: int) -> bool:
-    """Whether it is `torchrun` or `accelerate launch`."""
+    """Whether the process is `torchrun` or `accelerate launch`."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return True
-    # accelerate tells a process that is alone its precision only, which somebody may have exported
+    # accelerate sets only its precision variable for a single process, and a user may have exported it
     try:
         command = Path("/proc", str(process), "cmdline").read_bytes()
     except OSError:

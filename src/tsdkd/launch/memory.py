@@ -1,6 +1,7 @@
-"""Estimates the memory of a run on each GPU, from the models' configurations alone.
+"""Estimates the memory of a run on each GPU from the models' configurations alone.
 
-Buffers are as deepspeed 0.19, torch 2.13 and trl 1.16 allocate them; `benchmarks/plan.py` measures what a CPU can.
+Buffer sizes are those of deepspeed 0.19, torch 2.13 and trl 1.16. `benchmarks/plan.py` verifies them as far as a CPU
+allows.
 """
 
 from typing import NamedTuple
@@ -20,23 +21,23 @@ MEMORY_COMPONENTS = (
     "teacher",
     "vLLM",
 )
-"""What takes memory: the student's weights, gathered or sharded; AdamW's state, with ZeRO's float32 weights;
-gradients; what they are exchanged in; what a backward pass needs, autocast's copies of the weights included; a chunk
-of logits and the output layer's gradient; the student's own rollouts; the teacher; a colocated engine."""
+"""Components of the memory: the student's weights, gathered or sharded; AdamW's state, with ZeRO's float32 weights;
+gradients; communication buffers; activations, including autocast's copies of the weights; a chunk of logits and the
+output layer's gradient; rollouts without an engine; the teacher; a colocated engine."""
 
-# Numbers, not bytes. accelerate writes none of these into DeepSpeed's configuration, so that its own defaults hold,
-# and not the smaller ones that "auto" in a file of DeepSpeed's would give.
-_REDUCE_BUCKET_SIZE = 500_000_000  # reduce_bucket_size: allocated whole, however small the model is
-_MAX_LIVE_PARAMETERS = 1_000_000_000  # stage3_max_live_parameters: gathered at once
+# Numbers of elements, not bytes. accelerate does not set these in DeepSpeed's configuration, so DeepSpeed's defaults
+# apply, not the smaller values that "auto" in a DeepSpeed configuration file would give.
+_REDUCE_BUCKET_SIZE = 500_000_000  # reduce_bucket_size: fully allocated, even for a small model
+_MAX_LIVE_PARAMETERS = 1_000_000_000  # stage3_max_live_parameters: gathered at the same time
 
 
 class Sharding(NamedTuple):
-    """The distribution of the student over the GPUs.
+    """How the student is distributed over the GPUs.
 
     Attributes:
-        zero_stage: ZeRO stage; 0: DDP, or one process.
-        is_offloaded: weights and optimizer are in the memory of the host.
-        is_single_process: one process, however many GPUs there are.
+        zero_stage: ZeRO stage; 0 for DDP or a single process.
+        is_offloaded: whether weights and optimizer state are in host memory.
+        is_single_process: whether there is one process regardless of the number of GPUs.
     """
 
     zero_stage: int
@@ -52,10 +53,10 @@ def estimate_memory(
     teacher_placement: str,
     gpus: int,
 ) -> dict[str, float]:
-    """GiB a GPU, for each of `MEMORY_COMPONENTS`; `teacher` None: it isn't loaded.
+    """Estimate GiB per GPU for each of `MEMORY_COMPONENTS`. `teacher` is None if it is not loaded.
 
-    Of components that don't exist at the same time, those of the largest phase count: a backward pass, a step of
-    ZeRO's optimizer, or a rollout.
+    Some components do not exist at the same time. Only those of the phase with the highest memory are counted: a
+    backward pass, a step of ZeRO's optimizer, or a rollout.
     """
     always = {
         **_student_bytes(student, workload, launch, gpus),
@@ -78,7 +79,7 @@ def _student_bytes(student: ModelSize, workload: Workload, launch: Sharding, gpu
     if launch.zero_stage == 3:
         gathered = min(student.num_parameters, _MAX_LIVE_PARAMETERS + student.embedding_parameters) * bytes_per_weight
         weights = gathered + (0 if launch.is_offloaded else weights / gpus)
-    # ZeRO keeps float32 weights of its own; without it AdamW's two states are in the weights' precision
+    # ZeRO keeps its own float32 weights; without ZeRO, AdamW's two states have the weights' precision
     state = student.num_trainable_parameters * (12 / gpus if launch.zero_stage else 2 * bytes_per_trained_weight)
     return {"student": weights, "optimizer": 0.0 if launch.is_offloaded else state}
 
@@ -94,29 +95,29 @@ def _teacher_bytes(teacher: ModelSize | None, workload: Workload, placement: str
 
 
 def _bytes_per_weight(student: ModelSize, workload: Workload, launch: Sharding) -> tuple[int, int]:
-    """Bytes of a weight, and bytes of a trained weight: DeepSpeed casts all, peft keeps adapters in float32."""
+    """Bytes per weight and per trained weight. DeepSpeed casts all weights; PEFT keeps adapters in float32."""
     bytes_per_weight = workload.compute_itemsize if launch.zero_stage else workload.weight_itemsize
     return bytes_per_weight, bytes_per_weight if launch.zero_stage or not student.adapter_parameters else 4
 
 
 def _gradient_bytes(student: ModelSize, workload: Workload, launch: Sharding, gpus: int) -> tuple[float, float]:
-    """Bytes of gradients and of what they are exchanged in."""
+    """Bytes of the gradients and of their communication buffers."""
     _, bytes_per_weight = _bytes_per_weight(student, workload, launch)
     whole = student.num_trainable_parameters * bytes_per_weight
     if launch.zero_stage == 0:
-        # DDP's buckets are a second copy. Where each term's gradients are logged, the step's own aren't there yet.
+        # DDP's buckets are a second copy. When each term's gradients are logged, the step's own do not exist yet.
         return whole, whole if gpus > 1 else 0
     bucket, copy = (
         _REDUCE_BUCKET_SIZE * bytes_per_weight,
         min(_REDUCE_BUCKET_SIZE, student.num_trainable_parameters) * bytes_per_weight,
-    )  # the copy is what is exchanged
-    # parameters that lie in two partitions count whole
+    )  # the copy is the communication buffer
+    # parameters that lie in two partitions are counted fully in each
     partition = whole / gpus + min(student.embedding_parameters, student.num_trainable_parameters) * bytes_per_weight
     if launch.zero_stage == 1 and workload.gradient_accumulation_steps > 1:
-        # whole until the last micro-batch, whose backward pass moves them through the bucket
+        # not partitioned until the last micro-batch, whose backward pass moves them through the bucket
         return whole, bucket + max(0.0, copy + partition - whole)
     if launch.zero_stage in (1, 2):
-        # from the second micro-batch on ZeRO-2 has the sum and its next part
+        # from the second micro-batch on, ZeRO-2 has the sum and the next gradients
         return partition * (
             min(2, workload.gradient_accumulation_steps) if launch.zero_stage == 2 else 1
         ), bucket + copy
@@ -137,7 +138,7 @@ def _backward_bytes(
         activations = rows * student.num_hidden_layers * student.hidden_size * residual_bytes + one_layer
     else:
         activations = one_layer * student.num_hidden_layers
-    # the teacher's pass comes before the student's
+    # the teacher's forward pass comes before the student's
     teacher_activations = (
         rows * _activation_bytes(teacher, workload, workload.teacher_bytes_per_parameter) if teacher else 0.0
     )
@@ -145,7 +146,7 @@ def _backward_bytes(
     if not student.adapter_parameters and (
         student.has_tied_embeddings or workload.gradient_accumulation_steps > 1 or bytes_per_trained_weight < 4
     ):
-        head += 4 * student.embedding_parameters  # the output layer's gradient before it is added to what there is
+        head += 4 * student.embedding_parameters  # the output layer's gradient before it is added to the sum
     copies = _autocast_copy_bytes(student, workload, launch)
     return {
         "gradients": gradients,
@@ -156,10 +157,10 @@ def _backward_bytes(
 
 
 def _activation_bytes(model: ModelSize, workload: Workload, residual_bytes: int) -> float:
-    """Bytes per token that a decoder layer keeps for its backward pass."""
+    """Bytes per token that a decoder layer stores for its backward pass."""
     kept: float = model.residual_numbers * residual_bytes + model.activation_numbers * workload.compute_itemsize
     if residual_bytes > workload.compute_itemsize:
-        # the norms' outputs, cast for the matrix products
+        # outputs of the norms, cast for the matrix products
         kept += model.residual_numbers / 2 * workload.compute_itemsize
     if workload.uses_eager_attention:  # scores, capped scores, float32 probabilities and their cast, masks
         kept += model.num_attention_heads * workload.sequence_length * (3 * workload.compute_itemsize + 8)
@@ -167,16 +168,16 @@ def _activation_bytes(model: ModelSize, workload: Workload, residual_bytes: int)
 
 
 def _autocast_copy_bytes(student: ModelSize, workload: Workload, launch: Sharding) -> float:
-    """Weights that are wider than their products. Autocast keeps copies of trained ones only, of others a layer's."""
+    """Bytes of autocast's half-precision copies: of all trained weights, and of one layer's frozen weights."""
     if launch.zero_stage or workload.weight_itemsize <= workload.compute_itemsize:
         return 0.0
-    frozen = student.parameters_per_layer + student.embedding_parameters  # a layer's and the output layer's
+    frozen = student.parameters_per_layer + student.embedding_parameters  # one layer and the output layer
     looked_up = 0 if student.has_tied_embeddings else student.embedding_parameters
     return workload.compute_itemsize * (frozen if student.adapter_parameters else student.num_parameters - looked_up)
 
 
 def _optimizer_step_bytes(student: ModelSize, workload: Workload, launch: Sharding, gpus: int) -> dict[str, float]:
-    """ZeRO-1 and 2 make float32 gradients of their partition beside those there are."""
+    """Bytes during an optimizer step: ZeRO-1 and 2 create additional float32 gradients of their partition."""
     gradients, _ = _gradient_bytes(student, workload, launch, gpus)
     wide = (
         student.num_trainable_parameters / gpus * (4 + workload.compute_itemsize)
@@ -187,8 +188,11 @@ def _optimizer_step_bytes(student: ModelSize, workload: Workload, launch: Shardi
 
 
 def _rollout_bytes(student: ModelSize, teacher: ModelSize | None, workload: Workload, launch: Sharding) -> float:
-    """The student's own: a key-value cache, whose layers are copied as they grow, the logits that are sampled from,
-    whole weights where they are sharded, autocast's copies."""
+    """Bytes of a rollout by the student itself.
+
+    They consist of the key-value cache, whose layers are copied as they grow, the logits to sample from, gathered
+    weights if they are sharded, and autocast's copies.
+    """
     if workload.engine is not None or not workload.rollout_size:
         return 0.0
     models = [(student, workload.compute_itemsize)]

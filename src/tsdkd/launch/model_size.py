@@ -1,4 +1,4 @@
-"""The size of a model, from its configuration alone."""
+"""Computes the size of a model from its configuration alone."""
 
 from dataclasses import dataclass
 
@@ -14,16 +14,16 @@ class ModelSize:
 
     Attributes:
         num_parameters: number of all parameters.
-        num_trainable_parameters: number of the parameters that are trained.
+        num_trainable_parameters: number of trained parameters.
         parameters_per_layer: parameters of a decoder layer.
         embedding_parameters: parameters of the input embedding, `V x H`.
-        has_tied_embeddings: whether the input embedding is the output layer too.
-        vocab_size, num_hidden_layers, hidden_size, num_attention_heads: of the decoder.
-        residual_numbers: numbers per token that one layer keeps of the residual stream for its backward pass, in the
+        has_tied_embeddings: whether the output layer shares the input embedding.
+        vocab_size, num_hidden_layers, hidden_size, num_attention_heads: sizes of the decoder.
+        residual_numbers: numbers per token of the residual stream that one layer stores for its backward pass, in the
             stream's precision.
-        activation_numbers: numbers per token that one layer keeps besides, in the precision of matrix products.
-        kv_cache_numbers: numbers per token that one layer keeps in the key-value cache.
-        max_position_embeddings: the longest sequence, tokens.
+        activation_numbers: other numbers per token that one layer stores, in the precision of matrix products.
+        kv_cache_numbers: numbers per token that one layer stores in the key-value cache.
+        max_position_embeddings: maximum sequence length, tokens.
     """
 
     num_parameters: int
@@ -42,22 +42,22 @@ class ModelSize:
 
     @property
     def adapter_parameters(self) -> int:
-        """Parameters of LoRA's adapters, 0 without them."""
+        """Number of LoRA parameters; 0 without LoRA."""
         return self.num_trainable_parameters if self.num_trainable_parameters < self.num_parameters else 0
 
 
 def compute_model_size(config: PretrainedConfig, lora_r: int = 0) -> ModelSize:
-    """The size of a model, without its weights. Raises `ModelError`.
+    """Compute the size of a model without its weights. Raises `ModelError`.
 
     Args:
-        config: the model's.
-        lora_r: rank of adapters on all its linear layers.
+        config: the model's configuration.
+        lora_r: LoRA rank, for adapters on all linear layers; 0 for none.
     """
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-    except Exception as error:  # whatever a model's code makes of a configuration that fits no model
-        raise ModelError(f"{config.name_or_path}: no model has this configuration: {first_line(error)}") from error
+    except Exception as error:  # a model's code may raise anything for an invalid configuration
+        raise ModelError(f"{config.name_or_path}: invalid model configuration: {first_line(error)}") from error
     text = config.get_text_config()
     num_parameters = sum(p.numel() for p in model.parameters())
     layer = model.base_model.layers[0]
@@ -65,8 +65,7 @@ def compute_model_size(config: PretrainedConfig, lora_r: int = 0) -> ModelSize:
     adapter_parameters = sum(lora_r * (m.in_features + m.out_features) for m in linear)
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     queries, keys = text.num_attention_heads * head_dim, text.num_key_value_heads * head_dim
-    # rotated queries and keys, values, attention's output, and of the feed-forward part gate, activation, up, and
-    # their product
+    # rotated queries and keys, values and attention output; feed-forward gate, activation, up projection and product
     activation_numbers = 2 * queries + 2 * keys + 4 * text.intermediate_size
     if hasattr(layer.self_attn, "q_norm"):
         activation_numbers += 2 * (queries + keys)
@@ -80,7 +79,7 @@ def compute_model_size(config: PretrainedConfig, lora_r: int = 0) -> ModelSize:
         num_hidden_layers=text.num_hidden_layers,
         hidden_size=text.hidden_size,
         num_attention_heads=text.num_attention_heads,
-        residual_numbers=4 * text.hidden_size,  # two norms, input and output
+        residual_numbers=4 * text.hidden_size,  # inputs and outputs of two norms
         activation_numbers=activation_numbers,
         kv_cache_numbers=2 * keys,
         max_position_embeddings=getattr(text, "max_position_embeddings", None) or 2**31,

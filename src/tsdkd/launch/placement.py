@@ -1,4 +1,4 @@
-"""`tsdkd plan`: what a configuration takes on each GPU, whether it fits as it is, and what would fit."""
+"""`tsdkd plan`: the memory of a configuration on each GPU, whether it fits, and alternatives."""
 
 import json
 import math
@@ -36,31 +36,33 @@ PLACEMENTS: list[Placement] = [
     ("zero3", "cpu_offload"),
     ("zero3_offload", "cpu_offload"),
 ]
-"""(launch configuration, teacher_placement), the fastest first."""
+"""(launch configuration, teacher_placement), fastest first."""
 SINGLE_GPU_PLACEMENTS: list[Placement] = [
     ("single", "replica"),
     ("single", "cpu_offload"),
     ("zero3_offload", "cpu_offload"),
 ]
-"""The same for one GPU, over which nothing can be sharded."""
+"""The same for a single GPU, where nothing can be sharded."""
 
 _RESERVED_GIB = 2.0  # the CUDA context, NCCL's buffers
-_USABLE_FRACTION = 0.95  # the allocator's gaps
-_COMFORTABLE_FRACTION = 0.9  # of that; above it is tight, as measured peaks are up to an eighth above the estimate
+_USABLE_FRACTION = 0.95  # fragmentation in the allocator
+_COMFORTABLE_FRACTION = 0.9  # of the usable memory; measured peaks exceed the estimates by up to 1/8
 
 
 def plan(
     config: str | None, flags: Sequence[str], gpus: int | None, gpu_gib: float | None
 ) -> Iterator[RenderableType]:
-    """The table and what follows from it; None: what the configuration says, or what there is.
+    """Yield the memory table and its conclusions.
+
+    If `gpus` or `gpu_gib` is None, the value comes from the configuration or this machine.
 
     Raises:
-        ConfigError, ModelError: there is nothing to estimate.
+        ConfigError, ModelError: the configuration can't be estimated.
     """
     method, values = resolve_run_values(config, flags)[:2]
     cls = find_method(method).config_class
     if not cls.has_teacher:
-        raise ConfigError([f"method: {method} isn't a distillation; plan estimates those only"])
+        raise ConfigError([f"method: plan supports only distillation methods, found {method}"])
     gpus, gpu_gib, text = _detect_gpus(gpus, gpu_gib, values["num_processes"])
     if text:
         yield text
@@ -89,27 +91,27 @@ def plan(
     stays_awake = engine is not None and engine.memory_bytes and not engine.enable_sleep_mode
     if engine and stays_awake and total > _COMFORTABLE_FRACTION * limit:
         asleep = estimate(current, replace(workload, engine=replace(engine, enable_sleep_mode=True)))
-        yield f"with --vllm_enable_sleep_mode true it takes {sum(asleep.values()):.1f} GiB"
+        yield f"with --vllm_enable_sleep_mode true, it needs {sum(asleep.values()):.1f} GiB"
     yield _describe_fastest(estimates, limit, gpus)
     yield _describe_step_seconds(student, teacher, workload)
 
 
 def _detect_gpus(gpus: int | None, gpu_gib: float | None, processes: int | None) -> tuple[int, float, str]:
-    """GPUs, memory of each in GiB, and a line that says so where nobody gave it."""
+    """Return the number of GPUs, GiB per GPU, and a line that states them unless the user gave both."""
     if gpus and gpu_gib:
         return gpus, gpu_gib, ""
     here = num_visible_gpus()
     count = gpus or processes or here or 8
     sizes = [torch.cuda.get_device_properties(i).total_memory / GIB for i in range(here)]
     memory = gpu_gib or min(sizes, default=80.0)
-    return count, memory, f"for {count} x {memory:.0f} GiB" + ("" if here else ", as there is no GPU here")
+    return count, memory, f"for {count} x {memory:.0f} GiB" + ("" if here else " (no GPU found on this machine)")
 
 
 def configured_placement(values: dict[str, Any], gpus: int) -> Placement:
-    """The placement of student and teacher that a configuration's values ask for."""
+    """Return the placement of student and teacher that a configuration selects."""
     launch = values["accelerate_config"] or ("ddp" if gpus > 1 else "single")
     if gpus == 1 and launch in launch_config_names() and not read_sharding(launch).is_offloaded:
-        launch = "single"  # as `tsdkd train` does it
+        launch = "single"  # as in `tsdkd train`
     sharded = read_sharding(launch).zero_stage == 3
     return launch, values["teacher_placement"] or ("zero3" if sharded else "replica")
 
@@ -137,19 +139,19 @@ def _load_model_config(values: dict[str, Any], field: str) -> PretrainedConfig:
 
 
 def _placement_table(estimates: dict[Placement, dict[str, float]], limit: float) -> Table:
-    table = Table(title=f"GiB a GPU, of {limit:.1f} that can be used", box=None, show_header=False)
+    table = Table(title=f"GiB per GPU, {limit:.1f} usable", box=None, show_header=False)
     table.add_column(no_wrap=True)
     for _ in estimates:
         table.add_column(justify="right", min_width=7)
-    table.add_row("", "as it is", *("instead" for _ in range(len(estimates) - 1)))
+    table.add_row("", "current", *("option" for _ in range(len(estimates) - 1)))
     for side, label in enumerate(("student by", "teacher as")):
-        names = (placement[side].replace("_", " ") for placement in estimates)  # where it may be broken
+        names = (placement[side].replace("_", " ") for placement in estimates)  # spaces allow line breaks
         table.add_row(label, *names, style="bold")
     for part in MEMORY_COMPONENTS:
         if any(parts[part] >= 0.05 for parts in estimates.values()):
             table.add_row(part, *(f"{parts[part]:.1f}" for parts in estimates.values()))
     totals = [sum(parts.values()) for parts in estimates.values()]
-    table.add_row("in all", *(f"{total:.1f}" for total in totals), style="bold")
+    table.add_row("total", *(f"{total:.1f}" for total in totals), style="bold")
     table.add_row("", *("fits" if total <= limit else "-" for total in totals))
     return table
 
@@ -157,22 +159,22 @@ def _placement_table(estimates: dict[Placement, dict[str, float]], limit: float)
 def _describe_fit(current: Placement, parts: dict[str, float], limit: float, can_engine_start: bool) -> str:
     name, total = f"this configuration ({' + '.join(current)})", sum(parts.values())
     if total > limit:
-        return f"{name} doesn't fit: {total - limit:.1f} GiB too much; most is {max(parts, key=lambda p: parts[p])}"
+        return f"{name} doesn't fit: {total - limit:.1f} GiB too much; largest: {max(parts, key=lambda p: parts[p])}"
     if not can_engine_start:
-        return f"{name} doesn't fit: vLLM's share is too small"
+        return f"{name} doesn't fit: vLLM's memory share is too small"
     return f"{name} fits{_tight_suffix(total, limit)}: {total:.1f} of {limit:.1f} GiB"
 
 
 def _describe_fastest(estimates: dict[Placement, dict[str, float]], limit: float, gpus: int) -> str:
-    """The first that leaves some room, or else the first that fits."""
+    """Describe the fastest placement that leaves some room, or else the fastest that fits."""
     totals = {p: sum(estimates[p].values()) for p in sorted(estimates, key=_speed_order)}
     best = next(
         (p for share in (_COMFORTABLE_FRACTION, 1.0) for p, total in totals.items() if total <= share * limit), None
     )
     if best is None:
-        return "nothing fits: more GPUs, or a smaller per_device_train_batch_size, max_length or student"
+        return "nothing fits; use more GPUs, or reduce per_device_train_batch_size, max_length or the student's size"
     flags = f"--accelerate_config {best[0]} --num_processes {gpus} --teacher_placement {best[1]}"
-    return f"the fastest that fits{_tight_suffix(totals[best], limit)}: {flags}"
+    return f"the fastest placement that fits{_tight_suffix(totals[best], limit)}: {flags}"
 
 
 def _speed_order(placement: Placement) -> int:
@@ -187,15 +189,15 @@ def _tight_suffix(total: float, limit: float) -> str:
 def _describe_engine_memory(
     student: ModelSize, workload: Workload, engine: VllmMemoryConfig, gpu_gib: float
 ) -> tuple[str, bool]:
-    """Describe the contents of a colocated engine's memory share, and return whether the engine can start."""
+    """Describe how a colocated engine uses its memory share, and return whether the engine can start."""
     memory = split_engine_memory(student, engine, workload.sequence_length)
     share, needed = engine.memory_bytes / GIB, memory.minimum / GIB
     if share < needed:
         least = math.ceil(100 * needed / gpu_gib) / 100
-        return f"vLLM needs {needed:.1f} GiB and has {share:.1f}: set vllm_gpu_memory_utilization: {least}", False
+        return f"vLLM needs {needed:.1f} GiB but has {share:.1f}; set vllm_gpu_memory_utilization: {least}", False
     sequences = int(memory.kv_cache // memory.kv_cache_per_sequence)
     return (
-        f"vLLM's {share:.1f} GiB: {memory.weights / GIB:.1f} weights, {memory.overhead / GIB:.1f} to work in, "
+        f"vLLM's {share:.1f} GiB: {memory.weights / GIB:.1f} weights, {memory.overhead / GIB:.1f} workspace, "
         f"{memory.kv_cache / GIB:.1f} for {sequences} sequences of {workload.sequence_length} tokens; a rollout has "
         f"{workload.rollout_size}"
     ), True
@@ -205,6 +207,6 @@ def _describe_step_seconds(student: ModelSize, teacher: ModelSize | None, worklo
     seconds = estimate_step_seconds(student, teacher, workload)
     shares = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())
     return (
-        f"a step: about {sum(seconds.values()):.0f} s ({shares}), on A100s, if every sequence had "
-        f"{workload.sequence_length} tokens, without loading, copies of weights and communication between GPUs"
+        f"step time: about {sum(seconds.values()):.0f} s ({shares}) on A100s, if every sequence has "
+        f"{workload.sequence_length} tokens; excludes loading, weight copies and communication between GPUs"
     )

@@ -1,4 +1,4 @@
-"""Whether a command starts processes of its own, and how many: one a visible GPU, and never twice."""
+"""Decides whether a command starts processes, and how many: by default one per visible GPU."""
 
 import logging
 import os
@@ -13,18 +13,18 @@ from .accelerate import default_launch_config
 
 logger = logging.getLogger(__name__)
 
-_OFFLOAD_MARKER = "offload"  # in the name of a shipped configuration that does something for one process too
-# by whom a process may have been started without accelerate's knowing its device
+_OFFLOAD_MARKER = "offload"  # in the names of shipped configurations that are useful for a single process
+# set by launchers that do not tell accelerate which device to use
 _WORLD_SIZE_VARS = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 @dataclass(frozen=True)
 class LaunchSpec:
-    """Processes to be started.
+    """Processes to start.
 
     Attributes:
         config: a launch configuration.
-        options: of `accelerate launch`.
+        options: options of `accelerate launch`.
     """
 
     config: str
@@ -32,17 +32,17 @@ class LaunchSpec:
 
     @property
     def num_processes(self) -> int:
-        """Number of processes, over all machines."""
+        """Number of processes over all machines."""
         return launch_num_processes(self.config, self.options)
 
     @property
     def uses_deepspeed(self) -> bool:
-        """Whether it shards with DeepSpeed."""
+        """Whether the launch configuration uses DeepSpeed."""
         return read_launch_config(self.config).get("distributed_type") == "DEEPSPEED"
 
 
 def num_visible_gpus() -> int:
-    """Number of GPUs that a process here would see; asks NVML, so that CUDA isn't initialised."""
+    """Return the number of GPUs visible to a process here. Uses NVML, so that CUDA is not initialized."""
     if not os.environ.get("ACCELERATE_TORCH_DEVICE", "cuda").startswith("cuda"):
         return 0
     import torch
@@ -53,22 +53,22 @@ def num_visible_gpus() -> int:
 def resolve_launch(
     raw_values: Mapping[str, Any], flags: Mapping[str, Any], do_train: bool = True
 ) -> LaunchSpec | None:
-    """The processes that a run needs beside this one, None where this one does it alone or is one of them.
+    """Return the processes to start, or None if this process runs alone or is already one of them.
 
     Args:
-        raw_values: the values of the run's file and flags, as they stand there; parsing refuses the bad ones.
-        flags: what the command line says of the launch: `accelerate_config` and options of `accelerate launch`.
-        do_train: whether the run follows: one that this process does alone then gets one GPU only.
+        raw_values: the unparsed values of the run's file and flags. Invalid values are rejected later by the parser.
+        flags: launch options from the command line: `accelerate_config` and options of `accelerate launch`.
+        do_train: whether training follows in this process; if it runs alone, it then uses only one GPU.
 
     Raises:
-        ConfigError: processes that can't be started here.
+        ConfigError: the processes can't be started here.
     """
     if LAUNCHED in os.environ:
         return None
-    # accelerate tells a process that is alone its precision only
+    # accelerate sets only its precision variable for a single process
     launcher_vars = [name for name in ("LOCAL_RANK", "ACCELERATE_MIXED_PRECISION") if name in os.environ]
     if launcher_vars and flags:
-        raise ConfigError([f"{', '.join(flags)}: a launcher has started this process already; leave one of them"])
+        raise ConfigError([f"{', '.join(flags)}: a launcher already started this process; remove these flags"])
     if launcher_vars:
         if do_train and "LOCAL_RANK" not in launcher_vars:
             _use_single_gpu(num_visible_gpus())
@@ -92,7 +92,7 @@ def resolve_launch(
     num_processes = num_processes or (file.get("num_processes") if is_user_config else None)
     _validate_num_processes(num_processes, gpus * machines, config, file)
     if machines > 1 and not (flags.get("main_process_ip") or file.get("main_process_ip")):
-        raise ConfigError([f"main_process_ip: missing, {machines} machines must know the first one's address"])
+        raise ConfigError([f"main_process_ip: missing; {machines} machines need the address of the first machine"])
     num_local_processes = gpus or (1 if flags else 0)
     num_processes = num_processes or (
         1 if file.get("distributed_type") == "NO" else num_local_processes * machines or None
@@ -102,36 +102,42 @@ def resolve_launch(
         if do_train:
             _use_single_gpu(gpus)
             if config not in (None, "single", "ddp"):
-                unused = f"accelerate_config: {config} isn't used: one process here, nothing to share"
+                unused = f"accelerate_config: {config} is not used, because the run has only one process"
                 logger.warning(f"tsdkd: {unused}")
         return None
     options = {name: value for name, value in flags.items() if name != "accelerate_config"}
     if num_processes is not None:
         options["num_processes"] = num_processes
     if machines == 1 and "main_process_port" not in file:
-        options.setdefault("main_process_port", 0)  # a free one: another run may be on this machine's other GPUs
+        options.setdefault("main_process_port", 0)  # choose a free port: another run may use this machine's other GPUs
     return LaunchSpec(config, options)
 
 
 def _is_externally_launched(gpus: int) -> bool:
-    """Whether something else started this process. On CPUs accelerate makes a group of those that MPI or RANK and
-    WORLD_SIZE tell of; otherwise each would train alone. Raises `ConfigError`."""
+    """Whether another launcher started this process as part of a group.
+
+    On CPUs, accelerate forms the group from the variables of MPI, or RANK and WORLD_SIZE. On GPUs it can't, so that
+    each process would train alone.
+
+    Raises:
+        ConfigError: the process can't join its group.
+    """
     names = [name for name in _WORLD_SIZE_VARS if _parse_int(os.environ.get(name)) > 1]
     if names and (gpus or names == ["SLURM_STEP_NUM_TASKS"]):
         raise ConfigError(
             [
-                f"num_processes: {names[0]} says that this is one process of several, yet LOCAL_RANK doesn't say "
-                "which: each would train alone; start one a GPU by torchrun or accelerate launch, or one a node with "
-                "--num_machines and --machine_rank, as `tsdkd slurm` does"
+                f"num_processes: {names[0]} means that this is one of several processes, but LOCAL_RANK is not set, "
+                "so each would train alone; start one process per GPU with torchrun or accelerate launch, or one per "
+                "node with --num_machines and --machine_rank, as `tsdkd slurm` does"
             ]
         )
     return bool(names)
 
 
 def configured_num_processes(config: str | None, on_cpu: bool) -> int | None:
-    """Number of processes of a launch configuration, for machines without a GPU whose count would tell it.
+    """Return the number of processes of a launch configuration on a machine without GPUs to count.
 
-    None without a configuration, and on CPUs.
+    None without a configuration, if GPUs are visible, or if the run uses CPUs.
     """
     return None if config is None or on_cpu or num_visible_gpus() else launch_num_processes(config, {})
 
@@ -144,13 +150,15 @@ def _validate_num_processes(num_processes: int | None, gpus: int, config: str | 
     if num_processes and gpus and num_processes > gpus:
         chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
         among = f" (CUDA_VISIBLE_DEVICES is {chosen})" if chosen else ""
-        raise ConfigError([f"num_processes: must be at most the visible GPUs, {gpus}{among}, found {num_processes}"])
+        raise ConfigError([f"num_processes: only {gpus} GPUs are visible{among}, found {num_processes}"])
     if file.get("distributed_type") == "NO" and num_processes and num_processes > 1:
-        raise ConfigError([f"num_processes: accelerate_config {config} starts one process, found {num_processes}"])
+        raise ConfigError(
+            [f"num_processes: accelerate_config {config} starts only one process, found {num_processes}"]
+        )
 
 
 def _use_single_gpu(gpus: int) -> None:
-    """This process does it alone, on one GPU: `Trainer` would spread it over all that it sees."""
+    """Restrict this process to one GPU, because `Trainer` would spread the model over all visible GPUs."""
     if gpus > 1:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or "0"
         os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[0]

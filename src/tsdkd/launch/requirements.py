@@ -1,4 +1,4 @@
-"""Checks that everything a run needs is installed, before a process is started or a model loaded."""
+"""Checks that all packages a run needs are installed, before it starts processes or loads models."""
 
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -15,19 +15,19 @@ _EXTRA_KEYS = ("use_vllm", "teacher_placement", "use_peft")
 def missing_extras(
     config: str | None, flags: Sequence[str], raw_values: Mapping[str, Any], launch_spec: LaunchSpec | None
 ) -> list[str]:
-    """A line for each package that isn't there, with its extra.
+    """Return a line for each missing package, with the extra that installs it.
 
     Args:
         config, flags: the run.
-        raw_values: its values, as they stand there.
+        raw_values: its unparsed values.
         launch_spec: the processes that the run is about to start.
 
     Raises:
-        ConfigError: what is wrong with the run itself, where there would be such a line.
+        ConfigError: a package seems to be missing, but the configuration itself is invalid.
     """
     if not _missing_packages({**dict.fromkeys(_EXTRA_KEYS), **raw_values}, launch_spec):
         return []
-    values = resolve_run_values(config, flags).values  # flags may make a key of the file meaningless
+    values = resolve_run_values(config, flags).values  # flags may override keys of the file
     return _missing_packages(values, launch_spec)
 
 
@@ -44,9 +44,9 @@ def _missing_packages(values: Mapping[str, Any], launch_spec: LaunchSpec | None)
     )
     deepspeed_reasons += [f"teacher_placement: {placement}"] if placement in ("zero3", "cpu_offload") else []
     if find_spec("deepspeed") is None:
-        problems += [f"{what} needs DeepSpeed; pip install 'tsdkd[deepspeed]'" for what in deepspeed_reasons]
+        problems += [f"{what} requires DeepSpeed; run: pip install 'tsdkd[deepspeed]'" for what in deepspeed_reasons]
     if _is_true(values["use_peft"]) and find_spec("peft") is None:
-        problems.append("use_peft: PEFT isn't installed; pip install 'tsdkd[peft]'")
+        problems.append("use_peft: PEFT is not installed; run: pip install 'tsdkd[peft]'")
     return problems
 
 

@@ -1,4 +1,4 @@
-"""An sbatch script for a configuration: launch on every node, signal before the time limit, requeue, resume."""
+"""Writes sbatch scripts that launch a run on every node, signal it before the time limit, requeue and resume it."""
 
 import re
 import shlex
@@ -26,24 +26,24 @@ def build_sbatch_script(
     command_line: Sequence[str],
     **settings: Any,
 ) -> str:
-    """The script.
+    """Return an sbatch script for a training run.
 
     Args:
-        config: a YAML file or a shipped name, as `tsdkd train` takes it.
-        flags: of `tsdkd train`.
-        accelerate_config: a shipped name or a file; none: the configuration's, or else zero2. The script says how
-            many nodes and processes there are.
-        command_line: the arguments of the command that asks for it, for the script's head.
-        settings: what `slurm.sh.j2` names: nodes, gpus_per_node (0: a CPU job of a process a node), time, ….
+        config: a YAML file or a shipped name, as for `tsdkd train`.
+        flags: flags of `tsdkd train`.
+        accelerate_config: a shipped name or a file; default: that of the configuration, or zero2. The script sets the
+            numbers of nodes and processes.
+        command_line: arguments of the command that created the script, for its header.
+        settings: variables of `slurm.sh.j2`: nodes, gpus_per_node (0: a CPU job with one process per node), time, ….
 
     Raises:
-        ConfigError: a configuration or settings that can't be run.
+        ConfigError: the configuration or the settings are invalid.
     """
     if accelerate_config is not None:
         find_launch_config(accelerate_config)
-    values = resolve_run_values(config, flags).values  # a bad value fails here, not after hours in a queue
+    values = resolve_run_values(config, flags).values  # report an invalid value now, not after hours in a queue
     if "num_processes" in read_flags(flags, []):
-        raise ConfigError(["--num_processes: the script starts a process on each GPU; set --gpus_per_node"])
+        raise ConfigError(["--num_processes: the script starts one process per GPU; set --gpus_per_node instead"])
     folder = Path(str(values["output_dir"]))
     launch_config = accelerate_config or values["accelerate_config"] or "zero2"
     own = {
@@ -58,24 +58,24 @@ def build_sbatch_script(
 
 
 def path_operand(name: str) -> str:
-    """A file's name that no command takes for an option."""
+    """Return a file name that no command mistakes for an option."""
     return f"./{name}" if name.startswith("-") else name
 
 
 def render_job_script(
     template: str, folder: Path, settings: Mapping[str, Any], words: Sequence[str], **own: Any
 ) -> str:
-    """A script of this package, for jobs that are called after the folder that they write into.
+    """Render a job script. The job is named after its output folder.
 
     Args:
-        template: its file.
-        folder: where the jobs write.
-        settings: time, signal_seconds, partition, account, and what else the template names.
-        words: of the command and of its configuration, which all end in the script.
-        own: the same, checked and quoted by the caller.
+        template: file name of the template in this package.
+        folder: output folder of the job.
+        settings: time, signal_seconds, partition, account, and other variables of the template.
+        words: words of the command and its configuration that appear in the script.
+        own: further variables, already checked and quoted by the caller.
 
     Raises:
-        ConfigError: settings or words that can't be run.
+        ConfigError: settings or words are invalid.
     """
     problems = _validate_settings(settings, words)
     if problems:
@@ -87,28 +87,28 @@ def render_job_script(
 
 
 def _validate_settings(settings: Mapping[str, Any], words: Sequence[str]) -> list[str]:
-    """Problems with values that SLURM or the shell would misread."""
+    """Return problems with values that SLURM or the shell would misinterpret."""
     problems = [
-        f"{shorten(word)}: has a line break, or isn't text, which a script can't hold"
+        f"{shorten(word)}: must be text without line breaks, because it is written into a script"
         for word in words
         if "\n" in word or "\r" in word or not is_plain_text(word)
     ]
     for name in ("partition", "account"):
         if not re.fullmatch(r"[\w.,@-]*", settings[name], re.ASCII):
-            problems.append(f"{name}: must be letters, digits, and . , @ - _, found {settings[name]!r}")
+            problems.append(f"{name}: must contain only letters, digits and . , @ - _, found {settings[name]!r}")
     seconds = _parse_time_limit(settings["time"])
     if seconds is None:
-        problems.append(f"time: must be HH:MM:SS, or another of SLURM's forms, found {settings['time']!r}")
+        problems.append(f"time: must be HH:MM:SS or another SLURM time format, found {settings['time']!r}")
     elif seconds <= settings["signal_seconds"] + 60:
         problems.append(
-            f"signal_seconds: a job of {settings['time']} would be told to stop {settings['signal_seconds']} seconds "
-            "before its end, and SLURM may do so a minute early: that leaves no time"
+            f"signal_seconds: SLURM signals the job {settings['signal_seconds']} seconds before its end, and up to a "
+            f"minute earlier; a time limit of {settings['time']} leaves no time to train"
         )
     return problems
 
 
 def _parse_time_limit(time: str) -> int | None:
-    """Seconds of a SLURM time limit (MM, MM:SS, HH:MM:SS, D-HH, D-HH:MM, D-HH:MM:SS), or None."""
+    """Return the seconds of a SLURM time limit (MM, MM:SS, HH:MM:SS, D-HH, D-HH:MM, D-HH:MM:SS), or None."""
     found = _TIME_LIMIT.fullmatch(time)
     if found is None:
         return None

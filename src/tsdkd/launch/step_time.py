@@ -1,5 +1,4 @@
-"""Estimates the compute time of a step on A100s from the models' configurations; not validated by measurements of
-ours."""
+"""Estimates the compute time of a step on A100s from the models' configurations. Not validated by measurements."""
 
 import math
 
@@ -9,18 +8,18 @@ from .workload import Workload
 
 # What an A100 computes and reads in practice: about 40 % and 60 % of its 312 TFLOP/s and 2 TB/s.
 _GPU_FLOPS, _GPU_BANDWIDTH = 125e12, 1.2e12
-# A token that a transformers model decodes waits for its host to launch kernels: about 50 a layer (1,580 counted for
-# 28 layers). Qwen's own speed benchmark of Qwen2.5 on an A100 gives 0.9 ms a layer at 0.5B and 1.5B alike.
+# When a transformers model decodes a token, the GPU waits for the host to launch kernels: about 50 per layer (1,580
+# for 28 layers). Qwen's speed benchmark of Qwen2.5 on an A100 gives 0.9 ms per layer for both 0.5B and 1.5B.
 _KERNELS_PER_LAYER, _KERNEL_LAUNCH_SECONDS = 50, 18e-6
-# vLLM replays a graph instead; its scheduler and sampler take the rest of what the same benchmark gives (0.5B 3.2 ms,
-# 1.5B 5.5 ms a token).
+# vLLM replays a graph instead; its scheduler and sampler take the rest of the time in the same benchmark (3.2 ms per
+# token at 0.5B, 5.5 ms at 1.5B).
 _VLLM_SECONDS_PER_TOKEN = 2.5e-3
-# The fused head's elementwise passes, bytes for a (token, vocabulary word).
+# Elementwise passes of the fused head, in bytes per (token, vocabulary id).
 _HEAD_BYTES_PER_LOGIT = 400
 
 
 def estimate_step_seconds(student: ModelSize, teacher: ModelSize | None, workload: Workload) -> dict[str, float]:
-    """Seconds of a step, by what takes them, for completions of full length, without communication between GPUs."""
+    """Estimate the seconds of each part of a step, for full-length completions, without communication between GPUs."""
     rows = workload.micro_batch_size * workload.gradient_accumulation_steps * workload.sequence_length
     passes = 8 if workload.uses_gradient_checkpointing else 6
     matmul_seconds = passes * student.num_parameters * rows / _GPU_FLOPS
@@ -33,7 +32,7 @@ def estimate_step_seconds(student: ModelSize, teacher: ModelSize | None, workloa
 
 
 def _estimate_rollout_seconds(student: ModelSize, teacher: ModelSize | None, workload: Workload) -> float:
-    """Estimated seconds of a whole rollout, which takes as long as its longest completion."""
+    """Estimate the seconds of a rollout, which takes as long as its longest completion."""
     if not workload.rollout_size:
         return 0.0
     models = [student, teacher] if workload.needs_teacher_in_rollout and teacher else [student]

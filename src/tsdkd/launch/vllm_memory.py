@@ -5,22 +5,22 @@ from dataclasses import dataclass
 from .model_size import ModelSize
 from .workload import GIB, VllmMemoryConfig
 
-# for a logit that is sampled from: in float32, its probability, both sorted, int64 ids, sums
+# per sampled logit: float32 logit and probability, both sorted, int64 ids, sums
 SAMPLING_BYTES_PER_LOGIT = 24
 _CUDA_GRAPH_BYTES = 1.5 * GIB  # 0.4 to 1.6 GiB in logs of vLLM 0.23 to 0.27
-SLEEPING_ENGINE_BYTES = 2.0 * GIB  # asleep it gives back weights and cache, not graphs and what its libraries hold
+SLEEPING_ENGINE_BYTES = 2.0 * GIB  # sleep frees weights and cache, but not graphs and library memory
 
 
 @dataclass
 class EngineMemory:
-    """Contents of a colocated engine's memory share on each GPU, bytes.
+    """Parts of a colocated engine's memory share on each GPU, bytes.
 
     Attributes:
         weights: the student's weights in half precision.
-        overhead: memory beside the weights while the engine samples.
-        kv_cache: the key-value cache: what is left of the share.
-        kv_cache_per_sequence: what one sequence of full length takes of the cache.
-        minimum: the smallest share with which the engine starts: a cache for one sequence of its context.
+        overhead: additional memory while the engine samples.
+        kv_cache: the key-value cache, which uses the rest of the share.
+        kv_cache_per_sequence: cache memory of one full-length sequence.
+        minimum: the smallest share with which the engine starts: its cache fits one sequence of its context length.
     """
 
     weights: float
@@ -45,7 +45,7 @@ def split_engine_memory(student: ModelSize, engine: VllmMemoryConfig, sequence_l
         weights=weights,
         overhead=overhead,
         kv_cache=engine.memory_bytes - weights - overhead,
-        # those of all processes that share an engine are cached by all of them, each a part
+        # processes that share an engine cache the sequences of all of them, each process a part
         kv_cache_per_sequence=sequence_length * bytes_per_token * engine.tensor_parallel_size,
         minimum=weights + overhead + engine.max_model_len * bytes_per_token,
     )

@@ -1,4 +1,4 @@
-"""Sizes and precisions of a training step on one GPU, from the values of a configuration."""
+"""Derives sizes and precisions of a training step on one GPU from a configuration."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,21 +10,21 @@ from transformers import PretrainedConfig
 from ..config.base import TokenSelectiveConfig
 
 GIB = 2**30
-_DENSE_BYTES_PER_LOGIT = 46  # bytes for a (token, word) without the fused head, bfloat16 (docs/performance.md)
-_PROMPT_TOKENS = 256  # tokens, where only completions have a limit that counts
-_LARGE_GPU_GIB = 70  # from here on vLLM samples 1024 sequences at once, below 256 (an A100 of 80 GiB: 256 too)
+_DENSE_BYTES_PER_LOGIT = 46  # bytes per (token, vocabulary id) without the fused head, bfloat16 (docs/performance.md)
+_PROMPT_TOKENS = 256  # assumed prompt length if only completions have an effective limit
+_LARGE_GPU_GIB = 70  # from here on vLLM samples 1024 sequences at once, otherwise 256 (also on an 80 GiB A100)
 
 
 @dataclass
 class VllmMemoryConfig:
-    """The vLLM engine that rolls out.
+    """Settings of the vLLM engine that determine its memory.
 
     Attributes:
-        memory_bytes: of a GPU that trains; 0 for a server elsewhere.
-        enable_sleep_mode: whether it gives its memory back while the student trains.
-        tensor_parallel_size: processes that share one engine.
-        max_model_len: its context, tokens.
-        max_num_seqs: sequences that it may sample at once.
+        memory_bytes: memory share on each training GPU; 0 for a server on other GPUs.
+        enable_sleep_mode: whether the engine frees its memory while the student trains.
+        tensor_parallel_size: number of processes that share one engine.
+        max_model_len: context length, tokens.
+        max_num_seqs: maximum number of sequences sampled at once.
     """
 
     memory_bytes: float
@@ -39,19 +39,19 @@ class Workload:
     """Sizes and precisions that determine a training step's memory and time on one GPU.
 
     Attributes:
-        micro_batch_size: completions of a micro-batch.
-        gradient_accumulation_steps: micro-batches of a step.
-        rollout_size: completions of a rollout; 0 if nothing is generated.
-        steps_per_rollout: optimizer steps that one rollout serves.
+        micro_batch_size: completions per micro-batch.
+        gradient_accumulation_steps: micro-batches per step.
+        rollout_size: completions per rollout; 0 if nothing is generated.
+        steps_per_rollout: optimizer steps per rollout.
         sequence_length: length of prompt plus completion, tokens.
         weight_itemsize: bytes per parameter of the student outside DeepSpeed.
         compute_itemsize: bytes per number in matrix products.
         teacher_bytes_per_parameter: bytes per parameter of the teacher.
-        uses_gradient_checkpointing: layers are computed again in the backward pass.
-        uses_eager_attention: attention keeps its whole matrices.
-        head_gib: GiB of one chunk of the fused head, or of whole logits.
-        needs_teacher_in_rollout: the teacher takes part in every token of a rollout.
-        engine: the vLLM engine; None: transformers' generation rolls out.
+        uses_gradient_checkpointing: whether the backward pass recomputes the layers.
+        uses_eager_attention: whether attention stores its full matrices.
+        head_gib: GiB of one chunk of the fused head, or of the full logits.
+        needs_teacher_in_rollout: whether the teacher is needed to sample each token.
+        engine: the vLLM engine; None if transformers generates the completions.
     """
 
     micro_batch_size: int
@@ -76,12 +76,12 @@ def build_workload(
     gpus: int,
     gpu_gib: float,
 ) -> Workload:
-    """Derive the workload of one GPU from a method and the values of its configuration.
+    """Derive the workload of one GPU from a method and its configuration.
 
     Args:
         cls: the method's configuration class.
         values: all values of the configuration, by name.
-        models: the student's configuration and the teacher's.
+        models: the configurations of student and teacher.
         gpus: number of GPUs.
         gpu_gib: memory of one GPU, GiB.
     """
@@ -126,14 +126,14 @@ def _build_engine_config(values: dict[str, Any], longest: int, gpu_gib: float) -
 
 
 def _max_sequence_length(values: dict[str, Any], models: Sequence[PretrainedConfig]) -> int:
-    """Maximum length of prompt plus completion, tokens; the counterpart of `data.max_sequence_length`."""
+    """Maximum length of prompt plus completion, tokens; corresponds to `data.max_sequence_length`."""
     contexts = [getattr(m.get_text_config(), "max_position_embeddings", None) for m in models]
     limits = [values["max_length"], values["vllm_max_model_length"] if values["use_vllm"] else None, *contexts]
     return min([limit for limit in limits if limit], default=2**31)
 
 
 def _itemsize(dtype: str, init_kwargs: dict[str, Any] | None, config: PretrainedConfig) -> int:
-    """Bytes of a number of a model that is loaded in `dtype`, or its checkpoint's."""
+    """Bytes per number of a model loaded in `dtype`, or in its checkpoint's dtype."""
     name = (init_kwargs or {}).get("dtype", dtype)
     given = config.dtype or torch.float32 if name == "auto" else name
     return torch.empty(0, dtype=getattr(torch, given) if isinstance(given, str) else given).element_size()

@@ -1,1 +1,1 @@
-"""Statistics of tokens, and their gradients, where hidden states become logits."""
+"""Computes token statistics and their gradients in the output layer, from hidden states."""

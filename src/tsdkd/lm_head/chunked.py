@@ -1,4 +1,4 @@
-"""One pass over the tokens: statistics forward, gradients as early as they can be known."""
+"""Computes statistics in one pass over chunks of tokens, and gradients as early as possible."""
 
 from typing import Any
 
@@ -15,15 +15,15 @@ _STUDENT, _TEACHER, _KL, _RATIO = slice(0, 3), slice(3, 6), 6, 7  # rows of `Chu
 
 
 class ChunkedStatistics:
-    """The forward pass, and what it leaves for the backward pass.
+    """The forward pass, and the state that the backward pass needs.
 
     Args:
-        student: its head in the precision of the pass, cut to the shared ids.
-        teacher: the same with the teacher's hidden states `[N, H']`, or None.
-        temperature: divides the logits of both.
-        chunk: tokens projected at a time.
+        student: the student's head in the precision of the pass, restricted to the shared ids.
+        teacher: the same for the teacher, with its hidden states `[N, H']`, or None.
+        temperature: divides the logits of both models.
+        chunk: number of tokens projected at a time.
         request: the statistics to compute.
-        per_token_loss: losses to differentiate at once, or None.
+        per_token_loss: losses to differentiate in the forward pass, or None.
     """
 
     def __init__(
@@ -44,18 +44,18 @@ class ChunkedStatistics:
     def forward(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs_input_grad: tuple[bool, bool, bool]
     ) -> TokenStatistics:
-        """The statistics of all tokens, and the gradients of the per-token losses."""
-        # not the parameters themselves: a sharded one is empty again in the backward pass
+        """Compute the statistics of all tokens and the gradients of the per-token losses."""
+        # don't keep the parameters: sharded ones are empty again in the backward pass
         self.inputs = (hidden.detach(), weight.detach(), None if bias is None else bias.detach())
         self.needs_input_grad = needs_input_grad
         self.gradients = None if self.per_token_loss is None else HeadGradients(*self.inputs, needs_input_grad)
         count = len(hidden)
         self.row_statistics = hidden.new_zeros(8, count, dtype=accumulation_dtype(self.student.weight.dtype))
         size = _chunk_size(count, self.chunk)
-        starts = range(0, max(count, 1), size)  # one empty chunk where there is no token
+        starts = range(0, max(count, 1), size)  # one empty chunk if there are no tokens
         statistics = _concat_statistics([self._forward_chunk(slice(i, min(i + size, count))) for i in starts])
         self.topk_ids: Any = statistics.topk_ids
-        # the tensor itself becomes an output, whose graph holds this object
+        # the tensor itself becomes an output whose graph references this object
         self.topk_logits: Any = None if statistics.topk_logits is None else statistics.topk_logits.detach()
         return statistics
 
@@ -100,7 +100,7 @@ class ChunkedStatistics:
         hidden: Tensor,
         tiles: Tiles,
     ) -> None:
-        """Evaluate the per-token losses, and add their gradient while the chunk's logits are there."""
+        """Evaluate the per-token losses and add their gradient while the chunk's logits are in memory."""
         assert self.per_token_loss is not None and self.gradients is not None
         leaves = {n: x.detach().requires_grad_() for n in DIFFERENTIABLE if (x := getattr(statistics, n)) is not None}
         with torch.enable_grad():
@@ -129,13 +129,13 @@ class ChunkedStatistics:
     # Backward
 
     def backward(self, grad_loss: Tensor | None, **grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Gradients of hidden states, weight and bias, from those of the loss and of the statistics of all tokens."""
+        """Compute the gradients of hidden states, weight and bias from those of the loss and the statistics."""
         if grad_loss is None:
             gradients = HeadGradients(*self.inputs, self.needs_input_grad)
         else:
             gradients = self._take_loss_gradients(grad_loss)
         topk_logits = grad_outputs.pop("topk_logits")
-        # most of the entropies have no gradient: the others' logits are not projected again
+        # most entropies have no gradient; logits of tokens without a gradient are not projected again
         of_top, of_others = _nonzero_indices(
             _nonzero_grad_mask([topk_logits]), _nonzero_grad_mask(list(grad_outputs.values()))
         )
@@ -150,8 +150,8 @@ class ChunkedStatistics:
         gradients, self.gradients = self.gradients, None
         if gradients is None:
             raise RuntimeError(
-                "the per-token losses were differentiated in the forward pass, which serves one backward pass; make "
-                "the head with loss_in_forward=False to differentiate them again"
+                "the per-token losses were differentiated in the forward pass, which allows only one backward pass; "
+                "create the head with loss_in_forward=False to differentiate them again"
             )
         gradients.scale_(grad_outputs)
         return gradients
@@ -166,8 +166,8 @@ class ChunkedStatistics:
         self._add_dense(gradients, rows, chunk_grad_outputs, student, teacher, hidden, tiles)
 
     def _backward_topk(self, gradients: HeadGradients, index: Tensor, grad_outputs: Tensor) -> None:
-        """Only k logits of a few tokens: their rows of the weight are gathered instead of a projection."""
-        # as many tokens as make two [C, k, H] tensors about as large as a chunk's logits
+        """Differentiate only k logits of a few tokens: gather their rows of the weight instead of projecting."""
+        # choose the size so that two [C, k, H] tensors are about as large as a chunk's logits
         vocab_size, num_candidates, hidden_size = (
             len(self.student.weight),
             grad_outputs.shape[-1],
@@ -211,10 +211,10 @@ class ChunkedStatistics:
         hidden: Tensor,
         tiles: Tiles,
     ) -> None:
-        """Overwrite the chunk's logits by their gradient, and project it back."""
+        """Overwrite the chunk's logits with their gradient and project it back."""
         grad_outputs = grad_outputs.times(self._logit_scale)
         largest = None
-        if hidden.dtype == torch.float16:  # a loss scale comes too late for what has already become zero
+        if hidden.dtype == torch.float16:  # a loss scale can't recover values that have underflowed
             largest = grad_outputs.abs_max()
             grad_outputs = grad_outputs.times(1.0 / largest)
         slope = None if self.student.softcap is None else self._softcap_grad
@@ -225,13 +225,13 @@ class ChunkedStatistics:
 
 
 def _chunk_size(count: int, limit: int) -> int:
-    """Chunks of about the same size, at most `limit`: a small remainder costs a matrix product almost as much."""
+    """Return the size of nearly equal chunks, at most `limit`. A small last chunk would cost almost as much time."""
     chunks = max(1, -(-count // limit))
     return max(1, -(-count // chunks))
 
 
 def _nonzero_grad_mask(grad_outputs: list[Tensor | None]) -> Tensor | None:
-    """`[N]` bool, the tokens with a derivative that isn't zero; None where there are no derivatives."""
+    """`[N]` bool, true for tokens with a nonzero derivative; None if there are no derivatives."""
     given = [g for g in grad_outputs if g is not None]
     return (
         torch.stack([(g != 0).flatten(1).any(-1) if g.ndim > 1 else g != 0 for g in given]).any(0) if given else None
@@ -239,14 +239,14 @@ def _nonzero_grad_mask(grad_outputs: list[Tensor | None]) -> Tensor | None:
 
 
 def _nonzero_indices(*masks: Tensor | None) -> list[Tensor | None]:
-    """Indices at which each mask `[N]` is true. The host waits for the device once for all of them."""
+    """Indices at which each mask `[N]` is true. Synchronizes with the device only once for all masks."""
     given = [mask for mask in masks if mask is not None]
     counts = iter(torch.stack([mask.sum() for mask in given]).tolist() if given else ())
     return [None if mask is None else torch.nonzero_static(mask, size=next(counts)).squeeze(-1) for mask in masks]
 
 
 def _concat_statistics(parts: list[TokenStatistics]) -> TokenStatistics:
-    """The statistics of consecutive chunks as one."""
+    """Concatenate the statistics of consecutive chunks."""
     whole = TokenStatistics()
     for name, first in vars(parts[0]).items():
         values = [getattr(part, name) for part in parts]

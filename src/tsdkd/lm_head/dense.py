@@ -1,4 +1,4 @@
-"""Statistics from whole logits, by autograd: the specification that every faster head is proven equal to."""
+"""Computes statistics from full logits with autograd: the reference that every faster head is tested against."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,11 +11,11 @@ from .statistics import PerTokenLoss, StatisticsRequest, TokenStatistics, valida
 
 @dataclass(frozen=True)
 class DenseHead:
-    """Statistics from whole logits, by autograd.
+    """Computes statistics from full logits with autograd.
 
     Attributes:
         student_logits: `[N, V]`, temperature applied.
-        teacher_logits: `[N, V]`, or None for requests about the student only.
+        teacher_logits: `[N, V]`, or None if requests concern only the student.
     """
 
     student_logits: Tensor
@@ -25,7 +25,7 @@ class DenseHead:
         """Compute the requested statistics.
 
         Raises:
-            ValueError: the request can't be met, e.g. it needs a teacher and there is none.
+            ValueError: the request can't be satisfied, e.g. it needs a teacher but there is none.
         """
         validate_request(request, len(self.student_logits), self.teacher_logits is not None)
         student = upcast(self.student_logits)

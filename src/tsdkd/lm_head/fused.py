@@ -1,8 +1,8 @@
-"""The fused head: statistics and their gradients from hidden states, a chunk of tokens at a time.
+"""The fused head: computes statistics and their gradients from hidden states, one chunk of tokens at a time.
 
-Student and teacher are projected once a token. The per-token losses are differentiated while their chunk's logits are
-still there; whatever else an objective makes of the statistics is differentiated in the backward pass, where only the
-tokens with a gradient are projected again, and of the top-k logits only those k.
+The logits of student and teacher are computed once per token. Per-token losses are differentiated while the logits of
+their chunk are in memory. All other terms of an objective are differentiated in the backward pass. It computes logits
+again only for tokens with a gradient; for top-k logits, it computes only these k.
 """
 
 from typing import Any
@@ -16,25 +16,27 @@ from .statistics import PerTokenLoss, StatisticsRequest, TokenStatistics, valida
 
 
 class FusedHead:
-    """A `tsdkd.lm_head.statistics.Head` whose logits never exist as a whole.
+    """A `tsdkd.lm_head.statistics.Head` that never stores the full logits.
 
-    Under autocast both projections run in its precision, otherwise in the hidden states'. Statistics are float32, or
-    float64 where the hidden states are.
+    Both projections run in the precision of autocast if it is enabled, otherwise in that of the hidden states.
+    Statistics are float32, or float64 if the hidden states are.
 
     Args:
         hidden: `[N, H]`, the student's last hidden states at the N positions that predict completion tokens.
-        projection: the student's head; weight, bias and hidden states receive gradients where they require them.
-        teacher_hidden: `[N, H']`, or None for requests about the student only.
+        projection: the student's head. Weight, bias and hidden states receive gradients if they require them.
+        teacher_hidden: `[N, H']`, or None if requests concern only the student.
         teacher_projection: the teacher's head.
-        vocab_size: ids that both models have; probabilities are over the first `vocab_size`. Default: the student's.
-        temperature: divides the logits of both.
-        chunk_gib: GiB for both models' logits of one chunk of tokens; by default 0.25 on a CPU and 1 on a GPU. Scratch
-            memory of 0.01 GiB (0.16 on a GPU) comes beside it.
-        loss_in_forward: differentiate per-token losses in the forward pass. They can then be differentiated only once,
-            and only their weighted sum. False: in the backward pass, at the price of projecting again.
+        vocab_size: number of ids shared by both models; probabilities are computed over these first ids. Default: the
+            student's vocabulary.
+        temperature: divides the logits of both models.
+        chunk_gib: GiB for the logits of both models in one chunk of tokens. Default: 0.25 on a CPU, 1 on a GPU.
+            Additional scratch memory: 0.01 GiB (0.16 on a GPU).
+        loss_in_forward: whether to differentiate per-token losses in the forward pass. Then only their weighted sum
+            can be differentiated, and only once. If False, the backward pass differentiates them, which requires
+            computing the logits again.
 
     Raises:
-        ValueError: the shapes don't fit.
+        ValueError: the shapes do not match.
     """
 
     def __init__(
@@ -64,7 +66,7 @@ class FusedHead:
         self.chunk = self._chunk_tokens(chunk_gib * 2**30)
 
     def __call__(self, request: StatisticsRequest, per_token_loss: PerTokenLoss | None = None) -> TokenStatistics:
-        """The statistics of all N tokens. Raises `ValueError` for a request that can't be met."""
+        """Compute the statistics of all N tokens. Raises `ValueError` if the request can't be satisfied."""
         validate_request(request, len(self.hidden), self.teacher is not None)
         inputs = (self.hidden, self.projection.weight, self.projection.bias)
         has_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
@@ -104,13 +106,13 @@ class FusedHead:
 
 
 def compute_dtype(hidden: Tensor) -> torch.dtype:
-    """The precision of a projection: autocast's, or else the hidden states'."""
+    """Return the precision of a projection: that of autocast if enabled, otherwise that of the hidden states."""
     device = hidden.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
 
 class _ChunkedStatisticsFunction(torch.autograd.Function):
-    """Ties `ChunkedStatistics` to autograd. That holds what the backward pass needs, but no output: no cycle."""
+    """Connects `ChunkedStatistics` to autograd. To avoid a reference cycle, the latter does not store any outputs."""
 
     @staticmethod
     def forward(

@@ -1,4 +1,4 @@
-"""Sums of a head's gradients over chunks of tokens, in float32 at least."""
+"""Sums of a head's gradients over chunks of tokens, at least in float32."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from .softmax import accumulation_dtype
 
 
 class HeadGradients:
-    """Gradients of hidden states `[N, H]`, weight `[V, H]` and bias `[V]`; those not needed are None."""
+    """Gradients of hidden states `[N, H]`, weight `[V, H]` and bias `[V]`; None if not needed."""
 
     def __init__(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs_input_grad: tuple[bool, bool, bool]
@@ -23,7 +23,7 @@ class HeadGradients:
     def add(
         self, rows: slice | Tensor, logits_gradient: Tensor, hidden: Tensor, head: Projection, scale: Tensor | None
     ) -> None:
-        """Add a chunk: the gradient of its logits `[C, V]`, times `scale`, for the hidden states `[C, H]`."""
+        """Add a chunk's gradients: those of its logits `[C, V]`, times `scale`, for the hidden states `[C, H]`."""
         vocab_size = logits_gradient.shape[1]
         if self.hidden is not None:
             self.hidden[rows] += _scale(logits_gradient @ head.weight, scale)
@@ -33,7 +33,7 @@ class HeadGradients:
             self.bias[:vocab_size] += _scale(logits_gradient.sum(0, dtype=self.bias.dtype), scale)
 
     def add_sparse(self, rows: slice | Tensor, ids: Tensor, values: Tensor, hidden: Tensor, head: Projection) -> None:
-        """Add gradients `values` `[C, k]` of only the logits `ids` `[C, k]`."""
+        """Add the gradients `values` `[C, k]` of the logits at `ids` `[C, k]` only."""
         if self.hidden is not None:
             vectors = head.weight[ids].to(values.dtype)
             self.hidden[rows] += torch.einsum("ck,ckh->ch", values, vectors)
@@ -44,13 +44,13 @@ class HeadGradients:
             self.bias.index_add_(0, ids.flatten(), values.flatten())
 
     def scale_(self, factor: Tensor) -> None:
-        """Multiply what has been added so far."""
+        """Multiply the gradients added so far by `factor`, in place."""
         for gradient in (self.hidden, self.weight, self.bias):
             if gradient is not None:
                 gradient *= factor
 
     def pop_grads(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, ...]:
-        """The three gradients in their tensors' precisions; the float32 memory is given up."""
+        """Return the three gradients in the precisions of their tensors and release the float32 memory."""
         gradients = (self.hidden, self.weight, self.bias)
         self.hidden = self.weight = self.bias = None
         return tuple(
@@ -68,7 +68,7 @@ def _add_outer(total: Tensor, logits_gradient: Tensor, hidden: Tensor, scale: Te
     if total.dtype == hidden.dtype:
         total.addmm_(logits_gradient.t(), hidden)
         return
-    # half precision: the product of a block of ids stays in a cache until it is added up in float32
+    # half precision: the product of a block of ids stays in the cache until it is added in float32
     size = max(1, (2**21 if total.device.type == "cpu" else 2**25) // total.shape[1])
     for start in range(0, total.shape[0], size):
         ids = slice(start, start + size)
@@ -76,13 +76,13 @@ def _add_outer(total: Tensor, logits_gradient: Tensor, hidden: Tensor, scale: Te
 
 
 def _cast_in_place(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x` in `dtype`; a narrower one is written over `x`, because at this moment memory is at its peak."""
+    """Convert `x` to `dtype`. A narrower dtype overwrites `x`, because memory is at its peak here."""
     if x.dtype == dtype:
         return x
     if x.element_size() < dtype.itemsize or not x.is_contiguous():
         return x.to(dtype)
     wide = x.view(-1)
-    narrow = wide.view(dtype)  # the same bytes: element i is written after it, or an earlier one, has been read
+    narrow = wide.view(dtype)  # same bytes: element i is written only after wide element i was read
     for start in range(0, len(wide), 2**22):
         part = wide[start : start + 2**22]
         narrow[start : start + len(part)] = part.to(dtype)

@@ -1,4 +1,4 @@
-"""A model's head: hidden states to logits, with what the model's own forward does to them afterwards."""
+"""A model's output head: hidden states to logits, including the scaling and soft cap of the model's forward."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ class Projection:
     Attributes:
         weight: `[V, H]`.
         bias: `[V]` or None.
-        scale: Cohere's `logit_scale`, or one over Granite's `logits_scaling`.
+        scale: Cohere's `logit_scale`, or the inverse of Granite's `logits_scaling`.
         softcap: Gemma's `final_logit_softcapping`, or None.
     """
 
@@ -24,12 +24,12 @@ class Projection:
     softcap: float | None = None
 
     def slice_vocab(self, vocab_size: int, dtype: torch.dtype) -> "Projection":
-        """The first `vocab_size` rows, detached, in `dtype`."""
+        """Return the projection with only the first `vocab_size` rows, detached, in `dtype`."""
         bias = None if self.bias is None else self.bias.detach()[:vocab_size].to(dtype)
         return Projection(self.weight.detach()[:vocab_size].to(dtype), bias, self.scale, self.softcap)
 
     def logits(self, hidden: Tensor, temperature: float = 1.0) -> Tensor:
-        """`[N, H]` -> `[N, V]`, a new tensor; no gradient."""
+        """Compute logits `[N, V]` from hidden states `[N, H]` as a new tensor, without gradient."""
         logits = torch.nn.functional.linear(hidden, self.weight, self.bias)
         if self.scale != 1.0:
             logits *= self.scale
@@ -40,13 +40,13 @@ class Projection:
         return logits
 
     def softcap_grad(self, logits: Tensor, temperature: float) -> Tensor:
-        """Derivative of the soft cap, `1 - (z / softcap)^2`, if a cap is set; shape of `logits`."""
+        """Derivative of the soft cap, `1 - (z / softcap)^2`, in the shape of `logits`. Requires a soft cap."""
         assert self.softcap is not None
         return 1.0 - (logits * (temperature / self.softcap)).square()
 
 
 def get_projection(model: Any) -> Projection:
-    """A model's output layer, with the scale and soft cap that its configuration names."""
+    """Return a model's output layer with the scale and soft cap of its configuration."""
     layer, config = get_output_layer(model), model.config.get_text_config()
     divisor = getattr(config, "logits_scaling", None)  # Granite; HyperCLOVA X multiplies by it
     if divisor is not None:
@@ -58,7 +58,7 @@ def get_projection(model: Any) -> Projection:
 
 
 def get_output_layer(model: Any) -> Any:
-    """The module whose weight projects hidden states to logits."""
+    """Return the module whose weight projects hidden states to logits."""
     layer = model.get_output_embeddings()
-    copies = getattr(layer, "modules_to_save", None)  # peft's trained copy of a whole layer
+    copies = getattr(layer, "modules_to_save", None)  # PEFT's trained copy of a full layer
     return layer if copies is None else copies[layer.active_adapter]

@@ -1,7 +1,7 @@
-"""The softmax of some rows of logits: statistics, divergences, and the gradient of any sum of them.
+"""Softmax statistics and divergences of rows of logits, and the gradient of any weighted sum of them.
 
-Everything is reduced over the vocabulary in float32 at least, tile by tile, so that the temporaries stay in a cache
-and the logits themselves are read in their own precision.
+All reductions over the vocabulary use at least float32. They run tile by tile, so that temporaries stay in the cache
+and the logits are read in their own precision.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,17 +17,17 @@ TILE_WIDTH = 8192
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float32 for half precisions, otherwise the same."""
+    """Return float32 for half precision, otherwise `dtype`."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def tile_elements(device: torch.device) -> int:
-    """Elements of a tile: on a CPU the tiles stay in a cache, on a GPU they outweigh the launches."""
+    """Return the number of elements per tile: small enough for the CPU cache, large enough for few kernel launches."""
     return 2**19 if device.type == "cpu" else 2**23
 
 
 class Tiles:
-    """Tiles of `[C, V]`: rows, columns, and reused scratch memory of the tile's shape."""
+    """Iterates over tiles of `[C, V]`: yields rows, columns and reused scratch memory of the tile's shape."""
 
     def __init__(self, like: Tensor) -> None:
         self.shape = like.shape
@@ -50,7 +50,7 @@ def _slices(total: int, size: int) -> Iterator[slice]:
 
 @dataclass
 class SoftmaxRows:
-    """Logits `[C, V]` and, for each row, maximum, log of the sum of `exp(logit - maximum)` and entropy (nats).
+    """Logits `[C, V]` with each row's maximum, log of the sum of `exp(logit - maximum)` and entropy (nats).
 
     Attributes:
         logits: `[C, V]`.
@@ -62,7 +62,7 @@ class SoftmaxRows:
 
     @classmethod
     def of(cls, logits: Tensor, tiles: Tiles) -> "SoftmaxRows":
-        """Two reads of the logits."""
+        """Compute the row statistics in two passes over the logits."""
         maximum = logits.amax(-1).to(tiles.dtype)
         total, weighted = torch.zeros_like(maximum), torch.zeros_like(maximum)
         for rows, columns, (x, e, *_) in tiles:
@@ -79,7 +79,7 @@ class SoftmaxRows:
 
     @property
     def log_normalizer(self) -> Tensor:
-        """`[C]`, relative to the maximum: with logits of 1e4 float32 has no digits left for their sum."""
+        """`[C]`, relative to the maximum: for logits around 1e4, float32 would lose all precision in the sum."""
         return self.row_statistics[1]
 
     @property
@@ -99,14 +99,13 @@ class SoftmaxRows:
 
 
 def _mixture(student_p: Tensor, teacher_p: Tensor, share: float, out: Tensor) -> Tensor:
-    """`share P + (1 - share) Q`, not zero where both underflow: what is divided by it is zero there."""
+    """Compute `share P + (1 - share) Q`, kept above zero if both underflow, so that it can be a divisor."""
     torch.mul(student_p, 1.0 - share, out=out).add_(teacher_p, alpha=share)
     return out.clamp_(min=torch.finfo(out.dtype).tiny)
 
 
 def _ratio_weight(divergence: Divergence) -> float:
-    """The factor of `p / m` in a divergence's derivative by q, where `p / m` isn't the same for all v; a JSD has
-    none."""
+    """Factor of `p / m` in the derivative of a divergence with respect to q, if `p / m` varies over v; 0 for a JSD."""
     if divergence.mixture in (0.0, 1.0):
         return 0.0
     weight = divergence.mixture * divergence.student - (1.0 - divergence.mixture) * divergence.teacher
@@ -116,10 +115,10 @@ def _ratio_weight(divergence: Divergence) -> float:
 def compute_divergence(
     student: SoftmaxRows, teacher: SoftmaxRows, divergence: Divergence, tiles: Tiles
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A divergence, and what its gradient needs.
+    """Compute a divergence and the sums that its gradient needs.
 
     Returns:
-        the divergence `[C]`, KL(Q||M) `[C]`, nats, and sum q p / m `[C]`; the latter two where they are needed.
+        The divergence `[C]`, KL(Q||M) `[C]`, nats, and sum q p / m `[C]`; the last two only if needed.
     """
     of_student, of_teacher, ratio = (torch.zeros_like(student.maximum) for _ in range(3))
     for rows, columns, (logq, logp, q, p, mixture) in tiles:
@@ -140,18 +139,18 @@ def compute_divergence(
 
 @dataclass
 class GradOutputs:
-    """Derivatives of a loss with respect to the statistics of C tokens, None where zero: `[C]`, `logps` `[C, K]`."""
+    """Derivatives of a loss with respect to the statistics of C tokens: `[C]`, `logps` `[C, K]`; None if zero."""
 
     entropy: Tensor | None = None
     divergence: Tensor | None = None
     logps: Tensor | None = None
 
     def times(self, factor: float | Tensor) -> "GradOutputs":
-        """All of them, multiplied."""
+        """Return all derivatives multiplied by `factor`."""
         return GradOutputs(**{name: None if x is None else x * factor for name, x in vars(self).items()})
 
     def abs_max(self) -> Tensor:
-        """The largest magnitude among them, or 1 where all are zero."""
+        """Return the largest absolute value, or 1 if all are zero."""
         found = [x.abs().amax() for x in vars(self).values() if x is not None and x.numel()]
         abs_max = torch.stack(found).amax() if found else torch.zeros(())
         return torch.where(abs_max > 0, abs_max, torch.ones_like(abs_max))
@@ -168,19 +167,19 @@ def logits_grad_(
     softcap_grad: Callable[[Tensor], Tensor] | None,
     tiles: Tiles,
 ) -> Tensor:
-    """Overwrite the student's logits by the loss's gradient with respect to them.
+    """Overwrite the student's logits with the gradient of the loss with respect to them.
 
-    With q the student's probabilities, p the teacher's and m of the mixture with the share s of p:
-    `dH/dz = -q (log q + H)`; `d log q_i/dz = [v = i] - q`; `dKL(P||Q)/dz = q - p`; and of a divergence with weights a
-    (teacher) and b (student) `b q (log q - log m - KL(Q||M)) + (s b - (1 - s) a) q (p / m - sum q p / m)`.
+    Let q, p and m be the probabilities of the student, the teacher and their mixture with weight s of p. Then
+    `dH/dz = -q (log q + H)`, `d log q_i/dz = [v = i] - q` and `dKL(P||Q)/dz = q - p`. For a divergence with weights a
+    (teacher) and b (student), it is `b q (log q - log m - KL(Q||M)) + (s b - (1 - s) a) q (p / m - sum q p / m)`.
 
     Args:
         student, teacher: softmax rows; the teacher's are needed only if `grad_outputs.divergence` is set.
-        divergence, student_kl, ratio: of `compute_divergence`.
-        ids: `[C, K]`, the ids that `grad_outputs.logps` refers to.
+        divergence, student_kl, ratio: results of `compute_divergence`.
+        ids: `[C, K]`, the ids of `grad_outputs.logps`.
         grad_outputs: derivatives with respect to the statistics.
-        softcap_grad: logits -> derivative of a cap on them, or None.
-        tiles: columns and scratch.
+        softcap_grad: function from logits to the derivative of their soft cap, or None.
+        tiles: tiles of the logits, with scratch memory.
     """
     at_ids = _grad_at_ids(student, ids, grad_outputs.logps, softcap_grad)
     entropy, divergence_grad = grad_outputs.entropy, grad_outputs.divergence
@@ -212,7 +211,7 @@ def logits_grad_(
                 if ratio_weight:
                     gradient.addcmul_(p.div_(logp).sub_(ratio[rows].unsqueeze(-1)), of_ratio[rows].unsqueeze(-1))
                 logp.log_()
-            # the KL comes off before the factor: where one token has all the mass the two must cancel exactly
+            # subtract the KL before multiplying: if one token has all the mass, the two must cancel exactly
             gradient.addcmul_(
                 logq.sub_(logp).sub_(student_kl[rows].unsqueeze(-1)), divergence_grad[rows].unsqueeze(-1)
             )
@@ -234,7 +233,7 @@ def _grad_at_ids(
     grad_outputs: Tensor | None,
     softcap_grad: Callable[[Tensor], Tensor] | None,
 ) -> Tensor | None:
-    """The part of the gradient that reaches the logits at `ids` directly, `[C, K]`."""
+    """Part of the gradient that directly affects only the logits at `ids`, `[C, K]`."""
     if grad_outputs is None or ids is None or softcap_grad is None:
         return grad_outputs
     return grad_outputs * softcap_grad(student.logits.gather(-1, ids).to(grad_outputs.dtype))

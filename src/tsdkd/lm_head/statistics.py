@@ -1,7 +1,7 @@
-"""The statistics that an objective can request of a head for each token of a micro-batch.
+"""The statistics that an objective can request from a head for each token of a micro-batch.
 
-An objective makes a `StatisticsRequest`, a head returns `TokenStatistics`. `tsdkd.lm_head.dense` is the readable
-specification; `tsdkd.lm_head.fused` gives the same numbers and gradients from hidden states.
+An objective creates a `StatisticsRequest`, and a head returns `TokenStatistics`. `tsdkd.lm_head.dense` is the readable
+reference; `tsdkd.lm_head.fused` computes the same values and gradients from hidden states.
 """
 
 from collections.abc import Callable
@@ -16,14 +16,14 @@ from ..losses import Divergence
 
 @dataclass(frozen=True)
 class StatisticsRequest:
-    """Which statistics of N tokens to compute; statistics that aren't requested cost nothing.
+    """The statistics of N tokens to compute; statistics that are not requested cost nothing.
 
     Attributes:
-        entropy: of the student's distribution.
-        teacher_entropy: of the teacher's.
-        divergence: between the student's distribution and the teacher's.
-        top_k: how many of the student's largest logits, with the teacher's logits at the same ids.
-        ids: `[N, K]`, tokens whose log-probabilities under the student to compute.
+        entropy: whether to compute the entropy of the student's distribution.
+        teacher_entropy: whether to compute the entropy of the teacher's distribution.
+        divergence: divergence between the student's and the teacher's distribution, or None.
+        top_k: number of the student's largest logits to return, with the teacher's logits at the same ids.
+        ids: `[N, K]`, tokens whose log-probabilities under the student to compute, or None.
     """
 
     entropy: bool = False
@@ -34,13 +34,13 @@ class StatisticsRequest:
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether a teacher's whole distribution is needed."""
+        """Whether the teacher's full distribution is needed."""
         return self.teacher_entropy or self.divergence is not None
 
 
 @dataclass
 class TokenStatistics:
-    """Statistics of N tokens, float32 (float64 where the models are). What wasn't requested is None.
+    """Statistics of N tokens, float32 (float64 if the models are). Statistics that were not requested are None.
 
     Attributes:
         entropy: `[N]`, nats; differentiable.
@@ -69,10 +69,10 @@ class TokenStatistics:
 
 @dataclass(frozen=True)
 class PerTokenLoss:
-    """Losses of a token that depend on its own statistics only, so that a head may evaluate them chunk by chunk.
+    """Losses that depend only on a token's own statistics, so that a head may evaluate them chunk by chunk.
 
     Attributes:
-        weights: each term's factor in the loss.
+        weights: weight of each term in the loss.
         loss_fn: `(statistics of n tokens, which: a slice of the N) -> {term: [n] losses}`.
     """
 
@@ -80,7 +80,7 @@ class PerTokenLoss:
     loss_fn: Callable[[TokenStatistics, slice], dict[str, Tensor]]
 
     def sums(self, statistics: TokenStatistics, rows: slice = slice(None)) -> tuple[dict[str, Tensor], Tensor]:
-        """The terms' sums over the tokens `rows`, whose statistics are given, and their weighted sum."""
+        """Compute each term's sum over the tokens `rows` from their statistics, and the weighted sum of all terms."""
         terms = {name: losses.sum() for name, losses in self.loss_fn(statistics, rows).items()}
         return terms, torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
 
@@ -92,10 +92,10 @@ class Head(Protocol):
 
 
 def validate_request(request: StatisticsRequest, count: int, has_teacher: bool) -> None:
-    """Raise `ValueError` if a request can't be met for `count` tokens."""
+    """Raise `ValueError` if a request can't be satisfied for `count` tokens."""
     if request.needs_teacher and not has_teacher:
-        raise ValueError("the request needs the teacher's distribution (teacher_entropy or divergence), there is none")
+        raise ValueError("teacher_entropy and divergence need a teacher, but there is none")
     if request.ids is not None and (request.ids.ndim != 2 or len(request.ids) != count):
-        raise ValueError(f"ids must be [{count}, K], a row a token, found {list(request.ids.shape)}")
+        raise ValueError(f"ids must be [{count}, K], one row per token, found {list(request.ids.shape)}")
     if request.top_k < 0:
         raise ValueError(f"top_k must be at least 0, found {request.top_k}")

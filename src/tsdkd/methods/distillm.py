@@ -1,6 +1,6 @@
-"""DistiLLM: skew KL on the student's, replayed or fixed completions (Ko et al. 2024, arXiv 2402.03898).
+"""DistiLLM: skew KL on generated, replayed or fixed completions (Ko et al. 2024, arXiv 2402.03898).
 
-Each step trains on the student's, replayed or fixed completions; of Algorithm 1 the trainer below.
+The trainer below chooses the completions of each step as in Algorithm 1.
 """
 
 from collections import deque
@@ -26,35 +26,35 @@ class DistiLLMOptions:
     """Options of DistiLLM's loss."""
 
     skew: float = option(
-        0.1, "The smaller share in the mixture: of P for forward KL, of Q for reverse KL.", OPEN_FRACTION
+        0.1, "The smaller mixture weight: that of P for forward KL, of Q for reverse KL.", OPEN_FRACTION
     )
-    skew_kl: Literal["forward", "reverse"] = option("reverse", "Which of the two skew KL divergences.")
+    skew_kl: Literal["forward", "reverse"] = option("reverse", "Direction of the skew KL divergence.")
 
 
 @dataclass
 class DistiLLMConfig(DistiLLMOptions, TSDKDDefaults):
-    """Skew KL; own, replayed and given completions, more of the former when the validation loss rises."""
+    """Skew KL on the data set's completions; uses more student completions as the validation loss rises."""
 
     method = "distillm"
-    completions_source = "the data set's; the student's, or replayed ones, the more the validation loss rises"
+    completions_source = "the data set's; more of the student's (new or replayed) as the validation loss rises"
     paper = "Ko et al. 2024, arXiv 2402.03898"
     always_needs_completions = True
     has_lmbda = False
     unsupported_options = SELF_SAMPLING_UNSUPPORTED
 
-    on_policy_share: float = option(0.0, "Share of steps on own or replayed completions, at the start.", FRACTION)
+    on_policy_share: float = option(0.0, "Initial fraction of rollouts that use student completions.", FRACTION)
     on_policy_share_step: float = option(
-        0.1, "How much it grows when the validation loss rises.", FRACTION, _NEVER_EVALUATED
+        0.1, "Increase of on_policy_share when the validation loss rises.", FRACTION, _NEVER_EVALUATED
     )
     loss_tolerance: float = option(
-        0.1, "By how much the validation loss may rise before that, nats.", NON_NEGATIVE, _NEVER_EVALUATED
+        0.1, "Rise of the validation loss, in nats, that triggers this increase.", NON_NEGATIVE, _NEVER_EVALUATED
     )
-    replay_capacity: int = option(1000, "How many own completions are kept, over all processes.", AT_LEAST_ONE)
+    replay_capacity: int = option(1000, "Size of the replay buffer in completions, over all processes.", AT_LEAST_ONE)
 
 
 @dataclass
 class DistiLLMObjective(DistiLLMOptions, DivergenceObjective):
-    """A mean over tokens."""
+    """Mean skew KL over tokens."""
 
     term_name = "skew_kl"
 
@@ -65,7 +65,7 @@ class DistiLLMObjective(DistiLLMOptions, DivergenceObjective):
 
 
 class DistiLLMTrainer(TokenSelectiveTrainer):
-    """DistiLLM (arXiv 2402.03898), with its adaptive off-policy approach. Arguments: see `TokenSelectiveTrainer`."""
+    """DistiLLM (arXiv 2402.03898) with its adaptive off-policy schedule. Arguments: see `TokenSelectiveTrainer`."""
 
     config_class = DistiLLMConfig
     objective_class = DistiLLMObjective
@@ -81,10 +81,11 @@ class DistiLLMTrainer(TokenSelectiveTrainer):
     def _select_completions(
         self, model: nn.Module, rows: list[Batch], step: int, mode: str
     ) -> tuple[list[list[int]], list[Completion]]:
-        """Choose the completions of a rollout by Algorithm 1.
+        """Choose the completions of a rollout as in Algorithm 1.
 
-        Generate fresh completions with a probability that decreases over the run (or while the buffer is filling),
-        otherwise replay; else use the data set's. Evaluation always uses the data set's.
+        With probability `on_policy_share`, use student completions: new ones while the replay buffer is filling and
+        then with a probability that decreases over the run, otherwise replayed ones. In all other cases, and always
+        in evaluation, use the completions of the data set.
         """
         prompts = [ids for batch in rows for ids in batch["prompt_ids"]]
         coin = float(torch.rand(1, generator=prompt_generator(self.args.seed, step, 0, RandomStream.ON_POLICY)))
@@ -99,12 +100,12 @@ class DistiLLMTrainer(TokenSelectiveTrainer):
         return [self.replay_buffer[i][0] for i in chosen], [Completion(self.replay_buffer[i][1], True) for i in chosen]
 
     def _is_replay_buffer_full(self) -> bool:
-        """Return whether the replay buffer is full. Collective, so that all processes take the same branch."""
+        """Whether the replay buffer is full. A collective call, so that all processes take the same branch."""
         stored = torch.tensor(len(self.replay_buffer), device=self.accelerator.device)
         return int(self.accelerator.reduce(stored, reduction="sum")) >= self.args.replay_capacity
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """See `TokenSelectiveTrainer`. In training the share of own completions follows the loss."""
+        """See `TokenSelectiveTrainer`. During training, `on_policy_share` is updated from the loss."""
         metrics = super().evaluate(*args, **kwargs)
         loss = metrics.get("eval_loss")
         if self.is_in_train and loss is not None:

@@ -1,4 +1,4 @@
-"""Whole distributions at every token, by one divergence: what GKD, DistiLLM and supervised distillation share."""
+"""Base objective of GKD, DistiLLM and supervised KD: one divergence of the full distributions at every token."""
 
 from typing import ClassVar
 
@@ -10,7 +10,11 @@ from ..objective import CompletionBatch, Objective
 
 
 class DivergenceObjective(Objective):
-    """A mean of `divergence` over tokens, or over completions of their means; `term_name` is its name in the log."""
+    """Mean of `divergence` over tokens, or over completions of the mean per completion.
+
+    Attributes:
+        term_name: name of the loss term in the log.
+    """
 
     term_name: ClassVar[str]
 

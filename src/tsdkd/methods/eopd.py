@@ -1,4 +1,4 @@
-"""EOPD: clipped reverse KL, plus top-k forward KL where the teacher is uncertain (Eq. 9), a mean over tokens."""
+"""EOPD: clipped reverse KL, plus top-k forward KL where the teacher is uncertain (Eq. 9); mean over tokens."""
 
 from dataclasses import dataclass
 
@@ -15,12 +15,12 @@ from .opd import OPDConfig
 class EOPDOptions(EOPDFullOptions):
     """Options of EOPD (Sec. 5.1)."""
 
-    entropy_threshold: float = option(0.8, "Teacher entropy above which forward KL acts, nats.", NON_NEGATIVE)
+    entropy_threshold: float = option(0.8, "Teacher entropy, in nats, above which forward KL is added.", NON_NEGATIVE)
 
 
 @dataclass
 class EOPDConfig(EOPDOptions, OPDConfig):
-    """Clipped reverse KL, and forward KL where the teacher is uncertain."""
+    """Clipped reverse KL, plus forward KL on tokens where the teacher is uncertain."""
 
     method = "eopd"
     paper = "Jin et al. 2026, arXiv 2603.07079"
@@ -32,11 +32,11 @@ class EOPDObjective(EOPDOptions, EOPDFullObjective):
 
     @property
     def uncertainty_threshold(self) -> float:  # type: ignore[override]
-        """Entropy above which the log counts a token as uncertain, nats."""
+        """Teacher entropy above which the log counts a token as uncertain, nats."""
         return self.entropy_threshold
 
     def forward_kl_mask(self, scores: PolicyScores) -> Tensor:
-        """Strictly above the threshold."""
+        """`[N]` bool, true where the teacher's entropy is strictly above the threshold."""
         return scores.teacher_entropy > self.entropy_threshold
 
 

@@ -1,4 +1,4 @@
-"""Clipped reverse KL plus top-k forward KL on *all* tokens: the full placement of EOPD's Table 6."""
+"""Clipped reverse KL plus top-k forward KL on *all* tokens: the "full" variant of EOPD's Table 6."""
 
 from dataclasses import dataclass
 
@@ -15,14 +15,14 @@ from .opd import OPDConfig, OPDObjective, OPDOptions
 
 @dataclass
 class EOPDFullOptions(OPDOptions):
-    """Options of forward KL beside on-policy distillation."""
+    """Options of the forward KL term."""
 
-    forward_kl_top_k: int = option(16, "How many of the teacher's tokens forward KL looks at.", AT_LEAST_ONE)
+    forward_kl_top_k: int = option(16, "Number of top teacher tokens used for forward KL.", AT_LEAST_ONE)
 
 
 @dataclass
 class EOPDFullConfig(EOPDFullOptions, OPDConfig):
-    """Clipped reverse KL, and forward KL on all tokens."""
+    """Clipped reverse KL, plus forward KL on all tokens."""
 
     method = "eopd-full"
     paper = "EOPD Table 6"
@@ -30,11 +30,11 @@ class EOPDFullConfig(EOPDFullOptions, OPDConfig):
 
 @dataclass
 class EOPDFullObjective(EOPDFullOptions, OPDObjective):
-    """Eq. 9 without the trigger."""
+    """Eq. 9 without the entropy condition."""
 
     @property
     def teacher_top_k(self) -> int:  # type: ignore[override]
-        """Number of the teacher's tokens that are kept."""
+        """Number of the teacher's most probable tokens to keep."""
         return self.forward_kl_top_k
 
     @property
@@ -51,12 +51,12 @@ class EOPDFullObjective(EOPDFullOptions, OPDObjective):
         return {**super().per_token_terms(completions, statistics, rows), "forward_kl": forward_kl}
 
     def forward_kl_mask(self, scores: PolicyScores) -> Tensor:
-        """`[N]` bool, where forward KL acts."""
+        """`[N]` bool, true where forward KL is added."""
         return torch.ones_like(scores.teacher_entropy, dtype=torch.bool)
 
 
 class EOPDFullTrainer(ScoredRolloutTrainer):
-    """Arguments: see `TokenSelectiveTrainer`."""
+    """EOPD with forward KL on all tokens. Arguments: see `TokenSelectiveTrainer`."""
 
     config_class = EOPDFullConfig
     objective_class = EOPDFullObjective

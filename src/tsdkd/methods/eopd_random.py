@@ -1,4 +1,4 @@
-"""Clipped reverse KL plus top-k forward KL on random tokens: the control of EOPD's Table 6."""
+"""Clipped reverse KL plus top-k forward KL on random tokens: the "random" variant of EOPD's Table 6."""
 
 from dataclasses import dataclass
 
@@ -13,14 +13,14 @@ from .opd import OPDConfig
 
 @dataclass
 class EOPDRandomOptions(EOPDFullOptions):
-    """Options of the random placement (App. E)."""
+    """Options of the random variant (App. E)."""
 
-    forward_kl_random_ratio: float = option(0.2, "Share of the tokens on which forward KL acts.", POSITIVE_FRACTION)
+    forward_kl_random_ratio: float = option(0.2, "Fraction of tokens to which forward KL is added.", POSITIVE_FRACTION)
 
 
 @dataclass
 class EOPDRandomConfig(EOPDRandomOptions, OPDConfig):
-    """Clipped reverse KL, and forward KL on random tokens."""
+    """Clipped reverse KL, plus forward KL on random tokens."""
 
     method = "eopd-random"
     paper = "EOPD Table 6"
@@ -28,15 +28,15 @@ class EOPDRandomConfig(EOPDRandomOptions, OPDConfig):
 
 @dataclass
 class EOPDRandomObjective(EOPDRandomOptions, EOPDFullObjective):
-    """Eq. 9 with a random trigger."""
+    """Eq. 9 with a random choice of tokens instead of the entropy condition."""
 
     def forward_kl_mask(self, scores: PolicyScores) -> Tensor:
-        """Random tokens. A token's choice is the same in every step that trains on its rollout."""
+        """`[N]` bool, true for random tokens. All steps that train on a rollout use the same tokens."""
         return scores.random_uniform < self.forward_kl_random_ratio
 
 
 class EOPDRandomTrainer(ScoredRolloutTrainer):
-    """Arguments: see `TokenSelectiveTrainer`."""
+    """EOPD with forward KL on random tokens. Arguments: see `TokenSelectiveTrainer`."""
 
     config_class = EOPDRandomConfig
     objective_class = EOPDRandomObjective

@@ -1,4 +1,4 @@
-"""GKD: generalised JSD on all tokens of the student's own completions (Agarwal et al. 2024, arXiv 2306.13649)."""
+"""GKD: generalized JSD on all tokens of the student's completions (Agarwal et al. 2024, arXiv 2306.13649)."""
 
 from dataclasses import dataclass
 
@@ -11,14 +11,14 @@ from .divergence import DivergenceObjective
 
 @dataclass
 class GKDOptions:
-    """Options of GKD; beta is the one that TSD-KD's tables compare with."""
+    """Options of GKD; the default beta is that of the baseline in TSD-KD's tables."""
 
-    beta: float = option(0.9, "Interpolates between forward (0) and reverse (1) KL.", FRACTION)
+    beta: float = option(0.9, "Interpolates the JSD between forward (0) and reverse (1) KL.", FRACTION)
 
 
 @dataclass
 class GKDConfig(GKDOptions, TSDKDDefaults):
-    """Generalised JSD on all tokens of the student's own completions."""
+    """Generalized JSD on all tokens of the student's completions."""
 
     method = "gkd"
     paper = "Agarwal et al. 2024, arXiv 2306.13649"
@@ -28,19 +28,19 @@ class GKDConfig(GKDOptions, TSDKDDefaults):
 
 @dataclass
 class GKDObjective(GKDOptions, DivergenceObjective):
-    """TSD-KD Eq. 2: a mean over a response, and over completions."""
+    """TSD-KD Eq. 2: mean over the tokens of each completion, then over completions."""
 
     unit = "completions"
     term_name = "jsd"
 
     @property
     def divergence(self) -> Divergence:
-        """Generalised JSD."""
+        """Generalized JSD."""
         return jsd(self.beta)
 
 
 class GKDTrainer(TokenSelectiveTrainer):
-    """Arguments: see `TokenSelectiveTrainer`."""
+    """Generalized knowledge distillation (arXiv 2306.13649). Arguments: see `TokenSelectiveTrainer`."""
 
     config_class = GKDConfig
     objective_class = GKDObjective

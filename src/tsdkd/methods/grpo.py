@@ -1,4 +1,4 @@
-"""GRPO: reinforcement by right answers, on TRL's trainer (Shao et al. 2024, arXiv 2402.03300)."""
+"""GRPO: reinforcement learning from correct answers, on TRL's trainer (Shao et al. 2024, arXiv 2402.03300)."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +14,10 @@ from .defaults import BETA_UNSUPPORTED
 
 @dataclass
 class GRPOConfig(TokenSelectiveConfig):
-    """Reinforcement by right answers, compared within a group of completions: TRL's trainer, no teacher."""
+    """Reinforcement learning from correct answers with TRL's GRPO trainer; no teacher."""
 
     method = "grpo"
-    completions_source = "the student's, num_generations for each prompt; rows have an answer or a solution"
+    completions_source = "the student's, num_generations per prompt; rows need an answer or a solution"
     paper = "Shao et al. 2024, arXiv 2402.03300; EOPD Table 8"
     has_lmbda = False
     has_teacher = False
@@ -25,16 +25,17 @@ class GRPOConfig(TokenSelectiveConfig):
     unsupported_options = {
         **BETA_UNSUPPORTED,
         "lmbda": "the method always samples",
-        "completion_column": "the reward looks at the answer",
-        "max_length": "TRL's trainer bounds completions only; set max_completion_length",
-        "chat_template_source": "there is no teacher whose template could be taken",
+        "completion_column": "the reward uses the answer",
+        "max_length": "TRL's trainer limits only completions; set max_completion_length",
+        "chat_template_source": "the method has no teacher",
         **dict.fromkeys(("fused_head", "head_chunk_gib", "log_term_gradients"), "TRL's trainer computes the loss"),
         **dict.fromkeys(
             ("record_steps", "max_nonfinite_steps", "vllm_request_timeout", "vllm_check_every"),
-            "TRL's trainer has none",
+            "TRL's trainer does not support it",
         ),
         **dict.fromkeys(
-            ("teacher_model_name_or_path", "teacher_model_init_kwargs", "teacher_placement"), "there is no teacher"
+            ("teacher_model_name_or_path", "teacher_model_init_kwargs", "teacher_placement"),
+            "the method has no teacher",
         ),
     }
 
@@ -43,24 +44,24 @@ class GRPOConfig(TokenSelectiveConfig):
     max_length: int | None = option(None)
     num_generations: int = option(
         8,
-        "Completions for each prompt; the mini-batch counts completions.",
+        "Completions per prompt. The mini-batch size counts completions.",
         (lambda v: v >= 2, "must be at least 2"),
     )
-    epsilon: float = option(0.2, "PPO's clip.", OPEN_FRACTION)
-    rollout_batch_size: int = option(128, "Prompts in one rollout, over all processes.", AT_LEAST_ONE)
+    epsilon: float = option(0.2, "PPO clipping range.", OPEN_FRACTION)
+    rollout_batch_size: int = option(128, "Prompts per rollout, over all processes.", AT_LEAST_ONE)
 
 
 class GRPOTrainer:
-    """Group relative policy optimization (arXiv 2402.03300), by TRL's trainer.
+    """Group relative policy optimization (arXiv 2402.03300) with TRL's trainer.
 
-    Makes a `tsdkd.methods.grpo_trainer.GRPOTrainer`, which is imported when it is needed: TRL's trainer imports vLLM
-    wherever that is installed, which takes seconds.
+    Creates a `tsdkd.methods.grpo_trainer.GRPOTrainer`. That module is imported only when needed, because TRL's
+    trainer imports vLLM if it is installed, which takes seconds.
 
     Args:
         model: the student: path, hub id or loaded model.
-        teacher_model: ignored; accepted so that all trainers are built alike.
+        teacher_model: ignored; accepted so that all trainers have the same signature.
         args: the configuration.
-        others: as in `tsdkd.methods.grpo_trainer.GRPOTrainer`.
+        others: see `tsdkd.methods.grpo_trainer.GRPOTrainer`.
     """
 
     config_class = GRPOConfig

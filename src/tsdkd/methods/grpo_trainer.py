@@ -1,4 +1,4 @@
-"""`GRPOTrainer`: TRL's, on tsdkd's configuration, with a reward for right answers and tsdkd's checkpoints."""
+"""TRL's `GRPOTrainer` with tsdkd's configuration and checkpoints, and a reward for correct answers."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -20,7 +20,7 @@ from ..trainer.progress import replace_progress_callback
 
 
 def make_accuracy_reward(grader: Grader) -> Callable[..., list[float]]:
-    """A reward function of TRL's: 1 where a completion is right, else 0."""
+    """Make a reward function for TRL: 1 for a correct completion, else 0."""
 
     def accuracy_reward(
         completions: list[Any], answer: list[str], index: Sequence[int | None] | None = None, **columns: Any
@@ -37,14 +37,15 @@ class GRPOTrainer(CheckpointMixin, trl.GRPOTrainer):
 
     Args:
         model: the student: path, hub id or loaded model.
-        args: a `GRPOConfig` of `tsdkd.methods`.
-        train_dataset: rows with a prompt and an answer, or a `solution` that has a boxed one or is one.
-        eval_dataset, processing_class, callbacks, optimizers, peft_config: as in TRL's.
-        grader: `(completion, answer)` -> whether it is right, for the reward; by default `args.grader`, or else
+        args: a `tsdkd.methods.GRPOConfig`.
+        train_dataset: rows with a prompt and either an answer or a `solution`. The solution contains a boxed answer or
+            is a bare answer.
+        eval_dataset, processing_class, callbacks, optimizers, peft_config: see TRL's `GRPOTrainer`.
+        grader: `(completion, answer)` -> whether it is correct, for the reward; default: `args.grader`, or else
             math-verify.
 
     Raises:
-        ConfigError, DataError, ModelError: the input can't be used; nothing has been written.
+        ConfigError, DataError, ModelError: the input is invalid. Nothing has been written.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class GRPOTrainer(CheckpointMixin, trl.GRPOTrainer):
         replace_progress_callback(self)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """See `Trainer`; a final model gets TRL's model card."""
+        """See `Trainer`. Also writes TRL's model card for a final model."""
         super().save_model(output_dir, _internal_call)
         if not _internal_call:
             self.create_model_card()
@@ -102,13 +103,13 @@ def _require_math_verify() -> None:
     try:
         import math_verify  # noqa: F401
     except ImportError as error:
-        raise ConfigError(["method: grpo's reward needs math-verify; pip install 'tsdkd[eval]'"]) from error
+        raise ConfigError(["method: grpo requires math-verify; run: pip install 'tsdkd[eval]'"]) from error
 
 
 def _to_trl_config(args: Any) -> trl.GRPOConfig:
-    """TRL's configuration, with what both have in common."""
+    """Build TRL's configuration from the fields that both have."""
     names = {f.name for f in fields(trl.GRPOConfig) if f.init and hasattr(args, f.name)}
-    not_trls = {*UNSUPPORTED_OPTIONS, "beta", "generation_batch_size"}  # these are GKD's or SFT's
+    not_trls = {*UNSUPPORTED_OPTIONS, "beta", "generation_batch_size"}  # they belong to GKD or SFT
     common = {name: getattr(args, name) for name in names - not_trls}
     try:
         return trl.GRPOConfig(**common, generation_batch_size=args.rollout_batch_size * args.num_generations)
@@ -119,7 +120,7 @@ def _to_trl_config(args: Any) -> trl.GRPOConfig:
 def _prepare_prompts(
     rows: Dataset, template: PreTrainedTokenizerBase, args: Any, context: int, source: str
 ) -> Dataset:
-    """Prompts that leave room for a completion, as TRL takes them, and answers."""
+    """Prompts and answers in TRL's format. Prompts that leave no room for a completion are dropped."""
     columns = resolve_columns(rows, args, source, needs_answer=True)
     answer_column = columns.answer or ("solution" if "solution" in rows.column_names else None)
     if answer_column is None:
@@ -134,11 +135,11 @@ def _prepare_prompts(
             prompt = [{"role": "user", "content": prompt}]
         given = row[answer_column]
         if given is None:
-            raise DataError(f"row {index}: no answer: its {answer_column} is empty")
+            raise DataError(f"row {index}: no answer: the {answer_column} is empty")
         answer = given if columns.answer else extract_answer(str(given))
         if answer is None:
             raise DataError(
-                f"row {index}: no answer: its solution has no \\boxed{{}}, and isn't a bare answer: {given[-60:]!r}"
+                f"row {index}: no answer: the solution has no \\boxed{{}} and is not a bare answer: {given[-60:]!r}"
             )
         return {"prompt": prompt, "answer": str(answer), "index": index}
 

@@ -1,4 +1,4 @@
-"""KD as EOPD's tables compare with it: cross-entropy and top-k forward KL, off-policy (EOPD App. A, Table 7)."""
+"""KD, the off-policy baseline in EOPD's tables: cross-entropy plus top-k forward KL (EOPD App. A, Table 7)."""
 
 from dataclasses import dataclass
 
@@ -17,14 +17,14 @@ from .defaults import OFF_POLICY_UNSUPPORTED
 class KDOptions:
     """Options of KD."""
 
-    cross_entropy_weight: float = option(0.5, "Weight of cross-entropy on the completion.", NON_NEGATIVE)
+    cross_entropy_weight: float = option(0.5, "Weight of the cross-entropy on the completion.", NON_NEGATIVE)
     forward_kl_weight: float = option(0.5, "Weight of forward KL.", NON_NEGATIVE)
-    forward_kl_top_k: int = option(16, "How many of the teacher's tokens forward KL looks at.", AT_LEAST_ONE)
+    forward_kl_top_k: int = option(16, "Number of top teacher tokens used for forward KL.", AT_LEAST_ONE)
 
 
 @dataclass
 class KDConfig(KDOptions, TokenSelectiveConfig):
-    """Half cross-entropy, half top-16 forward KL on the data set's completions (EOPD's Table 7)."""
+    """Cross-entropy and top-16 forward KL, with equal weights, on the data set's completions (EOPD's Table 7)."""
 
     method = "kd"
     completions_source = "the data set's"
@@ -40,14 +40,14 @@ class KDConfig(KDOptions, TokenSelectiveConfig):
 
 @dataclass
 class KDObjective(KDOptions, Objective):
-    """A mean over tokens; the teacher is renormalised on its top tokens, as in EOPD Eq. 10."""
+    """Mean over tokens. The teacher is renormalized over its top tokens, as in EOPD Eq. 10."""
 
     needs_teacher_distribution = False
     scores_class = RolloutScores
 
     @property
     def teacher_top_k(self) -> int:  # type: ignore[override]
-        """Number of the teacher's tokens that are kept."""
+        """Number of the teacher's most probable tokens to keep."""
         return self.forward_kl_top_k
 
     @property
@@ -68,7 +68,7 @@ class KDObjective(KDOptions, Objective):
 
 
 class KDTrainer(ScoredRolloutTrainer):
-    """Arguments: see `TokenSelectiveTrainer`."""
+    """Off-policy knowledge distillation. Arguments: see `TokenSelectiveTrainer`."""
 
     config_class = KDConfig
     objective_class = KDObjective

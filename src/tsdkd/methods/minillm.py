@@ -1,8 +1,7 @@
-"""MiniLLM: a policy gradient of the reverse KL to come, plus the reverse KL at each token (Gu et al. 2023,
-arXiv 2306.08543).
+"""MiniLLM: policy gradient of the future reverse KL, plus each token's reverse KL (Gu et al. 2023, arXiv 2306.08543).
 
-The completions come from a mixture of teacher and student (`tsdkd.rollout.mixed`), which is the policy of the
-importance ratio. Left out: the language-modelling loss on a pre-training corpus.
+Completions are sampled from a mixture of teacher and student (`tsdkd.rollout.mixed`). The importance ratio is taken
+against this mixture. The language modeling loss on a pre-training corpus is not implemented.
 """
 
 from dataclasses import dataclass
@@ -25,31 +24,31 @@ from .defaults import SELF_SAMPLING_UNSUPPORTED, VLLM_UNSUPPORTED, RolloutConfig
 
 @dataclass
 class MiniLLMOptions:
-    """Options of MiniLLM, as in its public code."""
+    """Options of MiniLLM; the defaults are those of its public code."""
 
-    epsilon: float = option(0.2, "PPO's clip.", OPEN_FRACTION)
+    epsilon: float = option(0.2, "PPO clipping range.", OPEN_FRACTION)
     teacher_mixture: float = option(
-        0.2, "The teacher's share of the distribution that completions are sampled from.", FRACTION
+        0.2, "Weight of the teacher in the mixture that completions are sampled from.", FRACTION
     )
     reward_scaling: float = option(0.5, "Divides the rewards.", POSITIVE)
-    reward_clip: float = option(100.0, "Largest magnitude of a scaled reward.", POSITIVE)
-    gamma: float = option(0.95, "How much less the next token's reward counts.", FRACTION)
+    reward_clip: float = option(100.0, "Maximum absolute value of a scaled reward.", POSITIVE)
+    gamma: float = option(0.95, "Discount factor per token.", FRACTION)
 
 
 @dataclass
 class MiniLLMConfig(MiniLLMOptions, RolloutConfig):
-    """Reverse KL by policy gradient, on completions from a mixture of teacher and student."""
+    """Policy gradient of the reverse KL, on completions sampled from a mixture of teacher and student."""
 
     method = "minillm"
-    completions_source = "from a mixture of teacher and student; each serves num_iterations epochs"
+    completions_source = "sampled from a mixture of teacher and student; each is trained on num_iterations times"
     paper = "Gu et al. 2023, arXiv 2306.08543"
     has_lmbda = False
     teacher_samples = True
     unsupported_options = {**SELF_SAMPLING_UNSUPPORTED, **VLLM_UNSUPPORTED}
 
-    warmup_steps: float = option(0.1, "Warmup steps; below 1 a share of all steps.")
+    warmup_steps: float = option(0.1, "Number of warmup steps, or a fraction of all steps if below 1.")
     rollout_batch_size: int = option(256)
-    num_iterations: int = option(4, "How often a rollout's completions are trained on.", AT_LEAST_ONE)
+    num_iterations: int = option(4, "Training passes over each rollout.", AT_LEAST_ONE)
 
     @property
     def iterations_per_rollout(self) -> int:
@@ -57,13 +56,13 @@ class MiniLLMConfig(MiniLLMOptions, RolloutConfig):
         return self.num_iterations
 
     def steps_per_rollout(self, processes: int | None = None) -> int:
-        """Optimizer steps that one rollout serves; counts all `num_iterations` passes over it."""
+        """Number of optimizer steps per rollout, over all `num_iterations` passes."""
         return super().steps_per_rollout(processes) * self.num_iterations
 
 
 @dataclass
 class MiniLLMObjective(MiniLLMOptions, Objective):
-    """A mean over tokens of both terms."""
+    """Mean of both terms over tokens."""
 
     scores_class = PolicyScores
 
@@ -81,7 +80,10 @@ class MiniLLMObjective(MiniLLMOptions, Objective):
     def per_token_terms(
         self, completions: CompletionBatch, statistics: TokenStatistics, rows: slice
     ) -> dict[str, Tensor]:
-        """See `Objective`. `old_per_token_logps` are of the mixture, `advantages` of `compute_returns`, whitened."""
+        """See `Objective`.
+
+        `old_per_token_logps` are log-probabilities under the mixture; `advantages` are the whitened returns.
+        """
         scores = completions.scores.select(rows)
         logps, old_logps = statistics.logps[:, 0], scores.old_per_token_logps
         policy = clipped_policy_loss(logps, old_logps, scores.advantages, self.epsilon)
@@ -94,16 +96,16 @@ class MiniLLMObjective(MiniLLMOptions, Objective):
         return super().metrics(statistics, completions) | policy
 
     def compute_mixture_logps(self, student_logps: Tensor, teacher_logps: Tensor) -> Tensor:
-        """Log-probabilities of tokens under the distribution that they were sampled from, nats."""
+        """Log-probabilities of the sampled tokens under the mixture, nats."""
         share = student_logps.new_full((), self.teacher_mixture)
         return torch.logaddexp(share.log() + teacher_logps, (1 - share).log() + student_logps)
 
     def compute_returns(self, student_logps: Tensor, teacher_logps: Tensor, mask: Tensor) -> Tensor:
-        """The discounted rewards to come, over the number of tokens to come.
+        """Discounted sum of the rewards from each token on, divided by the number of tokens left.
 
         Args:
-            student_logps, teacher_logps: `[N]`, of the sampled tokens, nats.
-            mask: `[B, T]` bool with N true entries, a row a response, without holes.
+            student_logps, teacher_logps: `[N]`, log-probabilities of the sampled tokens, nats.
+            mask: `[B, T]` bool with N true entries, one response per row, contiguous.
 
         Returns:
             `[N]`.
@@ -145,7 +147,10 @@ class MiniLLMTrainer(ScoredRolloutTrainer):
         return batches
 
     def _whiten_advantages(self, batches: list[Batch]) -> None:
-        """Mean 0 and variance 1 over the tokens of all processes' rollouts: any split gives the same advantages."""
+        """Normalize to mean 0 and variance 1 over the tokens of all processes.
+
+        The result does not depend on how the batch is split over processes.
+        """
         values = [batch["scores"]["advantages"].double() for batch in batches]
         own = torch.cat([*values, torch.zeros(0, dtype=torch.float64, device=self.accelerator.device)])
         sums = torch.stack([own.new_tensor(len(own)), own.sum(), own.square().sum()])
@@ -157,7 +162,7 @@ class MiniLLMTrainer(ScoredRolloutTrainer):
 
 
 def mixture_choice(teacher_share: float, temperature: float) -> TokenChoice:
-    """MiniLLM, Eq. 5: from `teacher_share P + (1 - teacher_share) Q`."""
+    """Sample from `teacher_share P + (1 - teacher_share) Q` (MiniLLM, Eq. 5)."""
 
     def choose(logits: list[Tensor], uniform: Tensor) -> Tensor:
         student, teacher = ((x / temperature).softmax(-1) for x in logits)

@@ -18,12 +18,12 @@ from .defaults import RolloutConfig
 class OPDOptions:
     """Options of on-policy distillation."""
 
-    epsilon: float = option(0.2, "PPO's clip.", OPEN_FRACTION)
+    epsilon: float = option(0.2, "PPO clipping range.", OPEN_FRACTION)
 
 
 @dataclass
 class OPDConfig(OPDOptions, RolloutConfig):
-    """Clipped reverse KL on the sampled tokens: on-policy distillation (EOPD's Table 8)."""
+    """On-policy distillation: clipped reverse KL on the sampled tokens (EOPD's Table 8)."""
 
     method = "opd"
     paper: ClassVar[str] = "Lu and Lab 2025; EOPD Sec. 2.3, arXiv 2603.07079"
@@ -33,13 +33,13 @@ class OPDConfig(OPDOptions, RolloutConfig):
     max_length: int | None = option(None)
     vllm_importance_sampling_correction: bool = option(
         False,
-        "Weigh the policy's loss by a token's student / engine probability, truncated. "
-        "Without it the engine is the policy that sampled (Q_old).",
+        "Weight the loss of each token by its truncated ratio of student to vLLM probability. "
+        "If false, vLLM's probabilities are the old policy (Q_old).",
         no_effect=(lambda v: not v["use_vllm"], "use_vllm is false"),
     )
     vllm_importance_sampling_clip_max: float = option(
         3.0,
-        "Where that weight is truncated.",
+        "Upper limit of this ratio.",
         AT_LEAST_ONE,
         (lambda v: not v["vllm_importance_sampling_correction"], "vllm_importance_sampling_correction is false"),
     )
@@ -47,7 +47,7 @@ class OPDConfig(OPDOptions, RolloutConfig):
 
 @dataclass
 class OPDObjective(OPDOptions, Objective):
-    """Eq. 8 of EOPD, a mean over tokens. Its relatives add terms or change the advantage; they log the same."""
+    """Eq. 8 of EOPD, averaged over tokens. Subclasses add terms or change the advantage, and log the same metrics."""
 
     needs_teacher_distribution = False
     scores_class = PolicyScores
@@ -73,7 +73,7 @@ class OPDObjective(OPDOptions, Objective):
         return {"reverse_kl": loss * scores.importance_sampling_ratio}
 
     def compute_advantages(self, statistics: TokenStatistics, scores: PolicyScores) -> Tensor:
-        """`[N]`, Eq. 6 with the policy that sampled; no gradient."""
+        """`[N]`, the advantages of Eq. 6, relative to the sampling policy; no gradient."""
         return scores.advantages
 
     @torch.no_grad()
@@ -99,7 +99,7 @@ class OPDObjective(OPDOptions, Objective):
 
 
 class OPDTrainer(ScoredRolloutTrainer):
-    """Arguments: see `TokenSelectiveTrainer`."""
+    """On-policy distillation. Arguments: see `TokenSelectiveTrainer`."""
 
     config_class = OPDConfig
     objective_class = OPDObjective

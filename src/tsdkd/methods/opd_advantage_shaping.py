@@ -16,14 +16,14 @@ _KAPPA = 2.0
 
 @dataclass
 class OPDAdvantageShapingOptions(OPDOptions):
-    """Options of the shaping function (EOPD App. A); kappa is 2."""
+    """Options of the shaping function (EOPD App. A). Kappa is fixed at 2."""
 
-    advantage_shaping: float = option(0.1, "Alpha of advantage shaping.", POSITIVE)
+    advantage_shaping: float = option(0.1, "Coefficient alpha of advantage shaping.", POSITIVE)
 
 
 @dataclass
 class OPDAdvantageShapingConfig(OPDAdvantageShapingOptions, OPDConfig):
-    """Clipped reverse KL whose advantages favour uncertain tokens."""
+    """Clipped reverse KL with larger advantages for uncertain tokens."""
 
     method = "opd-advantage-shaping"
     paper = "Cheng et al. 2025; EOPD Table 4"
@@ -31,10 +31,10 @@ class OPDAdvantageShapingConfig(OPDAdvantageShapingOptions, OPDConfig):
 
 @dataclass
 class OPDAdvantageShapingObjective(OPDAdvantageShapingOptions, OPDObjective):
-    """Uncertain tokens are favoured, without turning an advantage's sign."""
+    """Increase the advantages of uncertain tokens without changing their sign."""
 
     def compute_advantages(self, statistics: TokenStatistics, scores: PolicyScores) -> Tensor:
-        """Eq. 11."""
+        """See `OPDObjective`; shaped as in Eq. 11."""
         advantages = super().compute_advantages(statistics, scores)
         return advantages + torch.minimum(
             self.advantage_shaping * statistics.entropy.detach(), advantages.abs() / _KAPPA
@@ -42,7 +42,7 @@ class OPDAdvantageShapingObjective(OPDAdvantageShapingOptions, OPDObjective):
 
 
 class OPDAdvantageShapingTrainer(ScoredRolloutTrainer):
-    """Arguments: see `TokenSelectiveTrainer`."""
+    """On-policy distillation with advantage shaping. Arguments: see `TokenSelectiveTrainer`."""
 
     config_class = OPDAdvantageShapingConfig
     objective_class = OPDAdvantageShapingObjective

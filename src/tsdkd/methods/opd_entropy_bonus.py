@@ -13,14 +13,14 @@ from .opd import OPDConfig, OPDObjective, OPDOptions
 
 @dataclass
 class OPDEntropyBonusOptions(OPDOptions):
-    """The paper doesn't give the coefficient; 0.001 was verl's default."""
+    """Options of the entropy bonus. The paper does not give the coefficient; 0.001 was verl's default."""
 
-    entropy_bonus: float = option(0.001, "Coefficient of the student's entropy.", POSITIVE)
+    entropy_bonus: float = option(0.001, "Coefficient of the student's entropy in the bonus.", POSITIVE)
 
 
 @dataclass
 class OPDEntropyBonusConfig(OPDEntropyBonusOptions, OPDConfig):
-    """Clipped reverse KL with an entropy bonus."""
+    """Clipped reverse KL with a bonus for the student's entropy."""
 
     method = "opd-entropy-bonus"
     paper = "Schulman et al. 2017; EOPD Table 4"
@@ -28,7 +28,7 @@ class OPDEntropyBonusConfig(OPDEntropyBonusOptions, OPDConfig):
 
 @dataclass
 class OPDEntropyBonusObjective(OPDEntropyBonusOptions, OPDObjective):
-    """`- entropy_bonus` times the mean entropy is added."""
+    """Subtract `entropy_bonus` times the mean entropy from the loss."""
 
     @property
     def term_weights(self) -> dict[str, float]:
@@ -43,7 +43,7 @@ class OPDEntropyBonusObjective(OPDEntropyBonusOptions, OPDObjective):
 
 
 class OPDEntropyBonusTrainer(ScoredRolloutTrainer):
-    """Arguments: see `TokenSelectiveTrainer`."""
+    """On-policy distillation with an entropy bonus. Arguments: see `TokenSelectiveTrainer`."""
 
     config_class = OPDEntropyBonusConfig
     objective_class = OPDEntropyBonusObjective

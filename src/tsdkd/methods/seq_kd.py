@@ -13,7 +13,7 @@ from .defaults import OFF_POLICY_UNSUPPORTED, TSDKDDefaults
 
 @dataclass
 class SeqKDConfig(TSDKDDefaults):
-    """Cross-entropy on the data set's completions, which are the teacher's; it isn't loaded again."""
+    """Cross-entropy on the data set's completions, which the teacher generated; the teacher is not loaded."""
 
     method = "seq-kd"
     completions_source = "the data set's"
@@ -22,7 +22,7 @@ class SeqKDConfig(TSDKDDefaults):
     loads_teacher = False
     unsupported_options = {
         **OFF_POLICY_UNSUPPORTED,
-        **dict.fromkeys(("teacher_placement", "record_steps"), "the teacher isn't loaded"),
+        **dict.fromkeys(("teacher_placement", "record_steps"), "the teacher is not loaded"),
     }
 
     lmbda: float = option(0.0, "The method never generates.")
@@ -30,7 +30,7 @@ class SeqKDConfig(TSDKDDefaults):
 
 @dataclass
 class SeqKDObjective(Objective):
-    """A mean over tokens. The teacher has spoken already: `tsdkd generate` wrote the data."""
+    """Mean cross-entropy over tokens. The teacher's completions are in the data set, e.g. from `tsdkd generate`."""
 
     needs_teacher_distribution = False
 
@@ -51,7 +51,7 @@ class SeqKDObjective(Objective):
 
 
 class SeqKDTrainer(TokenSelectiveTrainer):
-    """Arguments: see `TokenSelectiveTrainer`."""
+    """Sequence-level knowledge distillation. Arguments: see `TokenSelectiveTrainer`."""
 
     config_class = SeqKDConfig
     objective_class = SeqKDObjective

@@ -1,6 +1,6 @@
-"""Speculative KD: forward KL on what student and teacher wrote together (Xu et al. 2025, arXiv 2410.11325).
+"""Speculative KD: forward KL on completions sampled from student and teacher (Xu et al. 2025, arXiv 2410.11325).
 
-`speculative_choice` below picks each token; `tsdkd.rollout.mixed` runs both models.
+`speculative_choice` below chooses each token; `tsdkd.rollout.mixed` runs both models.
 """
 
 from dataclasses import dataclass
@@ -19,13 +19,15 @@ from .supervised_kd import SupervisedKDObjective
 
 @dataclass
 class SpeculativeKDOptions:
-    """Options of speculative sampling; defaults are those of the paper's public code."""
+    """Options of speculative sampling; the defaults are those of the paper's public code."""
 
-    accept_top_k: int = option(25, "The student's token stays if it is among so many of the teacher's.", AT_LEAST_ONE)
-    draft_temperature: float = option(0.5, "Divides the student's logits when it samples.", POSITIVE)
-    draft_top_p: float = option(0.5, "Nucleus mass of the student's tokens.", POSITIVE_FRACTION)
-    correction_temperature: float = option(0.2, "Divides the teacher's logits when it replaces a token.", POSITIVE)
-    correction_top_p: float = option(0.5, "Nucleus mass of the teacher's tokens.", POSITIVE_FRACTION)
+    accept_top_k: int = option(
+        25, "A student token is accepted if it is among this many top tokens of the teacher.", AT_LEAST_ONE
+    )
+    draft_temperature: float = option(0.5, "Sampling temperature of the student.", POSITIVE)
+    draft_top_p: float = option(0.5, "Top-p of the student's tokens.", POSITIVE_FRACTION)
+    correction_temperature: float = option(0.2, "Sampling temperature of the teacher's replacements.", POSITIVE)
+    correction_top_p: float = option(0.5, "Top-p of the teacher's replacements.", POSITIVE_FRACTION)
 
 
 @dataclass
@@ -44,7 +46,7 @@ class SpeculativeKDConfig(SpeculativeKDOptions, TSDKDDefaults):
 
 @dataclass
 class SpeculativeKDObjective(SupervisedKDObjective):
-    """A mean over completions, as in the paper's public code."""
+    """Mean over completions, as in the paper's public code."""
 
     unit = "completions"
 
@@ -63,8 +65,7 @@ class SpeculativeKDTrainer(TokenSelectiveTrainer):
 
 
 def speculative_choice(options: SpeculativeKDOptions) -> TokenChoice:
-    """Speculative KD, Algorithm 1: the student's token if the teacher has it among its top ones, else a sample of the
-    teacher's."""
+    """Keep the student's token if it is among the teacher's top tokens, else sample from the teacher (Algorithm 1)."""
 
     def choose(logits: list[Tensor], uniform: Tensor) -> Tensor:
         student, teacher = logits

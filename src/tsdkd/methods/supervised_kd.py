@@ -24,7 +24,7 @@ class SupervisedKDConfig(TSDKDDefaults):
 
 @dataclass
 class SupervisedKDObjective(DivergenceObjective):
-    """A mean over tokens."""
+    """Mean forward KL over tokens."""
 
     term_name = "forward_kl"
 
@@ -35,7 +35,7 @@ class SupervisedKDObjective(DivergenceObjective):
 
 
 class SupervisedKDTrainer(TokenSelectiveTrainer):
-    """Arguments: see `TokenSelectiveTrainer`."""
+    """Supervised knowledge distillation. Arguments: see `TokenSelectiveTrainer`."""
 
     config_class = SupervisedKDConfig
     objective_class = SupervisedKDObjective

@@ -23,43 +23,43 @@ _AT_LEAST_TWO = (lambda v: v >= 2, "must be at least 2 (one candidate has no ran
 class TSDKDOptions:
     """Options of TSD-KD (Table 10; Sec. 4.1)."""
 
-    alpha: float = option(0.1, "Weight of indirect distillation (Eq. 13); 0 turns it off.", NON_NEGATIVE)
-    beta: float = option(0.9, "The JSD (Eq. 1) interpolates between forward (0) and reverse (1) KL.", FRACTION)
+    alpha: float = option(0.1, "Weight of indirect distillation (Eq. 13); 0 disables it.", NON_NEGATIVE)
+    beta: float = option(0.9, "Interpolates the JSD (Eq. 1) between forward (0) and reverse (1) KL.", FRACTION)
     indirect_top_k: int = option(
-        10, "Number of candidates that the student proposes to the teacher.", _AT_LEAST_TWO, _ALPHA_IS_ZERO
+        10, "Number of student candidates that the teacher ranks.", _AT_LEAST_TWO, _ALPHA_IS_ZERO
     )
     opener_ratio: float = option(
         0.1,
-        "c, the opener's share of a response's entropy.",
+        "Fraction c of a response's entropy that the opener contains.",
         POSITIVE_FRACTION,
         (lambda v: v["alpha"] == 0 or v["adaptive_opener"], "alpha is 0 or adaptive_opener is true"),
     )
     adaptive_opener: bool = option(
-        False, "Choose c by the difficulty of the last five completions (A.7).", no_effect=_ALPHA_IS_ZERO
+        False, "Choose c from the difficulty of the last five completions (A.7).", no_effect=_ALPHA_IS_ZERO
     )
-    gate: bool = option(True, "Weigh direct distillation by the entropy gap (Eq. 11).")
+    gate: bool = option(True, "Weight direct distillation by the entropy gap (Eq. 11).")
     gate_temperature: float = option(
-        1.0, "Tau, the gate's temperature, nats.", POSITIVE, (lambda v: not v["gate"], "gate is false")
+        1.0, "Temperature tau of the gate, in nats.", POSITIVE, (lambda v: not v["gate"], "gate is false")
     )
     entropy_weight: float = option(
-        1.0, "Weight of entropy minimisation (1 in the paper); 0 turns it off.", NON_NEGATIVE
+        1.0, "Weight of entropy minimization (1 in the paper); 0 disables it.", NON_NEGATIVE
     )
     entropy_ratio: float = option(
         0.1,
-        "Share of a response's tokens whose entropy is minimised.",
+        "Fraction of a response's tokens whose entropy is minimized.",
         POSITIVE_FRACTION,
         (lambda v: v["entropy_weight"] == 0, "entropy_weight is 0"),
     )
     indirect_reduction: Literal["mean", "sum", "length"] = option(
         "mean",
-        "Reduction over the opener's positions: mean, sum (Eq. 5 as written), or length (sum / L).",
+        "Reduction over the opener's tokens: mean, sum (Eq. 5 as written), or length (sum / response length).",
         no_effect=_ALPHA_IS_ZERO,
     )
 
 
 @dataclass
 class TSDKDConfig(TSDKDOptions, TSDKDDefaults):
-    """Token-selective dual distillation: ranking of the opener, gated JSD, entropy of the most uncertain tokens."""
+    """Token-selective dual distillation: candidate ranking in the opener, gated JSD, entropy minimization."""
 
     method = "tsd-kd"
     paper = "Kim and Baek 2026 (ICLR)"
@@ -69,9 +69,10 @@ class TSDKDConfig(TSDKDOptions, TSDKDDefaults):
 
 @dataclass
 class TSDKDObjective(TSDKDOptions, Objective):
-    """The objective of TSD-KD. All three special terms off (`gate=False`, `alpha=0`, `entropy_weight=0`) is GKD.
+    """The objective of TSD-KD. With `gate=False`, `alpha=0` and `entropy_weight=0` it equals GKD.
 
-    `difficulties` holds those of the last five completions that this process trained on (A.7); it is the only state.
+    Attributes:
+        difficulties: difficulties of the last five completions that this process trained on (A.7); the only state.
     """
 
     difficulties: deque[float] = field(default_factory=lambda: deque(maxlen=5), init=False)
@@ -80,7 +81,7 @@ class TSDKDObjective(TSDKDOptions, Objective):
 
     @property
     def term_weights(self) -> dict[str, float]:
-        """See `Objective`: of the direct term, which alone depends on a token's own statistics only."""
+        """See `Objective`. Only the direct term can be computed from each token's statistics alone."""
         return {"direct": 1.0}
 
     def request(self, completions: CompletionBatch) -> StatisticsRequest:
@@ -102,7 +103,7 @@ class TSDKDObjective(TSDKDOptions, Objective):
         return {"direct": completions.token_weights[rows].to(divergence) * divergence * gate}
 
     def loss(self, statistics: TokenStatistics, completions: CompletionBatch) -> ObjectiveOutput:
-        """Eq. 13: the direct term, the ranking of the opener, and the entropy of the most uncertain tokens."""
+        """Eq. 13: the direct term, the ranking term on the opener, and the entropy of the most uncertain tokens."""
         loss, terms, weights = statistics.loss, dict(statistics.loss_terms), self.term_weights
         entropy = completions.scatter(statistics.entropy.detach())
         opener = opener_mask(entropy, completions.mask, self._resolve_opener_ratio(statistics, completions))
@@ -126,10 +127,10 @@ class TSDKDObjective(TSDKDOptions, Objective):
     def _indirect_loss(
         self, statistics: TokenStatistics, completions: CompletionBatch, opener: Tensor, opener_index: Tensor
     ) -> Tensor:
-        """Eq. 5 summed over completions; a response's positions are averaged, summed, or divided by its length.
+        """Eq. 5, reduced within each response by `indirect_reduction` and summed over completions.
 
         Args:
-            opener_index: positions, among the N tokens, of those in an opener.
+            opener_index: indices, among the N tokens, of the tokens in an opener.
         """
         student, teacher = statistics.topk_logits[opener_index], statistics.teacher_topk_logits[opener_index]
         nll = plackett_luce_nll(student, teacher, self.indirect_top_k)
@@ -142,13 +143,13 @@ class TSDKDObjective(TSDKDOptions, Objective):
         return (nll / completions.gather(per_row)[opener_index]).sum()
 
     def _entropy_loss(self, statistics: TokenStatistics, completions: CompletionBatch, entropy: Tensor) -> Tensor:
-        """Eq. 12 summed over completions: the mean entropy of each one's most uncertain tokens."""
+        """Eq. 12: mean entropy of the most uncertain tokens of each completion, summed over completions."""
         uncertain = top_entropy_mask(entropy, completions.mask, self.entropy_ratio)
         weights = completions.gather(uncertain.double() / uncertain.sum(-1, keepdim=True).clamp(min=1))
         return (weights.to(statistics.entropy) * statistics.entropy).sum()
 
     def _resolve_opener_ratio(self, statistics: TokenStatistics, completions: CompletionBatch) -> float | Tensor:
-        """c: the option, or by the difficulty of recent completions (A.7)."""
+        """c: the option, or the value that follows from the difficulty of recent completions (A.7)."""
         if not self.adaptive_opener:
             return self.opener_ratio
         difference = statistics.entropy.detach() - statistics.teacher_entropy
@@ -175,17 +176,17 @@ class TSDKDObjective(TSDKDOptions, Objective):
             "gate": mean_metric(self._compute_gate(statistics)),
         }
         if self.alpha != 0:
-            # candidates are sorted: the student's best is the first
+            # the candidates are sorted, so the student's best is the first
             teacher_choice = statistics.teacher_topk_logits[opener_index].argmax(-1)
             metrics["opener/top1_agreement"] = mean_metric(teacher_choice == 0)
         return metrics
 
     def state_dict(self) -> dict[str, Any]:
-        """The state that a checkpoint stores."""
+        """Return the state to store in a checkpoint."""
         return {"difficulties": list(self.difficulties)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict()`."""
+        """Restore the state returned by `state_dict()`."""
         self.difficulties = deque(state["difficulties"], maxlen=5)
 
 

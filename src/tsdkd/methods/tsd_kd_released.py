@@ -1,7 +1,8 @@
-"""The loss of TSD-KD's public code, which isn't its paper's: to measure the difference (docs/fidelity.md).
+"""The loss of TSD-KD's public code, which differs from the paper's. For measuring the difference (docs/fidelity.md).
 
-The ranking is reversed, one opener is cut for a whole micro-batch (a token short, as a column of all rows), the
-entropy term takes all but the lowest tenth, padding included, and everything is a mean over a micro-batch.
+The ranking is reversed. One opener is computed for the whole micro-batch; it is one token too short and covers the
+same columns in all rows. The entropy term uses all positions, padding included, except the tenth with the lowest
+entropy. All terms are means over the micro-batch.
 """
 
 from dataclasses import dataclass
@@ -23,18 +24,18 @@ _NUM_CANDIDATES = 10
 
 @dataclass
 class TSDKDReleasedOptions:
-    """The public code's arguments; the temperature of the gate and the number of candidates are constants there."""
+    """Arguments of the public code. The gate's temperature and the number of candidates are constants there."""
 
     alpha: float = option(0.1, "Weight of indirect distillation.", NON_NEGATIVE)
-    beta: float = option(0.9, "Interpolates between forward (0) and reverse (1) KL.", FRACTION)
+    beta: float = option(0.9, "Interpolates the JSD between forward (0) and reverse (1) KL.", FRACTION)
     threshold: float = option(
-        0.1, "The opener's share of the entropy, and the quantile of the entropies.", POSITIVE_FRACTION
+        0.1, "Fraction of the entropy in the opener, and quantile for the entropy term.", POSITIVE_FRACTION
     )
 
 
 @dataclass
 class TSDKDReleasedConfig(TSDKDReleasedOptions, TSDKDDefaults):
-    """The loss of TSD-KD's public code, with its reversed ranking: to measure what it changes."""
+    """The loss of TSD-KD's public code, including its reversed ranking; for measuring the difference."""
 
     method = "tsd-kd-released"
     paper = "github.com/kmswin1/TSD-KD"
@@ -44,8 +45,11 @@ class TSDKDReleasedConfig(TSDKDReleasedOptions, TSDKDDefaults):
 
 @dataclass
 class TSDKDReleasedObjective(TSDKDReleasedOptions, Objective):
-    """`CompletionBatch.mask` is a rectangle of completions and padding, `loss_mask` what isn't padding, as
-    end-of-sequence tokens are there."""
+    """The loss of the public code.
+
+    `CompletionBatch.mask` covers completions and padding as a rectangle. `loss_mask` excludes padding and
+    end-of-sequence tokens, which the public code treats as padding.
+    """
 
     unit = "micro-batches"
 
@@ -54,7 +58,7 @@ class TSDKDReleasedObjective(TSDKDReleasedOptions, Objective):
         return StatisticsRequest(entropy=True, teacher_entropy=True, divergence=jsd(self.beta), top_k=_NUM_CANDIDATES)
 
     def per_token_loss(self, completions: CompletionBatch) -> None:
-        """See `Objective`: every term depends on the other tokens."""
+        """See `Objective`. None, because every term depends on other tokens."""
 
     def loss(self, statistics: TokenStatistics, completions: CompletionBatch) -> ObjectiveOutput:
         """See `Objective`."""
@@ -73,8 +77,11 @@ class TSDKDReleasedObjective(TSDKDReleasedOptions, Objective):
         return ObjectiveOutput(loss, terms, weights, self.metrics(statistics, completions))
 
     def _opener_columns(self, valid: Tensor, mask: Tensor) -> Tensor:
-        """`[B, T]`: the first columns of the completions, as many as tokens of the flattened micro-batch stay below
-        the threshold."""
+        """`[B, T]` bool, true in the first columns of the completions.
+
+        The number of columns is the number of leading tokens in the flattened micro-batch whose cumulative entropy is
+        below the threshold.
+        """
         cut = (valid.cumsum(0) / valid.sum() < self.threshold).sum()
         start = mask.int().argmax(-1, keepdim=True)
         column = torch.arange(mask.shape[1], device=mask.device) - start
@@ -82,14 +89,14 @@ class TSDKDReleasedObjective(TSDKDReleasedOptions, Objective):
 
 
 def _reversed_plackett_luce_nll(statistics: TokenStatistics, rows: Tensor) -> Tensor:
-    """A prefix where Eq. 4 has a suffix: the likelihood of the opposite order."""
+    """Eq. 4 with sums over a prefix instead of a suffix, which gives the likelihood of the reversed order."""
     ranking = statistics.teacher_topk_logits[rows].argsort(dim=-1, descending=True, stable=True)
     ranked = statistics.topk_logits[rows].gather(-1, ranking)
     return (ranked.logcumsumexp(-1) - ranked).sum(-1)
 
 
 class TSDKDReleasedTrainer(TokenSelectiveTrainer):
-    """Computes statistics for every completion and its padding, up to the length of the longest completion.
+    """Computes statistics at all positions up to the length of the longest completion, padding included.
 
     Arguments: see `TokenSelectiveTrainer`.
     """
@@ -98,8 +105,7 @@ class TSDKDReleasedTrainer(TokenSelectiveTrainer):
     objective_class = TSDKDReleasedObjective
 
     def _postprocess_micro_batch(self, model: nn.Module, batch: Batch, step: int, mode: str) -> None:
-        """Pad until every row has room for the longest completion; the padding is end-of-sequence, which the models
-        don't see."""
+        """Pad every row with end-of-sequence tokens up to the longest completion; attention masks the padding."""
         width = int(batch["prompt_lengths"].max() + batch["completion_lengths"].max())
         ids = nn.functional.pad(batch["input_ids"], (0, width - batch["input_ids"].shape[1]))
         lengths = batch["prompt_lengths"] + batch["completion_lengths"]

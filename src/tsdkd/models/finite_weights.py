@@ -1,4 +1,4 @@
-"""Weights that aren't finite: whatever is computed with them is NaN, so they are told before anything is written."""
+"""Detects weights that are not finite before anything is written, because all results with them would be NaN."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from ..errors import ModelError
 from .hub import load_pretrained
 
-_CHUNK = 2**26  # numbers that are looked at in one go: what is copied for it is bounded
+_CHUNK = 2**26  # numbers checked at a time, to bound the memory of copies
 
 
 def require_finite(model: nn.Module, field: str, name: str = "the model") -> None:
-    """Raise `ModelError` if a parameter isn't finite, or a buffer has NaN (masks may have infinity).
+    """Raise `ModelError` if a parameter is not finite, or a buffer contains NaN (masks may contain infinity).
 
-    Where DeepSpeed shards the model, each process looks at its part, and all of them raise. They must all call it.
+    If DeepSpeed shards the model, each process checks its part, and all processes raise. All must call it.
     """
     found = _first_nonfinite(_own_parts(model.named_parameters()))
     found = found or _first_nonfinite(model.named_buffers(), nan_only=True)
@@ -29,7 +29,7 @@ def require_finite(model: nn.Module, field: str, name: str = "the model") -> Non
 
 
 def require_finite_files(name: str, field: str, revision: str | None) -> None:
-    """Raise `ModelError` if a safetensors file of a model, a folder or of the hub, has a number that isn't finite."""
+    """Raise `ModelError` if a safetensors file of a local or hub model contains a number that is not finite."""
 
     def find(name: str) -> str | None:
         is_folder = Path(name).is_dir()
@@ -41,11 +41,11 @@ def require_finite_files(name: str, field: str, revision: str | None) -> None:
 
 def _raise_if(found: str | None, field: str, name: str) -> None:
     if found is not None:
-        raise ModelError(f"{field}: the weights of {name} aren't finite: {found}")
+        raise ModelError(f"{field}: the weights of {name} are not finite: {found}")
 
 
 def _own_parts(parameters: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Tensor]]:
-    """Parameters, or what ZeRO-3 left of each on this process, without the padding, which is never written."""
+    """Yield parameters, or this process's shard of each with ZeRO-3, without its uninitialized padding."""
     for name, parameter in parameters:
         if not hasattr(parameter, "ds_tensor"):
             yield name, parameter
@@ -63,17 +63,17 @@ def _read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def _first_nonfinite(tensors: Iterable[tuple[str, Tensor]], nan_only: bool = False) -> str | None:
-    """The first one's name, and what it has."""
+    """Return the name of the first tensor that is not finite and what it contains, or None."""
     for name, tensor in tensors:
-        if not tensor.is_floating_point() or tensor.is_meta or "float4" in str(tensor.dtype):  # which are all finite
+        if not tensor.is_floating_point() or tensor.is_meta or "float4" in str(tensor.dtype):  # always finite
             continue
         for part in tensor.detach().flatten().split(_CHUNK):
             if part.numel() == 0:
                 continue
-            # several times as fast as `isfinite`, and nothing is allocated; float8 has no such kernel
+            # several times as fast as `isfinite`, without allocation; float8 has no such kernel
             low, high = torch.aminmax(part.float() if part.dtype.itemsize == 1 else part)
             if low.isnan():
-                return f"{name} has NaN"
+                return f"{name} contains NaN"
             if not nan_only and (low.isinf() or high.isinf()):
-                return f"{name} has infinity"
+                return f"{name} contains infinity"
     return None

@@ -1,6 +1,6 @@
-"""Loading from a folder or the Hugging Face hub: one line says why something can't be loaded.
+"""Loads from a folder or the Hugging Face hub, with one-line errors.
 
-Whether the hub answers is checked once, so that a machine that can't reach it doesn't wait for retries.
+Whether the hub responds is checked only once, so that a machine without access to it does not wait for retries.
 """
 
 import json
@@ -35,17 +35,17 @@ INIT_KWARGS = {"model_name_or_path": "model_init_kwargs", "teacher_model_name_or
 
 @cache
 def offline_reason() -> str | None:
-    """Return why nothing can be loaded from the hub, or None if it answers.
+    """Return why the hub can't be used, or None if it responds.
 
-    If it doesn't answer, cached copies are used without a request, as with HF_HUB_OFFLINE=1.
+    If it does not respond, cached copies are used without requests, as with HF_HUB_OFFLINE=1.
     """
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
     try:
         get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-    except Exception as error:  # the HTTP library's own, which changes with huggingface_hub's version
+    except Exception as error:  # from the HTTP library, which depends on huggingface_hub's version
         constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
-        os.environ["HF_HUB_OFFLINE"] = "1"  # for the processes that this one starts
+        os.environ["HF_HUB_OFFLINE"] = "1"  # for child processes
         return f"{constants.ENDPOINT} can't be reached: {' '.join(str(error).split()) or type(error).__name__}"
     return None
 
@@ -53,37 +53,37 @@ def offline_reason() -> str | None:
 def load_pretrained(
     load: Callable[..., Any], name: str, field: str, what: str, init_kwargs: Any = None, **kwargs: Any
 ) -> Any:
-    """`load(name, **kwargs)`, its many exceptions turned into one line that names the field.
+    """Call `load(name, **kwargs)` and convert its exceptions to one line that names the field.
 
     Args:
-        load: a `from_pretrained`.
+        load: a function such as `from_pretrained`.
         name: folder or hub id.
-        field: the field that names it.
+        field: the field that names the model.
         what: "model" or "tokenizer", for the message.
         init_kwargs: the user's part of `kwargs`, for the message.
         kwargs: keyword arguments of `load`.
 
     Raises:
-        ModelError: it can't be loaded.
+        ModelError: `load` failed.
     """
     offline = None if os.path.exists(name) else offline_reason()
     try:
         _check_files(Path(name))
         return load(name, **kwargs)
-    except Exception as error:  # OSError, ValueError, KeyError, safetensors' and tokenizers' own, ...
+    except Exception as error:  # OSError, ValueError, KeyError, errors of safetensors and tokenizers, ...
         if os.path.isfile(name):
-            reason = "it is a file, expected a folder or a hub name"
+            reason = "it is a file, expected a folder or a hub id"
         elif not os.path.isdir(name) and _is_hub_error(error):
-            reason = "no such folder here, and " + (f"no copy; {offline}" if offline else "the hub doesn't have it")
+            reason = "no such folder, and " + (f"not in the cache; {offline}" if offline else "not found on the hub")
         else:
             reason = " ".join(str(error).split())[:300] + (
                 f" (with {INIT_KWARGS[field]} {init_kwargs})" if init_kwargs else ""
             )
-        raise ModelError(f"{field}: no {what} in {name!r}: {reason}") from error
+        raise ModelError(f"{field}: can't load the {what} {name!r}: {reason}") from error
 
 
 def _check_files(folder: Path) -> None:
-    """Raise `ValueError` for what would be read for ever, or without a measure."""
+    """Raise `ValueError` for files that would block the reader, or that are too large."""
     for path in folder.iterdir() if folder.is_dir() else ():
         if path.suffix in _FILE_TYPES:
             try:
@@ -97,18 +97,18 @@ def _check_files(folder: Path) -> None:
 
 
 def _check_shards(index: Path) -> None:
-    """Raise `ValueError` if an index of weights names anything but files beside it; other damage the loader tells."""
+    """Raise `ValueError` if a weight index names files outside its folder. The loader reports other damage."""
     try:
         shards = set(json.loads(index.read_bytes())["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return
     for shard in shards:
         if not isinstance(shard, str) or Path(shard).name != shard:
-            raise ValueError(f"{index.name}: a shard must be a file beside it, found {shorten(shard)}")
+            raise ValueError(f"{index.name}: a shard must be a file in the same folder, found {shorten(shard)}")
 
 
 def read_adapter_base(folder: Path) -> str | None:
-    """The model that the adapter in a folder changes; None where there is no adapter. Raises `ValueError`."""
+    """Return the base model of the adapter in a folder; None if there is no adapter. Raises `ValueError`."""
     config = folder / "adapter_config.json"
     if not config.is_file():
         return None
@@ -119,8 +119,10 @@ def read_adapter_base(folder: Path) -> str | None:
 
 
 def _is_hub_error(error: BaseException | None) -> bool:
-    """Whether files couldn't be found or downloaded. Not for a gated model or a missing revision: the hub's messages
-    say more than ours."""
+    """Whether files couldn't be found or downloaded.
+
+    False for a gated model or a missing revision, because the hub's messages are more helpful than ours.
+    """
     while error is not None:
         if isinstance(error, GatedRepoError | RevisionNotFoundError):
             return False

@@ -1,4 +1,4 @@
-"""Which weights a model has, whatever its name, its place and its files' times."""
+"""Identifies a model by its weights, independent of its name, location and file times."""
 
 import hashlib
 import json
@@ -14,19 +14,20 @@ from transformers import PretrainedConfig
 from .hub import read_adapter_base
 
 _MAX_THREADS = 16
-# what `from_pretrained` takes, the first that is there, and how they are called with a variant
+# files that `from_pretrained` loads, the first one that exists; {} stands for the variant
 _SAFETENSORS = ("model{}.safetensors", "model.safetensors.index{}.json")
 _PICKLES = ("pytorch_model{}.bin", "pytorch_model.bin.index{}.json")
 _ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def identify_model(name: str, config: PretrainedConfig, init_kwargs: Mapping[str, Any] | None = None) -> str:
-    """A digest of the weights that are loaded and of config.json, the same for a folder and for a copy of it.
+    """Return a digest of the loaded weights and of config.json. It is the same for a folder and its copies.
 
     Args:
-        name: folder or hub id, of which all files are here.
-        config: the model's configuration, which knows the commit.
-        init_kwargs: of `from_pretrained`, which may choose other files (`subfolder`, `variant`, `use_safetensors`).
+        name: folder or hub id, with all files available locally.
+        config: the model's configuration, which contains the commit.
+        init_kwargs: arguments of `from_pretrained`, which affect the files (`subfolder`, `variant`,
+            `use_safetensors`).
 
     Raises:
         OSError: a file can't be read.
@@ -36,7 +37,7 @@ def identify_model(name: str, config: PretrainedConfig, init_kwargs: Mapping[str
         commit = getattr(config, "_commit_hash", None)
         try:
             folder = Path(snapshot_download(name, revision=commit, local_files_only=True))
-        except Exception:  # its cache is elsewhere, for instance
+        except Exception:  # e.g. the model is in another cache
             return f"commit {commit}"
     chosen = init_kwargs or {}
     folder = folder / str(chosen.get("subfolder") or "")
@@ -44,13 +45,13 @@ def identify_model(name: str, config: PretrainedConfig, init_kwargs: Mapping[str
         *_list_files(folder, chosen),
         *(path for base in _base_of_adapter(folder) for path in _list_files(base, {})),
     ]
-    with ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as pool:  # hashing lets go of the interpreter
+    with ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as pool:  # hashing releases the GIL
         digests = [(path.name, digest) for path, digest in zip(files, pool.map(_hash_file, files), strict=True)]
     return f"sha256 {hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:16]}"
 
 
 def _list_files(folder: Path, chosen: Mapping[str, Any]) -> list[Path]:
-    """Files that are loaded; nothing else that lies there counts."""
+    """Return the files that are loaded; other files in the folder do not matter."""
     variant = f".{chosen['variant']}" if chosen.get("variant") else ""
     patterns = _PICKLES if chosen.get("use_safetensors") is False else (*_SAFETENSORS, *_PICKLES)
     names = [pattern.format(variant) for pattern in patterns]
@@ -62,7 +63,7 @@ def _list_files(folder: Path, chosen: Mapping[str, Any]) -> list[Path]:
 
 
 def _hash_file(path: Path) -> str:
-    """SHA-256, which large files in the hub's cache have as their names."""
+    """Return the SHA-256 of a file. Large files in the hub's cache are named after it."""
     target = path.resolve()
     if path.is_symlink() and target.parent.name == "blobs" and len(target.name) == 64:
         return target.name
@@ -71,7 +72,7 @@ def _hash_file(path: Path) -> str:
 
 
 def _base_of_adapter(folder: Path) -> list[Path]:
-    """The folder of the model that an adapter changes, where it is one."""
+    """Return the folder of an adapter's base model, if it is a local folder."""
     try:
         base = read_adapter_base(folder)
     except ValueError:

@@ -1,4 +1,4 @@
-"""The pair of student and teacher before their weights are loaded, and the loading of weights."""
+"""Loads configurations and tokenizers of student and teacher, and then their weights."""
 
 import hashlib
 from dataclasses import dataclass
@@ -33,18 +33,19 @@ _LARGEST = {
     **dict.fromkeys(("hidden_size", "intermediate_size"), 2**22),
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim"), 2**16),
 }
-"""Sizes in a configuration -> the largest that is plausible."""
+"""Size in a configuration -> largest plausible value."""
 
 
 @dataclass
 class ModelPair:
-    """Student and teacher, as far as they are known without their weights.
+    """Configurations and tokenizers of student and teacher, without weights.
 
     Attributes:
         student_config, teacher_config: the models' configurations.
-        student_generation_config, teacher_generation_config: None for a model that can't generate.
-        tokenizer, teacher_tokenizer: the same token -> id map, maybe with different chat templates.
-        template_role: whose chat template renders the prompts.
+        student_generation_config, teacher_generation_config: generation configurations; None for a model that can't
+            generate.
+        tokenizer, teacher_tokenizer: tokenizers with the same token -> id map; chat templates may differ.
+        template_role: the model whose chat template renders the prompts.
     """
 
     student_config: PretrainedConfig
@@ -63,11 +64,12 @@ class ModelPair:
     def stop_token_ids(
         self, role: Role = "student", generation_config: GenerationConfig | None = None
     ) -> frozenset[int]:
-        """The ids that end a completion; see `tokenizers.stop_token_ids` for the rule.
+        """Return the ids that end a completion; see `tokenizers.stop_token_ids` for the rule.
 
         Args:
-            role: whose completion it is.
-            generation_config: the writer's, where it isn't the pair's: of a trained student, for instance.
+            role: the model that generates the completion.
+            generation_config: generation configuration of this model, if it differs from the pair's, e.g. for a
+                trained student.
         """
         models = {
             "student": (self.student_generation_config, self.tokenizer),
@@ -78,22 +80,22 @@ class ModelPair:
 
     @property
     def context_length(self) -> int:
-        """The longest sequence, tokens, that both models take."""
+        """Longest sequence that both models accept, tokens."""
         configs = (self.student_config.get_text_config(), self.teacher_config.get_text_config())
         limits = [getattr(c, "max_position_embeddings", None) for c in configs]
         return min((limit for limit in limits if limit), default=2**31)
 
     @property
     def vocab_sizes(self) -> tuple[int, int]:
-        """Numbers of ids that the student and the teacher have logits for."""
+        """Numbers of logits of student and teacher."""
         return self.student_config.get_text_config().vocab_size, self.teacher_config.get_text_config().vocab_size
 
     @property
     def shared_vocab_size(self) -> int:
-        """Number of ids that both models have logits for.
+        """Number of ids for which both models have logits.
 
-        One tokenizer often comes with differently padded vocabularies (Qwen2.5: 152064 rows at 14B, 151936 at
-        1.5B).
+        Models with the same tokenizer often pad their vocabularies differently (Qwen2.5: 152064 rows at 14B, 151936
+        at 1.5B).
         """
         return min(self.vocab_sizes)
 
@@ -105,10 +107,10 @@ def resolve_pair(
     tokenizer: PreTrainedTokenizerBase | None = None,
     teacher_tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> ModelPair:
-    """Configurations and tokenizers of a pair, checked, without loading weights.
+    """Load and check the configurations and tokenizers of student and teacher, without weights.
 
     Raises:
-        ModelError: one of them can't be loaded.
+        ModelError: a configuration or tokenizer can't be loaded.
         TokenizerMismatchError: the tokenizers differ.
     """
     student_kwargs = _hub_kwargs(args, args.model_init_kwargs)
@@ -118,7 +120,7 @@ def resolve_pair(
     if tokenizer is None:
         tokenizer = load_tokenizer(get_model_id(student), "model_name_or_path", **student_kwargs)
     if teacher_tokenizer is None:
-        # a teacher built in memory has no tokenizer of its own to compare with
+        # a teacher built in memory has no tokenizer to compare with
         name = get_model_id(teacher)
         teacher_tokenizer = load_tokenizer(name, "teacher_model_name_or_path", **teacher_kwargs) if name else tokenizer
     check_same_tokenizer(tokenizer, teacher_tokenizer)
@@ -142,16 +144,16 @@ def _get_config(model: str | PreTrainedModel, field: str, kwargs: dict[str, Any]
 def _get_generation_config(
     model: str | PreTrainedModel, field: str, config: PretrainedConfig, kwargs: dict[str, Any]
 ) -> GenerationConfig | None:
-    """The generation configuration of a model, as its `from_pretrained` finds it."""
+    """Return the generation configuration of a model, as `from_pretrained` would load it."""
 
     def load(name: str, **revision: str) -> GenerationConfig:
         try:
             generation_config = GenerationConfig.from_pretrained(name, **revision)
-        except OSError:  # it has no generation_config.json
+        except OSError:  # there is no generation_config.json
             generation_config = GenerationConfig.from_model_config(config)
         ids = generation_config.eos_token_id
         if not all(type(i) is int for i in (ids if isinstance(ids, list) else [0 if ids is None else ids])):
-            raise ValueError(f"eos_token_id must be a token id, or several, found {shorten(ids)}")
+            raise ValueError(f"eos_token_id must be a token id or a list of token ids, found {shorten(ids)}")
         return generation_config
 
     if not isinstance(model, str):
@@ -162,22 +164,22 @@ def _get_generation_config(
 
 
 def load_config(name: str, field: str, **kwargs: Any) -> PretrainedConfig:
-    """A model's configuration; `kwargs` are `from_pretrained`'s. Raises `ModelError`."""
+    """Load a model's configuration; `kwargs` are passed to `from_pretrained`. Raises `ModelError`."""
     return load_pretrained(_load_config, name, field, "model", **kwargs)
 
 
 def _load_config(name: str, **kwargs: Any) -> PretrainedConfig:
     values, _ = PretrainedConfig.get_config_dict(name, **kwargs)
-    _check_sizes(values)  # before loops over its layers
+    _check_sizes(values)  # before any loop over the layers
     return AutoConfig.from_pretrained(name, **kwargs)
 
 
 def _check_sizes(values: dict[str, Any]) -> None:
-    """Raise `ValueError` for sizes that no model has, at any level of a configuration."""
+    """Raise `ValueError` for implausible sizes at any level of a configuration."""
     for key, value in values.items():
         if isinstance(value, dict):
             _check_sizes(value)
-        elif key not in _LARGEST or value is None or isinstance(value, list):  # a list: of each layer
+        elif key not in _LARGEST or value is None or isinstance(value, list):  # a list has a value per layer
             continue
         elif type(value) is not int or not 1 <= value <= _LARGEST[key]:
             expected = f"a whole number from 1 to {_LARGEST[key]:,}"
@@ -185,10 +187,10 @@ def _check_sizes(values: dict[str, Any]) -> None:
 
 
 def load_student(student: str | PreTrainedModel, args: TokenSelectiveConfig) -> PreTrainedModel:
-    """The student, in float32 unless `model_init_kwargs` says otherwise, as TRL's trainers load it; or a loaded one.
+    """Load the student as TRL's trainers do, in float32 by default; return an already loaded one unchanged.
 
     Raises:
-        ModelError: it can't be loaded, or its weights aren't finite.
+        ModelError: the student can't be loaded, or its weights are not finite.
     """
     if not isinstance(student, str):
         require_finite(student, "model")
@@ -199,7 +201,7 @@ def load_student(student: str | PreTrainedModel, args: TokenSelectiveConfig) -> 
         create_model_from_path, student, "model_name_or_path", "model", args.model_init_kwargs, **kwargs
     )
     require_finite(model, "model_name_or_path", student)
-    args.model_init_kwargs = None  # used up: TRL warns where a loaded model comes with them
+    args.model_init_kwargs = None  # already used; TRL warns if they are given with a loaded model
     return model
 
 
@@ -209,17 +211,17 @@ def load_frozen_model(
     field: str = "teacher_model_name_or_path",
     device: torch.device | None = None,
 ) -> PreTrainedModel:
-    """A model that isn't trained, in its checkpoint's dtype unless its `…model_init_kwargs` say otherwise.
+    """Load a model that is not trained, in its checkpoint's dtype unless its `…model_init_kwargs` specify another.
 
     Args:
         name: path or hub id.
         args: the run's configuration.
-        field: the field that names it.
-        device: where its weights are read to, one after the other: the host never holds them all. None leaves it to
-            the global DeepSpeed configuration (ZeRO-3).
+        field: the field that names the model.
+        device: device to load the weights to, one by one, so that they are never all in host memory. If None, the
+            global DeepSpeed configuration (ZeRO-3) decides.
 
     Raises:
-        ModelError: it can't be loaded, or its weights aren't finite.
+        ModelError: the model can't be loaded, or its weights are not finite.
     """
     given = getattr(args, INIT_KWARGS[field])
     kwargs = {"dtype": "auto", "trust_remote_code": args.trust_remote_code, "device_map": device, **(given or {})}
@@ -229,20 +231,20 @@ def load_frozen_model(
 
 
 def get_revision(name: str, config: PretrainedConfig) -> str:
-    """The commit of a model from the hub; of a local one a digest of its weight files' names, sizes and times."""
+    """Return the commit of a hub model, or a digest of a local model's weight files (names, sizes and times)."""
     folder = Path(name)
     return hash_weight_files(folder) if folder.is_dir() else str(getattr(config, "_commit_hash", None))
 
 
 def hash_weight_files(folder: Path) -> str:
-    """A digest of the names, sizes and modification times of a local model's weight files."""
+    """Return a digest of the names, sizes and modification times of a local model's weight files."""
     files = sorted(path for pattern in ("*.safetensors", "*.bin") for path in folder.glob(pattern))
     facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return "local-" + hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
 
 
 def get_model_id(model: str | PreTrainedModel) -> str:
-    """The path or hub id that a model was loaded from; empty for one built in memory."""
+    """Return the path or hub id that a model was loaded from; empty for a model built in memory."""
     return model if isinstance(model, str) else getattr(model.config, "_name_or_path", "") or ""
 
 
@@ -252,5 +254,5 @@ def _hub_kwargs(args: TokenSelectiveConfig, init_kwargs: dict[str, Any] | None) 
 
 
 def unwrap_peft(model: Any) -> Any:
-    """Without peft's wrapper."""
+    """Return the model without PEFT's wrapper."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -1,5 +1,4 @@
-"""Places the teacher, whatever the student's ZeRO stage: whole on every device, sharded over them, or in the hosts'
-memory."""
+"""Places the teacher independently of the student's ZeRO stage: replicated, sharded, or offloaded to host memory."""
 
 import os
 from collections.abc import Iterator
@@ -27,12 +26,13 @@ logger = get_logger(__name__)
 
 
 def load_teacher(name: str | PreTrainedModel, config: PretrainedConfig, args: TokenSelectiveConfig) -> PreTrainedModel:
-    """Read the teacher, straight to this process's device; to be sharded, each process reads its shard only. A loaded
-    one is taken as it is.
+    """Load the teacher directly to this process's device, or, if it is sharded, only this process's shard.
+
+    An already loaded teacher is returned unchanged.
 
     Raises:
-        ModelError: it can't be loaded, or its weights aren't finite.
-        ConfigError: its placement needs DeepSpeed, which isn't installed.
+        ModelError: the teacher can't be loaded, or its weights are not finite.
+        ConfigError: the placement requires DeepSpeed, which is not installed.
     """
     if not isinstance(name, str):
         require_finite(name, "teacher_model")
@@ -48,10 +48,10 @@ def load_teacher(name: str | PreTrainedModel, config: PretrainedConfig, args: To
 
 
 def prepare_teacher(teacher: PreTrainedModel, accelerator: Accelerator, args: TokenSelectiveConfig) -> nn.Module:
-    """Put a teacher, from `load_teacher` or elsewhere, into its place, for inference. Raises `ConfigError`."""
+    """Prepare a loaded teacher for inference and place it on its devices. Raises `ConfigError`."""
     teacher.requires_grad_(False).eval()
     if not _is_sharded(args):
-        if accelerator.state.deepspeed_plugin is not None:  # accelerate would want it to be trained
+        if accelerator.state.deepspeed_plugin is not None:  # accelerate would prepare it for training
             return teacher.to(accelerator.device)
         return accelerator.prepare_model(teacher, evaluation_mode=True)
     import deepspeed
@@ -65,7 +65,7 @@ def prepare_teacher(teacher: PreTrainedModel, accelerator: Accelerator, args: To
 def _is_sharded(args: TokenSelectiveConfig) -> bool:
     placement = args.teacher_placement or ("zero3" if _student_is_sharded(args) else "replica")
     if placement != "replica" and not is_deepspeed_available():
-        raise ConfigError([f"teacher_placement: {placement} needs DeepSpeed; pip install 'tsdkd[deepspeed]'"])
+        raise ConfigError([f"teacher_placement: {placement} requires DeepSpeed; run: pip install 'tsdkd[deepspeed]'"])
     return placement != "replica"
 
 
@@ -74,7 +74,7 @@ def _student_is_sharded(args: TokenSelectiveConfig) -> bool:
 
 
 def _zero3_config(config: PretrainedConfig, dtype: torch.dtype, args: TokenSelectiveConfig) -> dict[str, Any]:
-    """DeepSpeed configuration for a model that is used for inference only; bucket sizes follow transformers."""
+    """Return the DeepSpeed configuration for inference; bucket sizes are those of transformers."""
     hidden = config.get_text_config().hidden_size
     zero: dict[str, Any] = {
         "stage": 3,
@@ -87,22 +87,22 @@ def _zero3_config(config: PretrainedConfig, dtype: torch.dtype, args: TokenSelec
         "zero_optimization": zero,
         "bf16": {"enabled": dtype == torch.bfloat16},
         "fp16": {"enabled": dtype == torch.float16},
-        "train_micro_batch_size_per_gpu": 1,  # DeepSpeed wants one; nothing is trained
+        "train_micro_batch_size_per_gpu": 1,  # required by DeepSpeed, but not used
         "steps_per_print": 2**31,
     }
 
 
 @contextmanager
 def _override_hf_deepspeed_config(config: dict[str, Any] | None, args: TokenSelectiveConfig) -> Iterator[None]:
-    """`from_pretrained` shards what it loads by a global configuration, which is the student's: lend it another."""
+    """Replace the global DeepSpeed configuration, by which `from_pretrained` shards, and which is the student's."""
     unset_hf_deepspeed_config()
-    hf_config = HfDeepSpeedConfig(config) if config else None  # alive until the model is loaded
+    hf_config = HfDeepSpeedConfig(config) if config else None  # must stay alive until the model is loaded
     try:
         yield
     finally:
         del hf_config
         unset_hf_deepspeed_config()
-        own = getattr(args, "hf_deepspeed_config", None)  # of the argument `deepspeed`
+        own = getattr(args, "hf_deepspeed_config", None)  # from the argument `deepspeed`
         if own is not None:
             set_hf_deepspeed_config(own)
         elif args.deepspeed_plugin is not None:
@@ -110,7 +110,7 @@ def _override_hf_deepspeed_config(config: dict[str, Any] | None, args: TokenSele
 
 
 def _init_process_group(args: TokenSelectiveConfig) -> None:
-    """DeepSpeed needs a process group, of one process too."""
+    """Initialize a process group, which DeepSpeed requires even for one process."""
     if not torch.distributed.is_initialized():
         os.environ.setdefault("LOCAL_RANK", "0")
         backend = "nccl" if args.device.type == "cuda" else "gloo"

@@ -1,1 +1,1 @@
-"""The papers' small experiments."""
+"""Reproduces small experiments of the papers."""

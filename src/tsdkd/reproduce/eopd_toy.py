@@ -1,7 +1,7 @@
-"""EOPD, Sec. 3.2 and App. B: a student of 80 logits follows the reverse KL's reward, for a sure and an unsure teacher.
+"""EOPD, Sec. 3.2 and App. B: a student with 80 logits learns from the reverse KL reward of two teachers.
 
-The paper gives neither the learning rate nor the number of steps; 0.2 and 1000 are those with which many seeds come
-near its Table 1. The two can't be told apart from that table.
+One teacher has low and one has high entropy. The paper does not give the learning rate or the number of steps. With
+0.2 and 1000, the results of many seeds are close to Table 1; the table does not determine the two values separately.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ MODE_LOGITS = (1.7, 1.9, 2.1, 2.3, 2.5)
 SCENARIO_TEMPERATURES = {"A, low teacher entropy": 0.3, "B, high teacher entropy": 1.0}  # the teacher's temperature
 PAPER_TOP1_CHANGES = {"A, low teacher entropy": "7.3 ± 1.6", "B, high teacher entropy": "84.0 ± 16.7"}
 _COLORS = ("#1f4e79", "#b03a2e")
-_WINDOW = 25  # steps that Figure 1's curves are averaged over
+_WINDOW = 25  # number of steps for the moving average in Figure 1
 
 
 @dataclass
@@ -26,9 +26,9 @@ class ToyResult:
     """One seed of one scenario.
 
     Attributes:
-        teacher, student: `[80]`, distributions at the end.
-        top1_changes: how often the student's most probable index changed.
-        top10_rates: `[steps]`, the Jaccard distance of the top-10 sets before and after each update.
+        teacher, student: `[80]`, final distributions.
+        top1_changes: number of changes of the student's most probable index.
+        top10_rates: `[steps]`, Jaccard distance between the top-10 sets before and after each update.
     """
 
     teacher: np.ndarray
@@ -38,7 +38,7 @@ class ToyResult:
 
 
 def simulate_toy(temperature: float, seed: int, learning_rate: float = 0.2, steps: int = 1000) -> ToyResult:
-    """The policy gradient of Sec. 3.2: sample from the student's top 10, move the sampled logit by the reward."""
+    """Run the policy gradient of Sec. 3.2: sample from the student's top 10 and change its logit by the reward."""
     rng = np.random.default_rng(seed)
     logits = rng.standard_normal(VOCAB_SIZE)
     logits[rng.choice(VOCAB_SIZE, len(MODE_LOGITS), replace=False)] = MODE_LOGITS
@@ -59,7 +59,7 @@ def simulate_toy(temperature: float, seed: int, learning_rate: float = 0.2, step
 
 
 def reproduce(folder: Path, seeds: int, learning_rate: float, steps: int) -> None:
-    """Print Table 1 with the paper's numbers beside, and write the plots of Figures 1 and 6 into `folder`."""
+    """Print Table 1 next to the paper's numbers, and write the plots of Figures 1 and 6 to `folder`."""
     runs = {
         name: [simulate_toy(temperature, seed, learning_rate, steps) for seed in range(seeds)]
         for name, temperature in SCENARIO_TEMPERATURES.items()
@@ -89,7 +89,7 @@ def _top_k_indices(x: np.ndarray) -> np.ndarray:
 
 
 def _plot_rates(runs: dict[str, list[ToyResult]], folder: Path) -> Path:
-    """Figure 1."""
+    """Plot Figure 1."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -113,7 +113,7 @@ def _plot_rates(runs: dict[str, list[ToyResult]], folder: Path) -> Path:
 
 
 def _plot_distributions(runs: dict[str, list[ToyResult]], folder: Path) -> Path:
-    """Figure 6: the first seed's teacher and student at the end, by the teacher's probability."""
+    """Plot Figure 6: final teacher and student of the first seed, sorted by the teacher's probability."""
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
@@ -122,7 +122,7 @@ def _plot_distributions(runs: dict[str, list[ToyResult]], folder: Path) -> Path:
         axis.bar(range(VOCAB_SIZE), results[0].teacher[order], color="#c8d0d8", width=1.0, label="teacher")
         axis.plot(range(VOCAB_SIZE), results[0].student[order], ".", color=color, label="student")
         axis.set_title(name, fontsize="medium")
-        axis.set_xlabel("index, by the teacher's probability")
+        axis.set_xlabel("index, sorted by the teacher's probability")
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(frameon=False)
     axes[0].set_ylabel("probability")

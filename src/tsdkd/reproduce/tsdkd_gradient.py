@@ -1,6 +1,6 @@
-"""TSD-KD, App. A.2 (Eq. 20 to 23): what the gate makes of forward KL's gradient, by the formulas and by autograd.
+"""TSD-KD, App. A.2 (Eq. 20 to 23): the effect of the gate on the gradient of forward KL, from formulas and autograd.
 
-The paper writes the feedback to a logit, `p_i - q_i`, which is the gradient with its sign turned.
+The paper uses the feedback to a logit, `p_i - q_i`, which is the negative gradient.
 """
 
 from dataclasses import dataclass
@@ -18,11 +18,11 @@ _VOCAB_SIZE = 50
 
 @dataclass
 class GradientCheck:
-    """Feedback to the logit of the right token, for a weaker student q and a stronger one q'; formula and autograd.
+    """Feedback to the logit of the correct token, for a weaker student q and a stronger student q'.
 
     Attributes:
-        title: for the table.
-        values: equation -> (by the paper's formula, by autograd).
+        title: title of the table.
+        values: equation -> (value of the paper's formula, value from autograd).
     """
 
     title: str
@@ -30,7 +30,7 @@ class GradientCheck:
 
 
 def logit_feedback(student: Tensor, teacher: Tensor, token: int, gated: bool) -> float:
-    """Minus the derivative of (gated) forward KL by the token's logit, by autograd."""
+    """Return the negative derivative of (gated) forward KL with respect to the token's logit, from autograd."""
     logits = student.clone().requires_grad_()
     loss = FORWARD_KL(logits, teacher)
     if gated:
@@ -40,7 +40,7 @@ def logit_feedback(student: Tensor, teacher: Tensor, token: int, gated: bool) ->
 
 
 def compare_gradients(title: str, weaker: Tensor, stronger: Tensor, teacher: Tensor) -> GradientCheck:
-    """Both sides of each equation; logits `[V]`, float64. The right token is the teacher's favourite."""
+    """Compute both sides of each equation. Logits are `[V]`, float64. The correct token is the teacher's top token."""
     token = int(teacher.argmax())
     p, q, q2 = (float(x.softmax(-1)[token]) for x in (teacher, weaker, stronger))
     entropies = [float(token_entropy(x)) for x in (teacher, weaker, stronger)]
@@ -62,7 +62,7 @@ def compare_gradients(title: str, weaker: Tensor, stronger: Tensor, teacher: Ten
 
 
 def build_cases() -> list[GradientCheck]:
-    """An early student against a later one, and the other way round."""
+    """Compare an early student with a later one, and vice versa."""
     make = torch.Generator().manual_seed(0)
     teacher, noise = (torch.randn(_VOCAB_SIZE, generator=make, dtype=torch.float64) for _ in range(2))
     teacher[7] += 6.0
@@ -71,7 +71,7 @@ def build_cases() -> list[GradientCheck]:
         compare_gradients(
             "q is the early student, q' the later one: C > 1, a stronger gradient", early, late, teacher
         ),
-        compare_gradients("the other way round: C < 1, a weaker gradient", late, early, teacher),
+        compare_gradients("vice versa: C < 1, a weaker gradient", late, early, teacher),
     ]
 
 

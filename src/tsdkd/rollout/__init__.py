@@ -1,1 +1,1 @@
-"""Completions for prompts: what a sampler is, and the student, teacher and vLLM as samplers."""
+"""Samples completions for prompts: the sampler interface, and samplers for transformers models and vLLM."""

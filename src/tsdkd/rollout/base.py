@@ -1,8 +1,7 @@
-"""The `Sampler` interface: generates completions for prompts with any engine.
+"""The `Sampler` interface, which generates completions for prompts with any engine.
 
-Each completion is seeded by (seed, step, prompt index), so that neither the ambient generators nor the way a batch is
-split over micro-batches and processes changes what is sampled. `tsdkd.rollout.build` chooses the sampler
-of a run.
+Each completion is seeded by (seed, step, prompt index). Neither the global random generators nor the split of a batch
+over micro-batches and processes affects the samples. `tsdkd.rollout.build` chooses the sampler of a run.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -17,8 +16,8 @@ SeedKey = tuple[int, int, int]
 TokenChoice = Callable[[list[Tensor], Tensor], Tensor]
 """Chooses the next token of each row of a batch.
 
-Its arguments: each model's logits, float32 `[B, V]`, and uniform numbers in [0, 1), float64 `[B, numbers]`
-(without generators there are none of them, `[B, 0]`). It returns ids `[B]`.
+Arguments: the logits of each model, float32 `[B, V]`, and uniform numbers in [0, 1), float64 `[B, numbers]` (`[B, 0]`
+without generators). Returns ids `[B]`.
 """
 
 
@@ -27,10 +26,10 @@ class Completion:
     """One sampled completion.
 
     Attributes:
-        ids: the sampled tokens, the stop token included if there is one, nothing after it.
-        stopped: whether it ends in a stop token; otherwise it was cut at its limit.
-        logps: the tokens' log-probabilities under the engine that sampled them, temperature applied, nats; None where
-            the student itself sampled.
+        ids: the sampled tokens, up to and including the stop token if there is one.
+        stopped: whether it ends with a stop token; otherwise it was cut off at its limit.
+        logps: log-probabilities of the tokens under the engine that sampled them, temperature applied, nats; None if
+            the student itself sampled them.
     """
 
     ids: list[int]
@@ -44,9 +43,9 @@ class SamplingConfig:
 
     Attributes:
         stop_token_ids: tokens that end a completion.
-        vocab_size: only ids below it are sampled (the ids that student and teacher share).
+        vocab_size: only ids below this value are sampled (the ids shared by student and teacher).
         temperature: divides the logits.
-        top_p: nucleus mass.
+        top_p: probability mass of the nucleus.
     """
 
     stop_token_ids: frozenset[int]
@@ -56,19 +55,21 @@ class SamplingConfig:
 
 
 class Sampler(Protocol):
-    """Samples completions: the student itself, or an engine that holds a copy of its weights. All processes call it.
+    """Samples completions with the student itself or with an engine that has a copy of its weights.
+
+    All processes must call its methods.
 
     Attributes:
-        needs_weight_check: whether the next completions' log-probabilities are to be compared with the student's.
+        needs_weight_check: whether to compare the log-probabilities of the next completions with the student's.
     """
 
     needs_weight_check: bool
 
     def update(self, weights_version: Hashable) -> bool:
-        """Copy the student's weights, unless the last copy was of the same version.
+        """Copy the student's weights unless the last copy has the same version.
 
         Args:
-            weights_version: differs whenever the weights do.
+            weights_version: changes whenever the weights change.
 
         Returns:
             Whether weights were copied.
@@ -78,12 +79,12 @@ class Sampler(Protocol):
     def generate(
         self, model: Any, prompts: Sequence[Sequence[int]], limits: Sequence[int], seed_keys: Sequence[SeedKey]
     ) -> list[Completion]:
-        """Sample one completion for each prompt, in their order.
+        """Sample one completion for each prompt, in the same order.
 
         Args:
-            model: the student, as it is wrapped for training.
-            prompts: token ids, none empty, of any lengths.
-            limits: each completion's maximum length, tokens, at least 1.
-            seed_keys: what seeds each completion.
+            model: the student, wrapped for training.
+            prompts: token ids, non-empty, of any lengths.
+            limits: maximum length of each completion, tokens, at least 1.
+            seed_keys: the seed key of each completion.
         """
         ...

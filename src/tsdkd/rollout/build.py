@@ -23,27 +23,25 @@ def make_sampler(
     stop_token_ids: Collection[int],
     mixed_with: tuple[nn.Module, TokenChoice] | None = None,
 ) -> Sampler:
-    """The sampler of a run: student and teacher together, a vLLM engine, or the student itself.
+    """Create the sampler of a run: student and teacher together, a vLLM engine, or the student alone.
 
     Args:
-        student: unwrapped.
-        accelerator: knows the wrappers and the processes.
+        student: the student, unwrapped.
+        accelerator: the run's accelerator.
         args: `use_vllm` and the `vllm_…` fields, `temperature`, `top_p`, `max_length`.
         pair: tokenizers, shared vocabulary and context length.
         stop_token_ids: tokens that end a completion.
-        mixed_with: for a method whose completions student and teacher write together: the teacher, whole on this
-            device, and how each token is chosen. Temperature and nucleus are the choice's.
+        mixed_with: for methods that sample from student and teacher together: the teacher, unsharded on this device,
+            and the function that chooses each token and applies temperature and top-p.
 
     Raises:
-        ConfigError: the teacher must be whole, but it is sharded.
+        ConfigError: the teacher is sharded, but must be on every device.
         EngineError: vLLM's engine can't start.
     """
     ids = frozenset(stop_token_ids)
     if mixed_with is not None:
         if any(hasattr(p, "ds_status") for p in mixed_with[0].parameters()):
-            raise ConfigError(
-                [f"teacher_placement: {args.method} samples with the teacher, which must be whole; set replica"]
-            )
+            raise ConfigError([f"teacher_placement: must be replica, because {args.method} samples with the teacher"])
         return MixedSampler(accelerator, SamplingConfig(ids, pair.shared_vocab_size), *mixed_with)
     sampling = SamplingConfig(ids, pair.shared_vocab_size, args.temperature, args.top_p)
     if args.use_vllm:

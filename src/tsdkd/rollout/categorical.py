@@ -1,4 +1,4 @@
-"""One token from a distribution and one uniform number: what the student's own rollouts and a CPU engine share."""
+"""Samples a token from a distribution with one uniform number; shared by student rollouts and vLLM on a CPU."""
 
 import torch
 from torch import Tensor
@@ -7,22 +7,22 @@ _BLOCK = 256
 
 
 def sample_tokens(logits: Tensor, uniform: Tensor, top_p: float = 1.0) -> tuple[Tensor, Tensor]:
-    """The tokens at which the cumulative distributions pass `uniform`.
+    """Return the tokens at which the cumulative distributions exceed `uniform`.
 
     Args:
         logits: `[B, V]`, temperature applied.
         uniform: `[B]`, float64 in [0, 1).
-        top_p: nucleus mass.
+        top_p: probability mass of the nucleus.
 
     Returns:
-        Ids `[B]` and their log-probabilities `[B]`, float64, nats, of the nucleus if there is one.
+        Ids `[B]` and their log-probabilities `[B]`, float64, nats, renormalized over the nucleus.
     """
     probs = logits.float().softmax(-1)
     if top_p < 1.0:
         ordered, order = probs.sort(dim=-1, descending=True, stable=True)
-        outside = ordered.cumsum(-1, dtype=torch.float64) - ordered >= top_p  # the nucleus always has the first token
+        outside = ordered.cumsum(-1, dtype=torch.float64) - ordered >= top_p  # always keeps the first token
         probs = probs.masked_fill(torch.zeros_like(outside).scatter(-1, order, outside), 0.0)
-    # in two steps, as a cumulative sum over the whole vocabulary takes several times as long as the softmax
+    # in two steps, because a cumulative sum over the full vocabulary takes several times as long as the softmax
     whole = probs.shape[-1] // _BLOCK * _BLOCK
     parts = (probs[:, :whole].reshape(len(probs), -1, _BLOCK), probs[:, None, whole:])
     sums = torch.cat([part.sum(-1, dtype=torch.float64) for part in parts], dim=-1)
@@ -30,15 +30,15 @@ def sample_tokens(logits: Tensor, uniform: Tensor, top_p: float = 1.0) -> tuple[
     places = block * _BLOCK + torch.arange(_BLOCK, device=probs.device)
     inside = probs.gather(-1, places.clamp(max=probs.shape[-1] - 1)).double() * (places < probs.shape[-1])
     position, _ = _inverse_cdf(inside, share)
-    ids = (block * _BLOCK + position).clamp(max=probs.shape[-1] - 1)  # beyond it for logits that aren't finite
+    ids = (block * _BLOCK + position).clamp(max=probs.shape[-1] - 1)  # out of range for non-finite logits
     return ids.squeeze(-1), (probs.gather(-1, ids).double() / sums.sum(-1, True)).log().squeeze(-1)
 
 
 def _inverse_cdf(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """Find the position where the cumulative weight passes `uniform` of the total.
+    """Find the position where the cumulative weight exceeds the fraction `uniform` of the total.
 
     Returns:
-        the position `[B, 1]`, and the share of its weight that lies below that point `[B]`.
+        The position `[B, 1]`, and the fraction of its weight that lies below that point `[B]`.
     """
     cumulative = weights.cumsum(-1)
     target = uniform.clamp(max=1 - 2**-52).unsqueeze(-1) * cumulative[:, -1:]  # always below the total

@@ -1,4 +1,4 @@
-"""A batch of sequences in the middle of being decoded by one or several transformers models, with their KV caches."""
+"""A batch of sequences being decoded by one or more transformers models, with their KV caches."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -15,20 +15,20 @@ from .base import TokenChoice
 
 @dataclass
 class DecodingBatch:
-    """The sequences that are still being completed, left-padded, and what their next tokens need.
+    """The unfinished sequences, left-padded, and the state needed for their next tokens.
 
     Attributes:
         models: see `sample_from_models`.
-        cache_names: what each model's forward calls its cache.
-        prompt_lengths: of all prompts, tokens.
-        rows: which of the prompts are in the batch.
-        input_ids: `[B, T]`, the tokens that aren't in the caches: the prompts, then the last tokens.
-        attention_mask, position_ids: `[B, longest prompt + longest limit]`, of all tokens that will come.
-        uniform: `[B, longest limit, numbers]`, float64; without generators `[B, longest limit, 0]`.
-        caches: one a model; None before the first step.
-        is_padded: whether a row has padding. Without it there is no mask: transformers would wait for the device to
-            find that out.
-        num_sampled: so many tokens of each completion have been sampled.
+        cache_names: name of the cache argument of each model's forward.
+        prompt_lengths: lengths of all prompts, tokens.
+        rows: indices of the prompts in the batch.
+        input_ids: `[B, T]`, the tokens that are not yet in the caches: first the prompts, then the last tokens.
+        attention_mask, position_ids: `[B, longest prompt + longest limit]`, for all tokens including future ones.
+        uniform: `[B, longest limit, numbers]`, float64; `[B, longest limit, 0]` without generators.
+        caches: one per model; None before the first step.
+        is_padded: whether any row has padding. If not, no mask is passed, because transformers would synchronize with
+            the device to inspect it.
+        num_sampled: number of tokens sampled so far for each completion.
     """
 
     models: Sequence[PreTrainedModel]
@@ -52,8 +52,8 @@ class DecodingBatch:
         generators: Sequence[Sequence[torch.Generator]] | None,
         device: torch.device,
     ) -> "DecodingBatch":
-        """All prompts, on the device."""
-        # drawn beforehand, each number from its own stream: the same on every device, whatever the batch holds
+        """Create the batch of all prompts on the device."""
+        # draw in advance, each number from its own stream: independent of the device and of the rest of the batch
         streams = generators if generators is not None else [()] * len(prompts)
         uniform = torch.stack([_draw_uniform(of_prompt, max(limits)) for of_prompt in streams])
         uniform = uniform.to(device, non_blocking=True)
@@ -73,7 +73,7 @@ class DecodingBatch:
         )
 
     def step(self, choose: TokenChoice, vocab_size: int) -> Tensor:
-        """Append the next token of each row; returns them, `[B]`, without waiting for the device."""
+        """Sample and append the next token of each row; returns them, `[B]`, without device synchronization."""
         end = max(self.prompt_lengths) + self.num_sampled
         start = end - self.input_ids.shape[1]
         outputs = [
@@ -95,7 +95,7 @@ class DecodingBatch:
         return next_ids
 
     def select(self, positions: list[int]) -> None:
-        """Keep the rows at these positions of the batch."""
+        """Keep only the rows at these positions of the batch."""
         self.rows = [self.rows[position] for position in positions]
         self.is_padded = min(self.prompt_lengths[row] for row in self.rows) < max(self.prompt_lengths)
         keep = torch.tensor(positions).to(self.input_ids.device, non_blocking=True)
@@ -107,16 +107,16 @@ class DecodingBatch:
 
 
 def _draw_uniform(streams: Sequence[torch.Generator], count: int) -> Tensor:
-    """`[count, streams]`, float64 in [0, 1)."""
+    """Draw `[count, streams]`, float64 in [0, 1)."""
     numbers = [torch.rand(count, dtype=torch.float64, generator=g) for g in streams]
     return torch.stack(numbers, dim=-1) if numbers else torch.empty(count, 0, dtype=torch.float64)
 
 
 def _cache_argument(model: PreTrainedModel) -> str:
-    """Name of the cache in a model's forward and output.
+    """Return the name of the cache in a model's forward and output.
 
-    It is `cache` since transformers 5.18, `past_key_values` before and in older remote code. A forward of `*args` and
-    `**kwargs`, as PEFT's, passes on what it gets: to the model that it wraps, or to its base class.
+    It is `cache` since transformers 5.18, and `past_key_values` before and in older remote code. A forward with only
+    `*args` and `**kwargs`, such as PEFT's, passes its arguments to the wrapped model or to its base class.
     """
     base = unwrap_peft(model)
     forwards = [base.forward, *(vars(owner)["forward"] for owner in type(base).__mro__ if "forward" in vars(owner))]
@@ -125,23 +125,23 @@ def _cache_argument(model: PreTrainedModel) -> str:
 
 
 def _passes_on(forward: Callable[..., Any]) -> bool:
-    """Whether a forward declares `*args` and `**kwargs` only."""
+    """Whether a forward declares only `*args` and `**kwargs`."""
     kinds = {p.kind for name, p in inspect.signature(forward).parameters.items() if name != "self"}
     return kinds <= {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
 
 
 def _mark_compileable(cache: Any) -> Any:
-    """The cache, marked as compileable: for such caches transformers makes a mask without a look at its values."""
+    """Mark the cache as compileable, so that transformers creates the mask without inspecting its values."""
     for layer in getattr(cache, "layers", ()):
         layer.is_compileable = True
     return cache
 
 
 def _left_pad(prompts: Sequence[Sequence[int]], limits: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids `[B, longest prompt]`; mask and positions, `[B, longest prompt + longest limit]`, of all that will come."""
+    """Return ids `[B, longest prompt]`, and mask and positions `[B, longest prompt + longest limit]`."""
     width = max(len(p) for p in prompts)
     ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts])
     position_ids = torch.arange(width + max(limits)) - torch.tensor([[width - len(p)] for p in prompts])
-    # a row that has ended but is still in the batch must not run out of the model's positions
+    # a finished row that is still in the batch must not exceed the model's positions
     last = torch.tensor([[len(p) + limit - 1] for p, limit in zip(prompts, limits, strict=True)])
     return ids, (position_ids >= 0).long(), position_ids.clamp(min=0).minimum(last)

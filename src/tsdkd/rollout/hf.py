@@ -1,7 +1,7 @@
-"""Rollouts with a transformers model: batched, KV-cached, finished sequences leave the batch.
+"""Rollouts with a transformers model: batched, with a KV cache; finished sequences leave the batch.
 
-`model.generate` can't seed each prompt by itself, keeps finished rows in the batch, and takes whatever the
-checkpoint's generation config says (Qwen2.5 ships a repetition penalty); this loop samples from the softmax alone.
+`model.generate` can't seed each prompt separately, keeps finished rows in the batch, and applies the checkpoint's
+generation config (Qwen2.5 ships a repetition penalty). This loop samples from the plain softmax.
 """
 
 from collections.abc import Collection, Hashable, Iterator, Sequence
@@ -18,15 +18,15 @@ from .categorical import sample_tokens
 from .decoding import DecodingBatch
 from .seeding import prompt_generator
 
-_TOKENS_PER_SYNC = 16  # on a GPU, where each look waits until all tokens are computed
+_TOKENS_PER_SYNC = 16  # on a GPU, where each check waits for all tokens to be computed
 
 
 class HuggingFaceSampler:
-    """The student samples by itself, between its training steps: there is no second copy of its weights.
+    """Samples with the student itself, between training steps, without a second copy of its weights.
 
     Args:
-        accelerator: knows the wrappers; under ZeRO-3 the parameters are gathered for the rollout.
-        sampling: how completions are sampled.
+        accelerator: unwraps the model; with ZeRO-3, the parameters are gathered for the rollout.
+        sampling: sampling parameters.
     """
 
     needs_weight_check = False
@@ -48,8 +48,8 @@ class HuggingFaceSampler:
         """See `Sampler`."""
         was_training = model.training
         model.eval()
-        # The wrapper of the model's forward leaves autocast after each token, and torch forgets the weights in half
-        # precision when the outermost autocast is left: hence one around all tokens.
+        # The wrapper of the model's forward exits autocast after each token, and torch drops its half-precision weight
+        # copies when the outermost autocast exits. One autocast around all tokens keeps them.
         with _unwrapped_for_generation(model, self.accelerator) as unwrapped, self.accelerator.autocast():
             completions = self._sample(unwrapped, prompts, limits, seed_keys)
         model.train(was_training)
@@ -68,10 +68,10 @@ class HuggingFaceSampler:
 
 @contextmanager
 def _unwrapped_for_generation(model: nn.Module, accelerator: Accelerator) -> Iterator[PreTrainedModel]:
-    """The unwrapped model, under ZeRO-3 with whole parameters and without the hooks that would gather each again.
+    """Yield the unwrapped model; with ZeRO-3, with gathered parameters and without the hooks that gather them again.
 
-    TRL's `unwrap_model_for_generation` also turns gradient checkpointing off and on again. That isn't needed here: in
-    eval mode no layer of transformers checkpoints its activations.
+    TRL's `unwrap_model_for_generation` also toggles gradient checkpointing. This is not needed here, because layers of
+    transformers do not checkpoint activations in eval mode.
     """
     unwrapped: PreTrainedModel = accelerator.unwrap_model(model)
     plugin = accelerator.state.deepspeed_plugin
@@ -103,10 +103,10 @@ def sample_completions(
     """Sample one completion for each prompt.
 
     Args:
-        model: in eval mode, unwrapped.
-        prompts: token ids, none empty, of any lengths.
-        limits: each completion's maximum length, tokens, at least 1.
-        generators: one a prompt (see `prompt_generator`); None decodes greedily.
+        model: an unwrapped model in eval mode.
+        prompts: token ids, non-empty, of any lengths.
+        limits: maximum length of each completion, tokens, at least 1.
+        generators: one per prompt (see `prompt_generator`); None decodes greedily.
         stop_token_ids, vocab_size, temperature, top_p: see `SamplingConfig`.
 
     Returns:
@@ -134,13 +134,13 @@ def sample_from_models(
     stop_token_ids: Collection[int],
     vocab_size: int,
 ) -> list[Completion]:
-    """Sample one completion for each prompt, each token from the logits of several models.
+    """Sample one completion for each prompt, choosing each token from the logits of several models.
 
     Args:
-        models: in eval mode, unwrapped.
+        models: unwrapped models in eval mode.
         prompts, limits, stop_token_ids, vocab_size: see `sample_completions`.
-        generators: for each prompt as many as a token takes uniform numbers; None for none.
-        choose: the next tokens, see `TokenChoice`.
+        generators: for each prompt, one generator per uniform number that a token needs; None for none.
+        choose: chooses the next tokens; see `TokenChoice`.
 
     Returns:
         Completions in the order of `prompts`.
@@ -149,7 +149,7 @@ def sample_from_models(
     batch = DecodingBatch.start(models, prompts, limits, generators, device)
     completions = [Completion([], False) for _ in prompts]
     longest, stop = max(limits), frozenset(stop_token_ids)
-    unread: list[Tensor] = []  # tokens that the host hasn't looked at
+    unread: list[Tensor] = []  # tokens that the host hasn't read yet
     tokens_per_sync = 1 if device.type == "cpu" else _TOKENS_PER_SYNC
     next_sync = min(tokens_per_sync, longest)
     for t in range(longest):
@@ -163,7 +163,7 @@ def sample_from_models(
         if not unfinished:
             break
         next_sync = min(t + 1 + tokens_per_sync, max(limits[batch.rows[position]] for position in unfinished))
-        if len(unfinished) <= 0.875 * len(batch.rows):  # not at every finish: selecting copies the whole cache
+        if len(unfinished) <= 0.875 * len(batch.rows):  # not for every row: this copies the full cache
             batch.select(unfinished)
     return completions
 
@@ -175,10 +175,10 @@ def _append_tokens(
     limits: Sequence[int],
     stop: Collection[int],
 ) -> list[int]:
-    """Append the next tokens of `rows` to their completions, up to the end of each.
+    """Append the next tokens of `rows` to their completions, up to the end of each completion.
 
     Returns:
-        The positions in the batch of those that haven't ended.
+        The positions in the batch of the unfinished completions.
     """
     unfinished = []
     for position, row in enumerate(rows):

@@ -1,7 +1,7 @@
-"""Completions that student and teacher write together, token by token.
+"""Samples completions from student and teacher together, token by token.
 
-Both models advance in lockstep. Speculative KD's paper lets the student draft several tokens before the teacher looks
-at them: that changes the speed, not what is sampled, as everything after a replaced token is thrown away.
+Both models process every token. In the speculative KD paper, the student drafts several tokens before the teacher
+checks them. This affects only speed, not the samples, because all tokens after a replaced one are discarded.
 """
 
 from collections.abc import Sequence
@@ -15,17 +15,17 @@ from .base import Completion, SamplingConfig, SeedKey, TokenChoice
 from .hf import HuggingFaceSampler, sample_from_models
 from .seeding import RandomStream, prompt_generator
 
-_STREAMS = (RandomStream.SAMPLING, RandomStream.CORRECTION)  # of the numbers that a token takes
+_STREAMS = (RandomStream.SAMPLING, RandomStream.CORRECTION)  # one per uniform number of a token
 
 
 class MixedSampler(HuggingFaceSampler):
-    """Student and teacher as transformers models in this process.
+    """Samples from student and teacher, both transformers models in this process.
 
     Args:
-        accelerator: knows the student's wrappers.
-        sampling: where completions stop, and which ids are sampled; temperature and nucleus are the choice's.
-        teacher: whole on this device, not sharded.
-        choose: each token, from the student's and the teacher's logits and two uniform numbers.
+        accelerator: unwraps the student.
+        sampling: stop tokens and vocabulary size; `choose` applies temperature and top-p.
+        teacher: the teacher, unsharded on this device.
+        choose: chooses each token from the logits of student and teacher and two uniform numbers.
     """
 
     def __init__(

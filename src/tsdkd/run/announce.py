@@ -1,4 +1,4 @@
-"""What a run says at its start and at its end."""
+"""Log lines at the start and the end of a run."""
 
 from pathlib import Path
 from typing import Any
@@ -17,15 +17,15 @@ logger = get_logger(__name__)
 
 
 def announce_start(arguments: RunArguments, trainer: TokenSelectiveTrainer) -> None:
-    """Log what will happen: models, data, steps, where it saves."""
+    """Log the models, data, steps and output directory of the run."""
     training = arguments.training_args
     steps = num_training_steps(len(trainer.get_train_dataloader()), training)
     where = f"{_count(training.world_size, 'process', 'processes')} ({training.device.type})"
     lines = {
-        "method": f"{arguments.method}, on {summarize_rollouts(training) or 'completions of the data set'}",
+        "method": f"{arguments.method}, on {summarize_rollouts(training) or 'completions from the data set'}",
         "student": _describe_model(str(arguments.model_args.model_name_or_path), trainer.model),
         "teacher": _describe_model(str(training.teacher_model_name_or_path), getattr(trainer, "teacher_model", None)),
-        "data": f"{_count(len(trainer.train_dataset), 'prompt')} of {arguments.data_args.dataset_name}",
+        "data": f"{_count(len(trainer.train_dataset), 'prompt')} from {arguments.data_args.dataset_name}",
         "evaluate": _describe_evaluation(training, trainer.eval_dataset),
         "training": f"{_count(steps, 'step')} of {_count(global_batch_size(training), 'prompt')} on {where}",
         "output": f"{training.output_dir}{_describe_saving(training)}",
@@ -36,7 +36,7 @@ def announce_start(arguments: RunArguments, trainer: TokenSelectiveTrainer) -> N
 
 
 def announce_end(trainer: TokenSelectiveTrainer) -> None:
-    """Log how long it took, and where the student is."""
+    """Log the duration of the run and where the student was saved."""
     history = trainer.state.log_history
     seconds = next((entry["train_runtime"] for entry in reversed(history) if "train_runtime" in entry), 0.0)
     timed = [entry for entry in history if "time/step_seconds" in entry]
@@ -51,7 +51,7 @@ def _describe_model(name: str, model: nn.Module | None) -> str:
     if model is None:
         return ""
     parameters = list(model.parameters())
-    count = sum(getattr(p, "ds_numel", p.numel()) for p in parameters)  # sharded: the whole's
+    count = sum(getattr(p, "ds_numel", p.numel()) for p in parameters)  # ds_numel: size of a whole sharded parameter
     number = f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
     return f"{name}, {number} parameters, {str(parameters[0].dtype).removeprefix('torch.')}"
 
@@ -76,7 +76,7 @@ def _describe_saving(training: Any) -> str:
 
 
 def suggest_next(arguments: RunArguments) -> list[str]:
-    """Commands that continue from a finished run."""
+    """Return commands to run after training."""
     training = arguments.training_args
     student, folder = str(arguments.model_args.model_name_or_path), Path(str(training.output_dir))
     demo = str(Path(__file__).parents[1] / "demo")

@@ -1,4 +1,4 @@
-"""Shows what a run would do, without loading weights or writing anything."""
+"""Describes what a run would do, without loading weights or writing files."""
 
 import math
 from collections.abc import Iterator
@@ -20,14 +20,15 @@ from .output_dir import build_run_config, resolve_resume
 
 
 def describe_run(arguments: RunArguments, processes: int | None = None) -> Iterator[RenderableType]:
-    """The resolved configuration and what the run would do, without loading weights or writing anything.
+    """Yield the resolved configuration and a summary of the run, without loading weights or writing files.
 
     Args:
         arguments: the run.
-        processes: how many it will have; by default those that there are.
+        processes: number of processes of the run; default: the current number.
 
     Raises:
-        TSDKDError: what the run would raise before it loads the models; what is known by then has been yielded.
+        TSDKDError: any error that the run would raise before it loads the models. Everything known before the error
+            has been yielded.
     """
     training = arguments.training_args
     processes = processes or training.world_size
@@ -39,7 +40,7 @@ def describe_run(arguments: RunArguments, processes: int | None = None) -> Itera
     try:
         pair, prepared = _prepare_datasets(arguments)
     except (DataError, ModelError):
-        yield _summary_table(known)  # what can be said without the hub
+        yield _summary_table(known)  # this part doesn't need the hub
         raise
     yield _summary_table({**known, **_summarize_datasets(arguments, processes, pair, prepared)})
     example = pair.template_tokenizer.decode(prepared["train"][0]["prompt_ids"])
@@ -60,7 +61,7 @@ def _prepare_datasets(arguments: RunArguments) -> tuple[ModelPair, dict[str, Dat
 
 
 def _summarize_config(arguments: RunArguments, processes: int, checkpoint: str | None) -> dict[str, str]:
-    """Table rows that follow from the configuration alone."""
+    """Return the table rows that depend only on the configuration."""
     training = arguments.training_args
     return {
         "method": arguments.method,
@@ -75,7 +76,7 @@ def _summarize_config(arguments: RunArguments, processes: int, checkpoint: str |
 def _summarize_datasets(
     arguments: RunArguments, processes: int, pair: ModelPair, prepared: dict[str, Dataset]
 ) -> dict[str, str]:
-    """Table rows that follow from the models and the data sets."""
+    """Return the table rows that depend on the models and data sets."""
     training = arguments.training_args
     prompts = len(prepared["train"])
     batches = math.ceil(prompts / (training.per_device_train_batch_size * processes))
@@ -90,12 +91,12 @@ def _summarize_datasets(
         "shared vocabulary": str(pair.shared_vocab_size),
         **{f"{name} prompts": str(len(rows)) for name, rows in prepared.items()},
         "optimizer steps": str(num_training_steps(batches, training)),
-        "completion tokens": f"at most {round(tokens_per_step):,} a step",
+        "completion tokens": f"at most {round(tokens_per_step):,} per step",
     }
 
 
 def summarize_rollouts(training: TokenSelectiveConfig, processes: int | None = None) -> str:
-    """How completions are sampled; empty if none are."""
+    """Describe how completions are sampled; empty if none are."""
     if training.lmbda == 0 and not training.always_needs_completions:
         return ""
     engine = f"vLLM ({training.vllm_mode})" if training.use_vllm else "transformers"
@@ -114,12 +115,12 @@ def _summary_table(rows: dict[str, str]) -> Table:
 
 
 def num_training_steps(batches: int, training: TokenSelectiveConfig) -> int:
-    """Optimizer steps of a run whose data loader yields so many batches an epoch."""
+    """Return the number of optimizer steps, given the batches per epoch of the data loader."""
     per_epoch = max(1, math.ceil(batches / training.gradient_accumulation_steps))
     return training.max_steps if training.max_steps > 0 else math.ceil(per_epoch * training.num_train_epochs)
 
 
 def global_batch_size(training: TokenSelectiveConfig, processes: int | None = None) -> int:
-    """Prompts in one optimizer step, with so many processes; by default those that there are."""
+    """Return the number of prompts per optimizer step; `processes` defaults to the current number."""
     processes = processes or training.world_size
     return training.per_device_train_batch_size * training.gradient_accumulation_steps * processes

@@ -1,4 +1,4 @@
-"""The output directory of a run: whose it is, of which configuration, and whether there is something to continue."""
+"""Checks a run's output directory: which run it belongs to, its configuration, and whether it can be resumed."""
 
 import os
 from collections.abc import Iterator
@@ -28,12 +28,12 @@ from .arguments import RunArguments
 
 logger = get_logger(__name__)
 
-RUN_CONFIG_NAME = "tsdkd_config.yaml"  # the resolved configuration; marks an output directory as ours
-_LEFTOVERS = {f".{RUN_CONFIG_NAME}.new", LOCK_NAME}  # of a run that was killed before it had begun
-# all that is there of a run that was killed before its first checkpoint; "runs" has TensorBoard's files
+RUN_CONFIG_NAME = "tsdkd_config.yaml"  # the resolved configuration; marks an output directory as tsdkd's
+_LEFTOVERS = {f".{RUN_CONFIG_NAME}.new", LOCK_NAME}  # from a run that was killed before it started
+# all files of a run that was killed before its first checkpoint; "runs" has TensorBoard's files
 _WITHOUT_PROGRESS = {RUN_CONFIG_NAME, PREEMPTED_FILE, "runs"}
 
-# What may differ when a run goes on: it decides what is reported, kept, and how fast it goes, not what is learnt.
+# Keys that may differ when a run is resumed: they affect reporting, retention and speed, not what is learned.
 _MUTABLE_PREFIXES = ("logging_", "log_", "record_", "save_", "eval_", "hub_", "push_to_", "ddp_", "vllm_", "resume")
 _MUTABLE_KEYS = {
     "output_dir",
@@ -59,15 +59,15 @@ _MUTABLE_KEYS = {
     "accelerate_config",
     "num_processes",
 }
-_LENGTH_KEYS = {"max_steps", "num_train_epochs"}  # a run may be made longer
+_LENGTH_KEYS = {"max_steps", "num_train_epochs"}  # a run may be extended
 
 
 def resolve_resume(arguments: RunArguments) -> str | None:
-    """The checkpoint that the run is resumed from, or None to start. All processes must call it.
+    """Return the checkpoint to resume from, or None to start a new run. All processes must call it.
 
     Raises:
-        OutputDirError: as `check_output_dir`, or the directory has a run that has ended without a checkpoint.
-        ResumeError: there is nothing to resume from, or a run of another configuration.
+        OutputDirError: see `check_output_dir`; or the directory contains a finished run without a checkpoint.
+        ResumeError: there is no checkpoint, or it belongs to a run with another configuration.
     """
     for line in check_output_dir(arguments):
         logger.info(f"resume: {line}")
@@ -79,40 +79,42 @@ def resolve_resume(arguments: RunArguments) -> str | None:
     if arguments.training_args.resume and not checkpoint.list_checkpoints(folder):
         if has_final_model(folder):
             raise OutputDirError(
-                f"output_dir: {folder} holds a run that has ended, without a checkpoint to go on from; choose another"
+                f"output_dir: {folder} contains a finished run without a checkpoint to resume from; choose another "
+                "directory"
             )
         return None
     return str(checkpoint.get_last_valid_checkpoint(folder))
 
 
 def check_output_dir(arguments: RunArguments) -> list[str]:
-    """Check that the run may go into its output directory.
+    """Check that the run may use its output directory.
 
     Returns:
-        How its length differs from that of the run which is there.
+        Messages about differences in length from the run in the directory.
 
     Raises:
-        OutputDirError: it has files that the run would mix with or overwrite, or a run of another configuration.
+        OutputDirError: the directory contains files that the run would overwrite or mix with, or a run with another
+            configuration.
     """
     folder = Path(str(arguments.training_args.output_dir))
     require_dir_path(folder)
     present = _list_contents(folder)
     if present and RUN_CONFIG_NAME not in present:
         raise OutputDirError(
-            f"output_dir: {folder} holds files that aren't tsdkd's ({min(present)}, …); choose another"
+            f"output_dir: {folder} contains files that are not tsdkd's ({min(present)}, …); choose another directory"
         )
     if present and not _is_resuming(arguments):
         raise OutputDirError(
-            f"output_dir: {folder} holds an earlier run; continue it with --resume true, or choose another"
+            f"output_dir: {folder} contains an earlier run; continue it with --resume true or choose another directory"
         )
     changes, lengths = _describe_changes(arguments, folder) if present else ("", [])
     if changes:
-        raise OutputDirError(f"output_dir: {folder} holds another run: {changes}; choose another directory")
+        raise OutputDirError(f"output_dir: {folder} contains a different run: {changes}; choose another directory")
     return lengths
 
 
 def _list_contents(folder: Path) -> set[str]:
-    """The names in the directory; none where a run has begun there, but got nowhere."""
+    """Return the names in the directory; none if a run started there but saved no progress."""
     with wrap_os_errors(folder, action="read"):
         present = {path.name for path in folder.iterdir()} - _LEFTOVERS if folder.is_dir() else set()
     present = {name for name in present if not name.startswith(checkpoint.PARTIAL_PREFIX)}
@@ -120,7 +122,7 @@ def _list_contents(folder: Path) -> set[str]:
 
 
 def require_writable(folder: Path) -> None:
-    """Raise `OutputDirError` if nothing could be written into a folder that may not be there yet; leaves nothing."""
+    """Raise `OutputDirError` if a folder, which may not exist yet, can't be written to. Leaves no files behind."""
     place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     with wrap_os_errors(folder, action="written"), TemporaryFile(dir=place) as file:  # it has no name on most systems
         file.write(bytes(4096))
@@ -130,7 +132,7 @@ def require_writable(folder: Path) -> None:
 
 @contextmanager
 def leave_nothing_on_error(folder: Path) -> Iterator[None]:
-    """After an error, remove the folder and its parents, as far as they are new and empty."""
+    """After an error, remove the folder and its parents if they are new and empty."""
     new = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
     try:
         yield
@@ -142,12 +144,12 @@ def leave_nothing_on_error(folder: Path) -> Iterator[None]:
 
 
 def has_final_model(folder: Path) -> bool:
-    """Whether a run has saved its student; the log is the last that it writes."""
+    """Whether a run has saved its final student. The log is checked, because it is written last."""
     return (folder / TRAINER_STATE_NAME).is_file()
 
 
 def _resolve_checkpoint(arguments: RunArguments, path: Path, folder: Path) -> str:
-    """A checkpoint that `resume_from_checkpoint` names, of this run or of one like it elsewhere."""
+    """Verify the checkpoint that `resume_from_checkpoint` names, from this run or an equal run in another folder."""
     checkpoint.verify_checkpoint(path)
     run = path.resolve().parent
     elsewhere = run != folder.resolve() and (run / RUN_CONFIG_NAME).is_file()
@@ -156,8 +158,8 @@ def _resolve_checkpoint(arguments: RunArguments, path: Path, folder: Path) -> st
         logger.info(f"resume: {line}")
     if changes:
         raise ResumeError(
-            f"resume_from_checkpoint: {path} is of another run: {changes}; to start from its weights alone, "
-            "make it model_name_or_path"
+            f"resume_from_checkpoint: {path} belongs to a different run: {changes}; to start a new run from its "
+            "weights, set model_name_or_path to it"
         )
     return str(path)
 
@@ -172,36 +174,36 @@ def _is_resuming(arguments: RunArguments) -> bool:
 
 
 def write_run_config(arguments: RunArguments) -> tuple[Path, str]:
-    """Write the resolved configuration into the output directory, in one go. For the first process.
+    """Write the resolved configuration into the output directory atomically. Call it on the main process.
 
     Returns:
-        The file, and its text.
+        The file and its text.
 
     Raises:
-        OutputDirError: another run has done so since `resolve_resume`.
+        OutputDirError: another run has started there since `resolve_resume`.
     """
     path = Path(str(arguments.training_args.output_dir), RUN_CONFIG_NAME)
     if _list_contents(path.parent) and not _is_resuming(arguments):
-        raise OutputDirError(f"output_dir: another run has begun in {path.parent}; choose another")
+        raise OutputDirError(f"output_dir: another run has started in {path.parent}; choose another directory")
     text = yaml.safe_dump(build_run_config(arguments), sort_keys=True, allow_unicode=True)
     write_atomically(path, text)
     return path, text
 
 
 def read_run_config(folder: Path) -> dict[str, Any]:
-    """The resolved configuration of the run in a folder, by today's names. Raises `DataError`."""
+    """Read the resolved configuration of the run in a folder, with renamed keys updated. Raises `DataError`."""
     path = folder / RUN_CONFIG_NAME
     try:
         values = load_yaml(path)
     except ValueError as error:
         raise DataError(f"{path} can't be read: {error}") from error
     if not isinstance(values, dict):
-        raise DataError(f"{path} must hold a mapping, found {type(values).__name__}")
+        raise DataError(f"{path} must contain a mapping, found {type(values).__name__}")
     return rename_deprecated(values)
 
 
 def build_run_config(arguments: RunArguments) -> dict[str, Any]:
-    """All of tsdkd's keys and every transformers or TRL key that was set, without hub tokens."""
+    """Return all tsdkd keys and all transformers and TRL keys that were set, without hub tokens."""
     values = {
         name: getattr(arguments.training_args, name)
         for name in declared_fields(find_method(arguments.method).config_class)
@@ -211,7 +213,7 @@ def build_run_config(arguments: RunArguments) -> dict[str, Any]:
 
 
 def _describe_changes(arguments: RunArguments, folder: Path) -> tuple[str, list[str]]:
-    """The differences that make the run in `folder` a different run, and the harmless ones, of its length."""
+    """Return the differences that make the run in `folder` a different run, and the allowed differences in length."""
     try:
         before, now = read_run_config(folder), build_run_config(arguments)
     except DataError as error:

@@ -5,16 +5,16 @@ from pathlib import Path
 
 
 def preset_paths() -> list[Path]:
-    """The shipped YAML files, by name."""
+    """Return the shipped YAML files, sorted by name."""
     folder = Path(str(resources.files("tsdkd").joinpath("configs")))
     return sorted(folder.glob("*.yaml"))
 
 
 def preset_names() -> list[str]:
-    """Their names, without the ending."""
+    """Return the names of the shipped configurations, without `.yaml`."""
     return [path.stem for path in preset_paths()]
 
 
 def find_preset(name: str) -> Path | None:
-    """The preset called `name` (with or without .yaml), if there is one."""
+    """Return the path of the preset `name` (with or without `.yaml`), or None."""
     return next((p for p in preset_paths() if name in (p.stem, p.name)), None)

@@ -1,4 +1,4 @@
-"""A run from its arguments to the saved student."""
+"""Runs training, from the arguments to the saved student."""
 
 import os
 from contextlib import closing
@@ -25,19 +25,19 @@ from .output_dir import (
 
 
 def train(arguments: RunArguments) -> TokenSelectiveTrainer:
-    """Distil, save the student, and return the trainer.
+    """Train, save the student and return the trainer.
 
     Raises:
-        PreemptedError: a signal stopped it, with a checkpoint.
-        NonFiniteError, CheckpointError, EngineError: in mid-run; the last checkpoint is as it was.
-        TSDKDError: before anything is written.
+        PreemptedError: a signal stopped the run after it saved a checkpoint.
+        NonFiniteError, CheckpointError, EngineError: the run failed; its last checkpoint is intact.
+        TSDKDError: the input is invalid. Nothing has been written.
     """
     num_launched = int(os.environ.get(LAUNCHED) or arguments.training_args.world_size)
     if num_launched != arguments.training_args.world_size:
         raise ConfigError(
             [
-                f"num_processes: {num_launched} were started, yet this one knows of "
-                f"{arguments.training_args.world_size}: each would train alone; without a GPU set use_cpu: true"
+                f"num_processes: {num_launched} processes were started, but this one is in a group of "
+                f"{arguments.training_args.world_size}, so each would train alone; without a GPU, set use_cpu: true"
             ]
         )
     folder = Path(str(arguments.training_args.output_dir))
@@ -47,8 +47,8 @@ def train(arguments: RunArguments) -> TokenSelectiveTrainer:
         lock.acquire(only_beside=RUN_CONFIG_NAME)
         checkpoint = resolve_resume(arguments)
         trainer = build_trainer(arguments)
-        with catch_signals():  # until here a signal ends a process at once, as there is nothing to save
-            trainer.accelerator.wait_for_everyone()  # the run's first file says that all of them are watching
+        with catch_signals():  # before this, a signal ends the process at once: there is nothing to save
+            trainer.accelerator.wait_for_everyone()  # the run's first file shows that all processes handle signals
             lock.acquire()
             trainer.run_lock, trainer.run_files = lock, dict([on_main_process(lambda: write_run_config(arguments))])
             announce_start(arguments, trainer)
@@ -72,20 +72,20 @@ def _train_and_save(trainer: TokenSelectiveTrainer, checkpoint: str | None) -> N
     if trainer.preemption.is_preempted:
         step = trainer.state.global_step
         saved = folder / f"{PREFIX_CHECKPOINT_DIR}-{step}"
-        raise PreemptedError(f"stopped by a signal after step {step}, saved in {saved}")
+        raise PreemptedError(f"stopped by a signal after step {step}; saved {saved}")
     _save_student(trainer)
     announce_end(trainer)
 
 
 def _save_student(trainer: TokenSelectiveTrainer) -> None:
-    """The student, and then the log, for `tsdkd report`; it also says that the run has ended."""
+    """Save the student, then the log. `tsdkd report` reads the log, which also marks the run as finished."""
     try:
         trainer.restore_output_dir()
         trainer.save_model()
         trainer.save_state()
-    except Exception as error:  # safetensors has exceptions of its own for a full disk
+    except Exception as error:  # safetensors raises its own exceptions if the disk is full
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(
-            f"output_dir: the student can't be written to {trainer.args.output_dir}: {reason}; continue with "
-            "--resume true, from the last checkpoint if there is one"
+            f"output_dir: the student can't be written to {trainer.args.output_dir}: {reason}; continue from the last "
+            "checkpoint, if there is one, with --resume true"
         ) from error

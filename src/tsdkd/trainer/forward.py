@@ -1,4 +1,4 @@
-"""Computes statistics of a micro-batch's tokens: backbone, then head; the logits are never whole."""
+"""Computes the statistics of a micro-batch's tokens: backbone first, then head, without storing the full logits."""
 
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -21,16 +21,16 @@ from ..lm_head.projection import get_output_layer, get_projection
 from ..lm_head.statistics import PerTokenLoss, StatisticsRequest, TokenStatistics
 from ..models.loading import unwrap_peft
 
-_FUSED_HEAD_HINT = "set fused_head: false, which computes whole logits"
+_FUSED_HEAD_HINT = "set fused_head: false to compute the full logits"
 
 
 class HeadForward:
-    """Forward passes of the pair's models, as they are wrapped for training: input ids -> hidden states -> statistics.
+    """Runs forward passes of student and teacher, wrapped for training: input ids -> hidden states -> statistics.
 
     Args:
         accelerator: unwraps models and provides autocast.
         args: fused_head, head_chunk_gib, temperature.
-        vocab_size: ids that both models have.
+        vocab_size: number of ids shared by both models.
     """
 
     def __init__(self, accelerator: Accelerator, args: TokenSelectiveConfig, vocab_size: int) -> None:
@@ -47,18 +47,18 @@ class HeadForward:
         teacher: "TeacherOutput | None" = None,
         loss_in_forward: bool = True,
     ) -> TokenStatistics:
-        """Statistics of a model's predictions at N positions.
+        """Compute statistics of a model's predictions at N positions.
 
         Args:
-            model: as it is wrapped for training.
-            batch: `input_ids` `[B, S]`; `attention_mask` too where padding itself has statistics.
-            index: `[N]`, places in the flattened `[B, S - 1]` (`tsdkd.selection.token_index`).
-            request, per_token_loss: as a `Head` takes them.
-            teacher: from `teacher_forward`, where the request is about both models.
+            model: the model, wrapped for training.
+            batch: `input_ids` `[B, S]`, and `attention_mask` if padding positions have statistics.
+            index: `[N]`, indices into the flattened `[B, S - 1]` (`tsdkd.selection.token_index`).
+            request, per_token_loss: see `Head`.
+            teacher: result of `teacher_forward`, if the request needs the teacher.
             loss_in_forward: see `FusedHead`.
 
         Raises:
-            ModelError: the fused head doesn't give the model's own logits.
+            ModelError: the fused head does not reproduce the model's logits.
         """
         if not self.args.fused_head:
             states = None if teacher is None else teacher.states
@@ -76,7 +76,7 @@ class HeadForward:
             return _run_as_output_layer(call.student, partial(self._head, call), hidden)
 
     def _head(self, call: "_HeadCall", hidden: Tensor) -> dict[str, Any]:
-        """The statistics as a dictionary: DDP and DeepSpeed look for tensors in plain containers only."""
+        """Return the statistics as a dictionary, because DDP and DeepSpeed find tensors only in plain containers."""
         with ExitStack() as stack:
             of_teacher: tuple[Any, ...] = ()
             if call.teacher is not None:
@@ -95,7 +95,7 @@ class HeadForward:
 
     @torch.no_grad()
     def teacher_forward(self, model: nn.Module, batch: dict[str, Tensor], index: Tensor) -> "TeacherOutput":
-        """The teacher's hidden states or logits at the N positions `index`, for `forward`."""
+        """Compute the teacher's hidden states or logits at the N positions `index`, for `forward`."""
         if not self.args.fused_head:
             return TeacherOutput(model, self._logits(model, batch, index))
         unwrapped = self.accelerator.unwrap_model(model)
@@ -113,24 +113,24 @@ class HeadForward:
         return statistics
 
     def _logits(self, model: nn.Module, batch: dict[str, Tensor], index: Tensor) -> Tensor:
-        """`[N, V]`, over the shared ids, temperature applied."""
+        """Compute logits `[N, V]` over the shared ids, temperature applied."""
         output = model(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"), use_cache=False)
         logits = _select_positions(index, output.logits)[:, : self.vocab_size]
         return logits if self.args.temperature == 1.0 else logits / self.args.temperature
 
     def _hidden(self, model: PreTrainedModel, batch: dict[str, Tensor], index: Tensor) -> Tensor:
-        """`[N, H]`, the last hidden states."""
+        """Compute the last hidden states `[N, H]`."""
         with self.accelerator.autocast():
             if model not in self._verified_models:
                 _verify_output_layer(model, batch["input_ids"][:1, :8])
-                torch.clear_autocast_cache()  # older torches keep casts of weights that were made without a gradient
+                torch.clear_autocast_cache()  # older torch versions reuse weight casts made without gradient
                 self._verified_models.add(model)
             return _select_positions(index, _forward_backbone(model, batch["input_ids"], batch.get("attention_mask")))
 
 
 @dataclass(frozen=True)
 class _HeadCall:
-    """What the fused head is called with, besides the hidden states; see `HeadForward.forward`."""
+    """Arguments of the fused head other than the hidden states; see `HeadForward.forward`."""
 
     student: PreTrainedModel
     teacher: "TeacherOutput | None"
@@ -140,38 +140,38 @@ class _HeadCall:
 
 
 class TeacherOutput(NamedTuple):
-    """The teacher's unwrapped model with its hidden states `[N, H]`, or its logits `[N, V]` without the fused head."""
+    """The teacher's unwrapped model and its hidden states `[N, H]`, or its logits `[N, V]` without the fused head."""
 
     model: Any
     states: Tensor
 
 
 def run_as_forward(wrapper: nn.Module, module: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
-    """`function(*args)`, run as the forward of `module` by a call of `wrapper`.
+    """Call `wrapper`, with `function(*args)` in place of the forward of `module`.
 
-    A computation that uses a module's parameters without calling the module must look like its forward to what wraps
-    it. DDP arms its gradient reduction in its own forward, and looks at what that returns. DeepSpeed ZeRO-3 gathers a
-    module's parameters in hooks around its forward, and again in the backward pass. On CUDA DDP moves its arguments to
-    its device first, and fails where there are none: give at least one tensor.
+    A computation that uses a module's parameters without calling the module must look like its forward to its
+    wrappers. DDP prepares its gradient reduction in its own forward, from the returned tensors. DeepSpeed ZeRO-3
+    gathers a module's parameters in hooks around its forward, and again in the backward pass. On CUDA, DDP first moves
+    its arguments to its device and fails if there are none, so pass at least one tensor.
 
     Args:
-        wrapper: the module as it is wrapped, or the module itself.
-        module: whose forward is replaced for this call.
-        function: what is run; takes and returns tensors in plain containers.
-        args: of `function`.
+        wrapper: the wrapped module, or the module itself.
+        module: the module whose forward is replaced for this call.
+        function: the function to run; takes and returns tensors in plain containers.
+        args: arguments of `function`.
     """
     return _ForwardRedirection()(wrapper, module, function, *args)
 
 
 def _run_as_output_layer(model: PreTrainedModel, function: Callable[[Tensor], Any], hidden: Tensor) -> Any:
-    """`function(hidden)` with the weight of the output layer gathered, and its gradient in the shard."""
+    """Call `function(hidden)` with the output layer's weight gathered; its gradient goes to the shard."""
     layer = get_output_layer(model)
     return run_as_forward(layer, layer, function, hidden)
 
 
 @torch.no_grad()
 def _verify_output_layer(model: PreTrainedModel, ids: Tensor) -> None:
-    """Once a model: a head that forgets a scale would train on other distributions, without any error."""
+    """Check the head once per model. Without the check, a missing scale would silently change the distributions."""
     was_training = model.training
     model.eval()
     expected = model(input_ids=ids, use_cache=False).logits
@@ -179,7 +179,7 @@ def _verify_output_layer(model: PreTrainedModel, ids: Tensor) -> None:
         hidden = _forward_backbone(model, ids)
     except (AttributeError, TypeError) as error:
         raise ModelError(
-            f"{_class_name(model)}: its backbone gives no last hidden states; {_FUSED_HEAD_HINT}"
+            f"{_class_name(model)}: the backbone does not return the last hidden states; {_FUSED_HEAD_HINT}"
         ) from error
     dtype = compute_dtype(hidden)
     found = _run_as_output_layer(model, partial(_project, model, dtype), hidden)
@@ -189,8 +189,8 @@ def _verify_output_layer(model: PreTrainedModel, ids: Tensor) -> None:
     difference = float((found - expected).abs().max()) if same_shape else float("inf")
     if not difference <= tolerance:
         raise ModelError(
-            f"{_class_name(model)}: its logits are not its output layer's (they differ by {difference:.3g}, more than "
-            f"{tolerance:.3g}): it does something else with them than a scale or a soft cap; {_FUSED_HEAD_HINT}"
+            f"{_class_name(model)}: the model's logits differ from those of its output layer by {difference:.3g}, "
+            f"more than {tolerance:.3g}; the fused head supports only a scale and a soft cap; {_FUSED_HEAD_HINT}"
         )
 
 
@@ -200,18 +200,18 @@ def _project(model: PreTrainedModel, dtype: torch.dtype, hidden: Tensor) -> Tens
 
 
 def _gather_output_layer(stack: ExitStack, layer: Any) -> None:
-    """A layer's parameters, sharded by ZeRO-3 or not, whole within the stack."""
+    """Gather a layer's parameters, if ZeRO-3 shards them, until the stack is closed."""
     sharded = [p for p in (layer.weight, layer.bias) if p is not None and hasattr(p, "ds_status")]
     if sharded:
         from deepspeed.runtime.zero.partition_parameters import GatheredParameters, ZeroParamStatus
 
-        # a weight that the embedding shares may be there already, and must stay
+        # a weight shared with the embedding may already be gathered and must stay gathered
         missing = [p for p in sharded if p.ds_status != ZeroParamStatus.AVAILABLE]
         stack.enter_context(GatheredParameters(missing))
 
 
 def _select_positions(index: Tensor, states: Tensor) -> Tensor:
-    """`[N, ...]`: those of `[B, S, ...]` at the places `index` of the flattened `[B, S - 1]`."""
+    """Select `[N, ...]` from `[B, S, ...]` at the indices `index` into the flattened `[B, S - 1]`."""
     return states.flatten(0, 1).index_select(0, index + index // (states.shape[1] - 1))
 
 

@@ -1,4 +1,4 @@
-"""Running means (sums and counts, divided once) and maxima over micro-batches and processes."""
+"""Accumulates means (as sums and counts, divided once) and maxima over micro-batches and processes."""
 
 import time
 from collections import defaultdict
@@ -16,7 +16,7 @@ from ..objective import ObjectiveOutput
 
 @dataclass
 class _TimedBlock:
-    """A timed block: tokens, its two ends (seconds, or events of a CUDA stream), and blocks in it that don't count."""
+    """A timed block: tokens, start and end (seconds, or events of a CUDA stream), and inner blocks to exclude."""
 
     tokens: float
     ends: tuple[Any, Any]
@@ -34,7 +34,7 @@ class _TimedBlock:
 
 
 class MetricAccumulator:
-    """Named sums and counts of one mode (training or evaluation). Names that end in "/max" keep the largest value."""
+    """Named sums and counts of one mode (training or evaluation). Names that end in "/max" keep the maximum."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
@@ -53,21 +53,20 @@ class MetricAccumulator:
         sums[1] += count
 
     def add_seconds(self, name: str, tokens: float, seconds: float) -> None:
-        """Add a part of a step that took so long for so many tokens."""
+        """Add the duration and the number of tokens of a part of a step."""
         self.add(f"speed/{name}_tokens_per_second", tokens, seconds)
-        self.add(f"time/{name}_seconds", seconds, 0)  # divided by the number of steps: `reduce_and_reset`
+        self.add(f"time/{name}_seconds", seconds, 0)  # `reduce_and_reset` divides by the number of steps
 
     def end_step(self, tokens: float, seconds: float) -> None:
-        """Add an optimizer step: the completion tokens that it trained on, and its wall-clock time."""
+        """Add an optimizer step: the number of trained completion tokens and the wall-clock time."""
         self.add_seconds("step", tokens, seconds)
         self._num_steps += 1
 
     @contextmanager
     def time_block(self, name: str, tokens: float, excluding: str | None = None) -> Iterator[None]:
-        """Log the block's tokens per second and its seconds of a step, without the time that the blocks called
-        `excluding` took in it.
+        """Log the block's tokens per second and seconds per step, without the time of inner blocks named `excluding`.
 
-        On CUDA the time comes from events that are read in `reduce_and_reset`, so this doesn't synchronize.
+        On CUDA, the time comes from events that are read in `reduce_and_reset`, so this does not synchronize.
         """
         others = self._spans[excluding] if excluding else []
         start, before = self._now(), len(others)
@@ -82,7 +81,7 @@ class MetricAccumulator:
         return event
 
     def reduce_and_reset(self) -> dict[str, float]:
-        """Return every metric's sum over its count, over all processes, and clear them. All processes must call it."""
+        """Return each metric's sum divided by its count, over all processes, and reset. All processes must call it."""
         for name, spans in self._spans.items():
             for span in spans:
                 self.add_seconds(name, span.tokens, span.seconds)
@@ -107,13 +106,13 @@ class MetricAccumulator:
 
 
 def term_gradient_norms(output: ObjectiveOutput, num_units: int, model: nn.Module) -> dict[str, float]:
-    """Gradient norm of each weighted term, as if this micro-batch were the batch."""
+    """Return the gradient norm of each weighted term, as if this micro-batch were the full batch."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     found = {}
     for name, term in output.terms.items():
         weighted = output.weights[name] * term / max(num_units, 1)
         gradients = torch.autograd.grad(weighted, parameters, retain_graph=True, allow_unused=True)
         norms = [g.float().norm() for g in gradients if g is not None]
-        del gradients  # as large as the student: the next term's must not come beside them
+        del gradients  # as large as the student: free them before the next term
         found[name] = float(torch.stack(norms).norm()) if norms else 0.0
     return found

@@ -1,4 +1,4 @@
-"""The README.md beside a saved student."""
+"""Writes the README.md of a saved student."""
 
 import re
 from importlib import metadata, resources
@@ -22,9 +22,9 @@ def write_model_card(
     dataset: str,
     tags: list[str],
 ) -> None:
-    """Write a model card that names method, student, teacher, data, settings and the method's papers.
+    """Write a model card with the method, student, teacher, data, settings and papers.
 
-    Only names that can be hub ids go into the card's metadata: a local path there fails the hub's check.
+    The metadata contains only names that can be hub ids, because the hub rejects local paths there.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     card = ModelCard.from_template(
@@ -49,7 +49,7 @@ def write_model_card(
 
 
 def _settings(args: TokenSelectiveConfig) -> list[str]:
-    """The options that the card lists."""
+    """Return the options that the card lists."""
     names = [name for name in args.method_options() if name not in ("max_length", "warmup_steps")]
     names += ["learning_rate", "lr_scheduler_type", "num_train_epochs", "temperature", "top_p", "lmbda"]
     return list(dict.fromkeys([*names, "max_completion_length"]))

@@ -1,4 +1,4 @@
-"""A step whose loss or gradient is not finite, on whichever process, is taken by none."""
+"""Skips optimizer steps with a non-finite loss or gradient on any process, on all processes."""
 
 import json
 from collections.abc import Callable
@@ -16,16 +16,16 @@ logger = get_logger(__name__)
 
 
 class NonFiniteGuard:
-    """Watches the micro-batches of a step.
+    """Checks the micro-batches of each step.
 
     Args:
-        accelerator: the run's.
-        output_dir: where the completions of a bad step are written.
-        max_nonfinite_steps: how many bad steps are left out before the run stops.
+        accelerator: the run's accelerator.
+        output_dir: folder to which the completions of a non-finite step are written.
+        max_nonfinite_steps: number of steps to skip before the run stops.
         decode: token ids -> text.
 
     Attributes:
-        num_skipped: how many have been left out.
+        num_skipped: number of steps skipped so far.
     """
 
     def __init__(
@@ -41,20 +41,20 @@ class NonFiniteGuard:
         self._micro_batches: list[tuple[dict[str, Any], Tensor]] = []
 
     def add_micro_batch(self, batch: dict[str, Any], loss: Tensor) -> None:
-        """Remember a micro-batch and its loss until the step ends; nothing waits for the device."""
+        """Store a micro-batch and its loss until the step ends, without device synchronization."""
         self._micro_batches.append((batch, loss.detach().isfinite()))
 
     def is_step_finite(self, grad_norm: float | Tensor, step: int) -> bool:
-        """Return whether to take the step. Collective: all processes must call it.
+        """Return whether to take the step. All processes must call it.
 
-        On failure it writes the suspect completions and counts the skipped step.
+        If not, write the suspect completions and count the skipped step.
 
         Args:
-            grad_norm: of the whole gradient.
-            step: the step's number, for file names and messages.
+            grad_norm: norm of the full gradient.
+            step: number of the step, for file names and messages.
 
         Raises:
-            NonFiniteError: it may not, and no more are allowed.
+            NonFiniteError: the step is not finite, and no more steps may be skipped.
         """
         seen, self._micro_batches = self._micro_batches, []
         flags = torch.stack(
@@ -65,7 +65,7 @@ class NonFiniteGuard:
         if not any(counts):
             return True
         path = self.output_dir / f"nonfinite_step_{step}_process_{self.accelerator.process_index}.jsonl"
-        # with finite losses, any response of the step may have the gradient that isn't
+        # if all losses are finite, any response of the step may have caused the non-finite gradient
         suspects = [batch for (batch, _), ok in zip(seen, flags[:-1].tolist(), strict=True) if not (ok and counts[0])]
         if suspects:
             self._write(path, suspects)
@@ -74,14 +74,14 @@ class NonFiniteGuard:
         text = f"step {step}: {what} is not finite; the completions are in {path.parent}/nonfinite_step_{step}_*.jsonl"
         if self.num_skipped > self.max_nonfinite_steps:
             raise NonFiniteError(
-                f"{text}; the step was not taken. Resume with max_nonfinite_steps to leave such steps out, or start "
-                "from the last checkpoint's weights, in a new output_dir, with a lower learning_rate"
+                f"{text}; the step was not taken. Resume with a higher max_nonfinite_steps to skip such steps, or "
+                "start from the last checkpoint's weights in a new output_dir with a lower learning_rate"
             )
-        logger.warning(f"{text}; left out ({self.num_skipped} of {self.max_nonfinite_steps})")
+        logger.warning(f"{text}; skipped the step ({self.num_skipped} of {self.max_nonfinite_steps})")
         return False
 
     def _write(self, path: Path, batches: list[dict[str, Any]]) -> None:
-        """A row a response: its place in the data set, prompt and completion."""
+        """Write one row per response: its index in the data set, prompt and completion."""
         self.output_dir.mkdir(parents=True, exist_ok=True)
         with path.open("w", encoding="utf-8") as file:
             for batch in batches:

@@ -1,6 +1,6 @@
-"""Shows a run's progress: one live line on a terminal, otherwise one line for each log entry.
+"""Shows a run's progress: one live line on a terminal, otherwise one line per log entry.
 
-transformers' own callbacks print each log entry as a dictionary; this one replaces them.
+It replaces the callbacks of transformers, which print each log entry as a dictionary.
 """
 
 import logging
@@ -18,24 +18,24 @@ _PARTS_OF_A_STEP = ("rollout", "teacher", "student")
 
 
 def replace_progress_callback(trainer: Trainer) -> None:
-    """Give a trainer the `ProgressLineCallback` in place of transformers' (a notebook keeps its table)."""
+    """Replace the progress callbacks of transformers with `ProgressLineCallback`. Notebooks keep their table."""
     for callback in (ProgressCallback, PrinterCallback):
         if trainer.pop_callback(callback) is not None:
             trainer.add_callback(ProgressLineCallback())
 
 
 class ProgressLineCallback(TrainerCallback):
-    """The live line goes to stderr, unless `disable_tqdm` is set; the lines of a log go to stdout.
+    """Prints the live line to stderr, unless `disable_tqdm` is set, and log lines to stdout.
 
-    Nothing is shown with a `log_level` above info.
+    Prints nothing if `log_level` is above info.
     """
 
     def __init__(self) -> None:
         self._bar: tqdm[Any] | None = None
         self._others_were_shown = False
         self._show_lines = False
-        self._first_step: tuple[float, int] | None = None  # its end, seconds, and its number
-        self._metrics: list[str] = []  # of the last log entry
+        self._first_step: tuple[float, int] | None = None  # its end time in seconds, and its number
+        self._metrics: list[str] = []  # from the last log entry
         self._num_evaluated = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -48,7 +48,7 @@ class ProgressLineCallback(TrainerCallback):
             shown = {"total": state.max_steps, "initial": state.global_step, "bar_format": _BAR, "disable": False}
             self._bar = tqdm(**shown, dynamic_ncols=True, leave=False)
             self._others_were_shown = is_progress_bar_enabled()
-            disable_progress_bar()  # of transformers, when it saves
+            disable_progress_bar()  # the one that transformers shows when saving
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._first_step = self._first_step or (time.monotonic(), state.global_step)
@@ -87,11 +87,11 @@ class ProgressLineCallback(TrainerCallback):
         self._bar.refresh()
 
     def _write(self, text: str) -> None:
-        with tqdm.external_write_mode():  # the live line makes room
+        with tqdm.external_write_mode():  # clears the live line meanwhile
             print(text, flush=True)
 
     def _time_left(self, state: Any) -> list[str]:
-        """From the steps after the first one, which compiles, allocates and starts engines."""
+        """Estimate the remaining time. Ignores the first step, which compiles, allocates and starts engines."""
         end, first = self._first_step or (0.0, state.global_step)
         if state.global_step == first:
             return []
@@ -100,7 +100,7 @@ class ProgressLineCallback(TrainerCallback):
 
 
 def describe_step_time(metrics: Mapping[str, float]) -> list[str]:
-    """The seconds of an optimizer step and of its parts, from the metrics `time/…`; nothing without them."""
+    """Describe the seconds per optimizer step and its parts from the metrics `time/…`; empty without them."""
     if "time/step_seconds" not in metrics:
         return []
     parts = [(name, metrics.get(f"time/{name}_seconds", 0.0)) for name in _PARTS_OF_A_STEP]
@@ -109,20 +109,20 @@ def describe_step_time(metrics: Mapping[str, float]) -> list[str]:
 
 
 def _describe_loss(logs: Mapping[str, Any]) -> str:
-    """The loss and its terms; for a method with a reward, that too."""
+    """Describe the loss and its terms, and the reward if there is one."""
     terms = [f"{name.removeprefix('loss/')} {_format(logs[name])}" for name in logs if name.startswith("loss/")]
     reward = [f"reward {_format(logs['reward'])}"] if "reward" in logs else []
     return ", ".join([*reward, f"loss {_format(logs['loss'])}" + (f" ({', '.join(terms)})" if len(terms) > 1 else "")])
 
 
 def _describe_speed(logs: Mapping[str, Any], num_processes: int) -> list[str]:
-    """Completion tokens per second, of all processes."""
+    """Describe the completion tokens per second over all processes."""
     name = "speed/step_tokens_per_second"
     return [f"{logs[name] * num_processes:,.0f} tokens/s"] if name in logs else []
 
 
 def _describe_evaluation(metrics: Mapping[str, Any]) -> str:
-    """Accuracies, then losses; of several data sets each has its own, by its name."""
+    """Describe accuracies, then losses. With several data sets, each name includes the data set's name."""
     accuracy = [f"{_short(name)} {100 * metrics[name]:.1f} %" for name in metrics if name.endswith("_accuracy")]
     losses = [f"{_short(name)} {_format(metrics[name])}" for name in metrics if name.endswith("_loss")]
     return ", ".join(accuracy + losses)

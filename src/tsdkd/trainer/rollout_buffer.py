@@ -1,4 +1,4 @@
-"""Buffer of rollouts that are still to be trained on."""
+"""A buffer of rollouts that have not been trained on yet."""
 
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -11,29 +11,30 @@ Window = list[Batch]
 
 
 class RolloutBuffer:
-    """Windows of rolled-out micro-batches; one rollout may fill several.
+    """Windows of micro-batches with completions. One rollout may fill several windows.
 
     Args:
-        window_size: micro-batches of a step, `gradient_accumulation_steps`.
-        steps_per_rollout: optimizer steps that a rollout serves, over all its iterations.
-        num_iterations: how often a rollout's completions are trained on.
+        window_size: micro-batches per step, `gradient_accumulation_steps`.
+        steps_per_rollout: optimizer steps per rollout, over all its iterations.
+        num_iterations: number of training passes over each rollout.
     """
 
     def __init__(self, window_size: int, steps_per_rollout: int, num_iterations: int = 1) -> None:
         self.window_size, self.steps_per_rollout, self.num_iterations = window_size, steps_per_rollout, num_iterations
         self._windows: deque[Window] = deque()
-        self._batches_to_skip = 0  # that the data loader yields again after a resume
+        self._batches_to_skip = 0  # the data loader yields these again after a resume
 
     def next(
         self, rows: Iterator[Batch], num_batches: int, steps_left: int, roll_out: Callable[[list[Batch]], list[Batch]]
     ) -> Window:
-        """The next window; an empty one at the end of the data.
+        """Return the next window, or an empty one at the end of the data.
 
         Args:
-            rows: collated rows of the data set, a micro-batch each, of the rest of the epoch.
-            num_batches: how many of them the trainer would take for one step.
-            steps_left: optimizer steps to the end of training.
-            roll_out: called with several micro-batches' rows where the buffer is empty; returns them rolled out.
+            rows: collated rows of the rest of the epoch, one micro-batch each.
+            num_batches: number of micro-batches that the trainer requests for one step.
+            steps_left: optimizer steps until the end of training.
+            roll_out: called with the rows of several micro-batches if the buffer is empty; returns these with
+                completions.
         """
         deque(islice(rows, self._batches_to_skip), maxlen=0)
         self._batches_to_skip = 0
@@ -45,19 +46,19 @@ class RolloutBuffer:
 
     def _fill(self, rows: list[Batch], roll_out: Callable[[list[Batch]], list[Batch]]) -> None:
         size = self.window_size
-        lengths = [len(rows[i : i + size]) for i in range(0, len(rows), size)]  # the last of an epoch may be shorter
-        # whole windows are rolled out; the rows that are left out belong to the steps of the further iterations
+        lengths = [len(rows[i : i + size]) for i in range(0, len(rows), size)]  # the last may be shorter
+        # roll out only full windows; the remaining rows belong to the steps of later iterations
         batches = roll_out(rows[: size * -(-len(lengths) // self.num_iterations)])
         windows = [batches[i : i + size] for i in range(0, len(batches), size)] * self.num_iterations
         self._windows.extend(window[:n] for window, n in zip(windows, lengths, strict=False))
         for batch in batches[size:]:
-            batch.pop("sampling_per_token_logps", None)  # the student will have moved on from them
+            batch.pop("sampling_per_token_logps", None)  # outdated: the student will have changed
 
     def state_dict(self) -> list[Window]:
-        """The windows that are left."""
+        """Return the remaining windows."""
         return list(self._windows)
 
     def load_state_dict(self, windows: list[Window]) -> None:
-        """Continue from `state_dict()`; the data loader will yield the rows of these windows again."""
+        """Restore the state of `state_dict()`. The data loader will yield the rows of these windows again."""
         self._windows = deque(windows)
         self._batches_to_skip = sum(len(window) for window in windows)

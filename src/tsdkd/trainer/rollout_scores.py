@@ -14,10 +14,10 @@ from .trainer import Batch, TokenSelectiveTrainer
 
 
 class ScoredRolloutTrainer(TokenSelectiveTrainer):
-    """A trainer for methods whose teacher scores each rollout once. Arguments: see `TokenSelectiveTrainer`."""
+    """Trainer for methods that score each rollout once. Arguments: see `TokenSelectiveTrainer`."""
 
     def _postprocess_micro_batch(self, model: nn.Module, batch: Batch, step: int, mode: str) -> None:
-        """Score by the teacher, of which the top k are kept, and by the policy that sampled."""
+        """Score the tokens with the teacher, keeping its top k, and with the policy that sampled."""
         index = token_index(completion_mask(batch), sum(batch["lengths"]))
         sampled = target_ids(batch, index).unsqueeze(-1)
         old_logps: Tensor | None = None
@@ -37,12 +37,12 @@ class ScoredRolloutTrainer(TokenSelectiveTrainer):
         if old_logps is not None:
             scores["old_per_token_logps"], scores["importance_sampling_ratio"] = old_logps, ratio
             scores["advantages"] = teacher_logps - old_logps  # EOPD Eq. 6
-        batch["scores"] = scores  # a dictionary: it is part of a checkpoint
+        batch["scores"] = scores  # a dictionary, because it is part of checkpoints
 
     def _score_policy(self, model: nn.Module, batch: Batch, index: Tensor, sampled: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probabilities `[N]` under the policy that sampled, and importance sampling ratios `[N]`.
+        """Return log-probabilities `[N]` under the policy that sampled, and importance sampling ratios `[N]`.
 
-        An engine gives the former with its tokens, unless it samples from a nucleus: no forward pass is needed.
+        An engine returns the log-probabilities with its tokens, unless `top_p` < 1. Then no forward pass is needed.
         """
         engine_logps = batch.get("sampling_per_token_logps")
         is_corrected = getattr(self.args, "vllm_importance_sampling_correction", False)

@@ -1,4 +1,4 @@
-"""Makes the micro-batches of a step: padded completions of the student, or of the data set."""
+"""Creates the micro-batches of a step: padded completions from the student or the data set."""
 
 import time
 from itertools import chain
@@ -22,24 +22,24 @@ from .rollout_buffer import Batch
 from .token_records import RecordedCompletion, TokenRecorder
 from .weight_check import check_engine_weights
 
-EVAL_STEP = 2**62  # evaluation rollouts: the same random numbers at every evaluation
+EVAL_STEP = 2**62  # for evaluation rollouts: the same random numbers in every evaluation
 _NUM_LOGGED_COMPLETIONS = 5
 
 
 class RolloutMixin:
-    """The part of a trainer that rolls out; a method's trainer may override how.
+    """The part of a trainer that creates rollouts. Trainers of methods may override its hooks.
 
     Attributes:
         args: the method's configuration.
         model: the student.
-        accelerator, state: the trainer's.
-        teacher_model: the teacher, where the method has one.
-        pair: student and teacher, as far as they are known without their weights.
+        accelerator, state: see `Trainer`.
+        teacher_model: the teacher, if the method has one.
+        pair: configurations and tokenizers of student and teacher.
         stop_token_ids: ids that end a completion.
         sampler: samples the student's completions.
         grader: says whether an evaluation's completions are right.
         head_forward: runs forward passes of both models.
-        token_recorder: records tokens of some rollouts.
+        token_recorder: records the tokens of some rollouts.
         metric_accumulators: "train" or "eval" -> its metrics.
     """
 
@@ -55,7 +55,7 @@ class RolloutMixin:
     head_forward: HeadForward
     token_recorder: TokenRecorder
     metric_accumulators: dict[str, MetricAccumulator]
-    _prepare_inputs: Any  # Trainer's
+    _prepare_inputs: Any  # defined by `Trainer`
     _weights_version: int
     _logged_completions: list[tuple[str, str, Completion]]
 
@@ -67,7 +67,7 @@ class RolloutMixin:
     def _select_completions(
         self, model: nn.Module, rows: list[Batch], step: int, mode: str
     ) -> tuple[list[list[int]], list[Completion]]:
-        """Prompts and completions to train on: the student's, or the data set's, by one random number a rollout."""
+        """Return prompts and completions to train on, from the student or the data set, chosen once per rollout."""
         uniform = torch.rand(1, generator=prompt_generator(self.args.seed, step, 0, RandomStream.ON_POLICY))
         prompts = [ids for batch in rows for ids in batch["prompt_ids"]]
         if bool(uniform < self.args.lmbda):
@@ -75,12 +75,12 @@ class RolloutMixin:
         return prompts, [Completion(ids, True) for batch in rows for ids in batch["completion_ids"]]
 
     def _postprocess_micro_batch(self, model: nn.Module, batch: Batch, step: int, mode: str) -> None:
-        """Add to a rolled-out micro-batch what must be known before the student changes."""
+        """Add data to a micro-batch that must be computed before the student changes."""
 
     # Helpers
 
     def _roll_out(self, model: nn.Module, rows: list[Batch], step: int, mode: str) -> list[Batch]:
-        """Collated rows -> padded micro-batches with the student's or the data set's completions."""
+        """Convert collated rows to padded micro-batches with completions from the student or the data set."""
         if not rows:
             return []
         prompts, completions = self._select_completions(model, rows, step, mode)
@@ -100,7 +100,7 @@ class RolloutMixin:
 
     def _micro_batch(self, row: Batch, prompts: list[list[int]], completions: list[Completion]) -> Batch:
         batch: Batch = self._prepare_inputs(pad_sequences(prompts, [c.ids for c in completions]))
-        # on the host, which would otherwise have to wait for the device to learn them
+        # keep these on the host; reading them from the device would synchronize
         batch |= {"index": row["index"], "lengths": [len(c.ids) for c in completions]}
         batch["num_tokens"] = sum(batch["lengths"]) + sum(len(prompt) for prompt in prompts)
         logps = [c.logps for c in completions if c.logps is not None]
@@ -131,9 +131,9 @@ class RolloutMixin:
     def _log_completions(
         self, prompts: list[list[int]], completions: list[Completion], answers: list[tuple[int, Any]], mode: str
     ) -> None:
-        """Accuracy, in evaluation only as decoding costs, and some completions for the log.
+        """Log the accuracy (only in evaluation, because decoding is slow) and keep some completions for the log.
 
-        `answers` has the row's number and answer of each completion, or nothing.
+        `answers` has the row number and the answer of each completion, or nothing.
         """
         decode = self.pair.tokenizer.decode
         if mode == "eval" and answers:

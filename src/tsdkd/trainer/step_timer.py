@@ -1,4 +1,4 @@
-"""Measures optimizer steps."""
+"""Measures the time of optimizer steps."""
 
 import time
 from typing import Any
@@ -9,9 +9,9 @@ from .metrics import MetricAccumulator
 
 
 class StepTimer(TrainerCallback):
-    """Adds each optimizer step, rollout included, to the metrics.
+    """Adds each optimizer step, including its rollout, to the metrics.
 
-    It comes after a callback that waits for the device, so that a step's work is done when it ends.
+    It runs after a callback that synchronizes with the device, so that the work of the step is complete.
     """
 
     def __init__(self, metrics: MetricAccumulator) -> None:
@@ -20,11 +20,11 @@ class StepTimer(TrainerCallback):
         self._num_tokens = 0
 
     def start(self) -> None:
-        """A step begins, with its rollout."""
+        """Start timing a step, before its rollout."""
         self._started = time.perf_counter()
 
     def count(self, num_tokens: int) -> None:
-        """The completion tokens, on this process, that the step trains on."""
+        """Set the number of completion tokens that the step trains on in this process."""
         self._num_tokens = num_tokens
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

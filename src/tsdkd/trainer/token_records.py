@@ -1,9 +1,9 @@
-"""Records both models' distributions at each token of some completions, for analyses and reports.
+"""Records statistics of both models at each token of some completions, for analyses and reports.
 
-There is one Parquet file for each recorded step.
+Writes one Parquet file per recorded step.
 
-Only the models' statistics are kept. What a method makes of them (opener, gate, trigger, ranking) follows from its
-options, when they are analysed: `tsdkd.analysis`.
+Only the models' statistics are stored. `tsdkd.analysis` derives quantities of a method (opener, gate, selected tokens,
+ranking) from them and the method's options.
 """
 
 import json
@@ -26,8 +26,8 @@ from ..selection import token_index
 from .forward import HeadForward
 
 RECORDS_DIR = "records"
-NUM_CANDIDATES = 10  # of the student, with the teacher's log-probabilities of them
-MASS_TOP_K = (1, 2, 4, 8, 16, 32, 64)  # the teacher's k most probable tokens
+NUM_CANDIDATES = 10  # top tokens of the student, recorded with the teacher's log-probabilities
+MASS_TOP_K = (1, 2, 4, 8, 16, 32, 64)  # numbers of top teacher tokens whose probability mass is recorded
 FORWARD_KL_TOP_K = 16
 _DEFAULT_BETA = 0.9  # TSD-KD's
 
@@ -37,7 +37,7 @@ class RecordedCompletion:
     """A completion to record.
 
     Attributes:
-        index: of its row in the data set.
+        index: index of its row in the data set.
         prompt, completion: token ids.
     """
 
@@ -47,9 +47,9 @@ class RecordedCompletion:
 
 
 def recorded_divergence(args: TokenSelectiveConfig) -> Divergence:
-    """The generalised JSD that records have: the method's own, or TSD-KD's where it has none.
+    """Return the generalized JSD to record: that of the method, or TSD-KD's if the method has none.
 
-    Every configuration has a `beta`, which it inherits from TRL; it means something where `has_jsd` is true.
+    Every configuration inherits `beta` from TRL, but it is used only if `has_jsd` is true.
     """
     return jsd(args.beta if args.has_jsd else _DEFAULT_BETA)
 
@@ -58,13 +58,13 @@ def recorded_divergence(args: TokenSelectiveConfig) -> Divergence:
 def compute_token_records(
     head_forward: HeadForward, student: nn.Module, teacher: nn.Module, batch: dict[str, Tensor], divergence: Divergence
 ) -> dict[str, Tensor]:
-    """Statistics of both models at the N completion tokens of a batch, on the CPU.
+    """Compute statistics of both models at the N completion tokens of a batch; returns them on the CPU.
 
     Args:
-        head_forward: of the pair.
-        student, teacher: as they are wrapped for training.
-        batch: as `tsdkd.data.pad_sequences` makes it.
-        divergence: to record.
+        head_forward: runs the forward passes.
+        student, teacher: the models, wrapped for training.
+        batch: a batch from `tsdkd.data.pad_sequences`.
+        divergence: the divergence to record.
 
     Returns:
         Columns `[N]` or `[N, K]`; entropies, log-probabilities and divergences in nats.
@@ -110,13 +110,13 @@ def compute_token_records(
 def write_token_records(
     folder: Path, step: int, samples: Sequence[RecordedCompletion], columns: dict[str, Tensor], decode: Any
 ) -> Path:
-    """Write a step's file, in one go.
+    """Write the file of a step atomically.
 
     Args:
-        folder: of the run.
-        step: optimizer steps done.
-        samples: in the order of the columns' tokens.
-        columns: of `compute_token_records`.
+        folder: the run's output directory.
+        step: number of completed optimizer steps.
+        samples: the completions, in the order of their tokens in `columns`.
+        columns: result of `compute_token_records`.
         decode: token ids -> text.
     """
     lengths = [len(sample.completion) for sample in samples]
@@ -131,7 +131,7 @@ def write_token_records(
     metadata = {
         "step": step,
         "samples": [{"index": s.index, "prompt": s.prompt} for s in samples],
-        "texts": {i: _decode_in_context(i, decode) for i in sorted(ids)},  # so that nobody needs the tokenizer
+        "texts": {i: _decode_in_context(i, decode) for i in sorted(ids)},  # so that readers don't need the tokenizer
     }
     table = pa.table(arrays).replace_schema_metadata({"tsdkd": json.dumps(metadata)})
     path = folder / RECORDS_DIR / f"step-{step:08d}.parquet"
@@ -141,7 +141,7 @@ def write_token_records(
 
 
 def _decode_in_context(token: int, decode: Callable[[list[int]], str]) -> str:
-    """A token's text inside a sentence: many tokenizers drop the space before what they decode first."""
+    """Decode a token as within a sentence, because many tokenizers drop the space before the first token."""
     return decode([token, token])[len(decode([token])) :]
 
 
@@ -151,7 +151,7 @@ class TokenRecorder:
     All processes run the forward passes, because sharded models need them; the main process writes.
 
     Args:
-        head_forward: of the pair.
+        head_forward: runs the forward passes.
         args: record_steps, record_completions, output_dir.
         decode: token ids -> text.
     """
@@ -163,11 +163,11 @@ class TokenRecorder:
         self._next = 0
 
     def is_due(self, step: int, mode: str) -> bool:
-        """Whether the rollout of this step is recorded: the first one in every `record_steps` steps."""
+        """Whether to record the rollout of this step: the first rollout in every `record_steps` steps."""
         return mode == "train" and self.args.record_steps > 0 and step >= self._next
 
     def record(self, student: nn.Module, teacher: nn.Module, samples: Sequence[RecordedCompletion], step: int) -> None:
-        """Score some of this process's completions with both models and write the record."""
+        """Score some of this process's completions with both models and write the records."""
         self._next = (step // self.args.record_steps + 1) * self.args.record_steps
         chosen = samples[: self.args.record_completions]
         padded = pad_sequences([s.prompt for s in chosen], [s.completion for s in chosen])
@@ -179,7 +179,7 @@ class TokenRecorder:
 
 
 def _to_arrow(values: Tensor) -> pa.Array:
-    """Ids as int32, everything else as float32; lists of a fixed size as float16 where nobody needs more."""
+    """Convert ids to int32, and other values to float32, or float16 in fixed-size lists if that is precise enough."""
     dtype = pa.float32() if values.is_floating_point() else pa.int32()
     numbers = values.float() if values.is_floating_point() else values.int()
     if values.ndim == 1:

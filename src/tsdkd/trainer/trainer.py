@@ -1,6 +1,6 @@
-"""The training loop that all methods share.
+"""The training loop shared by all methods.
 
-A step: next window -> its counts -> forward to hidden states -> statistics -> objective -> loss.
+A step: next window -> counts -> forward pass to hidden states -> statistics -> objective -> loss.
 """
 
 from collections.abc import Callable, Iterator
@@ -45,27 +45,28 @@ from .token_records import TokenRecorder
 
 
 class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
-    """Distils by the method that `args` configures; a subclass says which, and may roll out in its own way.
+    """Base trainer for distillation. Each method has a subclass, which may change how completions are generated.
 
-    A drop-in replacement for TRL's `GKDTrainer`. It reuses `SFTTrainer`'s construction (model, PEFT) and `Trainer`'s
-    loop, and none of `GKDTrainer`'s own methods, because: `__init__` refuses pairs with differently padded
-    vocabularies; `training_step` rolls out after the loss has been divided by a count of the data set's tokens, and
-    samples from the ambient random generator; `compute_loss` needs whole logits and ignores the number of processes.
+    A drop-in replacement for TRL's `GKDTrainer`. It reuses the initialization of `SFTTrainer` (model, PEFT) and the
+    loop of `Trainer`, but none of `GKDTrainer`'s own methods, for these reasons: `__init__` rejects models whose
+    vocabularies are padded differently; `training_step` generates completions after the token count of the data set
+    has been taken as the divisor of the loss, and samples from the global random generator; `compute_loss` needs the
+    full logits and ignores the number of processes.
 
     Args:
         model: the student: path, hub id or loaded model.
-        teacher_model: path, hub id or loaded model.
-        args: the method's configuration, of `config_class`.
-        train_dataset: rows as `tsdkd.data` describes them.
-        eval_dataset: held-out rows; where they have answers, accuracy is logged too.
-        processing_class: the student's tokenizer; by default the one beside `model`.
-        teacher_processing_class: the teacher's; by default the one beside `teacher_model`.
-        callbacks, optimizers, peft_config: as in `GKDTrainer`.
-        grader: `(completion, answer)` -> whether it is right, for the accuracy; by default `args.grader`.
+        teacher_model: the teacher: path, hub id or loaded model.
+        args: the method's configuration, an instance of `config_class`.
+        train_dataset: rows in the format described in `tsdkd.data`.
+        eval_dataset: held-out rows. If they have answers, accuracy is logged too.
+        processing_class: the student's tokenizer; default: the tokenizer of `model`.
+        teacher_processing_class: the teacher's tokenizer; default: the tokenizer of `teacher_model`.
+        callbacks, optimizers, peft_config: see `GKDTrainer`.
+        grader: `(completion, answer)` -> whether it is correct, for the accuracy; default: `args.grader`.
 
     Raises:
         TokenizerMismatchError: the tokenizers differ.
-        DataError, ModelError, ConfigError: the input can't be used; nothing has been written.
+        DataError, ModelError, ConfigError: the input is invalid. Nothing has been written.
     """
 
     config_class: ClassVar[type[TokenSelectiveConfig]]
@@ -108,7 +109,7 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
         model = load_student(model, args)
         if self._needs_teacher:
             teacher_model = load_teacher(teacher_model, self.pair.teacher_config, args)
-        # now that their files are here, and in memory
+        # the files have been downloaded by now
         self._frozen_models = on_main_process(
             lambda: {
                 field: [source[0], identify_model(*source)]
@@ -129,7 +130,7 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
             optimizers=optimizers,
             peft_config=peft_config,
         )
-        self.model_accepts_loss_kwargs = True  # the loss is divided by the global count, never by accumulation too
+        self.model_accepts_loss_kwargs = True  # we divide by the global count; `Trainer` must not divide again
         if args.disable_dropout:
             disable_dropout_in_model(self.model)
         self._build_components(teacher_model)
@@ -165,7 +166,7 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
             self.add_callback(callback)
         replace_progress_callback(self)
         self._is_first_micro_batch = False
-        self._weights_version = 0  # how often the weights changed otherwise than by a step
+        self._weights_version = 0  # number of weight changes other than optimizer steps
         self._logged_completions: list[tuple[str, str, Completion]] = []
 
     # A step
@@ -173,9 +174,9 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], Tensor | None]:
-        """The next accumulation window, rolled out, and what the loss is divided by: the units in the global batch."""
+        """Return the next accumulation window with completions, and the number of units in the global batch."""
         step, steps_left = self.state.global_step, self.state.max_steps - self.state.global_step
-        if steps_left <= 0:  # resumed at its end; `Trainer` would take a step more
+        if steps_left <= 0:  # resumed after the last step; `Trainer` would take another one
             self.control.should_training_stop = True
             return [], None
         self.step_timer.start()
@@ -189,14 +190,17 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
         return window, self.accelerator.reduce(num_units, reduction="sum")
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | None = None) -> Tensor:
-        """One micro-batch, forward and backward."""
+        """Run the forward and backward pass of one micro-batch."""
         with self.metric_accumulators["train"].time_block("student", inputs["num_tokens"], excluding="teacher"):
             return super(GKDTrainer, self).training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Tensor | None = None
     ) -> Tensor:
-        """This process's share of the global mean, times the number of processes (DDP and ZeRO average gradients)."""
+        """Return this process's part of the global mean, times the number of processes.
+
+        The factor compensates for DDP and ZeRO, which average gradients over processes.
+        """
         mode = "eval" if num_items_in_batch is None else "train"
         log_term_gradients = mode == "train" and self._should_log_term_gradients()
         completions = self._completion_batch(inputs, mode)
@@ -227,14 +231,14 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
             return self.head_forward.teacher_forward(self.teacher_model, batch, index)
 
     def _count_units(self, batch: Batch) -> int:
-        """Number of items that the loss is averaged over: completions, tokens or micro-batches."""
+        """Count the items that the loss is averaged over: completions, tokens or micro-batches."""
         lengths: list[int] = batch["lengths"]
         completions = sum(length > 0 for length in lengths)
         counts = {"completions": completions, "tokens": sum(lengths), "micro-batches": min(completions, 1)}
         return counts[self.objective.unit]
 
     def _accumulate_metrics(self, output: ObjectiveOutput, num_units: int, mode: str) -> None:
-        # one transfer to the host for all of them: each would wait for the device
+        # transfer all values to the host at once, because each transfer synchronizes
         sums = [value for pair in output.metrics.values() for value in pair]
         sums += [term.detach() for term in (*output.terms.values(), output.loss)]
         numbers = iter(torch.stack([value.double() for value in sums]).tolist())
@@ -249,13 +253,13 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
     def _should_log_term_gradients(self) -> bool:
         every = self.args.log_term_gradients
         is_first, self._is_first_micro_batch = self._is_first_micro_batch, False
-        is_sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled  # no whole gradient to look at
+        is_sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled  # no process has the full gradient
         return not is_sharded and is_first and every > 0 and self.state.global_step % every == 0
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """Runs right before the optimizer step; DeepSpeed has already skipped a non-finite one."""
+        """Check the gradient right before the optimizer step. DeepSpeed has already skipped a non-finite step."""
         grad_norm = super()._get_grad_norm(model, grad_norm)
-        is_scaled = self.accelerator.mixed_precision == "fp16"  # its scaler leaves out steps that overflow
+        is_scaled = self.accelerator.mixed_precision == "fp16"  # the scaler skips steps that overflow
         is_finite = self.nonfinite_guard.is_step_finite(0.0 if is_scaled else grad_norm, self.state.global_step + 1)
         if not is_finite and not is_scaled:
             self.optimizer.zero_grad()
@@ -267,11 +271,11 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
     # Hooks that a method's trainer may override
 
     def _position_mask(self, batch: Batch) -> Tensor:
-        """`[B, S - 1]` bool, the positions of which the objective requests statistics."""
+        """`[B, S - 1]` bool, the positions whose statistics the objective requests."""
         return completion_mask(batch)
 
     def _completion_batch(self, batch: Batch, mode: str) -> CompletionBatch:
-        """A micro-batch as the objective takes it."""
+        """Convert a micro-batch to the input of the objective."""
         mask = self._position_mask(batch)
         index, scores_class = token_index(mask), self.objective.scores_class
         return CompletionBatch(
@@ -303,8 +307,7 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
         )
 
     def _set_stop_token_ids(self) -> frozenset[int]:
-        """Set the stop token ids and the chat template on the student, so that they are saved with it. Returns the
-        ids."""
+        """Set the stop token ids and chat template on the student, to save them with it; return the ids."""
         if self.pair.template_role == "teacher":
             self.pair.tokenizer.chat_template = self.pair.teacher_tokenizer.chat_template
         ids = self.pair.stop_token_ids(generation_config=self.model.generation_config)
@@ -319,13 +322,13 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Evaluate the same loss terms on held-out prompts, and accuracy where rows have an answer."""
+        """Evaluate the same loss terms on held-out prompts, and the accuracy if rows have answers."""
         if eval_dataset is not None and not isinstance(eval_dataset, str):
             eval_dataset = self._tokenize_dataset(eval_dataset, self.args, "eval_dataset")
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
-        """Trainer's loop; its metrics become sums over all processes, divided once."""
+        """See `Trainer.evaluation_loop`. Adds metrics computed from sums over all processes, divided once."""
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         output.metrics.update(
             {f"{metric_key_prefix}_{k}": v for k, v in self.metric_accumulators["eval"].reduce_and_reset().items()}
@@ -335,7 +338,7 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
     def prediction_step(
         self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor, None, None]:
-        """Roll out, then the loss without a gradient."""
+        """Generate completions, then compute the loss without gradient."""
         with torch.no_grad(), self.compute_loss_context_manager():
             (batch,) = self._roll_out(model, [inputs], EVAL_STEP, "eval")
             return self.compute_loss(model, batch), None, None
@@ -351,7 +354,7 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """See `CheckpointMixin.train`."""
-        self._weights_version += 1  # steps are counted from 0 again, or from a checkpoint's
+        self._weights_version += 1  # the step count restarts at 0 or at a checkpoint's step
         return super().train(*args, **kwargs)
 
     def _load_best_model(self) -> None:
@@ -370,7 +373,7 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
     def _set_extra_state(self, state: dict[str, Any]) -> None:
         if state["rows"] != self._train_dataset_hash:
             raise ResumeError(
-                "resume: train_dataset (dataset_name) has other rows, or other tokens of them, than at the checkpoint"
+                "resume: the rows of train_dataset (dataset_name) or their tokens have changed since the checkpoint"
             )
         self._check_frozen_models(state.get("frozen_models", {}))
         self.nonfinite_guard.num_skipped = state["skipped"]
@@ -378,22 +381,22 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
         self.rollout_buffer.load_state_dict(state["rollout_buffer"])
 
     def _check_frozen_models(self, before: dict[str, list[str]]) -> None:
-        """What isn't trained isn't in a checkpoint. Loaded models, of a script, aren't checked."""
+        """Check that frozen models, which checkpoints do not contain, are unchanged. Ignores already loaded models."""
         for field in before.keys() & self._frozen_models.keys():
             (old_name, old), (name, new) = before[field], self._frozen_models[field]
             if old != new:
                 raise ResumeError(
-                    f"resume: {field}: {name} has other weights, or another config.json, than at the checkpoint: "
-                    f"{old_name} ({old}) was used, found {new}"
+                    f"resume: {field}: the weights or the config.json of {name} have changed since the checkpoint: "
+                    f"expected those of {old_name} ({old}), found {new}"
                 )
 
     @cached_property
     def _train_dataset_hash(self) -> str:
-        """A checkpoint counts on the places of the rows in the data set."""
+        """Hash of the training rows. Checkpoints depend on the order of the rows."""
         return hash_rows(self.train_dataset)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save student, tokenizer, generation config and, for a final model, the model card."""
+        """Save student, tokenizer and generation config, and the model card of a final model."""
         super().save_model(output_dir, _internal_call)
         if not _internal_call:
             self.create_model_card()
@@ -401,7 +404,7 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
-        """Write README.md into the output directory: method, teacher, data, the method's papers."""
+        """Write README.md with method, teacher, data and papers to the output directory."""
         if not self.is_world_process_zero():
             return
         model_card.write_model_card(

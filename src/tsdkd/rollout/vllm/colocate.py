@@ -1,4 +1,4 @@
-"""A vLLM engine in this process: its start, its requests, its errors."""
+"""Starts a vLLM engine in this process, sends it requests and converts its errors."""
 
 import itertools
 import os
@@ -10,7 +10,7 @@ from ...config.base import TokenSelectiveConfig
 from ...errors import EngineError, first_line
 from ..base import Completion, SamplingConfig
 
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine shares this process
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # run the engine in this process
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 from vllm import LLM, SamplingParams
@@ -19,17 +19,17 @@ from vllm.sampling_params import RequestOutputKind
 
 from .cpu_draw import SeededLogitsProcessor, pop_logps, seeded_sampling_params
 
-_MAX_LOGIT_BIASES = 1024  # vLLM's limit for a request
+_MAX_LOGIT_BIASES = 1024  # vLLM's limit per request
 _draw_ids = itertools.count()
 
 
 def extra_engine_args() -> dict[str, Any]:
-    """Engine arguments besides the usual options."""
+    """Return additional engine arguments."""
     return {"logits_processors": [SeededLogitsProcessor]} if current_platform.is_cpu() else {}
 
 
 def start_engine(name: str, revision: str | None, args: TokenSelectiveConfig, max_model_length: int) -> LLM:
-    """An engine that holds a model of its own. Raises `EngineError`."""
+    """Start an engine that loads its own model. Raises `EngineError`."""
     with wrap_engine_errors("vLLM can't start", args):
         return LLM(
             model=name,
@@ -47,17 +47,17 @@ def start_engine(name: str, revision: str | None, args: TokenSelectiveConfig, ma
 def iter_completions(
     llm: LLM, requests: Sequence[dict[str, Any]], sampling: SamplingConfig
 ) -> Iterator[tuple[int, Completion]]:
-    """Position and completion of each request, as they are done.
+    """Yield the position and completion of each request, in order of completion.
 
-    All are given at once: the longest often end last, and the others keep the engine busy.
+    All requests are submitted at once, so that the others keep the engine busy while the longest ones finish.
 
     Args:
-        llm: made with `extra_engine_args()`.
-        requests: `prompt` (token ids), `max_tokens` and `seed`.
-        sampling: how completions are sampled.
+        llm: an engine created with `extra_engine_args()`.
+        requests: dictionaries with `prompt` (token ids), `max_tokens` and `seed`.
+        sampling: sampling parameters.
     """
     engine, draw_ids = llm.llm_engine, [f"{next(_draw_ids)}" for _ in requests]
-    with wrap_engine_errors("vLLM failed in a rollout"):
+    with wrap_engine_errors("vLLM failed during a rollout"):
         for position, (request, request_id) in enumerate(zip(requests, draw_ids, strict=True)):
             prompt = {"prompt_token_ids": request["prompt"]}
             engine.add_request(str(position), prompt, _sampling_params(request, request_id, llm, sampling))
@@ -82,21 +82,21 @@ def _sampling_params(request: dict[str, Any], request_id: str, llm: LLM, samplin
 
 
 def shared_sampling_params(sampling: SamplingConfig, vocab_size: int) -> dict[str, Any]:
-    """vLLM's sampling parameters that are the same for all requests; `vocab_size`: how many logits the model has."""
+    """Return vLLM's sampling parameters shared by all requests. `vocab_size` is the model's number of logits."""
     parameters = {
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
-        "top_k": 0,  # a server would take what the checkpoint's generation config says
+        "top_k": 0,  # otherwise a server uses the checkpoint's generation config
         "min_p": 0.0,
         "repetition_penalty": 1.0,
-        "ignore_eos": True,  # the checkpoint's; the pair's may be more
+        "ignore_eos": True,  # the checkpoint's end token; the pair may have more stop tokens
         "stop_token_ids": sorted(sampling.stop_token_ids),
     }
     surplus = range(sampling.vocab_size, vocab_size)
     if len(surplus) > _MAX_LOGIT_BIASES:
         raise EngineError(
-            f"the model has {vocab_size} logits, {len(surplus)} more than both models share; vLLM can leave out "
-            f"{_MAX_LOGIT_BIASES} at the most: set use_vllm: false"
+            f"the model has {vocab_size} logits, {len(surplus)} more than the shared vocabulary; vLLM can exclude at "
+            f"most {_MAX_LOGIT_BIASES}; set use_vllm: false"
         )
     if surplus:
         parameters["logit_bias"] = dict.fromkeys(surplus, -100.0)
@@ -105,12 +105,12 @@ def shared_sampling_params(sampling: SamplingConfig, vocab_size: int) -> dict[st
 
 @contextmanager
 def wrap_engine_errors(what: str, args: TokenSelectiveConfig | None = None) -> Iterator[None]:
-    """A library's failure as one line."""
+    """Convert an exception of a library into a one-line `EngineError`."""
     try:
         yield
     except EngineError:
         raise
-    except Exception as error:  # vLLM, torch, requests and safetensors raise what they like
+    except Exception as error:  # vLLM, torch, requests and safetensors have no common exception
         line = first_line(error)
         hint = ""
         if args is not None and "memory" in line:

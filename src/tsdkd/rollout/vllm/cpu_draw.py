@@ -1,8 +1,8 @@
 """Seeded sampling in a vLLM engine on a CPU.
 
-vLLM seeds a request by drawing a random number for every word of the vocabulary, one request at a time, which on a CPU
-takes longer than the model. Here a logits processor draws each request's token from one number and leaves vLLM the
-choice of the largest logit.
+For seeded requests, vLLM draws a random number for every token of the vocabulary, one request at a time. On a CPU,
+this takes longer than the model. Here, a logits processor draws each token with one random number and sets its logit
+to infinity, so that vLLM's greedy sampling chooses it.
 """
 
 from dataclasses import dataclass
@@ -17,20 +17,20 @@ from ..base import SamplingConfig
 from ..categorical import sample_tokens
 
 _EXTRA_ARG = "tsdkd_draw"
-_logps: dict[str, dict[int, float]] = {}  # request_id -> position -> log-probability, of the requests under way
+_logps: dict[str, dict[int, float]] = {}  # request_id -> position -> log-probability, for active requests
 
 
 def seeded_sampling_params(
     request_id: str, seed: int, limit: int, sampling: SamplingConfig, **others: Any
 ) -> SamplingParams:
-    """Parameters of a request whose tokens are drawn here; `pop_logps(request_id)` gives their log-probabilities."""
+    """Return the parameters of a request whose tokens are drawn here. `pop_logps` returns their log-probabilities."""
     settings = {"request_id": request_id, "seed": seed, "sampling": sampling}
     ends = {"max_tokens": limit, "ignore_eos": True, "stop_token_ids": sorted(sampling.stop_token_ids)}
     return SamplingParams(temperature=0.0, extra_args={_EXTRA_ARG: settings}, **ends, **others)
 
 
 def pop_logps(request_id: str, count: int) -> list[float] | None:
-    """The log-probabilities of a finished request's tokens; None where the engine runs in another process."""
+    """Return and remove the log-probabilities of a finished request; None if the engine runs in another process."""
     found = _logps.pop(request_id, None)
     return None if found is None else [found[position] for position in range(count)]
 
@@ -39,11 +39,11 @@ def pop_logps(request_id: str, count: int) -> list[float] | None:
 class _RequestState:
     request_id: str
     uniform: list[float]
-    output_ids: list[int]  # vLLM's own list, which grows
+    output_ids: list[int]  # vLLM's list, which grows with each token
 
 
 class SeededLogitsProcessor(LogitsProcessor):
-    """Draws for requests of `seeded_sampling_params`, and leaves others alone."""
+    """Draws the tokens of requests made by `seeded_sampling_params`; does not affect other requests."""
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
         self.requests: dict[int, _RequestState] = {}
@@ -60,7 +60,7 @@ class SeededLogitsProcessor(LogitsProcessor):
         settings = (params.extra_args or {}).get(_EXTRA_ARG)
         if settings is None:
             return None
-        self.sampling = settings["sampling"]  # the same for a whole batch
+        self.sampling = settings["sampling"]  # the same for all requests
         generator = torch.Generator().manual_seed(settings["seed"])
         uniform = torch.rand(params.max_tokens, dtype=torch.float64, generator=generator).tolist()
         _logps.setdefault(settings["request_id"], {})

@@ -1,7 +1,7 @@
-"""Rollouts on vLLM, through TRL's `VLLMGeneration`: in this process (colocate) or on a server.
+"""Rollouts with vLLM through TRL's `VLLMGeneration`, in this process (colocate) or on a server.
 
-Replaced of TRL's: one seed and one limit a prompt, the weights of a CPU engine and of a student with adapters, and
-deadlines on a server's answers.
+Differences from TRL: a seed and a limit for each prompt, weight transfer for CPU engines and for students with
+adapters, and timeouts for server requests.
 """
 
 import random
@@ -41,11 +41,11 @@ class VLLMSampler(vllm_generation.VLLMGeneration):
 
     Args:
         model: the student, unwrapped.
-        accelerator: knows the wrappers and the processes.
+        accelerator: the run's accelerator.
         args: the `vllm_…` settings.
-        sampling: how completions are sampled.
-        tokenizer: the student's.
-        longest: prompt plus completion, tokens.
+        sampling: sampling parameters.
+        tokenizer: the student's tokenizer.
+        longest: maximum length of prompt plus completion, tokens.
 
     Raises:
         EngineError: the engine can't start.
@@ -63,9 +63,9 @@ class VLLMSampler(vllm_generation.VLLMGeneration):
         self.sampling = sampling
         self.args = args
         self.needs_weight_check = False
-        self._synced_version: Hashable = None  # of the weights that the engine holds
+        self._synced_version: Hashable = None  # version of the engine's weights
         self._sync_count = 0
-        self._llm_weights_sleeping = False  # TRL's, which sets it where an engine can sleep
+        self._llm_weights_sleeping = False  # TRL sets it only if the engine can sleep
         super().__init__(
             model=model,
             accelerator=accelerator,
@@ -83,7 +83,7 @@ class VLLMSampler(vllm_generation.VLLMGeneration):
         if self.mode == "server":
             self._run_on_main_process(self._connect)
             return
-        logger.info("starting vLLM's engine, which takes a minute or two")
+        logger.info("starting vLLM; this takes a minute or two")
         with (
             _preserve_global_state(self.accelerator.device),
             _add_engine_args(extra_engine_args()),
@@ -94,11 +94,11 @@ class VLLMSampler(vllm_generation.VLLMGeneration):
     def _connect(self) -> None:
         self.vllm_client = connect_to_server(self.args, self.max_model_length)
         if self.accelerator.device.type == "cuda":
-            with wrap_engine_errors("the vLLM server takes no weights"):
+            with wrap_engine_errors("the vLLM server does not accept weights"):
                 self.vllm_client.init_communicator(device=self.accelerator.device)
 
     def _run_on_main_process(self, work: Callable[[], Any]) -> Any:
-        """Run `work` on the main process and broadcast its result; an error is raised on all processes."""
+        """Run `work` on the main process and broadcast its result. Errors are raised on all processes."""
         outcome: list[Any] = [None]
         if self.accelerator.is_main_process:
             try:
@@ -112,7 +112,7 @@ class VLLMSampler(vllm_generation.VLLMGeneration):
         return value
 
     def _run_on_all_processes(self, work: Callable[[], None]) -> None:
-        """Do `work` on all processes; an error on one of them is everyone's."""
+        """Run `work` on all processes. An error on one process is raised on all of them."""
         problem = None
         try:
             work()
@@ -125,7 +125,7 @@ class VLLMSampler(vllm_generation.VLLMGeneration):
     # Weights
 
     def update(self, weights_version: Hashable) -> bool:
-        """See `Sampler`. A sleeping engine has lost its weights and takes the same ones again."""
+        """See `Sampler`. An engine that slept has lost its weights, so they are copied again."""
         is_asleep = self.mode == "colocate" and self._llm_weights_sleeping
         if weights_version == self._synced_version and not is_asleep:
             return False
@@ -137,18 +137,18 @@ class VLLMSampler(vllm_generation.VLLMGeneration):
         return True
 
     def sync_weights(self) -> None:
-        """Copy the student's weights into the engine. All processes must call it: sharded weights are gathered."""
-        with wrap_engine_errors("the weights don't reach vLLM"):
+        """Copy the student's weights to the engine. All processes must call it, to gather sharded weights."""
+        with wrap_engine_errors("copying the weights to vLLM failed"):
             on_cpu = self.accelerator.device.type == "cpu"
             if not on_cpu:
-                torch.cuda.synchronize()  # vLLM reads them on streams of its own
+                torch.cuda.synchronize()  # vLLM reads them on its own streams
             if self.mode == "server":
                 self._sync_server_from_disk() if on_cpu else self._run_on_all_processes(super().sync_weights)
             else:
                 self._run_on_all_processes(partial(self._sync_colocate, packed=on_cpu))
 
     def _sync_server_from_disk(self) -> None:
-        """TRL sends weights to a server by NCCL, which takes CUDA devices only."""
+        """Send weights to a server through a folder. TRL uses NCCL, which requires CUDA devices."""
         weights = {name: w.clone() for name, w in self._iter_named_params()}
 
         def send() -> None:
@@ -160,17 +160,17 @@ class VLLMSampler(vllm_generation.VLLMGeneration):
         self._run_on_main_process(send)
 
     def _sync_colocate(self, packed: bool) -> None:
-        """All tensors in one call; TRL makes a call for each, and each walks through the whole model.
+        """Load all tensors in one call. TRL makes one call per tensor, each of which traverses the full model.
 
         Args:
-            packed: the engine keeps its weights in another layout, as on a CPU, and must be given the time to unpack
-                and pack them.
+            packed: whether the engine stores its weights in another layout, as on a CPU, and must unpack and repack
+                them.
         """
         if self._llm_weights_sleeping:
             torch.cuda.empty_cache()
             self.llm.wake_up(tags=["weights"])
             self._llm_weights_sleeping = False
-        # what is given out may be read later, when a sharded tensor is no longer gathered: hence copies
+        # copy the tensors, because they may be read later, when sharded tensors are no longer gathered
         weights = ((name, weight.clone()) for name, weight in self._iter_named_params())
         if packed:
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
@@ -210,14 +210,14 @@ class VLLMSampler(vllm_generation.VLLMGeneration):
 
     def _generate_colocate(self, requests: list[dict[str, Any]]) -> list[Completion]:
         local_slice = slice(None)
-        if self.tensor_parallel_size > 1:  # the engines of a group work on the requests of all its processes
+        if self.tensor_parallel_size > 1:  # a group's engines process the requests of all its processes
             gathered: list[Any] = [None] * self.tensor_parallel_size
             torch.distributed.all_gather_object(gathered, requests, group=self.tp_group)
             before = sum(len(part) for part in gathered[: torch.distributed.get_rank(group=self.tp_group)])
             local_slice = slice(before, before + len(requests))
             requests = [request for part in gathered for request in part]
             if is_peft_model(self.model) and self.accelerator.device.type == "cuda":
-                # as in TRL: the small all-reduce of the adapters' gradients may still be under way
+                # as in TRL: the small all-reduce of the adapters' gradients may still be running
                 torch.distributed.barrier(device_ids=[self.accelerator.local_process_index])
         if self.enable_sleep_mode:
             self.llm.wake_up(tags=["kv_cache"])
@@ -229,7 +229,7 @@ class VLLMSampler(vllm_generation.VLLMGeneration):
 
 
 def _pack_tied_lm_head(model: Any) -> None:
-    """A tied output layer loads no tensor of its own, so that its packed copy would stay the old one."""
+    """Repack a tied output layer. No tensor is loaded for it, so its packed copy would remain outdated."""
     head = getattr(model, "lm_head", None)
     if head is not None and model.config.get_text_config().tie_word_embeddings:
         head.quant_method.process_weights_after_loading(head)
@@ -241,9 +241,11 @@ def _sort_by_position(completions: Iterable[tuple[int, Completion]]) -> list[Com
 
 @contextmanager
 def _add_engine_args(engine_args: dict[str, Any]) -> Iterator[None]:
-    """Engines that TRL starts get these arguments too. TRL has no parameter for them; it looks `LLM` up in its module
-    when it starts an engine, so another callable stands there meanwhile. On a GPU there are none, and nothing is
-    replaced."""
+    """Pass these additional arguments to engines that TRL starts within the block.
+
+    TRL has no parameter for them, so `LLM` in its module is replaced temporarily. On a GPU there are no additional
+    arguments and nothing is replaced.
+    """
     if not engine_args:
         yield
         return
@@ -257,9 +259,9 @@ def _add_engine_args(engine_args: dict[str, Any]) -> Iterator[None]:
 
 @contextmanager
 def _preserve_global_state(device: torch.device) -> Iterator[None]:
-    """vLLM seeds every generator when it starts and, on a CPU, forbids to set the number of threads."""
+    """Restore global state: on start, vLLM seeds all generators and, on a CPU, blocks changes of the thread count."""
     set_num_threads, python, numpy = torch.set_num_threads, random.getstate(), np.random.get_state()
-    with torch.random.fork_rng([device.index or 0] if device.type == "cuda" else []):  # by default of all GPUs
+    with torch.random.fork_rng([device.index or 0] if device.type == "cuda" else []):  # the default is all GPUs
         try:
             yield
         finally:

@@ -1,4 +1,4 @@
-"""The weights of a student with adapters as an engine wants them: merged, the student itself untouched."""
+"""Provides an engine with the merged weights of a student with adapters, without changing the student."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -9,10 +9,10 @@ from torch import Tensor
 
 @torch.no_grad()
 def iter_merged_parameters(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """Name and value of each parameter of a `PeftModel`'s base model, its adapters merged in.
+    """Yield name and value of each parameter of a `PeftModel`'s base model with its adapters merged.
 
-    Merging and unmerging leaves rounding errors in the base weights: each layer's are kept aside and put back,
-    bitwise, before its merged ones are handed out.
+    Merging and unmerging causes rounding errors in the base weights. Therefore each layer's weights are saved and
+    restored bitwise before its merged weights are yielded.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer  # an extra
 
@@ -26,7 +26,7 @@ def iter_merged_parameters(model: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def _merge_layer(module: Any) -> dict[str, Tensor]:
-    """Copies of one layer's merged parameters."""
+    """Return copies of one layer's merged parameters."""
     parameters = dict(module.get_base_layer().named_parameters())
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     try:
@@ -40,5 +40,5 @@ def _merge_layer(module: Any) -> dict[str, Tensor]:
 
 
 def _base_model_name(name: str) -> str:
-    """The parameter's name in the base model."""
+    """Return the parameter's name in the base model."""
     return name.removeprefix("base_model.model.").replace(".base_layer", "").replace("modules_to_save.default.", "")
