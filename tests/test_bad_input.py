@@ -187,7 +187,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], tuple[str, ...], list[Say]]] = {
     "list is a mapping": ({"use_peft": True, "lora_target_modules": {"a": 1}}, (), [("lora_target_modules", "list")]),
     "flag with a word": ({}, ("--learning_rate", "fast"), [("learning_rate", "number", "fast")]),
     "flag with a fraction": ({}, ("--max_steps=2.5",), [("max_steps", "whole number", "2.5")]),
-    "flag without a value": ({}, ("--alpha",), [("alpha", "number")]),
+    "flag without a value": ({}, ("--alpha",), [("alpha", "needs a value")]),
     "flag with two values": ({}, ("--beta", "0.1", "0.2"), [("beta", "number", "0.2")]),
     "flag with a bad bool": ({}, ("--gate", "yes"), [("gate", "true or false", "yes")]),
     "flag with a bad mapping": ({}, ("--chat_template_kwargs", '{"a": '), [("chat_template_kwargs", "JSON")]),
@@ -934,4 +934,4 @@ def test_vllm_that_is_missing_or_too_old_or_too_new(found: str | None, place: Wo
     names = {} if found is None else {"vllm": ["vllm"]}
     monkeypatch.setattr("tsdkd.rollout.vllm.packages_distributions", lambda: names)
     monkeypatch.setattr("tsdkd.rollout.vllm.version", lambda name: found)
-    place.refuses_config({"use_vllm": True}, (), ("use_vllm", found or "tsdkd[vllm]"))
+    place.refuses_config({"use_vllm": True}, (), ("use_vllm", found or "extra 'vllm'"))

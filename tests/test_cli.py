@@ -198,7 +198,7 @@ def test_nothing_needs_an_extra(saved_model, rows_file, tmp_path):
         assert result.returncode == 0, result.stderr[-2000:]
     command += ["--resume", "true", "--teacher_placement", "zero3"]
     result = subprocess.run([sys.executable, "-c", WITHOUT, *command], capture_output=True, text=True)
-    assert result.returncode == 2 and "tsdkd[deepspeed]" in result.stderr
+    assert result.returncode == 2 and "extra 'deepspeed'" in result.stderr
 
 
 # what the command line does with words and messages

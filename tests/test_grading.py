@@ -124,6 +124,7 @@ def test_a_grader_of_ones_own(
         ("word_grader:takes_one", "must take a completion and an answer, found (completion)"),
         ("broken_grader:grade", "the module broken_grader can't be imported: ZeroDivisionError: division by zero"),
         ("script_grader:grade", "the module script_grader can't be imported: SystemExit"),
+        ("lazy_grader:grade", "the module lazy_grader can't be imported: ModuleNotFoundError"),
         ("word_grader.py:grade", "must be package.module:name, without a folder and without .py"),
         ("word_grader", "must be package.module:name"),
     ],
@@ -140,6 +141,7 @@ def test_a_grader_that_is_none_is_told_first(
     (tmp_path / "word_grader.py").write_text(GRADERS, encoding="utf-8")
     (tmp_path / "broken_grader.py").write_text("1 / 0", encoding="utf-8")
     (tmp_path / "script_grader.py").write_text("raise SystemExit(5)", encoding="utf-8")
+    (tmp_path / "lazy_grader.py").write_text("def __getattr__(name):\n    import not_installed", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     if command == "compare":

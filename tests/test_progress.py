@@ -12,11 +12,14 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
-from transformers import PrinterCallback, ProgressCallback
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers.utils.logging import enable_progress_bar, is_progress_bar_enabled
 
 from conftest import QUIET, flags, make_rows
 from tsdkd import EOPDConfig, EOPDTrainer, TSDKDConfig, TSDKDTrainer
 from tsdkd.cli import main
+from tsdkd.cli.arguments import say_how_to_continue
+from tsdkd.errors import PreemptedError
 from tsdkd.trainer.progress import ProgressLineCallback
 
 STEP = re.compile(
@@ -121,3 +124,39 @@ def test_the_parts_of_a_step(config, trainer_class, saved_model, tmp_path):
         parts = [log[f"time/{name}_seconds"] for name in ("rollout", "teacher", "student")]
         assert min(parts) > 0 and sum(parts) <= log["time/step_seconds"] * (1 + 1e-6)
     assert 3 * sum(log["time/step_seconds"] for log in logs) <= end["train_runtime"] + 0.01
+
+
+@pytest.mark.parametrize(
+    ("given", "printed"),
+    [
+        (["--max_steps", "4"], "tsdkd train --max_steps 4 --resume true"),
+        (["--resume", "false", "--max_steps", "4"], "tsdkd train --max_steps 4 --resume true"),
+        (["--resume_from_checkpoint=a b/checkpoint-2"], "tsdkd train --resume_from_checkpoint true"),
+    ],
+)
+def test_the_command_that_continues(given, printed):
+    with (
+        pytest.raises(PreemptedError, match=f"stopped; continue with: {printed}$"),
+        say_how_to_continue("train", *given, from_checkpoint="checkpoint" in given[0]),
+    ):
+        raise PreemptedError("stopped")
+
+
+def test_a_failure_ends_the_live_line(saved_model, tmp_path, monkeypatch):
+    """And shows transformers' own bars again."""
+
+    class Fails(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            raise RuntimeError("stop here")
+
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    args = TSDKDConfig(str(tmp_path), max_steps=2, **{**QUIET, "disable_tqdm": False})
+    rows = Dataset.from_list(make_rows(4))
+    models = saved_model("qwen3", 0), saved_model("qwen3", 1)
+    trainer = TSDKDTrainer(*models, args, train_dataset=rows, callbacks=[Fails()])
+    enable_progress_bar()
+    with pytest.raises(RuntimeError, match="stop here"):
+        trainer.train()
+    assert is_progress_bar_enabled()
+    (line,) = (c for c in trainer.callback_handler.callbacks if isinstance(c, ProgressLineCallback))
+    assert line._bar is None

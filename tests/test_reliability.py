@@ -506,6 +506,22 @@ def test_a_run_that_got_nowhere_is_not_in_the_way(resume, command, tmp_path):
     assert main(command(folder, max_steps=2, learning_rate=1e-3, resume="false")) == 2
 
 
+@pytest.mark.parametrize("file", [".writing-draft/chapter", "runs/precious", "tsdkd_config.yaml", "records/step"])
+def test_files_that_somebody_else_made_are_in_the_way(file, command, tmp_path, capsys):
+    """Beside the configuration of a run that got nowhere, or that configuration itself, edited."""
+    folder = tmp_path / "out"
+    assert main(command(folder, max_steps=1)) == 0
+    config = (folder / "tsdkd_config.yaml").read_text()
+    shutil.rmtree(folder)
+    (folder / file).parent.mkdir(parents=True)
+    (folder / "tsdkd_config.yaml").write_text(config)
+    (folder / file).write_text("# notes\n" + config)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert main(command(folder, max_steps=1, resume="false")) == 2
+    assert "output_dir" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
 @pytest.mark.parametrize("content", [b"", b"process 1 on elsewhere", b"\xff" * 10_000])
 def test_the_lock_of_a_dead_run_locks_nothing(content, command, tmp_path):
     folder = tmp_path / "out"

@@ -33,7 +33,7 @@ from tsdkd.compare.config import read_comparison
 from tsdkd.data import prepare_dataset
 from tsdkd.errors import ConfigError, OutputDirError
 from tsdkd.evaluation.items import ItemResult, ItemResults
-from tsdkd.run.config_file import resolve_path
+from tsdkd.files import resolve_path
 
 _SECONDS = 60  # for one command; the slowest that holds takes 15 on a busy core
 _MODELS = {"model_name_or_path": "tsdkd://demo/student", "teacher_model_name_or_path": "tsdkd://demo/teacher"}

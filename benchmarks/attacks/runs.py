@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 
-from tsdkd.run.config_file import resolve_path
+from tsdkd.files import resolve_path
 
 _SETTINGS = "--max_steps 8 --save_strategy steps --save_steps 2 --save_total_limit 2 --report_to none --seed 3"
 _SETTINGS += (

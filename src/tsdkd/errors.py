@@ -82,6 +82,11 @@ def list_names(names: Iterable[str]) -> str:
     return ", ".join(name[:60] for name in names[:20]) + more if names else "none"
 
 
+def install_hint(extra: str) -> str:
+    """How to install an extra: there is no package on an index."""
+    return f"install the extra '{extra}': pip install -e '.[{extra}]' in the clone of tsdkd"
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of an exception's message, or its type if there is no message."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

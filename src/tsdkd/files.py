@@ -20,6 +20,7 @@ from .errors import DataError, OutputDirError, TSDKDError, first_line
 
 T = TypeVar("T")
 
+_PACKAGE = "tsdkd://"
 _MAX_LINE = 2**26  # bytes
 _MAX_FILES = 100_000
 _KINDS = {
@@ -269,3 +270,16 @@ def parse_json(content: bytes | str, name: object) -> Any:
         raise DataError(f"{name} is damaged: it is nested too deeply") from error
     except ValueError as error:
         raise DataError(f"{name} is damaged: it is not valid JSON: {first_line(error)}") from error
+
+
+def resolve_path(value: Any) -> Any:
+    """Resolve `tsdkd://demo/student` to the file or folder in the package. Returns anything else unchanged."""
+    if isinstance(value, str) and value.startswith(_PACKAGE):
+        return str(Path(__file__).parent / value.removeprefix(_PACKAGE))
+    return value
+
+
+def shorten_path(path: str) -> str:
+    """The inverse of `resolve_path`, for messages."""
+    folder = str(Path(__file__).parent)
+    return f"{_PACKAGE}{path.removeprefix(folder).lstrip(os.sep)}" if path.startswith(f"{folder}{os.sep}") else path

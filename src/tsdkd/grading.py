@@ -34,13 +34,12 @@ class Grader:
         where = f"for the completion{'' if row is None else f' of row {row}'}: {completion[:200]!r}"
         try:
             verdict = self.function(completion, answer)
-            is_verdict = bool(verdict in (0, 1))
+            is_verdict, shown = bool(verdict in (0, 1)), repr(verdict)[:60]
         except (Exception, SystemExit) as error:
             reason = f"{type(error).__name__}: {first_line(error)[:300]}"
             raise ConfigError([f"grader: {self.name} raised {reason}, {where}"]) from error
         if not is_verdict:
-            found = f"{repr(verdict)[:60]}, expected True or False"
-            raise ConfigError([f"grader: {self.name} returned {found}, {where}"])
+            raise ConfigError([f"grader: {self.name} returned {shown}, expected True or False, {where}"])
         return bool(verdict)
 
 

@@ -25,7 +25,8 @@ from ..errors import CheckpointError, ResumeError
 
 logger = get_logger(__name__)
 MANIFEST = "manifest.json"
-PARTIAL_PREFIX, _DELETED_PREFIX = ".writing-", ".deleting-"
+_PARTIAL_PREFIX, _DELETED_PREFIX = ".writing-", ".deleting-"
+_LEFTOVER = re.compile(rf"\.(writing|deleting)-{PREFIX_CHECKPOINT_DIR}-\d+")
 _CHECKPOINT_PATTERN = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 _PACKAGES = ("tsdkd", "torch", "transformers", "trl", "accelerate")
 
@@ -62,7 +63,7 @@ def write_checkpoint(output_dir: Path, step: int, write_files: Callable[[Path], 
         CheckpointError: a file can't be written. The earlier checkpoints are intact.
     """
     state, final = PartialState(), output_dir / f"{PREFIX_CHECKPOINT_DIR}-{step}"
-    partial = output_dir / f"{PARTIAL_PREFIX}{final.name}"
+    partial = output_dir / f"{_PARTIAL_PREFIX}{final.name}"
     try:
         if state.is_main_process:
             partial.mkdir(parents=True)
@@ -176,9 +177,14 @@ def rotate_checkpoints(newest: Path, keep: int | None, best: str | None) -> None
 
 def remove_partial_checkpoints(output_dir: Path) -> None:
     """Remove the leftovers of an interrupted save or rotation."""
-    for pattern in (f"{PARTIAL_PREFIX}*", f"{_DELETED_PREFIX}*"):
-        for folder in output_dir.glob(pattern):
+    for folder in output_dir.iterdir() if output_dir.is_dir() else ():
+        if is_leftover(folder.name):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def is_leftover(name: str) -> bool:
+    """Whether a folder with this name was left by an interrupted save or rotation."""
+    return _LEFTOVER.fullmatch(name) is not None
 
 
 def _delete_checkpoint(folder: Path) -> None:

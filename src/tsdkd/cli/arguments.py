@@ -1,7 +1,9 @@
 """What several commands share: the parser, a run's configuration, and checked numbers."""
 
 import argparse
+import json
 import math
+import os
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,6 +12,9 @@ from typing import Any, NoReturn
 
 from ..config.coercion import did_you_mean, shorten
 from ..errors import ConfigError, PreemptedError, escape_line
+
+LAUNCHER_COMMAND = "TSDKD_COMMAND"
+"""Environment variable of the processes that `tsdkd train` starts: its arguments, JSON."""
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -108,13 +113,33 @@ def build_run_parser(
 
 
 @contextmanager
-def say_how_to_continue(*command: str) -> Iterator[None]:
-    """Within it, a run that a signal stops also says by which command it goes on."""
+def say_how_to_continue(*command: str, from_checkpoint: bool = False) -> Iterator[None]:
+    """Within the block, add to the message of a run that a signal stops the command that continues it.
+
+    Args:
+        command: the words after `tsdkd`. A process that `tsdkd train` started says what that was called with.
+        from_checkpoint: whether the run's configuration has `resume_from_checkpoint`.
+    """
     try:
         yield
     except PreemptedError as error:
-        resume = [] if any(word.partition("=")[0] == "--resume" for word in command) else ["--resume", "true"]
-        raise PreemptedError(f"{error}; continue with: {shlex.join(['tsdkd', *command, *resume])}") from None
+        words = json.loads(os.environ.get(LAUNCHER_COMMAND) or json.dumps(command))
+        is_launched_by_others = LAUNCHER_COMMAND not in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+        launcher = " the same launcher and" if is_launched_by_others else ""
+        name = "resume_from_checkpoint" if from_checkpoint else "resume"  # whose true means the newest checkpoint
+        text = shlex.join(["tsdkd", *_without_resume(words), f"--{name}", "true"])
+        raise PreemptedError(f"{error}; continue with{launcher}: {text}") from None
+
+
+def _without_resume(words: Sequence[str]) -> list[str]:
+    """Drop `--resume…` flags and their values."""
+    kept, is_dropped = [], False
+    for word in words:
+        if word.startswith("--"):
+            is_dropped = word.partition("=")[0] in ("--resume", "--resume_from_checkpoint")
+        if not is_dropped:
+            kept.append(word)
+    return kept
 
 
 def always_on_policy(config: str | None, flags: Sequence[str]) -> list[str]:

@@ -1,12 +1,14 @@
-"""The table of `tsdkd train --help_keys`."""
+"""Prints the options for `tsdkd train --help_keys`."""
 
-from rich.table import Table
+import shutil
+import textwrap
+from collections.abc import Sequence
 
 from ..config.base import DataArguments, TokenSelectiveConfig
-from ..config.console import PlainConsole
 from ..config.launch import LaunchArguments
 from ..config.options import get_default, get_help
 from ..config.validation import declared_fields
+from ..errors import escape_controls
 from ..methods import all_methods, find_method
 
 
@@ -21,17 +23,18 @@ def print_keys(method: str | None = None) -> None:
     """
     if method is not None:
         find_method(method)
-    table = Table(
-        title="Options of tsdkd (all options of TRL's ModelConfig and transformers' TrainingArguments work too)"
-    )
-    for column in ("method", "key", "default", "meaning"):
-        table.add_column(column, overflow="fold", no_wrap=column == "key")
+    print("Options of tsdkd. All options of TRL's ModelConfig and of transformers' TrainingArguments work too.")
     methods = {name: trainer.config_class for name, trainer in all_methods().items()}
-    rows: list[tuple[str, type, list[str]]] = [
-        *((name, cls, cls.method_options()) for name, cls in {"all": TokenSelectiveConfig, **methods}.items()),
-        *(("all", cls, declared_fields(cls)) for cls in (DataArguments, LaunchArguments)),
-    ]
-    for method, cls, names in rows:
+    _print_options("all methods", (TokenSelectiveConfig, DataArguments, LaunchArguments))
+    for name, cls in methods.items():
+        _print_options(name, (cls,))
+
+
+def _print_options(title: str, classes: Sequence[type]) -> None:
+    print(f"\n{title}:")
+    width = shutil.get_terminal_size((120, 0)).columns
+    for cls in classes:
+        names = cls.method_options() if issubclass(cls, TokenSelectiveConfig) else declared_fields(cls)
         for name in names:
-            table.add_row(method, name, str(get_default(cls, name)), get_help(cls, name))
-    PlainConsole().print(table)
+            text = f"{name} ({get_default(cls, name)}): {get_help(cls, name)}"
+            print(escape_controls(textwrap.fill(text, width, initial_indent="  ", subsequent_indent="      ")))

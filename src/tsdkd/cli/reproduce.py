@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import ConfigError
+from ..errors import ConfigError, install_hint
 from .arguments import ArgumentParser, int_at_least, positive_float
 
 
@@ -56,7 +56,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise ConfigError(["eopd-toy's plots need matplotlib; pip install 'tsdkd[report]'"]) from error
+        raise ConfigError([f"eopd-toy's plots need matplotlib; {install_hint('report')}"]) from error
     from ..files import ensure_dir
     from ..reproduce import eopd_toy
 

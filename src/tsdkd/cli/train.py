@@ -1,6 +1,8 @@
 """`tsdkd train`."""
 
 import argparse
+import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -11,7 +13,7 @@ from ..errors import ConfigError, TSDKDError, escape_line
 from ..launch import accelerate as launch
 from ..launch.processes import LaunchSpec, configured_num_processes, resolve_launch
 from ..run.config_file import read_flags, read_yaml
-from .arguments import build_run_parser, int_at_least, say_how_to_continue
+from .arguments import LAUNCHER_COMMAND, build_run_parser, int_at_least, say_how_to_continue
 
 if TYPE_CHECKING:
     from ..run.arguments import RunArguments
@@ -77,9 +79,14 @@ def main(argv: Sequence[str]) -> int:
             text = f"tsdkd: starting {launch_spec.num_processes} processes, by {launch_spec.config}"
             print(escape_line(text), file=sys.stderr, flush=True)
         config_flags = [f"--config={args.config}"] if args.config is not None else []
-        return launch.launch_processes(launch_spec.config, launch_spec.options, ["train", *config_flags, *flags])
+        os.environ[LAUNCHER_COMMAND] = json.dumps(["train", *argv])
+        try:
+            return launch.launch_processes(launch_spec.config, launch_spec.options, ["train", *config_flags, *flags])
+        finally:
+            del os.environ[LAUNCHER_COMMAND]
     arguments = parse_arguments(args.config, flags)
-    with say_how_to_continue("train", *argv):
+    from_checkpoint = bool(arguments.explicit_values.get("resume_from_checkpoint"))
+    with say_how_to_continue("train", *argv, from_checkpoint=from_checkpoint):
         train(arguments)
     for command in suggest_next(arguments):
         logger.info(f"next: {command}")

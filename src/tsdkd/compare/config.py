@@ -12,10 +12,11 @@ from ..config.aliases import resolve_aliases
 from ..config.coercion import coerce, did_you_mean, shorten
 from ..config.options import AT_LEAST_ONE, declared_rules, enum_value, option
 from ..errors import ConfigError
+from ..files import resolve_path
 from ..launch.processes import LaunchSpec, resolve_launch
 from ..methods import find_method
 from ..run.arguments import RunArguments, parse_args_and_config, resolve_run_values
-from ..run.config_file import read_yaml, resolve_path
+from ..run.config_file import read_yaml
 
 _PRESETS_DIR = Path(str(resources.files("tsdkd").joinpath("configs/compare")))
 _RESERVED_KEYS = ("seed", "output_dir", "resume")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_type_hints
 
 from transformers import SchedulerType
+from transformers.utils import is_torch_bf16_gpu_available
 from trl.experimental.gkd import GKDConfig
 
 from ..errors import ConfigError
@@ -224,6 +225,8 @@ class TokenSelectiveConfig(GKDConfig):
         for name in ("checkpointing", "checkpointing_kwargs"):
             if hasattr(self, f"activation_{name}"):  # since transformers 5.24, which deprecates the other name
                 setattr(self, f"activation_{name}", getattr(self, f"gradient_{name}"))
+        if vars(self)["bf16"] is None and not self.fp16 and (self.use_cpu or not is_torch_bf16_gpu_available()):
+            self.bf16 = False  # TRL turns it on by default, which transformers then refuses
         super().__post_init__()
         self.remove_unused_columns = False
 

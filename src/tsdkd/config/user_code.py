@@ -13,6 +13,8 @@ from ..grading import Grader, is_exact_match
 from .coercion import did_you_mean, shorten
 from .options import IMPORT_PATH
 
+_MISSING = object()
+
 
 def import_object(path: str, field: str) -> Any:
     """Import what a path names. Modules in the current directory are found too, before installed ones.
@@ -31,7 +33,8 @@ def import_object(path: str, field: str) -> Any:
     _import_from_current_directory()
     try:
         module = import_module(module_name)
-    except (Exception, SystemExit) as error:  # a script without a main guard ends the program
+        found = getattr(module, name, _MISSING)
+    except (Exception, SystemExit, GeneratorExit) as error:  # a script without a main guard ends the program
         missing = getattr(error, "name", None)
         if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{missing}."):
             raise ConfigError(
@@ -40,10 +43,10 @@ def import_object(path: str, field: str) -> Any:
         raise ConfigError(
             [f"{field}: the module {module_name} can't be imported: {type(error).__name__}: {first_line(error)[:300]}"]
         ) from error
-    if not hasattr(module, name):
+    if found is _MISSING:
         place = getattr(module, "__file__", None) or module_name
         raise ConfigError([f"{field}: {place} has no {shorten(name)}{did_you_mean(name, vars(module))}"])
-    return getattr(module, name)
+    return found
 
 
 def load_grader(path: str | None, default: Callable[[str, str], Any] = is_exact_match) -> Grader:
@@ -54,12 +57,13 @@ def load_grader(path: str | None, default: Callable[[str, str], Any] = is_exact_
     if not callable(function):
         raise ConfigError([f"grader: {path} must be a function, found {shorten(function)}"])
     try:
-        inspect.signature(function).bind("completion", "answer")
-    except TypeError as error:
         signature = inspect.signature(function)
+    except (TypeError, ValueError):  # a function that is written in C has none
+        return Grader(function, path)
+    try:
+        signature.bind("completion", "answer")
+    except TypeError as error:
         raise ConfigError([f"grader: {path} must take a completion and an answer, found {signature}"]) from error
-    except ValueError:
-        pass  # one that is written in C doesn't say
     return Grader(function, path)
 
 

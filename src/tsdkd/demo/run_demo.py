@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from ..config.console import PlainConsole
 from ..data import load_split
+from ..errors import install_hint
 from ..evaluation import EvalResult, ProblemSet, evaluate
 from ..models.tokenizers import stop_token_ids
 from ..run.arguments import RunArguments
@@ -27,10 +28,12 @@ _TABLE_METRICS = ("greedy", "avg@8", "pass@8")
 def run_demo(arguments: RunArguments) -> None:
     """Run the demo and print its table. Raises `TSDKDError`."""
     resolve_resume(arguments)
-    torch.set_num_threads(2)  # more cost more than they give on matrices of 64 x 64, and change the bits of the run
+    torch.set_num_threads(
+        min(2, torch.get_num_threads())
+    )  # more cost more than they give on matrices of 64 x 64, and change the bits of the run
     rows = list(load_split(str(arguments.data_args.eval_dataset_name), None, "train"))[:NUM_PROBLEMS]
+    logger.info("evaluating teacher and student on %d held-out problems, percent solved:", len(rows))
     teacher = evaluate_saved(str(arguments.training_args.teacher_model_name_or_path), rows)
-    logger.info("before training, on %d held-out problems, percent solved:", len(rows))
     logger.info("teacher %s", _format_metrics(teacher))
     before = evaluate_saved(str(arguments.model_args.model_name_or_path), rows)
     logger.info("student %s", _format_metrics(before))
@@ -44,9 +47,11 @@ def run_demo(arguments: RunArguments) -> None:
         table.add_column(column, justify="right" if column else "left")
     for name, result in (("teacher", teacher), ("student, before", before), ("student, after", after)):
         table.add_row(name, *(f"{result.metrics[metric]:.1f}" for metric in _TABLE_METRICS))
-    table.add_row("gained", *(f"{after.metrics[metric] - before.metrics[metric]:+.1f}" for metric in _TABLE_METRICS))
+    table.add_row("change", *(f"{after.metrics[metric] - before.metrics[metric]:+.1f}" for metric in _TABLE_METRICS))
     PlainConsole().print(table)
     logger.info("avg@8 and pass@8: the mean, and the best, of 8 samples at temperature 1")
+    if "max_steps" in arguments.flag_names:
+        logger.info("the README's numbers are for the default number of steps; few steps can lower the accuracy")
     _write_report(arguments, {"before": before, "after": after, "teacher": teacher})
 
 
@@ -57,7 +62,7 @@ def _write_report(arguments: RunArguments, eval_results: dict[str, EvalResult]) 
         from ..evaluation.suites import SUITES
         from ..report.page import write_report
     except ImportError as error:
-        logger.warning("no report: it needs %s; pip install 'tsdkd[report]'", error.name)
+        logger.warning("no report: it needs %s; %s", error.name, install_hint("report"))
         return
     folder = Path(str(arguments.training_args.output_dir))
     models = {

@@ -13,8 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..config.console import PlainConsole
 from ..errors import ConfigError, DataError, escape_line
-from ..files import ensure_dir, write_atomically
-from ..run.arguments import resolve_path
+from ..files import ensure_dir, resolve_path, write_atomically
 from . import harness
 from .items import ItemResults
 from .problem_task import ProblemTask

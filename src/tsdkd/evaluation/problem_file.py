@@ -11,7 +11,7 @@ from datasets import Dataset, Features, List, Value
 from ..config.coercion import shorten
 from ..data import Columns, load_split, missing_column, split_prompt_completion
 from ..errors import DataError
-from ..run.config_file import resolve_path
+from ..files import resolve_path
 
 _MESSAGES = List({"role": Value("string"), "content": Value("string")})
 _SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, install_hint
 from ..rollout.vllm import require_vllm
 from ..run.arguments import resolve_run_values
 from .processes import LaunchSpec
@@ -44,9 +44,9 @@ def _missing_packages(values: Mapping[str, Any], launch_spec: LaunchSpec | None)
     )
     deepspeed_reasons += [f"teacher_placement: {placement}"] if placement in ("zero3", "cpu_offload") else []
     if find_spec("deepspeed") is None:
-        problems += [f"{what} requires DeepSpeed; run: pip install 'tsdkd[deepspeed]'" for what in deepspeed_reasons]
+        problems += [f"{what} requires DeepSpeed; {install_hint('deepspeed')}" for what in deepspeed_reasons]
     if _is_true(values["use_peft"]) and find_spec("peft") is None:
-        problems.append("use_peft: PEFT is not installed; run: pip install 'tsdkd[peft]'")
+        problems.append(f"use_peft: PEFT is not installed; {install_hint('peft')}")
     return problems
 
 

@@ -7,16 +7,17 @@ from typing import Any
 import trl
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_utils import TrainOutput
 
 from ..checkpointing.preemption import PreemptionCallback
 from ..checkpointing.trainer_mixin import CheckpointMixin
 from ..config.inherited import UNSUPPORTED_OPTIONS
 from ..config.user_code import load_grader
 from ..data import append_prompt_suffix, missing_column, prepare_dataset, resolve_columns, split_prompt_completion
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, install_hint
 from ..grading import Grader, extract_answer, is_math_equivalent
 from ..models.loading import load_student, resolve_pair
-from ..trainer.progress import replace_progress_callback
+from ..trainer.progress import closing_progress, replace_progress_callback
 
 
 def make_accuracy_reward(grader: Grader) -> Callable[..., list[float]]:
@@ -84,6 +85,11 @@ class GRPOTrainer(CheckpointMixin, trl.GRPOTrainer):
         self.add_callback(self.preemption)
         replace_progress_callback(self)
 
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """See `CheckpointMixin.train`."""
+        with closing_progress(self):
+            return super().train(*args, **kwargs)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """See `Trainer`. Also writes TRL's model card for a final model."""
         super().save_model(output_dir, _internal_call)
@@ -103,7 +109,7 @@ def _require_math_verify() -> None:
     try:
         import math_verify  # noqa: F401
     except ImportError as error:
-        raise ConfigError(["method: grpo requires math-verify; run: pip install 'tsdkd[eval]'"]) from error
+        raise ConfigError([f"method: grpo requires math-verify; {install_hint('eval')}"]) from error
 
 
 def _to_trl_config(args: Any) -> trl.GRPOConfig:

@@ -19,6 +19,7 @@ from trl.trainer.utils import create_model_from_path
 from ..config.base import TokenSelectiveConfig
 from ..config.coercion import shorten
 from ..config.logs import get_logger
+from ..files import shorten_path
 from .finite_weights import require_finite
 from .hub import INIT_KWARGS, load_pretrained
 from .tokenizers import check_same_tokenizer, check_vocab_fits, load_tokenizer, stop_token_ids
@@ -195,7 +196,7 @@ def load_student(student: str | PreTrainedModel, args: TokenSelectiveConfig) -> 
     if not isinstance(student, str):
         require_finite(student, "model")
         return student
-    logger.info(f"loading the student {student}")
+    logger.info(f"loading the student {shorten_path(student)}")
     kwargs = {"trust_remote_code": args.trust_remote_code, "device_map": None, **(args.model_init_kwargs or {})}
     model = load_pretrained(
         create_model_from_path, student, "model_name_or_path", "model", args.model_init_kwargs, **kwargs

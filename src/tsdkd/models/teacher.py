@@ -18,7 +18,8 @@ from transformers.integrations.deepspeed import (
 
 from ..config.base import TokenSelectiveConfig
 from ..config.logs import get_logger
-from ..errors import ConfigError
+from ..errors import ConfigError, install_hint
+from ..files import shorten_path
 from .finite_weights import require_finite
 from .loading import load_frozen_model
 
@@ -37,7 +38,7 @@ def load_teacher(name: str | PreTrainedModel, config: PretrainedConfig, args: To
     if not isinstance(name, str):
         require_finite(name, "teacher_model")
         return name
-    logger.info(f"loading the teacher {name}")
+    logger.info(f"loading the teacher {shorten_path(name)}")
     dtype = (args.teacher_model_init_kwargs or {}).get("dtype", "auto")
     dtype = getattr(torch, dtype, None) or config.dtype or torch.float32
     sharded = _is_sharded(args)
@@ -65,7 +66,7 @@ def prepare_teacher(teacher: PreTrainedModel, accelerator: Accelerator, args: To
 def _is_sharded(args: TokenSelectiveConfig) -> bool:
     placement = args.teacher_placement or ("zero3" if _student_is_sharded(args) else "replica")
     if placement != "replica" and not is_deepspeed_available():
-        raise ConfigError([f"teacher_placement: {placement} requires DeepSpeed; run: pip install 'tsdkd[deepspeed]'"])
+        raise ConfigError([f"teacher_placement: {placement} requires DeepSpeed; {install_hint('deepspeed')}"])
     return placement != "replica"
 
 

@@ -1,5 +1,6 @@
 """Log lines at the start and the end of a run."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from tqdm import tqdm
 
 from ..config.logs import get_logger
 from ..config.options import enum_value
+from ..files import shorten_path
 from ..trainer.progress import describe_step_time
 from ..trainer.trainer import TokenSelectiveTrainer
 from .arguments import RunArguments
@@ -21,12 +23,14 @@ def announce_start(arguments: RunArguments, trainer: TokenSelectiveTrainer) -> N
     training = arguments.training_args
     steps = num_training_steps(len(trainer.get_train_dataloader()), training)
     where = f"{_count(training.world_size, 'process', 'processes')} ({training.device.type})"
+    prompts = _count(len(trainer.train_dataset), "prompt")
     lines = {
-        "method": f"{arguments.method}, on {summarize_rollouts(training) or 'completions from the data set'}",
+        "method": f"{arguments.method}, on {_describe_completions(training)}",
         "student": _describe_model(str(arguments.model_args.model_name_or_path), trainer.model),
         "teacher": _describe_model(str(training.teacher_model_name_or_path), getattr(trainer, "teacher_model", None)),
-        "data": f"{_count(len(trainer.train_dataset), 'prompt')} from {arguments.data_args.dataset_name}",
-        "evaluate": _describe_evaluation(training, trainer.eval_dataset),
+        "data": f"{prompts} from {shorten_path(str(arguments.data_args.dataset_name))}",
+        "evaluate": _describe_evaluation(training, trainer.eval_dataset)
+        or ("not during training: eval_strategy is no" if arguments.data_args.eval_dataset_name else ""),
         "training": f"{_count(steps, 'step')} of {_count(global_batch_size(training), 'prompt')} on {where}",
         "output": f"{training.output_dir}{_describe_saving(training)}",
     }
@@ -43,8 +47,14 @@ def announce_end(trainer: TokenSelectiveTrainer) -> None:
     names = {name for entry in timed for name in entry if name.startswith("time/")}
     means = {name: sum(entry.get(name, 0.0) for entry in timed) / len(timed) for name in names}
     duration = f"trained {_count(trainer.state.global_step, 'step')} in {tqdm.format_interval(seconds)}"
-    logger.info(", ".join([duration, *describe_step_time(means)]))
+    loss = next((f"mean loss {entry['train_loss']:.3g}" for entry in reversed(history) if "train_loss" in entry), None)
+    logger.info(", ".join([duration, *filter(None, [loss]), *describe_step_time(means)]))
     logger.info(f"saved the student to {trainer.args.output_dir}")
+
+
+def _describe_completions(training: Any) -> str:
+    rollouts = summarize_rollouts(training)
+    return f"rollouts {rollouts}" if rollouts else "completions from the data set"
 
 
 def _describe_model(name: str, model: nn.Module | None) -> str:
@@ -53,7 +63,7 @@ def _describe_model(name: str, model: nn.Module | None) -> str:
     parameters = list(model.parameters())
     count = sum(getattr(p, "ds_numel", p.numel()) for p in parameters)  # ds_numel: size of a whole sharded parameter
     number = f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
-    return f"{name}, {number} parameters, {str(parameters[0].dtype).removeprefix('torch.')}"
+    return f"{shorten_path(name)}, {number} parameters, {str(parameters[0].dtype).removeprefix('torch.')}"
 
 
 def _describe_evaluation(training: Any, rows: Any) -> str:
@@ -76,9 +86,19 @@ def _describe_saving(training: Any) -> str:
 
 
 def suggest_next(arguments: RunArguments) -> list[str]:
-    """Return commands to run after training."""
-    training = arguments.training_args
-    student, folder = str(arguments.model_args.model_name_or_path), Path(str(training.output_dir))
-    demo = str(Path(__file__).parents[1] / "demo")
-    suite = "demo" if student.startswith(demo) else "eopd" if "opd" in arguments.method else "tsd-kd"
-    return [f"tsdkd report {folder}", f"tsdkd eval before={student} after={folder} --suite {suite}"]
+    """Return the commands that continue from a finished run."""
+    folder = str(arguments.training_args.output_dir)
+    student = shorten_path(str(arguments.model_args.model_name_or_path))
+    evaluate = ["tsdkd", "eval", f"before={student}", f"after={folder}", *_evaluation_flags(arguments, student)]
+    return [shlex.join(["tsdkd", "report", folder]), shlex.join(evaluate)]
+
+
+def _evaluation_flags(arguments: RunArguments, student: str) -> list[str]:
+    """The user's own problems, if there is a file of them, or else a suite."""
+    if student.startswith("tsdkd://demo/"):
+        return ["--suite", "demo"]
+    file, training = arguments.data_args.eval_dataset_name, arguments.training_args
+    if file and Path(file).is_file():
+        columns = {"prompt_column": training.prompt_column, "answer_column": training.answer_column}
+        return ["--benchmarks", file, *(word for k, v in columns.items() if v for word in (f"--{k}", v))]
+    return ["--suite", "eopd" if "opd" in arguments.method else "tsd-kd"]

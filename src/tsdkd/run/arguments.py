@@ -3,7 +3,7 @@
 import logging
 import re
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from functools import partial
@@ -21,8 +21,9 @@ from ..config.logs import set_log_level
 from ..config.options import get_default
 from ..config.validation import get_rules, validate_options
 from ..errors import ConfigError
+from ..files import resolve_path
 from ..methods import all_methods, find_method
-from .config_file import read_flags, read_yaml, resolve_path
+from .config_file import flags_without_value, read_flags, read_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -126,6 +127,7 @@ def resolve_run_values(config: str | None, flags: Sequence[str] | Mapping[str, A
     problems: list[str] = []
     from_file = resolve_aliases(read_yaml(config) if config is not None else {}, problems)
     overriding = flags if isinstance(flags, Mapping) else read_flags(flags, problems)
+    bare = set() if isinstance(flags, Mapping) else flags_without_value(flags)
     from_flags = resolve_aliases(overriding, problems)
     explicit_values = {**from_file, **from_flags}
     method = explicit_values.pop("method", "tsd-kd")
@@ -136,7 +138,7 @@ def resolve_run_values(config: str | None, flags: Sequence[str] | Mapping[str, A
     notes = _drop_options_of_other_methods(explicit_values, method, from_file, from_flags)
     classes = (config_class, ModelConfig, DataArguments, LaunchArguments)
     values = {f.name: get_default(cls, f.name) for cls in classes for f in fields(cls) if not f.name.startswith("_")}
-    problems += _coerce_values(explicit_values, values, method)
+    problems += _coerce_values(explicit_values, values, method, bare)
     notes += _drop_unused_vllm_options(explicit_values, values, config_class, from_flags)
     notes += _note_dataset_completions(values, config_class, from_file, from_flags)
     problems += _missing_keys(explicit_values, config_class.unsupported_options)
@@ -147,7 +149,9 @@ def resolve_run_values(config: str | None, flags: Sequence[str] | Mapping[str, A
     return RunValues(method, values, explicit_values, notes)
 
 
-def _coerce_values(explicit_values: dict[str, Any], values: dict[str, Any], method: str) -> list[str]:
+def _coerce_values(
+    explicit_values: dict[str, Any], values: dict[str, Any], method: str, bare: Collection[str]
+) -> list[str]:
     """Store the explicit values in `values`, coerced to the types of their options. Returns the problems."""
     hints: dict[str, Any] = {}
     for cls in (LaunchArguments, DataArguments, ModelConfig, find_method(method).config_class):
@@ -160,6 +164,10 @@ def _coerce_values(explicit_values: dict[str, Any], values: dict[str, Any], meth
         problems.append(f"{len(unknown) - _MAX_UNKNOWN} more unknown keys")
     for key in [key for key in explicit_values if key in values]:
         raw = explicit_values[key]
+        is_switch = bool in (typing.get_args(hints[key]) or (hints[key],)) or key == "resume_from_checkpoint"
+        if key in bare and not is_switch:
+            problems.append(f"{key}: the flag needs a value")
+            continue
         try:
             value = coerce(resolve_path(raw) if key in _PATH_KEYS else raw, hints[key])
             if isinstance(value, (dict, list, str)) and (problem := explain_unusual(value)):

@@ -12,7 +12,7 @@ from ..config.base import DataArguments, TokenSelectiveConfig
 from ..config.options import enum_value
 from ..config.user_code import load_grader
 from ..data import load_split, resolve_columns
-from ..errors import ConfigError, DataError, TSDKDError
+from ..errors import ConfigError, DataError, TSDKDError, install_hint
 from ..methods import find_method
 from ..trainer.trainer import TokenSelectiveTrainer
 from .arguments import RunArguments
@@ -121,4 +121,4 @@ def _peft_config(arguments: RunArguments) -> Any:
     try:
         return get_peft_config(arguments.model_args)
     except ValueError as error:
-        raise ConfigError(["use_peft: peft is not installed; pip install 'tsdkd[peft]'"]) from error
+        raise ConfigError([f"use_peft: peft is not installed; {install_hint('peft')}"]) from error

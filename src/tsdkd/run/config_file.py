@@ -1,7 +1,6 @@
 """Reads keys and raw values from a flat YAML file and from command-line flags. Doesn't import torch."""
 
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ def read_yaml(config: str) -> dict[str, Any]:
         if path is None:
             hint = did_you_mean(config, preset_names())
             raise ConfigError(
-                [f"--config: no file and no shipped preset is called {config!r}{hint}; see `tsdkd configs`"]
+                [f"--config: no such file or shipped configuration: {config!r}{hint}; see `tsdkd configs`"]
             )
         loaded = load_yaml(path)
     except OSError as error:  # a name that no file can have
@@ -37,8 +36,17 @@ def read_yaml(config: str) -> dict[str, Any]:
     return loaded
 
 
+def flags_without_value(flags: Sequence[str]) -> set[str]:
+    """The names of flags that no value follows."""
+    return {
+        word[2:].replace("-", "_")
+        for word, after in zip(flags, [*flags[1:], "--"], strict=False)
+        if word.startswith("--") and "=" not in word and after.startswith("--")
+    }
+
+
 def read_flags(flags: Sequence[str], problems: list[str]) -> dict[str, Any]:
-    """`--key value`, `--key=value`, `--key` (true), `--key a b` (a list); dashes in keys count as underscores."""
+    """Read `--key value`, `--key=value`, `--key` (true) and `--key a b` (a list). Dashes count as underscores."""
     flag_values: dict[str, Any] = {}
     current: str | None = None
     for token in flags:
@@ -52,10 +60,3 @@ def read_flags(flags: Sequence[str], problems: list[str]) -> dict[str, Any]:
         else:
             flag_values[current].append(token)
     return {k: True if not v else v[0] if len(v) == 1 else v for k, v in flag_values.items()}
-
-
-def resolve_path(value: Any) -> Any:
-    """Resolve `tsdkd://demo/student` to the file or folder in the package."""
-    if isinstance(value, str) and value.startswith("tsdkd://"):
-        return str(resources.files("tsdkd").joinpath(value.removeprefix("tsdkd://")))
-    return value

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import yaml
 from datasets import Dataset
@@ -10,13 +11,22 @@ from rich.table import Table
 from rich.text import Text
 
 from ..config.base import TokenSelectiveConfig
+from ..config.options import enum_value
 from ..config.user_code import load_grader
+from ..config.validation import get_rules
 from ..data import prepare_dataset
 from ..errors import DataError, ModelError, escape_line
+from ..files import shorten_path
 from ..models.loading import ModelPair, resolve_pair
 from .arguments import RunArguments
 from .build import load_datasets, set_model_init_kwargs, teacher_name_or_path
 from .output_dir import build_run_config, resolve_resume
+
+_IMPORTANT = (
+    *("bf16", "eval_strategy", "gradient_accumulation_steps", "gradient_checkpointing", "logging_steps", "max_steps"),
+    *("num_train_epochs", "per_device_train_batch_size", "save_steps", "save_strategy", "seed", "warmup_steps"),
+)
+"""Options of transformers that are shown though they aren't set."""
 
 
 def describe_run(arguments: RunArguments, processes: int | None = None) -> Iterator[RenderableType]:
@@ -35,7 +45,7 @@ def describe_run(arguments: RunArguments, processes: int | None = None) -> Itera
     training.steps_per_rollout(processes)
     load_grader(training.grader)
     checkpoint = resolve_resume(arguments)
-    yield Text(yaml.safe_dump(build_run_config(arguments), sort_keys=True, allow_unicode=True))
+    yield Text(yaml.safe_dump(_shown_config(arguments), sort_keys=True, allow_unicode=True))
     known = _summarize_config(arguments, processes, checkpoint)
     try:
         pair, prepared = _prepare_datasets(arguments)
@@ -45,6 +55,17 @@ def describe_run(arguments: RunArguments, processes: int | None = None) -> Itera
     yield _summary_table({**known, **_summarize_datasets(arguments, processes, pair, prepared)})
     example = pair.template_tokenizer.decode(prepared["train"][0]["prompt_ids"])
     yield Text(f"first prompt, as the student sees it:\n{example}")
+
+
+def _shown_config(arguments: RunArguments) -> dict[str, Any]:
+    """The configuration without options that have no effect, and with the most important ones of transformers."""
+    training, config = arguments.training_args, build_run_config(arguments)
+    for name, rules in get_rules(type(training)).items():
+        is_of_vllm = name.startswith("vllm_") and not training.use_vllm
+        is_without_effect = is_of_vllm or (rules.no_effect and rules.no_effect[0](vars(training)))
+        if is_without_effect and name not in arguments.explicit_values:
+            config.pop(name, None)
+    return {**{name: enum_value(getattr(training, name)) for name in _IMPORTANT}, **config}
 
 
 def _prepare_datasets(arguments: RunArguments) -> tuple[ModelPair, dict[str, Dataset]]:
@@ -63,11 +84,12 @@ def _prepare_datasets(arguments: RunArguments) -> tuple[ModelPair, dict[str, Dat
 def _summarize_config(arguments: RunArguments, processes: int, checkpoint: str | None) -> dict[str, str]:
     """Return the table rows that depend only on the configuration."""
     training = arguments.training_args
+    is_on_policy = training.has_lmbda and training.lmbda == 1
     return {
         "method": arguments.method,
         "global batch": f"{training.per_device_train_batch_size} x {training.gradient_accumulation_steps} accumulated "
-        f"x {processes} processes = {global_batch_size(training, processes)}",
-        "completions": training.completions_source,
+        f"x {processes} {'process' if processes == 1 else 'processes'} = {global_batch_size(training, processes)}",
+        "completions": "the student's own" if is_on_policy else training.completions_source,
         "rollouts": summarize_rollouts(training, processes),
         "output": f"{training.output_dir}{f', resuming from {checkpoint}' if checkpoint else ''}",
     }
@@ -81,10 +103,10 @@ def _summarize_datasets(
     prompts = len(prepared["train"])
     batches = math.ceil(prompts / (training.per_device_train_batch_size * processes))
     tokens_per_step = sum(prepared["train"]["limit"]) / prompts * min(global_batch_size(training, processes), prompts)
-    student, teacher = pair.student_config, pair.teacher_config
+    student, teacher, sizes = pair.student_config, pair.teacher_config, pair.vocab_sizes
     return {
-        "student": f"{arguments.model_args.model_name_or_path} ({student.model_type}, {pair.vocab_sizes[0]} logits)",
-        "teacher": f"{training.teacher_model_name_or_path} ({teacher.model_type}, {pair.vocab_sizes[1]} logits)"
+        "student": f"{_shown(arguments.model_args.model_name_or_path)} ({student.model_type}, {sizes[0]} logits)",
+        "teacher": f"{_shown(training.teacher_model_name_or_path)} ({teacher.model_type}, {sizes[1]} logits)"
         f"{'' if training.loads_teacher else ', not loaded'}"
         if training.teacher_model_name_or_path
         else "none",
@@ -95,6 +117,10 @@ def _summarize_datasets(
     }
 
 
+def _shown(model: str | None) -> str:
+    return shorten_path(str(model))
+
+
 def summarize_rollouts(training: TokenSelectiveConfig, processes: int | None = None) -> str:
     """Describe how completions are sampled; empty if none are."""
     if training.lmbda == 0 and not training.always_needs_completions:
@@ -103,7 +129,7 @@ def summarize_rollouts(training: TokenSelectiveConfig, processes: int | None = N
     steps = training.steps_per_rollout(processes)
     nucleus = f", top_p {training.top_p:g}" if training.top_p < 1 else ""
     serves = f"; each rollout serves {steps} steps" if steps > 1 else ""
-    return f"rollouts by {engine} at temperature {training.temperature:g}{nucleus}{serves}"
+    return f"by {engine} at temperature {training.temperature:g}{nucleus}{serves}"
 
 
 def _summary_table(rows: dict[str, str]) -> Table:

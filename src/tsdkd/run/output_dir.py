@@ -30,8 +30,7 @@ logger = get_logger(__name__)
 
 RUN_CONFIG_NAME = "tsdkd_config.yaml"  # the resolved configuration; marks an output directory as tsdkd's
 _LEFTOVERS = {f".{RUN_CONFIG_NAME}.new", LOCK_NAME}  # from a run that was killed before it started
-# all files of a run that was killed before its first checkpoint; "runs" has TensorBoard's files
-_WITHOUT_PROGRESS = {RUN_CONFIG_NAME, PREEMPTED_FILE, "runs"}
+_TENSORBOARD_DIR, _TENSORBOARD_FILE = "runs", "events.out.tfevents."
 
 # Keys that may differ when a run is resumed: they affect reporting, retention and speed, not what is learned.
 _MUTABLE_PREFIXES = ("logging_", "log_", "record_", "save_", "eval_", "hub_", "push_to_", "ddp_", "vllm_", "resume")
@@ -117,8 +116,23 @@ def _list_contents(folder: Path) -> set[str]:
     """Return the names in the directory; none if a run started there but saved no progress."""
     with wrap_os_errors(folder, action="read"):
         present = {path.name for path in folder.iterdir()} - _LEFTOVERS if folder.is_dir() else set()
-    present = {name for name in present if not name.startswith(checkpoint.PARTIAL_PREFIX)}
-    return set() if RUN_CONFIG_NAME in present and present <= _WITHOUT_PROGRESS else present
+    present = {name for name in present if not checkpoint.is_leftover(name)}
+    if present <= {RUN_CONFIG_NAME, PREEMPTED_FILE, _TENSORBOARD_DIR} and _is_without_progress(folder):
+        return set()
+    return present
+
+
+def _is_without_progress(folder: Path) -> bool:
+    """Whether a run was killed here before its first checkpoint: only its configuration and its log are here, and
+    nobody has edited the configuration."""
+    path = folder / RUN_CONFIG_NAME
+    logs = [file for file in (folder / _TENSORBOARD_DIR).rglob("*") if not file.is_dir()]
+    if not path.is_file() or any(not file.name.startswith(_TENSORBOARD_FILE) for file in logs):
+        return False
+    try:
+        return path.read_text(encoding="utf-8") == _dump(load_yaml(path))
+    except ValueError:
+        return False
 
 
 def require_writable(folder: Path) -> None:
@@ -185,9 +199,13 @@ def write_run_config(arguments: RunArguments) -> tuple[Path, str]:
     path = Path(str(arguments.training_args.output_dir), RUN_CONFIG_NAME)
     if _list_contents(path.parent) and not _is_resuming(arguments):
         raise OutputDirError(f"output_dir: another run has started in {path.parent}; choose another directory")
-    text = yaml.safe_dump(build_run_config(arguments), sort_keys=True, allow_unicode=True)
+    text = _dump(build_run_config(arguments))
     write_atomically(path, text)
     return path, text
+
+
+def _dump(config: Any) -> str:
+    return yaml.safe_dump(config, sort_keys=True, allow_unicode=True)
 
 
 def read_run_config(folder: Path) -> dict[str, Any]:

@@ -6,7 +6,8 @@ It replaces the callbacks of transformers, which print each log entry as a dicti
 import logging
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from tqdm import tqdm
@@ -22,6 +23,17 @@ def replace_progress_callback(trainer: Trainer) -> None:
     for callback in (ProgressCallback, PrinterCallback):
         if trainer.pop_callback(callback) is not None:
             trainer.add_callback(ProgressLineCallback())
+
+
+@contextmanager
+def closing_progress(trainer: Trainer) -> Iterator[None]:
+    """End the live line of a trainer whose training fails, too."""
+    try:
+        yield
+    finally:
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, ProgressLineCallback):
+                callback.close()
 
 
 class ProgressLineCallback(TrainerCallback):
@@ -75,6 +87,10 @@ class ProgressLineCallback(TrainerCallback):
             self._write(", ".join([step, *reversed(self._metrics), *step_time, *self._time_left(state)]))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the live line, and show transformers' bars again if they were shown before."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None

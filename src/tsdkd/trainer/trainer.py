@@ -25,6 +25,7 @@ from ..config.base import TokenSelectiveConfig, require_config
 from ..config.user_code import load_grader
 from ..data import collate, completion_mask, hash_rows, is_prepared, prepare_dataset, target_ids
 from ..errors import ResumeError
+from ..files import resolve_path
 from ..grading import Grader
 from ..models.identity import identify_model
 from ..models.loading import get_model_id, load_student, resolve_pair
@@ -37,7 +38,7 @@ from . import model_card
 from .forward import HeadForward, TeacherOutput
 from .metrics import MetricAccumulator, term_gradient_norms
 from .nonfinite import NonFiniteGuard
-from .progress import replace_progress_callback
+from .progress import closing_progress, replace_progress_callback
 from .rollout_buffer import Batch, RolloutBuffer
 from .rollouts import EVAL_STEP, RolloutMixin
 from .step_timer import StepTimer
@@ -88,6 +89,7 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
         peft_config: Any | None = None,
         grader: Callable[[str, str], bool] | None = None,
     ) -> None:
+        model, teacher_model = resolve_path(model), resolve_path(teacher_model)
         args = args or self.config_class(f"{Path(get_model_id(model)).name}-{self.config_class.method}")
         self._check_args(args)
         self.grader = load_grader(args.grader) if grader is None else Grader(grader)
@@ -355,7 +357,8 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """See `CheckpointMixin.train`."""
         self._weights_version += 1  # the step count restarts at 0 or at a checkpoint's step
-        return super().train(*args, **kwargs)
+        with closing_progress(self):
+            return super().train(*args, **kwargs)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
