@@ -16,6 +16,7 @@ from ..errors import ConfigError, DataError, escape_line
 from ..files import ensure_dir, write_atomically
 from ..run.arguments import resolve_path
 from . import harness
+from .grader_source import hash_grader_source
 from .items import ItemResults
 from .problem_task import ProblemTask
 from .prompt_format import ENABLE_THINKING, PromptFormat, resolve_prompt_format
@@ -110,7 +111,10 @@ class EvalArguments:
             "model_args": self.model_args,
             "seed": self.seed,
         }
-        return metadata | ({"grader": benchmark.problem_file.grader} if benchmark.problem_file else {})
+        if benchmark.problem_file:
+            grader = benchmark.problem_file.grader
+            metadata |= {"grader": grader, "grader_source": hash_grader_source(grader)}
+        return metadata
 
 
 def run_evaluation(eval_args: EvalArguments) -> list[BenchmarkResult]:
