@@ -68,7 +68,8 @@ def main(argv: Sequence[str]) -> int:
     )
     print(escape_controls(path.read_text(encoding="utf-8")))
     _print_prompts(evaluator.read_first_prompts(eval_args))
-    print(escape_line(f"wrote {path}, and {path.with_suffix('.json').name} and all items in the same folder"))
+    names = f"{path.name}, {path.with_suffix('.json').name} and all items"
+    print(escape_line(f"wrote {names} to {args.output_dir}"))
     return 0
 
 

@@ -232,7 +232,9 @@ def _evaluate_missing(
     lm = harness.load_lm(model_path, eval_args.backend, eval_args.batch_size, eval_args.model_args, prompt_format)
     _validate_context_length(model, lm, benchmarks, tasks)
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=PlainConsole(file=sys.stderr)) as progress:
+    console = PlainConsole(file=sys.stderr)
+    bars = Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal)
+    with bars as progress:
         for benchmark in benchmarks:
             name, total = benchmark.name, len(items[benchmark.name])
             bar = progress.add_task(
