@@ -3,6 +3,7 @@
 import fcntl
 import gc
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -84,7 +85,7 @@ def test_a_comparison_from_end_to_end(comparison: Any, tmp_path: Path, capfd: An
     assert [r["method"] for r in first[2:4]] == ["gkd", "seq-kd"]
     table = (out / "results.md").read_text()
     assert "| plain |" in table and "| teacher |" in table and "2 seeds" in table and "12 problems" in table
-    assert table.count("(p ") == 1 and "two-sided p" in table
+    assert len(re.findall(r"\(p [=<] ", table)) == 1 and "two-sided p" in table
     assert (out / "results.png").stat().st_size > 1000
     assert len((out / "teacher_completions.jsonl").read_text().splitlines()) == 24
     trained_on = yaml.safe_load((out / "fixed/seed-1/tsdkd_config.yaml").read_text())["dataset_name"]
@@ -297,6 +298,25 @@ def test_intervals_are_student_s() -> None:
     spread = (sum((v - 3.2) ** 2 for v in values) / 4) ** 0.5
     assert summary.means["greedy"] == pytest.approx(3.2)
     assert summary.half_widths["greedy"] == pytest.approx(2.7764451 * spread / 5**0.5)
+
+
+def test_one_seed_has_no_interval(comparison: Any) -> None:
+    from tsdkd.compare.summary import format_summary, metric_names, summarize
+
+    read = read_comparison(comparison(runs={"plain": {"method": "gkd"}, "other": {"method": "gkd"}}))
+    row = dict.fromkeys(metric_names(read), 50.0) | {"samples_right": [1], "settings": {"eval_samples": 2}}
+    one, two = (
+        format_summary(read, [summarize(name, [row] * count, metric_names(read)) for name in read.runs])
+        for count in (1, 2)
+    )
+    assert "\n1 problem. One seed: no interval. Bold: the highest accuracy" in one and "±" not in one
+    assert "Mean ± half the width of the 95 % interval over 2 seeds." in two
+
+
+def test_only_close_names_are_suggested(capsys: Any) -> None:
+    for name, hint in [("nope.yaml", ""), ("demo_tabel3.yaml", ", did you mean 'demo_table3'?")]:
+        assert main(["compare", "--config", name]) == 2
+        assert f"no shipped comparison is called {name!r}{hint}; `tsdkd" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", comparison_names())

@@ -25,8 +25,9 @@ from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 
 from tsdkd.evaluation import harness
+from tsdkd.evaluation.problem_file import ProblemFile, load_problems
 from tsdkd.evaluation.scores import bootstrap_interval, paired_permutation_test, pass_at_k
-from tsdkd.evaluation.suites import SUITES
+from tsdkd.evaluation.suites import SUITES, resolve_suite
 from tsdkd.evaluation.tasks import CUSTOM_TASKS, build_tasks, leaf_tasks
 from tsdkd.grading import is_math_equivalent
 
@@ -471,10 +472,12 @@ def test_a_file_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     """Is a benchmark: as many items are right as of the same problems in the demo's suite, greedily item by item."""
     out, file = tmp_path / "out", own_file(tmp_path / "mine.jsonl", demo_rows())
     assert ran_own(out, file) == 0
-    printed = capsys.readouterr().out
+    printed, errors = capsys.readouterr()
+    assert "mine, greedy" not in errors  # no progress bars: this isn't a terminal
     table = (out / "results-mine.md").read_text()
     assert table in printed and "Settings of mine: backend hf, chat template yes, max_new_tokens 64" in table
-    assert table.startswith("|  | mine, greedy | mine avg@2 | mine pass@2 |") and "(p " in table
+    assert table.startswith("|  | mine, greedy | mine avg@2 | mine pass@2 |") and "(p = " in table
+    assert "wrote results-mine.md, results-mine.json and all items to " in printed
     assert f"<user> {demo_rows()[0]['prompt']} <sol>" in printed
     assert ran(tmp_path / "demo") == 0
     for model in ("student", "teacher"):
@@ -563,6 +566,10 @@ def test_a_grader_of_ones_own(
     capsys.readouterr()
     assert ran_own(out, file, models=student) == 2
     assert "grader was 'my_graders:contains', now None" in capsys.readouterr().err
+    source = tmp_path / "my_graders.py"
+    source.write_text(source.read_text().replace("return f' {answer} ' in", "return f' {answer} ' not in"))
+    assert ran_own(out, file, "--grader", "my_graders:contains", models=student) == 2
+    assert "has items of other settings: grader_source was '" in capsys.readouterr().err
     for name, found in [
         ("my_graders:fails", "my_graders:fails raised KeyError: 'nothing'"),
         ("my_graders:says", "my_graders:says returned 'yes', expected True or False"),
@@ -587,9 +594,13 @@ def test_a_grader_of_ones_own(
         (
             "a.jsonl",
             '{"question": "a", "answer": 1}',
-            "prompt_column: {} has no column 'prompt' or 'messages'; it has 'question', 'answer'",
+            "--prompt_column: {} has no column 'prompt' or 'messages'; it has 'question', 'answer'; set --",
         ),
-        ("b.jsonl", '{"prompt": "a", "gold": 1}', "answer_column: {} has no column 'answer'; it has 'prompt', 'gold'"),
+        (
+            "b.jsonl",
+            '{"prompt": "a", "gold": 1}',
+            "--answer_column: {} has no column 'answer'; it has 'prompt', 'gold'",
+        ),
         ("c.jsonl", '{"prompt": "a", "answer": 1}\n{"prompt": " ", "answer": 1}', "row 1: no prompt"),
         ("d.jsonl", '{"prompt": "a", "answer": null}', "row 0: answer must be text or a number, found None"),
         (
@@ -597,10 +608,13 @@ def test_a_grader_of_ones_own(
             f'{{"prompt": "a", "answer": 1{"0" * 5000}}}',
             "row 0: answer must be text or a number, found inf",
         ),
+        ("i.jsonl", '{"prompt": "a", "answer": true}', "row 0: answer must be text or a number, found True"),
         ("e.jsonl", '{"prompt": "a", "answer": ["1"]}', "row 0: answer must be text or a number, found ['1']"),
         ("f.jsonl", '{"prompt": [{"role": "user"}], "answer": "1"}', "row 0: no prompt: prompt must hold messages"),
         ("g h.jsonl", '{"prompt": "a", "answer": 1}', "its name must have letters"),
         ("gsm8k.jsonl", '{"prompt": "a", "answer": 1}', "another benchmark is called 'gsm8k'"),
+        *((f"{name}.jsonl", '{"prompt": "a", "answer": 1}', f"a suite is called {name!r}") for name in SUITES),
+        ("a,b.jsonl", '{"prompt": "a", "answer": 1}', "commas separate files"),
         ("folder.jsonl/", None, "folder.jsonl"),
     ],
 )
@@ -614,10 +628,29 @@ def test_a_file_that_cannot_be_used(
         (tmp_path / name).mkdir()
     assert ran_own(tmp_path / "out", f"{tmp_path}/{name}", models=OWN[:1]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    is_column = found.startswith(("prompt_column", "answer_column"))
+    is_column = found.startswith(("--prompt_column", "--answer_column"))
     assert error.startswith("tsdkd eval: " if is_column else "tsdkd eval: --benchmarks: ")
     assert found.format(tmp_path / name) in error
     assert not (tmp_path / "out").exists()
+
+
+def test_numbers_are_written_out(tmp_path: Path) -> None:
+    """math-verify doesn't read exponents."""
+    numbers = [0.00005, 1e22, -2.5, 3.0, 7]
+    file = own_file(tmp_path / "mine.jsonl", [{"prompt": "w1", "answer": number} for number in numbers[:4]])
+    answers = load_problems(ProblemFile(file))["answer"]
+    assert answers == ["0.00005", "10000000000000000000000", "-2.5", "3.0"]
+    assert all(is_math_equivalent(f"\\boxed{{{answer}}}", answer) for answer in answers)
+    assert not is_math_equivalent("\\boxed{5}", answers[0])
+    file = own_file(tmp_path / "whole.jsonl", [{"prompt": "w1", "answer": numbers[4]}])
+    assert load_problems(ProblemFile(file))["answer"] == ["7"]
+
+
+def test_results_of_different_files_have_different_names() -> None:
+    sets = [["a.jsonl", "b.jsonl"], ["a+b.jsonl"], ["a.jsonl", "b+c.jsonl"], ["a+b.jsonl", "c.jsonl"]]
+    sets += [[f"{'x' * 70}.jsonl", f"{'y' * 70}{i}.jsonl"] for i in range(2)]
+    names = [resolve_suite(None, files).name for files in sets]
+    assert len(set(names)) == len(names) and names[0] == "a+b" and all(len(name) <= 100 for name in names)
 
 
 def test_what_a_file_cannot_be_combined_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -81,6 +81,13 @@ def test_answers_keep_the_column_that_the_run_looks_for(command, tmp_path):
     assert all(row["gold"] == "7" and "answer" not in row for row in read(output).values())
 
 
+def test_an_answer_column_must_exist(command, tmp_path, capsys):
+    data, output = write_jsonl(tmp_path / "data.jsonl", [{"prompt": "w1 w2", "gold": "7"}]), tmp_path / "rows.jsonl"
+    assert main(command(output, dataset_name=data, answer_column="nope")) == 2
+    assert "answer_column: the data set has no column 'nope'; it has 'prompt', 'gold'" in capsys.readouterr().err
+    assert not output.exists()
+
+
 def test_a_suffix_is_asked_and_not_written(command, saved_model, tmp_path, capsys):
     """The rows are for a run with the same suffix; a file with another isn't added to."""
     output = tmp_path / "rows.jsonl"

@@ -30,6 +30,28 @@ def test_a_card_cites_the_method_s_papers(method: str, tmp_path: Path) -> None:
     assert ("## Citation" in card) == (TSD_KD in card or EOPD in card)
 
 
+def test_a_card_loads_the_student_from_its_folder_or_the_hub(tmp_path: Path) -> None:
+    folder = tmp_path / "runs/c"
+    assert f'AutoModelForCausalLM.from_pretrained("{folder}")' in written(folder, "gkd", model_name="c")
+    names = {"model_name": "c", "student": "s", "teacher": "t", "dataset": "d"}
+    args = METHODS["gkd"].config_class(str(folder), hub_model_id="me/c", **QUIET)
+    write_model_card(folder / "README.md", args, tags=[], **names)
+    assert 'AutoTokenizer.from_pretrained("me/c")' in (folder / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("max_steps", "listed", "left_out"), [(-1, "num_train_epochs", "max_steps"), (7, "max_steps", "num_train_epochs")]
+)
+def test_a_card_lists_the_duration_in_force(max_steps: int, listed: str, left_out: str, tmp_path: Path) -> None:
+    args = METHODS["gkd"].config_class(
+        str(tmp_path), max_steps=max_steps, **{k: v for k, v in QUIET.items() if k != "max_steps"}
+    )
+    names = {"model_name": "c", "student": "s", "teacher": "t", "dataset": "d"}
+    write_model_card(tmp_path / "README.md", args, tags=[], **names)
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert f"| `{listed}` |" in card and f"| `{left_out}` |" not in card
+
+
 def test_local_paths_stay_out_of_the_metadata(tmp_path: Path) -> None:
     card = written(tmp_path, "gkd", student=str(tmp_path), dataset="org/prompts")
     metadata = yaml.safe_load(card.split("---")[1])

@@ -231,6 +231,14 @@ def test_an_engine_that_is_shared_holds_a_part_of_the_weights():
     assert one.kv_cache_per_sequence == two.kv_cache_per_sequence == 1024 * 28 * 2 * 2 * 128 * 2
 
 
+def test_a_narrow_terminal_leaves_the_command_whole(plan, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "60")
+    (line,) = (line for line in plan().splitlines() if line.startswith("the fastest placement"))
+    assert line.endswith(" --accelerate_config zero1 --num_processes 8 --teacher_placement replica")
+    assert main(["plan", "--config", "demo.yaml", "--output_dir", "x", "--gpus", "1", "--gpu_gib", "80"]) == 0
+    assert "step time: less than 1 s on A100s\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("flag", ["--gpus=0", "--gpus=two", "--gpu_gib=nan", "--gpu_gib=-5", "--gpu_gib=inf"])
 def test_a_plan_for_no_machine(flag, capsys):
     with pytest.raises(SystemExit) as stopped:

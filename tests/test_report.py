@@ -52,7 +52,7 @@ def tokens(browser: Any) -> list[Any]:
 def test_a_run_is_shown(run: Path, browser: Any) -> None:
     """All parts, no errors, nothing loaded."""
     opened(browser, run / "report.html")
-    assert browser.title == "a run"
+    assert browser.title == "tsdkd report: a run"
     assert "Finished: 8 steps" in shown(browser, "summary")
     assert "demo: 82.1 % (avg@8), against before +64.2 [" in shown(browser, "summary")
     assert "+64.2 [" in shown(browser, "evaluation")
@@ -226,7 +226,7 @@ def test_runs_beside_each_other(run: Path, browser: Any, tmp_path: Path) -> None
     (other / "tsdkd_config.yaml").write_text(config)
     assert main(["report", str(run), str(other), "--output_file", str(tmp_path / "both.html")]) == 0
     opened(browser, tmp_path / "both.html")
-    assert browser.title == "a run and other"
+    assert browser.title == "tsdkd report: a run and other"
     assert len(browser.find_elements(By.CSS_SELECTOR, "#summary h3")) == 2
     assert shown(browser, "configuration").splitlines()[:3] == ["Configuration", "option a run other", "beta 0.9 0.5"]
     assert "didn't record any" in shown(browser, "summary")

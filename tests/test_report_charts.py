@@ -19,6 +19,8 @@ from test_report import made_up
 from tsdkd.cli import main
 from tsdkd.evaluation.results import BenchmarkResult, write_results
 from tsdkd.evaluation.suites import SUITES
+from tsdkd.report.load import load_run
+from tsdkd.report.page import render_page
 from tsdkd.trainer.token_records import RecordedCompletion, write_token_records
 
 browser = chromium.browser
@@ -151,6 +153,33 @@ def test_a_run_can_be_hidden(browser: Any, tmp_path: Path) -> None:
 
 
 @needs_chromium
+def test_single_values_follow_their_runs(browser: Any, tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / name, [*log(), {"step": 9, "x": 4.5}]) for name in "ab"]
+    runs.append(write_run(tmp_path / "c", [*log(), {"step": 9, "y": 2.5}]))
+    open_report(browser, tmp_path / "page.html", *runs)
+    (both,), (one,) = figures(browser, "x"), figures(browser, "y")
+    first, _, last = browser.find_elements(By.CSS_SELECTOR, "#runs input")
+    first.click()
+    last.click()
+    assert "a" not in both.find_element(By.TAG_NAME, "dl").text.split() and "4.5" in both.text
+    assert not one.is_displayed()
+    first.click()
+    last.click()
+    assert both.text.count("4.5") == 2 and one.is_displayed() and "2.5" in one.text
+
+
+@needs_chromium
+def test_percentages_end_at_100(browser: Any, tmp_path: Path) -> None:
+    entries = [entry | {"completions/eos_share": entry["step"] / 100} for entry in log()]
+    open_report(browser, tmp_path / "page.html", write_run(tmp_path / "a", entries))
+    (ended,) = figures(browser, "Completions that end with a stop token")
+    svg = ended.find_element(By.CSS_SELECTOR, ".chart > svg")
+    top = min(float(line.get_attribute("y1")) for line in svg.find_elements(By.CSS_SELECTOR, "line.grid"))
+    assert max(numbers(ticks(ended, "y"))) == 100 and top == 8  # the upper edge
+    assert browser.find_element(By.TAG_NAME, "h1").text == "tsdkd report: a"
+
+
+@needs_chromium
 def test_losses_share_an_axis_only_if_they_are_the_same_function(browser: Any, tmp_path: Path) -> None:
     entries = log(eval_accuracy=0.5, **{"loss/direct": 1.0, "grad_norm": 1.0, "learning_rate": 1e-6})
     runs = [
@@ -262,6 +291,17 @@ def test_a_peak_is_drawn_whatever_the_length(browser: Any, tmp_path: Path) -> No
     path = loss.find_element(By.CSS_SELECTOR, "path.line").get_attribute("d")
     assert path.count("M") == 2 and path.count("L") <= 400
     assert "not finite at step 5001" in shown(browser, "summary") and browser.get_log("browser") == []
+
+
+def test_a_peak_beside_a_value_that_is_not_finite(tmp_path: Path) -> None:
+    for odd in (math.nan, math.inf):
+        entries = log(1e-5, count=20_000)
+        entries[12_344]["loss"], entries[12_345]["loss"], entries[12_346]["loss"] = 77.0, odd, -77.0
+        page = render_page([load_run("a", write_run(tmp_path / str(odd), entries))], [])
+        data = json.loads(re.search(r'id="chart-data">(.*?)</script>', page)[1])  # type: ignore[index]
+        (line,) = next(chart for chart in data["charts"] if chart["title"] == "Loss")["lines"]
+        assert len(line["x"]) <= 400 and line["x"] == sorted(line["x"])
+        assert {77.0, None, -77.0} <= set(line["y"])
 
 
 def summary(browser: Any, output: Path, *folders: Path) -> str:

@@ -32,6 +32,11 @@ def main(argv: Sequence[str]) -> int:
     if args.data_dir is not None and not args.data_dir.is_dir():
         raise ConfigError([f"--data_dir: no such directory: {args.data_dir}"])
 
+    if "," in args.benchmarks and Path(args.benchmarks).is_file():
+        raise ConfigError(
+            [f"--benchmarks: {args.benchmarks}: commas separate files, so rename this file to a name without a comma"]
+        )
+
     from ..evaluation.suites import resolve_suite  # torch from here on
 
     suite = resolve_suite(
@@ -63,7 +68,8 @@ def main(argv: Sequence[str]) -> int:
     )
     print(escape_controls(path.read_text(encoding="utf-8")))
     _print_prompts(evaluator.read_first_prompts(eval_args))
-    print(escape_line(f"wrote {path}, and {path.with_suffix('.json').name} and all items in the same folder"))
+    names = f"{path.name}, {path.with_suffix('.json').name} and all items"
+    print(escape_line(f"wrote {names} to {args.output_dir}"))
     return 0
 
 
@@ -138,14 +144,18 @@ def _add_sampling_flags(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("benchmarks with sampled completions")
     group.add_argument("--samples", type=int_at_least(1), metavar="N", help="completions per item; default: 8")
     group.add_argument(
-        "--k", type=_parse_ks, metavar="K,K", default=(), help="the k of pass@k in the table; default: --samples"
+        "--k",
+        type=_parse_ks,
+        metavar="K,K",
+        default=(),
+        help="values of k for pass@k in the table; default: --samples",
     )
     group.add_argument(
         "--max_new_tokens",
         type=int_at_least(1),
         metavar="N",
         default=8192,
-        help="maximum length of a completion, also of the greedy one for your own file; default: %(default)s",
+        help="maximum completion length (for your own file, also of the greedy completion); default: %(default)s",
     )
     group.add_argument("--seed", type=int_at_least(0), metavar="N", default=0, help="default: %(default)s")
 

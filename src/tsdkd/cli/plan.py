@@ -35,5 +35,5 @@ def main(argv: Sequence[str]) -> int:
 
     console = PlainConsole()
     for part in plan(args.config, flags, args.gpus, args.gpu_gib):
-        console.print(part)
+        console.print(part, soft_wrap=isinstance(part, str))  # a command must stay one line, to be copied
     return 0

@@ -201,9 +201,10 @@ def _find_comparison(name: str) -> Path:
     for path in (Path(name), _PRESETS_DIR / name, _PRESETS_DIR / f"{name}.yaml"):
         if path.is_file():
             return path
+    hint = did_you_mean(name.removesuffix(".yaml"), [shipped.removesuffix(".yaml") for shipped in comparison_names()])
     raise ConfigError(
         [
-            f"--config: no file and no shipped comparison is called {name!r}{did_you_mean(name, comparison_names())}; "
+            f"--config: no file and no shipped comparison is called {name!r}{hint}; "
             "`tsdkd compare --list` lists the shipped ones"
         ]
     )

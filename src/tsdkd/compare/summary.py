@@ -76,13 +76,23 @@ def format_summary(comparison: Comparison, summaries: Sequence[RunSummary]) -> s
     for summary in summaries:
         cells = [_format_cell(summary, metric, best.get(metric)) for metric in metrics]
         rows.append([summary.run_name, *cells, _format_difference(summary, base)])
-    seeds = " to ".join(map(str, sorted({s.num_seeds for s in trained}))) or "no"
-    note = (
-        f"{len(summaries[0].solve_rates)} problems. Mean ± half the width of the 95 % interval over {seeds} seeds. "
-        "Last column: difference in points, and two-sided p-value of a paired permutation test over the problems "
-        f"({NUM_RESAMPLES:,} sign flips).\n"
+    return f"{format_table(header, rows)}\n{_format_note(len(summaries[0].solve_rates), trained)}\n"
+
+
+def _format_note(num_problems: int, trained: Sequence[RunSummary]) -> str:
+    counts = sorted({s.num_seeds for s in trained})
+    if not counts:
+        spread = "No run is finished."
+    elif counts == [1]:
+        spread = "One seed: no interval."
+    else:
+        single = " (a run with one seed has no interval)" if counts[0] == 1 else ""
+        spread = f"Mean ± half the width of the 95 % interval over {' to '.join(map(str, counts))} seeds{single}."
+    return (
+        f"{num_problems} problem{'' if num_problems == 1 else 's'}. {spread} Bold: the highest accuracy of the "
+        "trained runs. Last column: difference in points, and two-sided p-value of a paired permutation test over the "
+        f"problems ({NUM_RESAMPLES:,} sign flips)."
     )
-    return f"{format_table(header, rows)}\n{note}"
 
 
 def _format_cell(summary: RunSummary, metric: str, best: float | None) -> str:

@@ -15,6 +15,7 @@ from ..config.console import PlainConsole
 from ..errors import ConfigError, DataError, escape_line
 from ..files import ensure_dir, resolve_path, write_atomically
 from . import harness
+from .grader_source import hash_grader_source
 from .items import ItemResults
 from .problem_task import ProblemTask
 from .prompt_format import ENABLE_THINKING, PromptFormat, resolve_prompt_format
@@ -109,7 +110,10 @@ class EvalArguments:
             "model_args": self.model_args,
             "seed": self.seed,
         }
-        return metadata | ({"grader": benchmark.problem_file.grader} if benchmark.problem_file else {})
+        if benchmark.problem_file:
+            grader = benchmark.problem_file.grader
+            metadata |= {"grader": grader, "grader_source": hash_grader_source(grader)}
+        return metadata
 
 
 def run_evaluation(eval_args: EvalArguments) -> list[BenchmarkResult]:
@@ -227,7 +231,9 @@ def _evaluate_missing(
     lm = harness.load_lm(model_path, eval_args.backend, eval_args.batch_size, eval_args.model_args, prompt_format)
     _validate_context_length(model, lm, benchmarks, tasks)
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=PlainConsole(file=sys.stderr)) as progress:
+    console = PlainConsole(file=sys.stderr)
+    bars = Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal)
+    with bars as progress:
         for benchmark in benchmarks:
             name, total = benchmark.name, len(items[benchmark.name])
             bar = progress.add_task(

@@ -3,6 +3,7 @@
 import math
 import os
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,8 @@ def load_problems(file: ProblemFile) -> Dataset:
     ):
         if name not in present:
             usual = ("prompt", "messages") if field == "prompt_column" else ("answer",)
-            raise missing_column(field, file.path, (name,) if is_given else usual, present)
+            message = str(missing_column(field, file.path, (name,) if is_given else usual, present))
+            raise DataError(f"--{message}".replace(f"; set {field}", f"; set --{field}"))
     try:
         problems = [_read_row(row, index, prompt, answer) for index, row in enumerate(rows)]
     except DataError as error:
@@ -73,12 +75,13 @@ def _read_row(row: Any, index: int, prompt_column: str, answer_column: str) -> d
     prompt, _ = split_prompt_completion(row, index, Columns(prompt_column, None, None))
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     answer = row[answer_column]
-    is_number = isinstance(answer, int | float) and math.isfinite(answer)
+    is_number = isinstance(answer, int | float) and not isinstance(answer, bool) and math.isfinite(answer)
     if not is_number and not (isinstance(answer, str) and answer.strip()):
         raise DataError(f"row {index}: {answer_column} must be text or a number, found {shorten(answer)}")
     return {
         "messages": [{"role": m["role"], "content": m["content"]} for m in messages],
-        "answer": str(answer),
+        # without an exponent: math-verify misreads 5e-05
+        "answer": format(Decimal(repr(answer)), "f") if isinstance(answer, float) else str(answer),
     }
 
 

@@ -69,8 +69,8 @@ def paired_permutation_test(ours: np.ndarray, theirs: np.ndarray, seed: int = 0)
 
 
 def format_p_value(p: float) -> str:
-    """Format a p-value with three decimals, or as "p < 0.001"."""
-    return f"p {p:.3f}" if p >= 0.001 else "p < 0.001"
+    """Format a p-value as "p = 0.050", with three decimals, or as "p < 0.001"."""
+    return f"p = {p:.3f}" if p >= 0.001 else "p < 0.001"
 
 
 def _batch_size(values: np.ndarray) -> int:

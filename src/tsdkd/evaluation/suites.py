@@ -1,5 +1,6 @@
 """The papers' benchmarks with their settings, and which of them a call of `tsdkd eval` evaluates."""
 
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -124,6 +125,7 @@ _ALL_SUITES = (
     ),
 )
 SUITES = {suite.name: suite for suite in _ALL_SUITES}
+_MAX_NAME = 100  # characters of a suite of files
 
 
 def benchmark_title(name: str) -> str:
@@ -192,14 +194,29 @@ def _build_file_suite(files: Sequence[ProblemFile]) -> Suite:
         taken = {b.name for suite in SUITES.values() for b in suite.benchmarks} | {b.name for b in benchmarks}
         if not re.fullmatch(r"\w[\w.+-]{0,99}", name):
             raise ConfigError([f"--benchmarks: {file.path}: its name must have letters, digits and . _ + - only"])
+        if name in SUITES:
+            raise ConfigError([f"--benchmarks: {file.path}: a suite is called {name!r}; rename the file"])
         if {name, f"{name}_greedy"} & taken:
             raise ConfigError([f"--benchmarks: {file.path}: another benchmark is called {name!r}; rename the file"])
         shared: dict[str, Any] = {"num_fewshot": 0, "metric": "score", "filter": "all", "problem_file": file}
         greedy, sampled = f"{name}_greedy", name
         benchmarks.append(Benchmark(greedy, f"{name}, greedy", greedy, **shared))
         benchmarks.append(Benchmark(sampled, name, sampled, num_samples=8, is_sampled=True, **shared))
-    suite_name = "+".join(problem_file_title(file) for file in files)[:100]
-    return Suite(suite_name, tuple(benchmarks), apply_chat_template=True, paper="the user's problems")
+    return Suite(
+        _file_suite_name([problem_file_title(file) for file in files]),
+        tuple(benchmarks),
+        apply_chat_template=True,
+        paper="the user's problems",
+    )
+
+
+def _file_suite_name(titles: Sequence[str]) -> str:
+    """The titles, joined by "+". A digest tells apart names that would be equal: long ones, and a file `a+b`."""
+    name = "+".join(titles)
+    if len(name) <= _MAX_NAME and not any("+" in title for title in titles):
+        return name
+    digest = hashlib.sha256("\n".join(titles).encode()).hexdigest()[:8]
+    return f"{name[: _MAX_NAME - 9]}-{digest}"
 
 
 def select_benchmarks(suite: str, names: Sequence[str] | None, allow_code_execution: bool = False) -> list[Benchmark]:

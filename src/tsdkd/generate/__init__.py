@@ -188,6 +188,7 @@ def _prepare_setup(arguments: RunArguments, role: Role, limit: int | None) -> Ge
         args.vllm_gpu_memory_utilization = engine_memory_utilization(arguments, args.device)
     output_columns(args)  # check the names before anything is loaded
     dataset, _ = load_datasets(arguments.data_args, args)
+    columns = resolve_columns(dataset, args, needs_answer=True)
     set_model_init_kwargs(arguments)
     student, teacher = str(arguments.model_args.model_name_or_path), str(args.teacher_model_name_or_path)
     pair = resolve_pair(student, teacher, args)
@@ -201,7 +202,7 @@ def _prepare_setup(arguments: RunArguments, role: Role, limit: int | None) -> Ge
         args,
         pair,
         dataset,
-        resolve_columns(dataset, args),
+        columns,
         tokenized,
     )
 

@@ -205,8 +205,10 @@ def _describe_engine_memory(
 
 def _describe_step_seconds(student: ModelSize, teacher: ModelSize | None, workload: Workload) -> str:
     seconds = estimate_step_seconds(student, teacher, workload)
+    if (total := sum(seconds.values())) < 1:
+        return "step time: less than 1 s on A100s"
     shares = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())
     return (
-        f"step time: about {sum(seconds.values()):.0f} s ({shares}) on A100s, if every sequence has "
+        f"step time: about {total:.0f} s ({shares}) on A100s, if every sequence has "
         f"{workload.sequence_length} tokens; excludes loading, weight copies and communication between GPUs"
     )

@@ -55,7 +55,7 @@ MAIN_CHARTS = (
     ChartSpec(
         "Completions that end with a stop token",
         ("completions/eos_share",),
-        "The others were cut off at max_completion_length.",
+        "The others were cut off at the length limit.",
         "%",
         100.0,
     ),

@@ -60,8 +60,8 @@
   }
 
   class Chart {
-    constructor(holder, { title, log, lines }) {
-      Object.assign(this, { holder, title, log, lines, zoom: null, step: null, hidden: new Set() });
+    constructor(holder, { title, unit, log, lines }) {
+      Object.assign(this, { holder, title, unit, log, lines, zoom: null, step: null, hidden: new Set() });
       this.svg = add(holder, "svg", { tabindex: 0, role: "slider", "aria-label": `${title}: values by step`, height });
       this.keys = add(holder, "div", { class: "keys" });
       this.place = add(this.keys, "span", { class: "place" });
@@ -123,7 +123,8 @@
       if (this.log) return high / low < 1.1 ? [low / 1.5, high * 1.5] : [low / (high / low) ** 0.05, high * (high / low) ** 0.05];
       const size = Math.max(Math.abs(low), Math.abs(high)) || 1;
       const room = Math.max(0.06 * (high - low), 5e-3 * size);
-      return [low >= 0 ? Math.max(0, low - room) : low - room, high + room];
+      const top = this.unit === "%" && high <= 100 ? Math.min(100, high + room) : high + room; // shares
+      return [low >= 0 ? Math.max(0, low - room) : low - room, top];
     }
 
     isDrawn(y) {
@@ -279,7 +280,10 @@
       if (box.checked) hiddenRuns.delete(Number(box.value));
       else hiddenRuns.add(Number(box.value));
       for (const chart of drawn) chart.draw();
-      for (const figure of document.querySelectorAll("#curves figure"))
-        figure.hidden = ![...figure.querySelectorAll("[data-chart]")].some((h) => charts[h.dataset.chart].lines.some((l) => !hiddenRuns.has(l.run)));
+      for (const number of document.querySelectorAll("#curves [data-run]")) number.hidden = hiddenRuns.has(Number(number.dataset.run));
+      for (const figure of document.querySelectorAll("#curves figure")) {
+        const lines = [...figure.querySelectorAll("[data-chart]")].flatMap((h) => charts[h.dataset.chart].lines);
+        figure.hidden = !figure.querySelector("[data-run]:not([hidden])") && !lines.some((l) => !hiddenRuns.has(l.run));
+      }
     });
 })();

@@ -115,15 +115,20 @@ def _build_lines(
 
 
 def _thin_out(curve: Curve) -> Curve:
-    """At most `_MAX_POINTS` points: of each stretch of steps the lowest and the highest, so that no peak is lost."""
+    """At most `_MAX_POINTS` points: of each stretch of steps the lowest and the highest, so that no peak is lost.
+
+    If the curve has values that aren't finite, the first of each stretch is kept, too.
+    """
     if len(curve) <= _MAX_POINTS:
         return curve
-    inner, count = curve[1:-1], _MAX_POINTS // 2 - 1
+    inner, is_finite = curve[1:-1], all(math.isfinite(value) for _, value in curve)
+    count = (_MAX_POINTS - 2) // (2 if is_finite else 3)
     points = [curve[0]]
     for i in range(count):
         stretch = inner[i * len(inner) // count : (i + 1) * len(inner) // count]
-        by_value = sorted(stretch, key=lambda point: (math.isnan(point[1]), point[1]))
-        points += sorted({by_value[0], by_value[-1]}, key=lambda point: point[0])
+        by_value = sorted((point for point in stretch if math.isfinite(point[1])), key=lambda point: point[1])
+        gaps = [point for point in stretch if not math.isfinite(point[1])]
+        points += sorted({*by_value[:1], *by_value[-1:], *gaps[:1]}, key=lambda point: point[0])
     return [*points, curve[-1]]
 
 

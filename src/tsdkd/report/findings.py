@@ -97,7 +97,7 @@ def _completions(run: RunReport) -> Iterator[Finding]:
     curve = run.curves.get("completions/eos_share", [])
     if curve and curve[-1][1] < 0.5:
         truncated = 100 * (1 - curve[-1][1])
-        yield Finding("warning", f"{truncated:.0f} % of the last completions were cut off at max_completion_length.")
+        yield Finding("warning", f"{truncated:.0f} % of the last completions were cut off at the length limit.")
 
 
 def _nonfinite(run: RunReport) -> Iterator[Finding]:

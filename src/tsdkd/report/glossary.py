@@ -28,10 +28,13 @@ GLOSSARY = (
         "The student's ten most likely next tokens. Kendall's tau compares their order in both models: "
         "1 is the same order, -1 the reverse.",
     ),
-    ("Stop token", "Ends a completion. A completion without one was cut off at max_completion_length."),
+    ("Stop token", "Ends a completion. A completion without one was cut off at the length limit."),
     ("Greedy", "One answer per problem, always with the most likely token."),
     ("avg@8", "Mean share of right answers among eight sampled answers per problem."),
     ("pass@8", "Share of problems that at least one of eight sampled answers solves."),
-    ("95 % interval, p", "What chance allows: a difference is clear if its interval excludes 0, or p is below 0.05."),
+    (
+        "95 % interval, p",
+        "The range that chance alone would explain; a difference counts as clear if p < 0.05.",
+    ),
     ("Gradient norm", "Length of the gradient. It shows how strongly a loss, or one of its terms, moves the student."),
 )

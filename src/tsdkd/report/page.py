@@ -64,7 +64,7 @@ def render_page(runs: Sequence[RunReport], skipped: list[str]) -> str:
         with leave_out_failure(f"{run.name}: tokens", skipped):
             packed += [pack_records(run.name, run.records)] if run.records else []
     return template.render(
-        title=" and ".join(run.name for run in runs),
+        title=f"tsdkd report: {' and '.join(run.name for run in runs)}",
         style=Markup(_read_asset("page.css")),
         scripts=[Markup(_read_asset(name)) for name in ("charts.js", "tokens.js")],
         footer=Markup(_REPORT_MARKER + version("tsdkd")),

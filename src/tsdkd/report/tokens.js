@@ -120,7 +120,7 @@
       const text = visible(run().texts[data.candidates[j]]);
       const mark = data.candidates[j] === data.token[i] ? " ←" : "";
       const percent = (x) => (x < 1 ? "< 0.1 %" : `${(x / 10).toFixed(1)} %`);
-      table.append(row("td", [text + mark, percent(data.student_share[j]), percent(data.teacher_share[j]), `${data.teacher_rank[j] + 1}.`]));
+      table.append(row("td", [text + mark, percent(data.student_share[j]), percent(data.teacher_share[j]), data.teacher_rank[j] + 1]));
     }
     const title = document.createElement("strong");
     title.textContent = `Token ${view.token + 1} of ${record().lengths[view.sample]}: ${visible(run().texts[data.token[i]])}`;

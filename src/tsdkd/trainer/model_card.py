@@ -1,5 +1,6 @@
 """Writes the README.md of a saved student."""
 
+import json
 import re
 from importlib import metadata, resources
 from pathlib import Path
@@ -39,6 +40,7 @@ def write_model_card(
         paper=_ARXIV_ID.sub(r"[arXiv \1](https://arxiv.org/abs/\1)", args.paper),
         cited=[name for name in ("TSD-KD", "EOPD") if name in f"{args.method.upper()} {args.paper}"],
         model_name=model_name,
+        location=json.dumps(args.hub_model_id or str(path.parent), ensure_ascii=False),
         student=student or "a model built in memory",
         teacher=teacher or "a model built in memory",
         dataset=dataset or "a data set built in memory",
@@ -51,7 +53,8 @@ def write_model_card(
 def _settings(args: TokenSelectiveConfig) -> list[str]:
     """Return the options that the card lists."""
     names = [name for name in args.method_options() if name not in ("max_length", "warmup_steps")]
-    names += ["learning_rate", "lr_scheduler_type", "num_train_epochs", "temperature", "top_p", "lmbda"]
+    duration = "max_steps" if args.max_steps > 0 else "num_train_epochs"  # max_steps overrides the epochs
+    names += ["learning_rate", "lr_scheduler_type", duration, "temperature", "top_p", "lmbda"]
     return list(dict.fromkeys([*names, "max_completion_length"]))
 
 
