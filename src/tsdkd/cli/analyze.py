@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import ConfigError
+from ..errors import ConfigError, install_hint
 from .arguments import always_on_policy, build_run_parser, int_at_least
 
 _EPILOG = """examples:
@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise ConfigError(["analyze needs matplotlib; pip install 'tsdkd[report]'"]) from error
+        raise ConfigError([f"analyze needs matplotlib; {install_hint('report')}"]) from error
 
     from ..analysis.record_pair import record_pair
     from ..analysis.write_figures import write_figures

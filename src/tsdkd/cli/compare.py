@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import ConfigError, escape_controls, escape_line
+from ..errors import ConfigError, escape_controls, escape_line, install_hint
 from .arguments import ArgumentParser, int_at_least
 from .slurm import add_job_flags, write_script
 
@@ -84,5 +84,5 @@ def _import_results():  # type: ignore[no-untyped-def]
     try:
         from ..compare import results
     except ImportError as error:
-        raise ConfigError([f"compare needs {error.name}; pip install 'tsdkd[report]'"]) from error
+        raise ConfigError([f"compare needs {error.name}; {install_hint('report')}"]) from error
     return results

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, escape_controls, escape_line
+from ..errors import ConfigError, escape_controls, escape_line, install_hint
 from .arguments import ArgumentParser, int_at_least
 
 _FILE_OPTIONS = ("prompt_column", "answer_column", "grader")
@@ -218,5 +218,5 @@ def _import_evaluation():  # type: ignore[no-untyped-def]
     try:
         from ..evaluation import evaluator, results
     except ImportError as error:
-        raise ConfigError([f"eval needs {error.name}; pip install 'tsdkd[eval]'"]) from error
+        raise ConfigError([f"eval needs {error.name}; {install_hint('eval')}"]) from error
     return evaluator, results

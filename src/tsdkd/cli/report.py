@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import ConfigError, escape_line
+from ..errors import ConfigError, escape_line, install_hint
 from .arguments import ArgumentParser
 
 
@@ -27,7 +27,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         from ..report.page import write_report
     except ImportError as error:
-        raise ConfigError([f"report needs {error.name}; pip install 'tsdkd[report]'"]) from error
+        raise ConfigError([f"report needs {error.name}; {install_hint('report')}"]) from error
 
     path = write_report(args.runs, args.output_file or args.runs[0] / "report.html")
     print(escape_line(f"written to {path}"))
