@@ -54,6 +54,21 @@ def test_a_log_has_lines_for_people(command, rows_file, tmp_path):
     assert result.stderr == "" and not re.search(r"[{}]|it/s|WARNING", result.stdout)
 
 
+@pytest.mark.parametrize(
+    ("options", "shown"),
+    [
+        ({"eval_strategy": "epoch"}, "on 24 prompts, every epoch"),
+        ({"eval_on_start": True}, "on 24 prompts, before training"),
+        ({"eval_strategy": "steps", "eval_steps": 3, "eval_on_start": True}, "every 3 steps and before training"),
+        ({}, "not during training: eval_strategy is no"),
+    ],
+)
+def test_when_it_evaluates(options, shown, command, rows_file, capsys):
+    assert main(command(max_steps=1, eval_dataset_name=rows_file, **options)) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("evaluate: "))
+    assert line.endswith(shown)
+
+
 @pytest.mark.parametrize(("level", "is_quiet"), [("info", False), ("warning", True), ("error", True)])
 def test_log_level(level, is_quiet, command, capsys):
     assert main(command(log_level=level, method="eopd", top_p=0.9, rollout_batch_size=2)) == 0

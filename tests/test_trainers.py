@@ -443,3 +443,13 @@ def test_the_methods_do_not_import_vllm() -> None:
     """It takes seconds, and where it is broken, no method must be."""
     code = "import sys, tsdkd.methods; sys.exit('trl.generation.vllm_generation' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_script_needs_no_settings_for_a_cpu(tmp_path):
+    """TRL's default, bfloat16, is refused by transformers there; and the demo's models have names."""
+    args = TSDKDConfig(str(tmp_path), max_steps=1, max_completion_length=4, logging_steps=1, report_to="none")
+    rows = Dataset.from_list([{"prompt": "j 7 +3 ; c 5 +1 ; find c + j"}])
+    trainer = TSDKDTrainer("tsdkd://demo/student", "tsdkd://demo/teacher", args, train_dataset=rows)
+    trainer.train()
+    assert args.bf16 is False and first_log(trainer)["loss"] > 0

@@ -53,7 +53,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         commands.add_parser(name, help=text, add_help=False)
     if not sys.warnoptions:
         warnings.simplefilter("ignore", FutureWarning)  # what one library deprecates, another one uses
-        warnings.filterwarnings("ignore", ".*pin_memory.* no accelerator is found")  # transformers' default
     stop_with_launcher()
     argv = list(sys.argv[1:] if argv is None else argv)
     command = parser.parse_args(argv[:1]).command

@@ -7,6 +7,7 @@ problems.
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_type_hints
 
+import torch
 from transformers import SchedulerType
 from transformers.utils import is_torch_bf16_gpu_available
 from trl.experimental.gkd import GKDConfig
@@ -227,6 +228,8 @@ class TokenSelectiveConfig(GKDConfig):
                 setattr(self, f"activation_{name}", getattr(self, f"gradient_{name}"))
         if vars(self)["bf16"] is None and not self.fp16 and (self.use_cpu or not is_torch_bf16_gpu_available()):
             self.bf16 = False  # TRL turns it on by default, which transformers then refuses
+        if not torch.accelerator.is_available():
+            self.dataloader_pin_memory = False  # torch would warn
         super().__post_init__()
         self.remove_unused_columns = False
 

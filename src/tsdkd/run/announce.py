@@ -70,9 +70,13 @@ def _describe_evaluation(training: Any, rows: Any) -> str:
     if rows is None:
         return ""
     count = sum(map(len, rows.values())) if isinstance(rows, dict) else len(rows)
-    every = {"steps": f"every {training.eval_steps:g} steps", "epoch": "every epoch"}
-    when = [every.get(str(enum_value(training.eval_strategy))), "before training" if training.eval_on_start else None]
+    when = [_describe_interval(training.eval_strategy, training.eval_steps)]
+    when += ["before training"] if training.eval_on_start else []
     return f"on {_count(count, 'prompt')}, {' and '.join(filter(None, when))}"
+
+
+def _describe_interval(strategy: Any, steps: float | None) -> str:
+    return {"steps": f"every {steps} steps", "epoch": "every epoch"}.get(str(enum_value(strategy)), "")
 
 
 def _count(number: int, noun: str, plural: str = "") -> str:
@@ -80,9 +84,8 @@ def _count(number: int, noun: str, plural: str = "") -> str:
 
 
 def _describe_saving(training: Any) -> str:
-    every = {"steps": f"every {training.save_steps:g} steps", "epoch": "every epoch"}
-    strategy = str(enum_value(training.save_strategy))
-    return f"; a checkpoint {every[strategy]}" if strategy in every else ""
+    interval = _describe_interval(training.save_strategy, training.save_steps)
+    return f"; a checkpoint {interval}" if interval else ""
 
 
 def suggest_next(arguments: RunArguments) -> list[str]:
