@@ -103,7 +103,7 @@ def test_dry_run_shows_what_is_trained_on(
     run = flags(**paths, dataset_name=data, output_dir=tmp_path / "out", max_completion_length=4, **QUIET)
     assert main(["train", "--dry_run", *run]) == 0
     printed = " ".join(capsys.readouterr().out.split())
-    assert printed.endswith(": <user> w1 w2 <assistant>") and "at most 4 a step" in printed
+    assert printed.endswith(": <user> w1 w2 <assistant>") and "at most 4 per step" in printed
 
 
 # Files

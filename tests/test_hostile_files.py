@@ -166,7 +166,7 @@ def test_columns_of_the_output_hold_one_thing(column: str, generate: Generate, t
     data = write_jsonl(tmp_path / "named.jsonl", [{column: "w1 w2", "completion": "w3", "prompt": "w4"}])
     for field in ("prompt_column", "completion_column"):
         code, error = generate(tmp_path / "o.jsonl", dataset_name=data, **{field: column})
-        assert code == 2 and f"{field}: {column!r}" in error and not (tmp_path / "o.jsonl").exists()
+        assert code == 2 and field in error and repr(column) in error and not (tmp_path / "o.jsonl").exists()
     code, error = generate(tmp_path / "o.jsonl", dataset_name=data, prompt_column="completion")
     assert code == 2 and "completion" in error
 

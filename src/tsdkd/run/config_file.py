@@ -19,7 +19,7 @@ def read_yaml(config: str) -> dict[str, Any]:
     try:
         path = Path(config) if Path(config).exists() else find_preset(config)
         if path is None:
-            hint = did_you_mean(config, preset_names())
+            hint = did_you_mean(config.removesuffix(".yaml"), preset_names())
             raise ConfigError(
                 [f"--config: no such file or shipped configuration: {config!r}{hint}; see `tsdkd configs`"]
             )
