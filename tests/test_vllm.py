@@ -215,7 +215,7 @@ def test_every_preset_of_the_papers_takes_vllm(preset, saved_model, rows_file, c
         "use_vllm": "true",
     }
     assert main(["train", "--config", preset, "--dry_run", *flags(**values, gradient_accumulation_steps=1)]) == 0
-    assert "vLLM, colocate" in capsys.readouterr().out
+    assert "vLLM (colocate)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("sharing", ["two engines", "one engine for two", "ZeRO-3"])
