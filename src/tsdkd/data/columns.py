@@ -60,13 +60,13 @@ def missing_column(field: str, source: str, expected: Sequence[str], present: Se
     """The error for missing columns: names the data set, its columns, and a similar name.
 
     Args:
-        field: the option that names the column.
+        field: the option that names the column, or the flag, with its dashes.
         source: what the message calls the data set.
         expected: the names that were looked for.
         present: the names that the data set has.
     """
     meant = did_you_mean(expected[0], present).removeprefix(", ")
-    usual = next((name for name in _USUAL_NAMES[field] if name in present), None)
+    usual = next((name for name in _USUAL_NAMES[field.lstrip("-")] if name in present), None)
     hint = meant or (f"did you mean {usual!r}?" if usual else "")
     remedy = "" if len(expected) == 1 else f"; set {field}"
     return DataError(

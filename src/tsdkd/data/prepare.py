@@ -57,7 +57,6 @@ def prepare_dataset(
     columns = resolve_columns(rows, args, source, needs_answer)
     total = max_sequence_length(args, context_length)
     _check_tokenizer(rows, template_tokenizer, args, columns)
-    kept = {"answer"} if columns.answer == "answer" else set()
 
     def tokenize(row: dict[str, Any], index: int) -> dict[str, Any]:
         prompt, completion = split_prompt_completion(row, index, columns)
@@ -71,7 +70,7 @@ def prepare_dataset(
             )
         limit = min(args.max_completion_length, total - len(prompt_ids))
         ids = [] if completion is None else _completion_ids(completion, template_tokenizer, row)
-        answer = {"answer": row[columns.answer]} if columns.answer and not kept else {}
+        answer = {"answer": row[columns.answer]} if columns.answer else {}
         return {
             "index": index,
             "prompt_ids": prompt_ids,
@@ -88,7 +87,7 @@ def prepare_dataset(
         tokenized = rows.map(
             tokenize,
             with_indices=True,
-            remove_columns=[name for name in rows.column_names if name not in kept],
+            remove_columns=rows.column_names,
             features=Features(features),
             num_proc=args.dataset_num_proc,
             desc="Tokenizing",

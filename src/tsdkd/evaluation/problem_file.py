@@ -62,8 +62,7 @@ def load_problems(file: ProblemFile) -> Dataset:
     ):
         if name not in present:
             usual = ("prompt", "messages") if field == "prompt_column" else ("answer",)
-            message = str(missing_column(field, file.path, (name,) if is_given else usual, present))
-            raise DataError(f"--{message}".replace(f"; set {field}", f"; set --{field}"))
+            raise missing_column(f"--{field}", file.path, (name,) if is_given else usual, present)
     try:
         problems = [_read_row(row, index, prompt, answer) for index, row in enumerate(rows)]
     except DataError as error:

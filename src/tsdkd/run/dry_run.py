@@ -4,7 +4,6 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-import yaml
 from datasets import Dataset
 from rich.console import RenderableType
 from rich.table import Table
@@ -20,7 +19,7 @@ from ..files import shorten_path
 from ..models.loading import ModelPair, resolve_pair
 from .arguments import RunArguments
 from .build import load_datasets, set_model_init_kwargs, teacher_name_or_path
-from .output_dir import build_run_config, resolve_resume
+from .output_dir import build_run_config, dump_config, resolve_resume
 
 _IMPORTANT = (
     *("bf16", "eval_strategy", "gradient_accumulation_steps", "gradient_checkpointing", "logging_steps", "max_steps"),
@@ -45,7 +44,7 @@ def describe_run(arguments: RunArguments, processes: int | None = None) -> Itera
     training.steps_per_rollout(processes)
     load_grader(training.grader)
     checkpoint = resolve_resume(arguments)
-    yield Text(yaml.safe_dump(_shown_config(arguments), sort_keys=True, allow_unicode=True))
+    yield Text(dump_config(_shown_config(arguments)))
     known = _summarize_config(arguments, processes, checkpoint)
     try:
         pair, prepared = _prepare_datasets(arguments)

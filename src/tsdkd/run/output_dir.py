@@ -130,7 +130,7 @@ def _is_without_progress(folder: Path) -> bool:
     if not path.is_file() or any(not file.name.startswith(_TENSORBOARD_FILE) for file in logs):
         return False
     try:
-        return path.read_text(encoding="utf-8") == _dump(load_yaml(path))
+        return path.read_text(encoding="utf-8") == dump_config(load_yaml(path))
     except ValueError:
         return False
 
@@ -199,12 +199,13 @@ def write_run_config(arguments: RunArguments) -> tuple[Path, str]:
     path = Path(str(arguments.training_args.output_dir), RUN_CONFIG_NAME)
     if _list_contents(path.parent) and not _is_resuming(arguments):
         raise OutputDirError(f"output_dir: another run has started in {path.parent}; choose another directory")
-    text = _dump(build_run_config(arguments))
+    text = dump_config(build_run_config(arguments))
     write_atomically(path, text)
     return path, text
 
 
-def _dump(config: Any) -> str:
+def dump_config(config: Any) -> str:
+    """Return a resolved configuration as YAML."""
     return yaml.safe_dump(config, sort_keys=True, allow_unicode=True)
 
 
