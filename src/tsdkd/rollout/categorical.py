@@ -24,7 +24,7 @@ def sample_tokens(logits: Tensor, uniform: Tensor, top_p: float = 1.0) -> tuple[
         probs = probs.masked_fill(torch.zeros_like(outside).scatter(-1, order, outside), 0.0)
     # in two steps, because a cumulative sum over the full vocabulary takes several times as long as the softmax
     whole = probs.shape[-1] // _BLOCK * _BLOCK
-    parts = (probs[:, :whole].reshape(len(probs), -1, _BLOCK), probs[:, None, whole:])
+    parts = (probs[:, :whole].reshape(probs.shape[0], -1, _BLOCK), probs[:, None, whole:])
     sums = torch.cat([part.sum(-1, dtype=torch.float64) for part in parts], dim=-1)
     block, share = _inverse_cdf(sums, uniform)
     places = block * _BLOCK + torch.arange(_BLOCK, device=probs.device)

@@ -1,38 +1,42 @@
 """A batch of sequences being decoded by one or more transformers models, with their KV caches."""
 
-import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from ..models.loading import unwrap_peft
-from .base import TokenChoice
+from .captured import CapturedStep
+from .step import supports_in_place
+
+_MIN_TOKENS = 16  # fewer are not worth a capture
+_GROWTH = {"cpu": 64, "other": 256}  # slots; on a GPU, a graph has to be captured again
 
 
 @dataclass
 class DecodingBatch:
     """The unfinished sequences, left-padded, and the state needed for their next tokens.
 
+    The first step, and all steps of models that do not support in-place caches, use transformers' own caches.
+
     Attributes:
-        models: see `sample_from_models`.
-        cache_names: name of the cache argument of each model's forward.
+        captured: computes the next tokens.
         prompt_lengths: lengths of all prompts, tokens.
         rows: indices of the prompts in the batch.
         input_ids: `[B, T]`, the tokens that are not yet in the caches: first the prompts, then the last tokens.
         attention_mask, position_ids: `[B, longest prompt + longest limit]`, for all tokens including future ones.
         uniform: `[B, longest limit, numbers]`, float64; `[B, longest limit, 0]` without generators.
-        caches: one per model; None before the first step.
+        caches: transformers' caches, one per model; None before the first step.
         is_padded: whether any row has padding. If not, no mask is passed, because transformers would synchronize with
             the device to inspect it.
         num_sampled: number of tokens sampled so far for each completion.
+        buffers: keys and values of each layer of each model, `[B, heads, capacity, D]`; none while `caches` is used.
+        visible: `[B, 1, 1, capacity]`, see `DecodingStep`.
+        slot: `[1]`, see `DecodingStep`.
     """
 
-    models: Sequence[PreTrainedModel]
-    cache_names: list[str]
+    captured: CapturedStep
     prompt_lengths: list[int]
     rows: list[int]
     input_ids: Tensor
@@ -42,11 +46,14 @@ class DecodingBatch:
     caches: list[Any]
     is_padded: bool
     num_sampled: int = 0
+    buffers: list[Tensor] = field(default_factory=list)
+    visible: Any = None
+    slot: Any = None
 
     @classmethod
     def start(
         cls,
-        models: Sequence[PreTrainedModel],
+        captured: CapturedStep,
         prompts: Sequence[Sequence[int]],
         limits: Sequence[int],
         generators: Sequence[Sequence[torch.Generator]] | None,
@@ -60,22 +67,32 @@ class DecodingBatch:
         input_ids, mask, position_ids = (x.to(device, non_blocking=True) for x in _left_pad(prompts, limits))
         lengths = [len(prompt) for prompt in prompts]
         return cls(
-            models,
-            [_cache_argument(model) for model in models],
+            captured,
             lengths,
             list(range(len(prompts))),
             input_ids,
             mask,
             position_ids,
             uniform,
-            [None] * len(models),
+            [None] * len(captured.step.models),
             is_padded=min(lengths) < max(lengths),
         )
 
-    def step(self, choose: TokenChoice, vocab_size: int) -> Tensor:
+    def next_tokens(self) -> Tensor:
         """Sample and append the next token of each row; returns them, `[B]`, without device synchronization."""
         end = max(self.prompt_lengths) + self.num_sampled
-        start = end - self.input_ids.shape[1]
+        if self.buffers:
+            next_ids = self._step_in_place(end)
+        else:
+            next_ids = self._step_with_caches(end)
+            if self.num_sampled == 0 and self.uniform.shape[1] >= _MIN_TOKENS:
+                self._use_buffers(end)
+        self.input_ids = next_ids.unsqueeze(-1)
+        self.num_sampled += 1
+        return next_ids
+
+    def _step_with_caches(self, end: int) -> Tensor:
+        start, step = end - self.input_ids.shape[1], self.captured.step
         outputs = [
             model(
                 input_ids=self.input_ids,
@@ -85,14 +102,36 @@ class DecodingBatch:
                 logits_to_keep=1,
                 **{name: cache},
             )
-            for model, name, cache in zip(self.models, self.cache_names, self.caches, strict=True)
+            for model, name, cache in zip(step.models, step.cache_names, self.caches, strict=True)
         ]
-        self.caches = [_mark_compileable(output[name]) for output, name in zip(outputs, self.cache_names, strict=True)]
-        logits = [output.logits[:, -1, :vocab_size].float() for output in outputs]
-        next_ids = choose(logits, self.uniform[:, self.num_sampled])
-        self.input_ids = next_ids.unsqueeze(-1)
-        self.num_sampled += 1
+        self.caches = [_mark_compileable(output[name]) for output, name in zip(outputs, step.cache_names, strict=True)]
+        logits = [output.logits[:, -1, : step.vocab_size].float() for output in outputs]
+        return step.choose(logits, self.uniform[:, self.num_sampled])
+
+    def _step_in_place(self, end: int) -> Tensor:
+        if end > self.visible.shape[-1]:
+            self._grow(end)
+        small = (self.input_ids, self.position_ids[:, end - 1 : end], self.slot, self.uniform[:, self.num_sampled])
+        next_ids = self.captured(*small, self.visible, *self.buffers)
+        self.slot = self.slot + 1
         return next_ids
+
+    def _use_buffers(self, end: int) -> None:
+        """Move keys and values to buffers that are written in place, if all models support it."""
+        if not all(map(supports_in_place, self.captured.step.models, self.caches)):
+            return
+        layers = [layer for cache in self.caches for layer in cache.layers]
+        self.buffers = [states for layer in layers for states in (layer.keys, layer.values)]
+        self.caches = []
+        self.slot = self.position_ids.new_full((1,), end)
+        self._grow(end + 1)
+
+    def _grow(self, length: int) -> None:
+        """Give the buffers capacity for at least `length` tokens."""
+        growth = _GROWTH.get(self.input_ids.device.type, _GROWTH["other"])
+        capacity = min(-(-length // growth) * growth, self.attention_mask.shape[1])
+        self.buffers = [_extend(buffer, capacity) for buffer in self.buffers]
+        self.visible = self.attention_mask[:, None, None, :capacity].bool()
 
     def select(self, positions: list[int]) -> None:
         """Keep only the rows at these positions of the batch."""
@@ -104,30 +143,21 @@ class DecodingBatch:
         self.uniform = self.uniform[keep]
         for cache in self.caches:
             cache.batch_select_indices(keep)
+        self.buffers = [buffer[keep] for buffer in self.buffers]
+        self.visible = None if self.visible is None else self.visible[keep]
+
+
+def _extend(states: Tensor, capacity: int) -> Tensor:
+    """Extend keys or values `[B, heads, length, D]` with zeros to `capacity` tokens."""
+    extended = states.new_zeros(*states.shape[:2], capacity, states.shape[-1])
+    extended[:, :, : states.shape[2]] = states
+    return extended
 
 
 def _draw_uniform(streams: Sequence[torch.Generator], count: int) -> Tensor:
     """Draw `[count, streams]`, float64 in [0, 1)."""
     numbers = [torch.rand(count, dtype=torch.float64, generator=g) for g in streams]
     return torch.stack(numbers, dim=-1) if numbers else torch.empty(count, 0, dtype=torch.float64)
-
-
-def _cache_argument(model: PreTrainedModel) -> str:
-    """Return the name of the cache in a model's forward and output.
-
-    It is `cache` since transformers 5.18, and `past_key_values` before and in older remote code. A forward with only
-    `*args` and `**kwargs`, such as PEFT's, passes its arguments to the wrapped model or to its base class.
-    """
-    base = unwrap_peft(model)
-    forwards = [base.forward, *(vars(owner)["forward"] for owner in type(base).__mro__ if "forward" in vars(owner))]
-    named = (forward for forward in forwards if not _passes_on(forward))
-    return "cache" if "cache" in inspect.signature(next(named, base.forward)).parameters else "past_key_values"
-
-
-def _passes_on(forward: Callable[..., Any]) -> bool:
-    """Whether a forward declares only `*args` and `**kwargs`."""
-    kinds = {p.kind for name, p in inspect.signature(forward).parameters.items() if name != "self"}
-    return kinds <= {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
 
 
 def _mark_compileable(cache: Any) -> Any:

@@ -14,9 +14,11 @@ from transformers import PreTrainedModel
 from trl.models.utils import add_hooks, remove_hooks
 
 from .base import Completion, SamplingConfig, SeedKey, TokenChoice
+from .captured import CapturedStep
 from .categorical import sample_tokens
 from .decoding import DecodingBatch
-from .seeding import prompt_generator
+from .seeding import RandomStream, prompt_generator
+from .step import DecodingStep
 
 _TOKENS_PER_SYNC = 16  # on a GPU, where each check waits for all tokens to be computed
 
@@ -30,9 +32,11 @@ class HuggingFaceSampler:
     """
 
     needs_weight_check = False
+    streams: tuple[RandomStream, ...] = (RandomStream.SAMPLING,)  # one per uniform number of a token
 
     def __init__(self, accelerator: Accelerator, sampling: SamplingConfig) -> None:
         self.accelerator, self.sampling = accelerator, sampling
+        self._captured: CapturedStep | None = None
 
     def update(self, weights_version: Hashable) -> bool:
         """See `Sampler`."""
@@ -51,19 +55,16 @@ class HuggingFaceSampler:
         # The wrapper of the model's forward exits autocast after each token, and torch drops its half-precision weight
         # copies when the outermost autocast exits. One autocast around all tokens keeps them.
         with _unwrapped_for_generation(model, self.accelerator) as unwrapped, self.accelerator.autocast():
-            completions = self._sample(unwrapped, prompts, limits, seed_keys)
+            if self._captured is None or self._captured.step.models[0] is not unwrapped:
+                self._captured = CapturedStep(self._make_step(unwrapped))
+            generators = [[prompt_generator(*key, stream) for stream in self.streams] for key in seed_keys]
+            completions = sample_with_step(self._captured, prompts, limits, generators, self.sampling.stop_token_ids)
         model.train(was_training)
         return completions
 
-    def _sample(
-        self,
-        student: PreTrainedModel,
-        prompts: Sequence[Sequence[int]],
-        limits: Sequence[int],
-        seed_keys: Sequence[SeedKey],
-    ) -> list[Completion]:
-        generators = [prompt_generator(*key) for key in seed_keys]
-        return sample_completions(student, prompts, limits, generators, **vars(self.sampling))
+    def _make_step(self, student: PreTrainedModel) -> DecodingStep:
+        choose = _sampling_choice(self.sampling.temperature, self.sampling.top_p)
+        return DecodingStep([student], choose, self.sampling.vocab_size)
 
 
 @contextmanager
@@ -112,48 +113,52 @@ def sample_completions(
     Returns:
         Completions in the order of `prompts`.
     """
+    choose = _greedy_choice if generators is None else _sampling_choice(temperature, top_p)
+    captured = CapturedStep(DecodingStep([model], choose, vocab_size))
+    streams = None if generators is None else [(g,) for g in generators]
+    return sample_with_step(captured, prompts, limits, streams, stop_token_ids)
 
+
+def _greedy_choice(logits: list[Tensor], uniform: Tensor) -> Tensor:
+    return logits[0].argmax(-1)
+
+
+def _sampling_choice(temperature: float, top_p: float) -> TokenChoice:
     def choose(logits: list[Tensor], uniform: Tensor) -> Tensor:
         scaled = logits[0] if temperature == 1.0 else logits[0] / temperature
-        return scaled.argmax(-1) if generators is None else sample_tokens(scaled, uniform[:, 0], top_p)[0]
+        return sample_tokens(scaled, uniform[:, 0], top_p)[0]
 
-    streams = None if generators is None else [(g,) for g in generators]
-    return sample_from_models(
-        [model], prompts, limits, streams, choose, stop_token_ids=stop_token_ids, vocab_size=vocab_size
-    )
+    return choose
 
 
 @torch.no_grad()
-def sample_from_models(
-    models: Sequence[PreTrainedModel],
+def sample_with_step(
+    captured: CapturedStep,
     prompts: Sequence[Sequence[int]],
     limits: Sequence[int],
     generators: Sequence[Sequence[torch.Generator]] | None,
-    choose: TokenChoice,
-    *,
     stop_token_ids: Collection[int],
-    vocab_size: int,
 ) -> list[Completion]:
-    """Sample one completion for each prompt, choosing each token from the logits of several models.
+    """Sample one completion for each prompt.
 
     Args:
-        models: unwrapped models in eval mode.
-        prompts, limits, stop_token_ids, vocab_size: see `sample_completions`.
+        captured: chooses the next tokens with one or more models.
+        prompts, limits, stop_token_ids: see `sample_completions`.
         generators: for each prompt, one generator per uniform number that a token needs; None for none.
-        choose: chooses the next tokens; see `TokenChoice`.
 
     Returns:
         Completions in the order of `prompts`.
     """
-    device = next(models[0].parameters()).device
-    batch = DecodingBatch.start(models, prompts, limits, generators, device)
+    captured.start()
+    device = captured.step.device
+    batch = DecodingBatch.start(captured, prompts, limits, generators, device)
     completions = [Completion([], False) for _ in prompts]
     longest, stop = max(limits), frozenset(stop_token_ids)
     unread: list[Tensor] = []  # tokens that the host hasn't read yet
     tokens_per_sync = 1 if device.type == "cpu" else _TOKENS_PER_SYNC
     next_sync = min(tokens_per_sync, longest)
     for t in range(longest):
-        unread.append(batch.step(choose, vocab_size))
+        unread.append(batch.next_tokens())
         if t + 1 < next_sync:
             continue
         # the only place where the host waits for the device

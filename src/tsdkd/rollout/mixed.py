@@ -4,18 +4,14 @@ Both models process every token. In the speculative KD paper, the student drafts
 checks them. This affects only speed, not the samples, because all tokens after a replaced one are discarded.
 """
 
-from collections.abc import Sequence
-
-import torch
 from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedModel
 
-from .base import Completion, SamplingConfig, SeedKey, TokenChoice
-from .hf import HuggingFaceSampler, sample_from_models
-from .seeding import RandomStream, prompt_generator
-
-_STREAMS = (RandomStream.SAMPLING, RandomStream.CORRECTION)  # one per uniform number of a token
+from .base import SamplingConfig, TokenChoice
+from .hf import HuggingFaceSampler
+from .seeding import RandomStream
+from .step import DecodingStep
 
 
 class MixedSampler(HuggingFaceSampler):
@@ -28,28 +24,13 @@ class MixedSampler(HuggingFaceSampler):
         choose: chooses each token from the logits of student and teacher and two uniform numbers.
     """
 
+    streams = (RandomStream.SAMPLING, RandomStream.CORRECTION)
+
     def __init__(
         self, accelerator: Accelerator, sampling: SamplingConfig, teacher: nn.Module, choose: TokenChoice
     ) -> None:
         super().__init__(accelerator, sampling)
         self.teacher, self.choose = accelerator.unwrap_model(teacher), choose
 
-    def _sample(
-        self,
-        student: PreTrainedModel,
-        prompts: Sequence[Sequence[int]],
-        limits: Sequence[int],
-        seed_keys: Sequence[SeedKey],
-    ) -> list[Completion]:
-        generators: list[list[torch.Generator]] = [
-            [prompt_generator(*key, stream) for stream in _STREAMS] for key in seed_keys
-        ]
-        return sample_from_models(
-            [student, self.teacher],
-            prompts,
-            limits,
-            generators,
-            self.choose,
-            stop_token_ids=self.sampling.stop_token_ids,
-            vocab_size=self.sampling.vocab_size,
-        )
+    def _make_step(self, student: PreTrainedModel) -> DecodingStep:
+        return DecodingStep([student, self.teacher], self.choose, self.sampling.vocab_size)
