@@ -19,16 +19,20 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
 
 from conftest import QUIET, build_model, build_tokenizer, completions_of, flags, make_rows, on_cpus, weights
-from tsdkd import EOPDConfig, EOPDTrainer, TSDKDConfig, TSDKDTrainer
+from tsdkd import EOPDConfig
 from tsdkd.cli import main
 from tsdkd.lm_head.dense import DenseHead
 from tsdkd.lm_head.fused import FusedHead
 from tsdkd.lm_head.projection import Projection
 from tsdkd.methods import METHODS
 from tsdkd.methods.tsd_kd import TSDKDObjective
+from tsdkd.rollout.base import SamplingConfig
+from tsdkd.rollout.captured import CapturedStep
+from tsdkd.rollout.hf import HuggingFaceSampler
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -278,7 +282,33 @@ def test_peak_memory_keeps_to_the_budget(chunk_gib):
     assert extra <= (chunk_gib + 0.25) * 2**30 + leaves
 
 
-@pytest.mark.parametrize("trainer_class, config_class", [(TSDKDTrainer, TSDKDConfig), (EOPDTrainer, EOPDConfig)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_captured_rollout_samples_the_same_tokens(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU a CUDA graph, in a rehearsal a trace: few calls of the model from Python, and weights that change."""
+    model = build_model("qwen3", seed=3).to(DEVICE, dtype)
+    calls: list[int] = []
+    model.register_forward_pre_hook(lambda *_: calls.append(1))
+    sampler = HuggingFaceSampler(Accelerator(cpu=not CUDA), SamplingConfig(frozenset({7}), 64))
+    prompts, limits = [[4 + i] * (1 + 3 * i) for i in range(6)], [90, 20, 90, 33, 7, 61]
+
+    def roll_out(step: int) -> list[list[int]]:
+        completions = sampler.generate(model, prompts, limits, [(0, step, i) for i in range(len(prompts))])
+        return [completion.ids for completion in completions]
+
+    def roll_out_thrice() -> list[list[list[int]]]:
+        found = []
+        for step, weights in enumerate(states):
+            model.load_state_dict(weights)
+            found.append(roll_out(step))
+        return found
+
+    states = [{name: w.clone() * (1.0 + 0.1 * k) for name, w in model.state_dict().items()} for k in range(3)]
+    captured = roll_out_thrice()
+    assert len(calls) < sum(max(map(len, ids)) for ids in captured) / 2
+    monkeypatch.setattr(CapturedStep, "__call__", lambda self, *inputs: self.step(*inputs)[0])
+    assert captured == roll_out_thrice()
+
+
 def test_a_step_in_bfloat16_with_gradient_checkpointing(trainer_class, config_class, tmp_path):
     steps = []
     for fused in (True, False):

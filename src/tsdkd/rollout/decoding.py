@@ -120,8 +120,9 @@ class DecodingBatch:
         """Move keys and values to buffers that are written in place, if all models support it."""
         if not all(map(supports_in_place, self.captured.step.models, self.caches)):
             return
-        layers = [layer for cache in self.caches for layer in cache.layers]
-        self.buffers = [states for layer in layers for states in (layer.keys, layer.values)]
+        self.buffers = [
+            states for cache in self.caches for layer in cache.layers for states in (layer.keys, layer.values)
+        ]
         self.caches = []
         self.slot = self.position_ids.new_full((1,), end)
         self._grow(end + 1)
@@ -130,7 +131,8 @@ class DecodingBatch:
         """Give the buffers capacity for at least `length` tokens."""
         growth = _GROWTH.get(self.input_ids.device.type, _GROWTH["other"])
         capacity = min(-(-length // growth) * growth, self.attention_mask.shape[1])
-        self.buffers = [_extend(buffer, capacity) for buffer in self.buffers]
+        for i, buffer in enumerate(self.buffers):  # one after the other: all of them twice may not fit
+            self.buffers[i] = _extend(buffer, capacity)
         self.visible = self.attention_mask[:, None, None, :capacity].bool()
 
     def select(self, positions: list[int]) -> None:
@@ -143,7 +145,8 @@ class DecodingBatch:
         self.uniform = self.uniform[keep]
         for cache in self.caches:
             cache.batch_select_indices(keep)
-        self.buffers = [buffer[keep] for buffer in self.buffers]
+        for i, buffer in enumerate(self.buffers):
+            self.buffers[i] = buffer[keep]
         self.visible = None if self.visible is None else self.visible[keep]
 
 
