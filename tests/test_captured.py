@@ -10,6 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from transformers import MistralConfig, MistralForCausalLM
 
 from conftest import build_model
 from tsdkd.methods.minillm import mixture_choice
@@ -56,6 +57,20 @@ def test_buffers_and_captures_give_the_tokens_of_transformers_own_caches(
     with without_buffers(monkeypatch):
         assert got == [roll_out(sampler(), model, step) for step in range(2)]
     assert {len(ids) for ids in got[0]} != {len(ids) for ids in got[1]}
+
+
+@pytest.mark.parametrize("window", [4096, 64])
+def test_only_a_sliding_window_that_never_slides_is_captured(window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(30)
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = MistralForCausalLM(
+        MistralConfig(vocab_size=ROWS, num_hidden_layers=2, sliding_window=window, initializer_range=0.5, **size)
+    ).eval()
+    calls = count_forwards(model)
+    got = roll_out(sampler(), model)
+    assert (len(calls) < max(map(len, got)) / 2) == (window == 4096)
+    with without_buffers(monkeypatch):
+        assert got == roll_out(sampler(), model)
 
 
 def test_a_capture_gives_the_tokens_of_its_step_in_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:

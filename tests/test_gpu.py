@@ -297,8 +297,8 @@ def test_a_captured_rollout_samples_the_same_tokens(dtype: torch.dtype, monkeypa
 
     def roll_out_thrice() -> list[list[list[int]]]:
         found = []
-        for step, weights in enumerate(states):
-            model.load_state_dict(weights)
+        for step, state in enumerate(states):
+            model.load_state_dict(state)
             found.append(roll_out(step))
         return found
 

@@ -118,7 +118,8 @@ class DecodingBatch:
 
     def _use_buffers(self, end: int) -> None:
         """Move keys and values to buffers that are written in place, if all models support it."""
-        if not all(map(supports_in_place, self.captured.step.models, self.caches)):
+        models, length = self.captured.step.models, self.attention_mask.shape[1]
+        if not all(supports_in_place(m, cache, length) for m, cache in zip(models, self.caches, strict=True)):
             return
         self.buffers = [
             states for cache in self.caches for layer in cache.layers for states in (layer.keys, layer.values)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from ..models.loading import unwrap_peft
 from .base import TokenChoice
@@ -103,8 +103,8 @@ def _num_layers(model: Any) -> int:
     return count
 
 
-def supports_in_place(model: Any, cache: Any) -> bool:
-    """Whether a model can decode with in-place caches, after its first step has filled `cache`.
+def supports_in_place(model: Any, cache: Any, length: int) -> bool:
+    """Whether a model can decode up to `length` tokens in place, after its first step has filled `cache`.
 
     It needs an attention that accepts a mask, caches of all previous tokens in every layer, and a forward that follows
     transformers' rules for static shapes.
@@ -114,8 +114,13 @@ def supports_in_place(model: Any, cache: Any) -> bool:
         getattr(unwrap_peft(model), "_can_compile_fullgraph", False)
         and model.config.get_text_config()._attn_implementation == "sdpa"
         and len(layers) == _num_layers(model)
-        and all(type(layer) is DynamicLayer for layer in layers)
+        and all(_keeps_all(layer, length) for layer in layers)
     )
+
+
+def _keeps_all(layer: Any, length: int) -> bool:
+    is_wide = isinstance(layer, DynamicSlidingWindowLayer) and layer.sliding_window > length
+    return is_wide or type(layer) is DynamicLayer
 
 
 def cache_argument(model: PreTrainedModel) -> str:
