@@ -50,10 +50,11 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Contest:
-    """The inputs of one size, and each contestant as a function of nothing."""
+    """The inputs of one size (a name, or e.g. 32768x128x256), and each contestant as a function of nothing."""
 
-    def __init__(self, size: str, tokens: int, dtype: str) -> None:
-        vocabulary, hidden, teacher_hidden = SIZES[size]
+    def __init__(self, size: str, tokens: int, dtype: str, top_k: int = 10) -> None:
+        vocabulary, hidden, teacher_hidden = SIZES.get(size) or map(int, size.split("x"))
+        self.top_k = top_k
         make = torch.Generator(DEVICE).manual_seed(0)
 
         def normal(*shape: int, std: float = 1.0) -> torch.Tensor:
@@ -92,7 +93,7 @@ class Contest:
 
     def tsd_kd(self, head: Head) -> None:
         """The complete loss and its backward pass."""
-        self.loss = TSDKDObjective()(head, self.completions).loss
+        self.loss = TSDKDObjective(indirect_top_k=self.top_k)(head, self.completions).loss
         self.loss.backward()
 
     def logits(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -242,11 +243,11 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--without", nargs="+", default=[], help="words in the names of contestants to leave out")
-    parser.add_argument("--memory-of", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--memory-of", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.memory_of:
-        size, tokens, dtype, name = arguments.memory_of
-        print(json.dumps(extra_gib(Contest(size, int(tokens), dtype), name)))
+        size, tokens, dtype, name, *top_k = arguments.memory_of
+        print(json.dumps(extra_gib(Contest(size, int(tokens), dtype, *map(int, top_k)), name)))
         return
     check_same()
     machine = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{torch.get_num_threads()} CPU threads"
