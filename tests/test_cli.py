@@ -146,6 +146,19 @@ def test_an_error_that_the_first_process_does_not_have():
     assert result.returncode == 2 and result.stderr.count("nowhere.yaml") == 1
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="GNU OpenMP")
+@pytest.mark.parametrize("name, value, expected", [("", "", "1000"), ("GOMP_SPINCOUNT", "7", "7")])
+def test_threads_wait_without_spinning_for_long(name, value, expected):
+    """As torch's own OpenMP tells it when it is loaded."""
+    where = {key: text for key, text in os.environ.items() if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    where |= {"OMP_DISPLAY_ENV": "verbose", **({name: value} if name else {})}
+    result = subprocess.run([sys.executable, "-m", "tsdkd", "methods"], env=where, capture_output=True, text=True)
+    told = [line.split()[-1] for line in result.stderr.splitlines() if "GOMP_SPINCOUNT" in line]
+    if not told:
+        pytest.skip("torch has another OpenMP")
+    assert told == len(told) * [f"'{expected}'"]
+
+
 def test_configs_lists_every_preset(capsys):
     assert main(["configs"]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -27,6 +27,7 @@ from ...errors import EngineError, first_line
 from ..base import Completion, SamplingConfig, SeedKey
 from ..seeding import prompt_seed
 from .colocate import extra_engine_args, iter_completions, shared_sampling_params, wrap_engine_errors
+from .cpu_weights import load_packed_weights
 from .server import connect_to_server
 from .weights import iter_merged_parameters
 
@@ -163,18 +164,17 @@ class VLLMSampler(vllm_generation.VLLMGeneration):
         """Load all tensors in one call. TRL makes one call per tensor, each of which traverses the full model.
 
         Args:
-            packed: whether the engine stores its weights in another layout, as on a CPU, and must unpack and repack
-                them.
+            packed: whether the engine stores its matrices in another layout, as on a CPU.
         """
         if self._llm_weights_sleeping:
             torch.cuda.empty_cache()
             self.llm.wake_up(tags=["weights"])
             self._llm_weights_sleeping = False
-        # copy the tensors, because they may be read later, when sharded tensors are no longer gathered
-        weights = ((name, weight.clone()) for name, weight in self._iter_named_params())
+        weights = self._iter_named_params()
+        if self._dist.is_zero3:  # vLLM may read a tensor later, when it is no longer gathered
+            weights = ((name, weight.clone()) for name, weight in weights)
         if packed:
-            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
-            self.llm.apply_model(_pack_tied_lm_head)
+            load_packed_weights(self.llm, weights, self.model)
         else:
             self.llm.apply_model(lambda model: model.load_weights(weights))
         self.llm.reset_prefix_cache()
@@ -226,13 +226,6 @@ class VLLMSampler(vllm_generation.VLLMGeneration):
             self.llm.sleep(level=2)
             self._llm_weights_sleeping = True
         return completions
-
-
-def _pack_tied_lm_head(model: Any) -> None:
-    """Repack a tied output layer. No tensor is loaded for it, so its packed copy would remain outdated."""
-    head = getattr(model, "lm_head", None)
-    if head is not None and model.config.get_text_config().tie_word_embeddings:
-        head.quant_method.process_weights_after_loading(head)
 
 
 def _sort_by_position(completions: Iterable[tuple[int, Completion]]) -> list[Completion]:
