@@ -28,8 +28,10 @@ from tsdkd.methods import METHODS
 from tsdkd.methods.minillm import mixture_choice
 from tsdkd.methods.speculative_kd import SpeculativeKDOptions, speculative_choice
 from tsdkd.objective import CompletionBatch, Objective, PolicyScores
-from tsdkd.rollout.hf import sample_completions, sample_from_models
+from tsdkd.rollout.captured import CapturedStep
+from tsdkd.rollout.hf import sample_completions, sample_with_step
 from tsdkd.rollout.seeding import prompt_generator
+from tsdkd.rollout.step import DecodingStep
 
 LENGTHS = (5, 2, 7)
 VOCABULARY = 23
@@ -207,7 +209,8 @@ def together(choose: Any, prompts: list[list[int]] = PROMPTS, limit: int = 12, s
     models = [build_model("qwen3", 0), build_model("llama", 1)]
     generators = [[prompt_generator(0, step, i, stream) for stream in (0, 4)] for i in range(len(prompts))]
     limits = [limit] * len(prompts)
-    completions = sample_from_models(models, prompts, limits, generators, choose, stop_token_ids={1}, vocab_size=64)
+    step = CapturedStep(DecodingStep(models, choose, vocab_size=64))
+    completions = sample_with_step(step, prompts, limits, generators, stop_token_ids={1})
     return [c.ids for c in completions]
 
 

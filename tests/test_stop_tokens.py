@@ -37,13 +37,13 @@ def pair(tmp_path: Path) -> tuple[str, str]:
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[set[int]]:
     """The stop tokens of every batch that is sampled in this process."""
     found: list[set[int]] = []
-    sample = hf.sample_from_models
+    sample = hf.sample_with_step
 
     def spy(*args: Any, stop_token_ids: Any, **kwargs: Any) -> Any:
         found.append(set(stop_token_ids))
         return sample(*args, stop_token_ids=stop_token_ids, **kwargs)
 
-    monkeypatch.setattr(hf, "sample_from_models", spy)
+    monkeypatch.setattr(hf, "sample_with_step", spy)
     return found
 
 

@@ -58,7 +58,9 @@ class HuggingFaceSampler:
             if self._captured is None or self._captured.step.models[0] is not unwrapped:
                 self._captured = CapturedStep(self._make_step(unwrapped))
             generators = [[prompt_generator(*key, stream) for stream in self.streams] for key in seed_keys]
-            completions = sample_with_step(self._captured, prompts, limits, generators, self.sampling.stop_token_ids)
+            completions = sample_with_step(
+                self._captured, prompts, limits, generators, stop_token_ids=self.sampling.stop_token_ids
+            )
         model.train(was_training)
         return completions
 
@@ -116,7 +118,7 @@ def sample_completions(
     choose = _greedy_choice if generators is None else _sampling_choice(temperature, top_p)
     captured = CapturedStep(DecodingStep([model], choose, vocab_size))
     streams = None if generators is None else [(g,) for g in generators]
-    return sample_with_step(captured, prompts, limits, streams, stop_token_ids)
+    return sample_with_step(captured, prompts, limits, streams, stop_token_ids=stop_token_ids)
 
 
 def _greedy_choice(logits: list[Tensor], uniform: Tensor) -> Tensor:
@@ -137,6 +139,7 @@ def sample_with_step(
     prompts: Sequence[Sequence[int]],
     limits: Sequence[int],
     generators: Sequence[Sequence[torch.Generator]] | None,
+    *,
     stop_token_ids: Collection[int],
 ) -> list[Completion]:
     """Sample one completion for each prompt.
