@@ -86,7 +86,7 @@ TWO_PROCESSES: Runs = {
     **{case: _DENSE[case] for case in ("tsd-kd, dense", "eopd, dense")},
 }
 VLLM: Runs = {method: (method, {"use_vllm": True}) for method in ("tsd-kd", "eopd")}
-_TIMING_WORDS = ("speed", "runtime", "per_second", "flos", "time")
+_LEFT_OUT = ("speed", "runtime", "per_second", "flos", "time", "padding")
 
 
 def machine() -> dict[str, str]:
@@ -122,6 +122,8 @@ def train_command(method: str, options: dict[str, Any], inputs: Path, output: Pa
     values = {**QUIET, **COMMON_OPTIONS, "per_device_train_batch_size": batch}
     if "rollout_batch_size" in config.__dataclass_fields__:
         values["rollout_batch_size"] = 2 * COMMON_OPTIONS["gradient_accumulation_steps"] * batch * processes
+    if "padding_free" not in config.unsupported_options:
+        values["padding_free"] = False  # the order of sums
     values |= {**METHOD_OPTIONS.get(method, {}), **options}
     values |= {"method": method, "model_name_or_path": inputs / "student", "output_dir": output}
     values |= {"dataset_name": inputs / "train.jsonl", "eval_dataset_name": inputs / "eval.jsonl"}
@@ -133,11 +135,11 @@ def train_command(method: str, options: dict[str, Any], inputs: Path, output: Pa
 
 
 def read_run(output: Path) -> dict[str, Any]:
-    """What a run leaves: the log without times, hashes of weights and of token records."""
+    """What a run leaves: the log without times and padding, hashes of weights and of token records."""
     state = load_file(output / "model.safetensors")
     weights = b"".join(weight.contiguous().numpy().tobytes() for _, weight in sorted(state.items()))
     log = json.loads((output / "trainer_state.json").read_text())["log_history"]
-    rows = [{k: v for k, v in row.items() if not any(word in k for word in _TIMING_WORDS)} for row in log]
+    rows = [{k: v for k, v in row.items() if not any(word in k for word in _LEFT_OUT)} for row in log]
     result = {"weights": hashlib.sha256(weights).hexdigest(), "log": rows}
     records = sorted(output.glob("records/*.parquet"))
     if records:

@@ -154,6 +154,11 @@ class TokenSelectiveConfig(GKDConfig):
         POSITIVE,
         (lambda v: not v["fused_head"], "fused_head is false"),
     )
+    padding_free: bool | None = option(
+        None,
+        "Pack several sequences into each row of a forward pass, which leaves almost no padding. Doesn't change the "
+        "loss. None: pack if both models support it. False: pad micro-batches, in the order of the data.",
+    )
     teacher_placement: Literal["replica", "zero3", "cpu_offload"] | None = option(
         None,
         "Where the teacher's weights are, independent of the student's ZeRO stage: a replica on every device, sharded "

@@ -8,18 +8,25 @@ token is never compared with anything.
 from .batches import collate, completion_mask, hash_rows, pad_sequences, target_ids
 from .columns import Columns, append_prompt_suffix, missing_column, resolve_columns, split_prompt_completion
 from .loading import load_split
+from .packing import Rows, is_packed, num_positions, one_per_row, pack_rows, pack_sequences
 from .prepare import is_prepared, max_sequence_length, prepare_dataset
 
 __all__ = [
     "Columns",
+    "Rows",
     "append_prompt_suffix",
     "collate",
     "completion_mask",
     "hash_rows",
+    "is_packed",
     "is_prepared",
     "load_split",
     "max_sequence_length",
     "missing_column",
+    "num_positions",
+    "one_per_row",
+    "pack_rows",
+    "pack_sequences",
     "pad_sequences",
     "prepare_dataset",
     "resolve_columns",

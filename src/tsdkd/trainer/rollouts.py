@@ -8,16 +8,18 @@ import torch
 from torch import nn
 from trl.trainer.utils import print_prompt_completions_sample
 
-from ..data import pad_sequences
+from ..data import Rows, is_packed, pack_sequences, pad_sequences
 from ..errors import escape_controls
 from ..grading import Grader
 from ..models.loading import ModelPair
+from ..objective import Objective
 from ..rollout.base import Completion, Sampler
 from ..rollout.build import make_sampler
 from ..rollout.seeding import RandomStream, prompt_generator
 from .count_correct import count_correct
 from .forward import HeadForward
 from .metrics import MetricAccumulator
+from .micro_batches import MicroBatchPlanner
 from .rollout_buffer import Batch
 from .token_records import RecordedCompletion, TokenRecorder
 from .weight_check import check_engine_weights
@@ -38,7 +40,9 @@ class RolloutMixin:
         stop_token_ids: ids that end a completion.
         sampler: samples the student's completions.
         grader: says whether an evaluation's completions are right.
+        objective: the method's objective.
         head_forward: runs forward passes of both models.
+        planner: lays out the forward passes of micro-batches.
         token_recorder: records the tokens of some rollouts.
         metric_accumulators: "train" or "eval" -> its metrics.
     """
@@ -52,7 +56,9 @@ class RolloutMixin:
     stop_token_ids: frozenset[int]
     sampler: Sampler
     grader: Grader
+    objective: Objective
     head_forward: HeadForward
+    planner: MicroBatchPlanner
     token_recorder: TokenRecorder
     metric_accumulators: dict[str, MetricAccumulator]
     _prepare_inputs: Any  # defined by `Trainer`
@@ -79,10 +85,15 @@ class RolloutMixin:
 
     # Helpers
 
+    @property
+    def _needs_teacher(self) -> bool:
+        return self.objective.needs_teacher_distribution or self.objective.scores_class is not None
+
     def _roll_out(self, model: nn.Module, rows: list[Batch], step: int, mode: str) -> list[Batch]:
         """Convert collated rows to padded micro-batches with completions from the student or the data set."""
         if not rows:
             return []
+        self.planner.check_models([model, self.teacher_model] if self._needs_teacher else [model])
         prompts, completions = self._select_completions(model, rows, step, mode)
         num_tokens = sum(len(c.ids) for c in completions)
         self.metric_accumulators[mode].add("completions/mean_length", num_tokens, len(completions))
@@ -100,6 +111,10 @@ class RolloutMixin:
 
     def _micro_batch(self, row: Batch, prompts: list[list[int]], completions: list[Completion]) -> Batch:
         batch: Batch = self._prepare_inputs(pad_sequences(prompts, [c.ids for c in completions]))
+        sequences = [[*prompt, *c.ids] for prompt, c in zip(prompts, completions, strict=True)]
+        layout = self.planner.lay_out([len(s) for s in sequences])
+        if is_packed(layout):
+            batch["packed"] = self._pack(sequences, layout)
         # keep these on the host; reading them from the device would synchronize
         batch |= {"index": row["index"], "lengths": [len(c.ids) for c in completions]}
         batch["num_tokens"] = sum(batch["lengths"]) + sum(len(prompt) for prompt in prompts)
@@ -107,6 +122,13 @@ class RolloutMixin:
         if len(logps) == len(completions):
             batch["sampling_per_token_logps"] = torch.tensor(list(chain(*logps)), device=batch["input_ids"].device)
         return batch
+
+    def _pack(self, sequences: list[list[int]], layout: Rows) -> Batch:
+        device = self.accelerator.device
+        return {
+            name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+            for name, value in pack_sequences(sequences, layout).items()
+        }
 
     def _generate(
         self, model: nn.Module, rows: list[Batch], prompts: list[list[int]], step: int, mode: str

@@ -35,8 +35,9 @@ from ..rollout.base import Completion
 from ..rollout.vllm import require_vllm
 from ..selection import token_index
 from . import model_card
-from .forward import HeadForward, TeacherOutput
+from .forward import HeadForward, TeacherOutput, get_forward_ids
 from .metrics import MetricAccumulator, term_gradient_norms
+from .micro_batches import MicroBatchPlanner
 from .nonfinite import NonFiniteGuard
 from .progress import closing_progress, replace_progress_callback
 from .rollout_buffer import Batch, RolloutBuffer
@@ -121,6 +122,7 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
         )
 
         args.dataset_kwargs = {"skip_prepare_dataset": True}
+        padding_free, args.padding_free = args.padding_free, None  # TRL's is its collator's
         super(GKDTrainer, self).__init__(
             model,
             args=args,
@@ -132,6 +134,7 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
             optimizers=optimizers,
             peft_config=peft_config,
         )
+        args.padding_free = padding_free
         self.model_accepts_loss_kwargs = True  # we divide by the global count; `Trainer` must not divide again
         if args.disable_dropout:
             disable_dropout_in_model(self.model)
@@ -146,10 +149,6 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
         names = [f.name for f in fields(self.objective_class) if f.init]  # type: ignore[arg-type]
         return self.objective_class(**{name: getattr(args, name) for name in names})
 
-    @property
-    def _needs_teacher(self) -> bool:
-        return self.objective.needs_teacher_distribution or self.objective.scores_class is not None
-
     def _build_components(self, teacher_model: str | PreTrainedModel) -> None:
         """Build the components that need the loaded models."""
         args, accelerator, decode = self.args, self.accelerator, self.pair.tokenizer.decode
@@ -158,6 +157,7 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
         if self._needs_teacher:
             self.teacher_model = prepare_teacher(teacher_model, accelerator, args)
         self.head_forward = HeadForward(accelerator, args, self.pair.shared_vocab_size)
+        self.planner = MicroBatchPlanner(accelerator, args, self.objective)
         self.token_recorder = TokenRecorder(self.head_forward, args, decode)
         self.sampler = self._make_sampler()
         self.nonfinite_guard = NonFiniteGuard(accelerator, Path(args.output_dir), args.max_nonfinite_steps, decode)
@@ -193,7 +193,9 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | None = None) -> Tensor:
         """Run the forward and backward pass of one micro-batch."""
-        with self.metric_accumulators["train"].time_block("student", inputs["num_tokens"], excluding="teacher"):
+        metrics, num_positions = self.metric_accumulators["train"], get_forward_ids(inputs).numel()
+        metrics.add("padding", num_positions - inputs["num_tokens"], num_positions)
+        with metrics.time_block("student", inputs["num_tokens"], excluding="teacher"):
             return super(GKDTrainer, self).training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(
@@ -288,6 +290,10 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
             scores=None if scores_class is None else scores_class(**batch["scores"]),
             index=index,
         )
+
+    def floating_point_ops(self, inputs: Batch) -> int:
+        """See `Trainer`. Counts the positions of the forward pass."""
+        return int(super().floating_point_ops({**inputs, "input_ids": get_forward_ids(inputs)}))
 
     # Data and models
 
