@@ -4,7 +4,7 @@ Everything here runs on the host, from lengths alone. A layout is a list of rows
 sequences.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate, chain
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 Rows = list[list[int]]
 """The layout of a micro-batch: the indices of the sequences in each row."""
 
-_MAX_STRETCH = 1.5  # width of a row, relative to the longest sequence: attention's cost and mask grow with its square
+MAX_STRETCH = 1.5  # width of a row, relative to the longest sequence: attention's cost and mask grow with its square
 _NUM_WIDTHS = 17
 _GOOD_ENOUGH = 1.01  # stop the search if 1 % of the positions are padding
 
@@ -41,10 +41,13 @@ def pack_rows(lengths: Sequence[int], max_width: int | None = None) -> Rows:
 
     Args:
         lengths: tokens of each sequence.
-        max_width: limit of the width, tokens. Rows are never narrower than the longest sequence.
+        max_width: limit of the width, tokens. A longer sequence gets a row of its own.
     """
     longest, total = max(lengths), sum(lengths)
-    widest = max(longest, min(int(longest * _MAX_STRETCH), max_width or total, total))
+    max_width = max_width or total
+    if max_width < longest:
+        return first_fit_decreasing(lengths, max_width)
+    widest = min(int(longest * MAX_STRETCH), max_width)
     widths = dict.fromkeys(longest + (widest - longest) * i // (_NUM_WIDTHS - 1) for i in range(_NUM_WIDTHS))
     best, fewest = one_per_row(range(len(lengths))), len(lengths) * longest
     for width in widths:
@@ -69,6 +72,62 @@ def first_fit_decreasing(lengths: Sequence[int], width: int) -> Rows:
         rows[row].append(i)
         room[row] -= lengths[i]
     return rows
+
+
+def divide(
+    lengths: Sequence[int], budget: int, lay_out: Callable[[Sequence[int]], Rows], in_order: bool
+) -> list[Rows]:
+    """Divide sequences into micro-batches of at most `budget` positions, padding included.
+
+    A sequence that is longer than the budget is a micro-batch of its own.
+
+    Args:
+        lengths: tokens of each sequence.
+        budget: positions of a micro-batch, tokens.
+        lay_out: returns a layout for sequences of the given lengths.
+        in_order: whether each micro-batch must hold neighbors, in the order given. Otherwise sequences are combined so
+            that little padding is left.
+    """
+    if in_order:
+        return _divide_in_order(lengths, budget, lay_out)
+    rows = sorted(lay_out(lengths), key=lambda row: -sum(lengths[i] for i in row))
+    micro_batches: list[Rows] = []
+    for row in rows:  # the first row of a micro-batch is its widest
+        if micro_batches and num_positions([*micro_batches[-1], row], lengths) <= budget:
+            micro_batches[-1].append(row)
+        else:
+            micro_batches.append([row])
+    return micro_batches
+
+
+def _divide_in_order(lengths: Sequence[int], budget: int, lay_out: Callable[[Sequence[int]], Rows]) -> list[Rows]:
+    micro_batches: list[Rows] = []
+    first = 0
+    for last in range(len(lengths)):
+        layout = lay_out(lengths[first : last + 1])
+        if num_positions(layout, lengths[first : last + 1]) > budget and last > first:
+            first, layout = last, [[0]]
+        else:
+            del micro_batches[-1 if last > first else len(micro_batches) :]
+        micro_batches.append([[first + i for i in row] for row in layout])
+    return micro_batches
+
+
+def split_to_count(micro_batches: list[Rows], lengths: Sequence[int], count: int) -> list[Rows]:
+    """Halve the largest micro-batches until there are `count` of them, so that all processes have the same number.
+
+    Sequences that were in order stay in order. No micro-batch grows. `count` is at most the number of sequences, which
+    is the same on all processes.
+    """
+    parts = list(micro_batches)
+    while len(parts) < count:
+        sizes = [num_positions(rows, lengths) if sum(map(len, rows)) > 1 else 0 for rows in parts]
+        largest = sizes.index(max(sizes))
+        indices = sorted(chain.from_iterable(parts[largest]))
+        halves = indices[: len(indices) // 2], indices[len(indices) // 2 :]
+        kept = ([[i for i in row if i in half] for row in parts[largest]] for half in halves)
+        parts[largest : largest + 1] = [[row for row in rows if row] for rows in kept]
+    return parts
 
 
 def pack_sequences(sequences: Sequence[Sequence[int]], rows: Rows) -> dict[str, Tensor | int]:
