@@ -38,7 +38,7 @@ def explain_unpackable(accelerator: Accelerator, args: TokenSelectiveConfig, mod
         model.train(was_training)
     tolerance = max(1e-3, 16 * torch.finfo(difference.dtype).eps)
     largest = float(accelerator.gather(difference.float().view(1)).max())
-    if largest <= tolerance:
+    if not largest > tolerance:  # with NaN, the step itself will stop the run
         return None
     return f"{_class_name(unwrapped)}: a sequence's hidden states change by {largest:.1%} if another is in its row"
 
