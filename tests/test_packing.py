@@ -3,6 +3,7 @@
 import random
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -373,6 +374,20 @@ def test_learned_absolute_positions_are_packed(tmp_path: Path) -> None:
 def test_methods_without_packing_refuse_it(method: str, option: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=next(iter(option))):
         METHODS[method].config_class(output_dir=str(tmp_path), use_cpu=True, **option)
+
+
+def test_an_objective_that_needs_fixed_micro_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a method of one's own may."""
+
+    @dataclass
+    class FixedObjective(METHODS["gkd"].objective_class):
+        micro_batching = "fixed"
+
+    padded = train("gkd", tmp_path, padding_free=False)
+    monkeypatch.setitem(METHODS, "gkd", type("Fixed", (METHODS["gkd"],), {"objective_class": FixedObjective}))
+    assert torch.equal(train("gkd", tmp_path)[0], padded[0])
+    with pytest.raises(ConfigError, match="padding_free"):
+        train("gkd", tmp_path, padding_free=True)
 
 
 def test_a_budget_without_packing_is_refused(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from ..config.base import TokenSelectiveConfig
 from ..config.logs import get_logger
 from ..data import Rows, divide, first_fit_decreasing, one_per_row, pack_rows, split_to_count
-from ..errors import ModelError
+from ..errors import ConfigError, ModelError
 from ..models.loading import unwrap_peft
 from ..objective import Objective
 from .forward import uses_flash_attention
@@ -30,6 +30,9 @@ class MicroBatchPlanner:
         args: padding_free, max_tokens_per_micro_batch, per_device_train_batch_size, fused_head.
         objective: the method's objective, which may restrict the choice (`Objective.micro_batching`).
         longest_sequence: length of the longest possible sequence, tokens.
+
+    Raises:
+        ConfigError: `padding_free` is true, but the objective requires fixed micro-batches.
     """
 
     def __init__(
@@ -37,7 +40,10 @@ class MicroBatchPlanner:
     ) -> None:
         self.accelerator, self.args, self.objective = accelerator, args, objective
         self.budget = args.max_tokens_per_micro_batch or args.per_device_train_batch_size * longest_sequence
-        self.is_fixed = args.padding_free is False or objective.micro_batching == "fixed"
+        depends_on_split = objective.micro_batching == "fixed" or objective.unit == "micro-batches"
+        if depends_on_split and args.padding_free:
+            raise ConfigError([f"padding_free: {args.method} depends on padding or on the split into micro-batches"])
+        self.is_fixed = depends_on_split or args.padding_free is False
         self._packs: bool | None = False if self.is_fixed else None
         self._packs_into_one_row = False
 
