@@ -268,6 +268,21 @@ def test_gradient_checkpointing(tmp_path: Path) -> None:
     assert_same(*(train("tsd-kd", tmp_path, padding_free=p, **options) for p in (True, False)))
 
 
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "dense"])
+@pytest.mark.parametrize("weights_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rounding_in_bfloat16_is_not_taken_for_a_leak(weights_dtype: Any, fused: bool, tmp_path: Path) -> None:
+    """Under autocast, the hidden states of float32 weights are float32, but as exact as bfloat16."""
+    config = build_model("qwen3", 0).config
+    config.num_hidden_layers, config.layer_types = 24, ["full_attention"] * 24
+    models = [AutoModelForCausalLM.from_config(config, dtype=weights_dtype) for _ in range(2)]
+    args = METHODS["gkd"].config_class(
+        str(tmp_path), **{**STEP, "lmbda": 0.0, "bf16": True, "padding_free": True, "fused_head": fused}
+    )
+    trainer = METHODS["gkd"](*models, args, train_dataset=uneven_rows(), processing_class=build_tokenizer())
+    trainer.train()
+    assert trainer.state.log_history[0]["padding"] < 0.15
+
+
 def test_adapters(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..config.base import TokenSelectiveConfig
 from ..data import pack_sequences
 from ..errors import first_line
+from ..lm_head.fused import compute_dtype
 from ..models.loading import unwrap_peft
 from .forward import forward_backbone, model_inputs, run_as_forward
 
@@ -32,11 +33,11 @@ def explain_unpackable(accelerator: Accelerator, args: TokenSelectiveConfig, mod
     try:
         with accelerator.autocast():
             difference = run_as_forward(model, unwrapped, _relative_difference, unwrapped, args.fused_head, ids)
+            tolerance = max(1e-3, 16 * torch.finfo(compute_dtype(difference)).eps)
     except _MODEL_ERRORS as error:
         return f"{_class_name(unwrapped)}: {type(error).__name__}: {first_line(error)}"
     finally:
         model.train(was_training)
-    tolerance = max(1e-3, 16 * torch.finfo(difference.dtype).eps)
     largest = float(accelerator.gather(difference.float().view(1)).max())
     if not largest > tolerance:  # with NaN, the step itself will stop the run
         return None
