@@ -101,15 +101,18 @@ def divide(
 
 
 def _divide_in_order(lengths: Sequence[int], budget: int, lay_out: Callable[[Sequence[int]], Rows]) -> list[Rows]:
+    def lay_out_range(first: int, end: int) -> Rows:
+        return [[first + i for i in row] for row in lay_out(lengths[first:end])]
+
     micro_batches: list[Rows] = []
     first = 0
-    for last in range(len(lengths)):
-        layout = lay_out(lengths[first : last + 1])
-        if num_positions(layout, lengths[first : last + 1]) > budget and last > first:
-            first, layout = last, [[0]]
+    for i in range(len(lengths)):
+        extended = lay_out_range(first, i + 1)
+        if i > first and num_positions(extended, lengths) <= budget:
+            micro_batches[-1] = extended
         else:
-            del micro_batches[-1 if last > first else len(micro_batches) :]
-        micro_batches.append([[first + i for i in row] for row in layout])
+            first = i
+            micro_batches.append(lay_out_range(i, i + 1))
     return micro_batches
 
 

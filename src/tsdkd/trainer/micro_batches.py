@@ -83,7 +83,7 @@ class MicroBatchPlanner:
         order = sorted(range(len(everyone)), key=lambda i: -everyone[i][0])
         rounds = (order[i : i + processes] for i in range(0, len(order), processes))
         dealt = [round_ if number % 2 == 0 else round_[::-1] for number, round_ in enumerate(rounds)]
-        return [everyone[i][1] for i in sorted(round_[own] for round_ in dealt)]
+        return [everyone[i][1] for i in sorted(i for round_ in dealt for i in round_[own : own + 1])]
 
     def plan(self, sizes: Sequence[int], lengths: Sequence[int], mode: str) -> list[list[Rows]]:
         """Divide the sequences of a window, or of a part of it, into micro-batches. All processes must call it.
