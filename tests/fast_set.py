@@ -36,6 +36,8 @@ SLOW_TESTS = {
     "test_methods.py::test_any_split_into_micro_batches_gives_the_same_step",
     "test_methods.py::test_trains_the_same_from_hidden_states_and_whole_logits",
     "test_methods.py::test_two_processes_give_the_same_step",
+    "test_packing.py::test_two_processes",
+    "test_packing.py::test_two_processes_with_a_fixed_order",
     "test_records.py::test_the_recorded_divergence_is_the_method_s",
     "test_rollout.py::test_frequencies_match_the_softmax",
     "test_bad_input.py::test_model_of_the_hub_that_needs_something_else",
@@ -66,6 +68,8 @@ EVERY_NTH = {
     "test_heads.py::test_a_step_is_that_of_whole_logits": 12,
     "test_heads.py::test_with_the_options_of_a_run": 4,
     "test_methods.py::test_resumes_bitwise": 5,
+    "test_packing.py::test_any_budget_gives_the_same_steps": 7,
+    "test_packing.py::test_steps_are_those_of_padded_micro_batches": 7,
 }
 """Test -> n, for tests with many cases."""
 

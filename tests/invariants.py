@@ -66,10 +66,18 @@ METHOD_OPTIONS: dict[str, dict[str, Any]] = {
 """What a method needs beside `COMMON_OPTIONS`; None removes an option."""
 
 _DENSE: Runs = {f"{method}, dense": (method, {"fused_head": False}) for method in METHODS if method != "grpo"}
+_PACKED = {"padding_free": None}
+"""The default. All other runs pad, so that their numbers don't depend on how sequences are packed."""
 ONE_PROCESS: Runs = {
     **{method: (method, {}) for method in METHODS},
     **_DENSE,
     "tsd-kd, adaptive opener": ("tsd-kd", {"adaptive_opener": True, "gradient_checkpointing": True}),
+    "tsd-kd, packed": ("tsd-kd", _PACKED),
+    "tsd-kd, packed, adaptive opener": (
+        "tsd-kd",
+        {**_PACKED, "adaptive_opener": True, "max_tokens_per_micro_batch": 40},
+    ),
+    "eopd, packed, continued": ("eopd", {**_PACKED, "save_strategy": "steps", "save_steps": 1}),
     "tsd-kd, bfloat16": ("tsd-kd", {"bf16": True}),
     "eopd, bfloat16": ("eopd", {"bf16": True}),
     "tsd-kd, sum and temperature": ("tsd-kd", {"indirect_reduction": "sum", "temperature": 0.7}),
@@ -84,9 +92,10 @@ ONE_PROCESS: Runs = {
 TWO_PROCESSES: Runs = {
     **{method: (method, {}) for method in METHODS},
     **{case: _DENSE[case] for case in ("tsd-kd, dense", "eopd, dense")},
+    "tsd-kd, packed": ("tsd-kd", {**_PACKED, "max_tokens_per_micro_batch": 40}),
 }
 VLLM: Runs = {method: (method, {"use_vllm": True}) for method in ("tsd-kd", "eopd")}
-_TIMING_WORDS = ("speed", "runtime", "per_second", "flos", "time")
+_LEFT_OUT = ("speed", "runtime", "per_second", "flos", "time", "padding")
 
 
 def machine() -> dict[str, str]:
@@ -122,6 +131,8 @@ def train_command(method: str, options: dict[str, Any], inputs: Path, output: Pa
     values = {**QUIET, **COMMON_OPTIONS, "per_device_train_batch_size": batch}
     if "rollout_batch_size" in config.__dataclass_fields__:
         values["rollout_batch_size"] = 2 * COMMON_OPTIONS["gradient_accumulation_steps"] * batch * processes
+    if "padding_free" not in config.unsupported_options:
+        values["padding_free"] = False
     values |= {**METHOD_OPTIONS.get(method, {}), **options}
     values |= {"method": method, "model_name_or_path": inputs / "student", "output_dir": output}
     values |= {"dataset_name": inputs / "train.jsonl", "eval_dataset_name": inputs / "eval.jsonl"}
@@ -133,11 +144,11 @@ def train_command(method: str, options: dict[str, Any], inputs: Path, output: Pa
 
 
 def read_run(output: Path) -> dict[str, Any]:
-    """What a run leaves: the log without times, hashes of weights and of token records."""
+    """What a run leaves: the log without times and padding, hashes of weights and of token records."""
     state = load_file(output / "model.safetensors")
     weights = b"".join(weight.contiguous().numpy().tobytes() for _, weight in sorted(state.items()))
     log = json.loads((output / "trainer_state.json").read_text())["log_history"]
-    rows = [{k: v for k, v in row.items() if not any(word in k for word in _TIMING_WORDS)} for row in log]
+    rows = [{k: v for k, v in row.items() if not any(word in k for word in _LEFT_OUT)} for row in log]
     result = {"weights": hashlib.sha256(weights).hexdigest(), "log": rows}
     records = sorted(output.glob("records/*.parquet"))
     if records:

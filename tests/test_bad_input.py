@@ -391,13 +391,19 @@ CONFIGS: dict[str, tuple[dict[str, Any], tuple[str, ...], list[Say]]] = {
     "tsd-kd's option in eopd": ({**EOPD, "alpha": 0.1}, (), [("alpha", "tsd-kd")]),
     "beta in eopd": ({**EOPD, "beta": 0.7}, (), [("beta", "eopd")]),
     "tsd-kd's flag with eopd by flag": ({}, ("--method", "eopd", "--gate", "false"), [("gate", "tsd-kd")]),
+    "a budget without packing": (
+        {"padding_free": False, "max_tokens_per_micro_batch": 64},
+        (),
+        [("max_tokens_per_micro_batch", "padding_free")],
+    ),
+    "no tokens": ({"max_tokens_per_micro_batch": 0}, (), [("max_tokens_per_micro_batch", "at least 1")]),
     # TRL's and transformers' options that can't work here
     **{
         f"unsupported {key}": ({key: value}, (), [(key,)])
         for key, value in {
             "seq_kd": True,
             "packing": True,
-            "padding_free": True,
+            "eval_packing": True,
             "assistant_only_loss": True,
             "completion_only_loss": False,
             "dataset_text_field": "body",

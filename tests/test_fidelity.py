@@ -145,7 +145,7 @@ def test_end_of_sequence_is_trained_on(tmp_path: Any) -> None:
         ("theirs", TSDKDReleasedConfig, TSDKDReleasedTrainer),
     ):
         trainer = made(config, kind, tmp_path / name)
-        (batch,) = trainer._roll_out(trainer.model, [next(iter(trainer.get_train_dataloader()))], 0, "train")
+        ((batch,),) = trainer._roll_out(trainer.model, [[next(iter(trainer.get_train_dataloader()))]], 0, "train")
         responses = trainer._completion_batch(batch, "train")
         ends = batch["input_ids"][:, 1:][responses.loss_mask] == 1
         shares[name] = int(ends.sum())

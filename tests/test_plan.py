@@ -151,6 +151,18 @@ def test_precisions(plan):
     assert taken("--dtype", "auto") == pure
 
 
+def test_the_budget_of_a_micro_batch_counts(plan):
+    """Not the number of rows, which only the step depends on."""
+
+    def taken(*flags):
+        return fits(plan("qwen25_14b_to_1p5b", "--use_vllm", "false", *flags))[1]
+
+    rows = ("--per_device_train_batch_size", "16", "--gradient_accumulation_steps", "2")
+    same = ("--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "4")
+    small, large = ("--max_tokens_per_micro_batch", "2048"), ("--max_tokens_per_micro_batch", "16384")
+    assert taken(*rows, *small) == taken(*same, *small) < taken(*same) < taken(*rows) == taken(*rows, *large)
+
+
 def test_a_plan_of_other_methods(plan, capsys, tmp_path):
     """The teacher that samples must be whole; the one that isn't loaded takes nothing; none isn't estimated."""
     own = ("--use_vllm", "false", "--accelerate_config", "null", "--gradient_accumulation_steps", "1")
@@ -166,11 +178,13 @@ def test_a_plan_of_other_methods(plan, capsys, tmp_path):
 
 
 WORK = Workload(
-    micro_batch_size=1,
-    gradient_accumulation_steps=1,
+    samples_per_step=1,
+    micro_batch_tokens=256,
+    micro_batches_per_step=1,
     rollout_size=1,
     steps_per_rollout=1,
     sequence_length=256,
+    row_width=256,
     weight_itemsize=4,
     compute_itemsize=2,
     teacher_bytes_per_parameter=2,
@@ -203,9 +217,7 @@ def test_buffers_by_their_definitions():
     assert zero1["buckets"] == zero2["buckets"] == zero3["buckets"] == pytest.approx(2 * 1e9 / gib)
     partition = 2 * (size / 8 + 151936 * 1536) / gib
     assert zero1["gradients"] == zero2["gradients"] == pytest.approx(partition)
-    zero1, zero2 = (
-        totals(student, replace(WORK, gradient_accumulation_steps=4), launch) for launch in ("zero1", "zero2")
-    )
+    zero1, zero2 = (totals(student, replace(WORK, micro_batches_per_step=4), launch) for launch in ("zero1", "zero2"))
     assert zero1["gradients"] == pytest.approx(2 * size / gib) and zero2["gradients"] == pytest.approx(2 * partition)
     assert zero2["optimizer"] == zero3["optimizer"] == pytest.approx(12 * size / 8 / gib)
     assert totals(student, replace(WORK, weight_itemsize=2), "ddp")["optimizer"] == pytest.approx(4 * size / gib)

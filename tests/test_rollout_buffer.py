@@ -12,13 +12,18 @@ def rows(count: int) -> Iterator[dict[str, Any]]:
     return iter([{"index": [i]} for i in range(count)])
 
 
-def roll_out(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{**batch, "sampling_per_token_logps": 0} for batch in batches]
+def roll_out(parts: list[list[dict[str, Any]]]) -> list[list[dict[str, Any]]]:
+    """All rows of a part in its last entry."""
+    entries = []
+    for part in parts:
+        rows = {"index": [i for batch in part for i in batch["index"]], "sampling_per_token_logps": 0}
+        entries += [*([] for _ in part[1:]), [rows]]
+    return entries
 
 
 def drain(buffer: RolloutBuffer, data: Iterator[dict[str, Any]], steps: int) -> list[list[int]]:
     windows = [buffer.next(data, 2, steps - step, roll_out) for step in range(steps)]
-    return [[i for batch in window for i in batch["index"]] for window in windows]
+    return [[i for entry in window for batch in entry for i in batch["index"]] for window in windows]
 
 
 @pytest.mark.parametrize(
@@ -40,7 +45,7 @@ def test_the_end_of_the_data_is_an_empty_window() -> None:
 
 def test_only_the_first_window_comes_from_the_policy_that_is_trained() -> None:
     buffer, data = RolloutBuffer(1, 3), rows(3)
-    has_logps = ["sampling_per_token_logps" in buffer.next(data, 1, 3, roll_out)[0] for _ in range(3)]
+    has_logps = ["sampling_per_token_logps" in buffer.next(data, 1, 3, roll_out)[0][0] for _ in range(3)]
     assert has_logps == [True, False, False]
 
 

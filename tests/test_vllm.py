@@ -245,8 +245,8 @@ def test_weights_are_copied_once_and_again_after_a_resume(saved_model, tmp_path,
     run = make_trainer(tmp_path / "run", saved_model, max_steps=4, **values)
     run.train()
     assert (len(synced), proven) == (4, [1, 4])
-    run._roll_out(run.model, list(run.get_train_dataloader())[:1], 4, "train")  # the weights of step 4
-    run._roll_out(run.model, list(run.get_train_dataloader())[:1], 5, "train")
+    run._roll_out(run.model, [list(run.get_train_dataloader())[:1]], 4, "train")  # the weights of step 4
+    run._roll_out(run.model, [list(run.get_train_dataloader())[:1]], 5, "train")
     assert len(synced) == 5
     synced.clear(), proven.clear()
     resumed = make_trainer(tmp_path / "run", saved_model, max_steps=4, **values)

@@ -122,6 +122,17 @@ def test_the_steps_of_one_process(method, config, teacher, plain, command, saved
     assert losses(tmp_path / "several") == pytest.approx(expected_losses, rel=1e-4)
 
 
+@pytest.mark.parametrize("method, config", [("tsd-kd", "zero1"), ("eopd", "zero2"), ("tsd-kd", "zero3")])
+def test_several_micro_batches_in_place_of_a_batch(method, config, plain, command, saved_model, tmp_path):
+    """Their number differs from gradient_accumulation_steps, which DeepSpeed was configured with."""
+    expected_losses, expected = plain(method, command)
+    result = start(command(method, "several", 2, max_tokens_per_micro_batch=24), config)
+    assert result.returncode == 0, result.stderr[-3000:]
+    before, found = weights(saved_model("gemma2" if method == "tsd-kd" else "llama", 0)), weights(tmp_path / "several")
+    assert (found - expected).norm() <= 1e-4 * (expected - before).norm()
+    assert losses(tmp_path / "several") == pytest.approx(expected_losses, rel=1e-4)
+
+
 HALF = [
     ("tsd-kd", "ddp"),
     ("tsd-kd", "zero1"),

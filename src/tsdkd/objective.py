@@ -7,7 +7,7 @@ the same update.
 
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -138,12 +138,16 @@ class Objective:
     Attributes:
         unit: the items that the loss is averaged over in the global batch: "completions", "tokens" or
             "micro-batches".
+        micro_batching: which rows may share a micro-batch. "free": any; "in order": only neighbors, because the
+            objective depends on the order of the completions; "fixed": those that the data loader puts together,
+            padded on the right, because it depends on the split or on padding.
         needs_teacher_distribution: whether the head needs the teacher's distributions.
         scores_class: class of the rollout scores that the objective uses; None if it uses none.
         teacher_top_k: number of the teacher's most probable tokens in these scores.
     """
 
     unit: ClassVar[str] = "tokens"
+    micro_batching: Literal["free", "in order", "fixed"] = "free"
     needs_teacher_distribution: ClassVar[bool] = True
     scores_class: ClassVar[type[RolloutScores] | None] = None
     teacher_top_k: int = 16

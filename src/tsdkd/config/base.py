@@ -154,6 +154,19 @@ class TokenSelectiveConfig(GKDConfig):
         POSITIVE,
         (lambda v: not v["fused_head"], "fused_head is false"),
     )
+    padding_free: bool | None = option(
+        None,
+        "Pack several sequences into each row of a forward pass, which leaves almost no padding. Doesn't change the "
+        "loss. None: pack if both models support it. False: pad micro-batches, in the order of the data.",
+    )
+    max_tokens_per_micro_batch: int | None = option(
+        None,
+        "Maximum size of a micro-batch, tokens, padding included. The rows of an optimizer step are divided by it, so "
+        "per_device_train_batch_size x gradient_accumulation_steps sets only their number. None: "
+        "per_device_train_batch_size sequences of maximum length.",
+        AT_LEAST_ONE,
+        (lambda v: v["padding_free"] is False, "padding_free is false"),
+    )
     teacher_placement: Literal["replica", "zero3", "cpu_offload"] | None = option(
         None,
         "Where the teacher's weights are, independent of the student's ZeRO stage: a replica on every device, sharded "

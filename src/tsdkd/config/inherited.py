@@ -79,10 +79,8 @@ CONFLICTS: list[ConflictRule] = [
 # Refused because they would have no effect or a wrong effect.
 UNSUPPORTED_OPTIONS: dict[str, str] = {
     "seq_kd": "use lmbda: 0 with the teacher's completions as data",
-    **dict.fromkeys(
-        ("packing", "packing_strategy", "eval_packing", "padding_free"), "each row contains one completion"
-    ),
-    "pad_to_multiple_of": "sequences are padded to the longest of their micro-batch",
+    **dict.fromkeys(("packing", "packing_strategy", "eval_packing"), "use padding_free"),
+    "pad_to_multiple_of": "use padding_free; without it, sequences are padded to the longest of their micro-batch",
     **dict.fromkeys(("completion_only_loss", "assistant_only_loss"), "the loss always covers only the completion"),
     "dataset_text_field": "use prompt_column",
     "dataset_kwargs": "use prompt_column, completion_column and chat_template_kwargs",

@@ -5,24 +5,45 @@ A row has `prompt` (a string or messages), `messages` (the last assistant turn i
 token is never compared with anything.
 """
 
-from .batches import collate, completion_mask, hash_rows, pad_sequences, target_ids
+from .batches import collate, completion_mask, find_longest_sequence, hash_rows, pad_sequences, target_ids
 from .columns import Columns, append_prompt_suffix, missing_column, resolve_columns, split_prompt_completion
 from .loading import load_split
+from .packing import (
+    Rows,
+    divide,
+    first_fit_decreasing,
+    is_packed,
+    num_positions,
+    one_per_row,
+    pack_rows,
+    pack_sequences,
+    split_to_count,
+)
 from .prepare import is_prepared, max_sequence_length, prepare_dataset
 
 __all__ = [
     "Columns",
+    "Rows",
     "append_prompt_suffix",
     "collate",
     "completion_mask",
+    "divide",
+    "find_longest_sequence",
+    "first_fit_decreasing",
     "hash_rows",
+    "is_packed",
     "is_prepared",
     "load_split",
     "max_sequence_length",
     "missing_column",
+    "num_positions",
+    "one_per_row",
+    "pack_rows",
+    "pack_sequences",
     "pad_sequences",
     "prepare_dataset",
     "resolve_columns",
     "split_prompt_completion",
+    "split_to_count",
     "target_ids",
 ]

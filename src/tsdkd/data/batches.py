@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any
 
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 
@@ -14,6 +15,12 @@ def hash_rows(rows: Dataset) -> str:
     for some in rows.select_columns(["prompt_ids", "completion_ids", "limit"]).iter(1000):
         digest.update(repr(some).encode())
     return digest.hexdigest()
+
+
+def find_longest_sequence(rows: Dataset) -> int:
+    """Return the length of the longest possible prompt plus completion of tokenized rows, tokens."""
+    tables = rows.select_columns(["prompt_ids", "limit"]).with_format("arrow").iter(10_000)
+    return max(pc.max(pc.add(pc.list_value_length(t["prompt_ids"]), t["limit"])).as_py() for t in tables)
 
 
 def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

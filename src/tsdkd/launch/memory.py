@@ -113,14 +113,12 @@ def _gradient_bytes(student: ModelSize, workload: Workload, launch: Sharding, gp
     )  # the copy is the communication buffer
     # parameters that lie in two partitions are counted fully in each
     partition = whole / gpus + min(student.embedding_parameters, student.num_trainable_parameters) * bytes_per_weight
-    if launch.zero_stage == 1 and workload.gradient_accumulation_steps > 1:
+    if launch.zero_stage == 1 and workload.micro_batches_per_step > 1:
         # not partitioned until the last micro-batch, whose backward pass moves them through the bucket
         return whole, bucket + max(0.0, copy + partition - whole)
     if launch.zero_stage in (1, 2):
         # from the second micro-batch on, ZeRO-2 has the sum and the next gradients
-        return partition * (
-            min(2, workload.gradient_accumulation_steps) if launch.zero_stage == 2 else 1
-        ), bucket + copy
+        return partition * (min(2, workload.micro_batches_per_step) if launch.zero_stage == 2 else 1), bucket + copy
     return 0.0 if launch.is_offloaded else whole / gpus, bucket + copy
 
 
@@ -129,7 +127,7 @@ def _backward_bytes(
 ) -> dict[str, float]:
     bytes_per_weight, bytes_per_trained_weight = _bytes_per_weight(student, workload, launch)
     gradients, buckets = _gradient_bytes(student, workload, launch, gpus)
-    rows = workload.micro_batch_size * workload.sequence_length
+    rows = workload.micro_batch_tokens
     residual_bytes = bytes_per_weight
     if student.adapter_parameters and not launch.zero_stage:
         residual_bytes = max(bytes_per_weight, workload.compute_itemsize)
@@ -144,7 +142,7 @@ def _backward_bytes(
     )
     head = workload.head_gib * GIB
     if not student.adapter_parameters and (
-        student.has_tied_embeddings or workload.gradient_accumulation_steps > 1 or bytes_per_trained_weight < 4
+        student.has_tied_embeddings or workload.micro_batches_per_step > 1 or bytes_per_trained_weight < 4
     ):
         head += 4 * student.embedding_parameters  # the output layer's gradient before it is added to the sum
     copies = _autocast_copy_bytes(student, workload, launch)
@@ -163,7 +161,7 @@ def _activation_bytes(model: ModelSize, workload: Workload, residual_bytes: int)
         # outputs of the norms, cast for the matrix products
         kept += model.residual_numbers / 2 * workload.compute_itemsize
     if workload.uses_eager_attention:  # scores, capped scores, float32 probabilities and their cast, masks
-        kept += model.num_attention_heads * workload.sequence_length * (3 * workload.compute_itemsize + 8)
+        kept += model.num_attention_heads * workload.row_width * (3 * workload.compute_itemsize + 8)
     return kept
 
 

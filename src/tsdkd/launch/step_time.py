@@ -20,7 +20,7 @@ _HEAD_BYTES_PER_LOGIT = 400
 
 def estimate_step_seconds(student: ModelSize, teacher: ModelSize | None, workload: Workload) -> dict[str, float]:
     """Estimate the seconds of each part of a step, for full-length completions, without communication between GPUs."""
-    rows = workload.micro_batch_size * workload.gradient_accumulation_steps * workload.sequence_length
+    rows = workload.samples_per_step * workload.sequence_length
     passes = 8 if workload.uses_gradient_checkpointing else 6
     matmul_seconds = passes * student.num_parameters * rows / _GPU_FLOPS
     return {

@@ -8,6 +8,7 @@ import torch
 from transformers import PretrainedConfig
 
 from ..config.base import TokenSelectiveConfig
+from ..data.packing import MAX_STRETCH
 
 GIB = 2**30
 _DENSE_BYTES_PER_LOGIT = 46  # bytes per (token, vocabulary id) without the fused head, bfloat16 (docs/performance.md)
@@ -39,11 +40,13 @@ class Workload:
     """Sizes and precisions that determine a training step's memory and time on one GPU.
 
     Attributes:
-        micro_batch_size: completions per micro-batch.
-        gradient_accumulation_steps: micro-batches per step.
+        samples_per_step: completions per step.
+        micro_batch_tokens: positions per micro-batch, padding included.
+        micro_batches_per_step: micro-batches per step.
         rollout_size: completions per rollout; 0 if nothing is generated.
         steps_per_rollout: optimizer steps per rollout.
         sequence_length: length of prompt plus completion, tokens.
+        row_width: positions per row of a forward pass, which may hold several sequences.
         weight_itemsize: bytes per parameter of the student outside DeepSpeed.
         compute_itemsize: bytes per number in matrix products.
         teacher_bytes_per_parameter: bytes per parameter of the teacher.
@@ -54,11 +57,13 @@ class Workload:
         engine: the vLLM engine; None if transformers generates the completions.
     """
 
-    micro_batch_size: int
-    gradient_accumulation_steps: int
+    samples_per_step: int
+    micro_batch_tokens: int
+    micro_batches_per_step: int
     rollout_size: int
     steps_per_rollout: int
     sequence_length: int
+    row_width: int
     weight_itemsize: int
     compute_itemsize: int
     teacher_bytes_per_parameter: int
@@ -93,14 +98,20 @@ def build_workload(
     weight_itemsize = _itemsize(values["dtype"], values["model_init_kwargs"], models[0])
     longest = _max_sequence_length(values, models)
     tokens = min(longest, values["max_completion_length"] + _PROMPT_TOKENS)
-    logits = values["per_device_train_batch_size"] * tokens * models[0].get_text_config().vocab_size
+    step_tokens = samples_per_step * tokens
+    budget = values["max_tokens_per_micro_batch"] or values["per_device_train_batch_size"] * tokens
+    micro_batch_tokens = min(max(budget, tokens), step_tokens)
+    packs = values["padding_free"] is not False and "padding_free" not in cls.unsupported_options
+    logits = micro_batch_tokens * models[0].get_text_config().vocab_size
     chunk_gib = values["head_chunk_gib"] or 1.0
     return Workload(
-        micro_batch_size=values["per_device_train_batch_size"],
-        gradient_accumulation_steps=values["gradient_accumulation_steps"],
+        samples_per_step=samples_per_step,
+        micro_batch_tokens=micro_batch_tokens,
+        micro_batches_per_step=-(-step_tokens // micro_batch_tokens),
         rollout_size=rollout if generates else 0,
         steps_per_rollout=int(steps_per_rollout),
         sequence_length=tokens,
+        row_width=min(int(tokens * MAX_STRETCH), micro_batch_tokens) if packs else tokens,
         weight_itemsize=weight_itemsize,
         compute_itemsize=2 if half else weight_itemsize,
         teacher_bytes_per_parameter=_itemsize("auto", values["teacher_model_init_kwargs"], models[1]),

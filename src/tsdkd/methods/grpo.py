@@ -28,7 +28,10 @@ class GRPOConfig(TokenSelectiveConfig):
         "completion_column": "the reward uses the answer",
         "max_length": "TRL's trainer limits only completions; set max_completion_length",
         "chat_template_source": "the method has no teacher",
-        **dict.fromkeys(("fused_head", "head_chunk_gib", "log_term_gradients"), "TRL's trainer computes the loss"),
+        **dict.fromkeys(
+            ("fused_head", "head_chunk_gib", "log_term_gradients", "padding_free", "max_tokens_per_micro_batch"),
+            "TRL's trainer computes the loss",
+        ),
         **dict.fromkeys(
             ("record_steps", "max_nonfinite_steps", "vllm_request_timeout", "vllm_check_every"),
             "TRL's trainer does not support it",

@@ -5,6 +5,7 @@ against this mixture. The language modeling loss on a pre-training corpus is not
 """
 
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +18,8 @@ from ..objective import CompletionBatch, Metrics, Objective, PolicyScores, appro
 from ..rollout.base import Sampler, TokenChoice
 from ..rollout.build import make_sampler
 from ..rollout.categorical import sample_tokens
+from ..trainer.rollout_buffer import Batch, MicroBatches
 from ..trainer.rollout_scores import ScoredRolloutTrainer
-from ..trainer.trainer import Batch
 from .defaults import SELF_SAMPLING_UNSUPPORTED, VLLM_UNSUPPORTED, RolloutConfig
 
 
@@ -141,10 +142,10 @@ class MiniLLMTrainer(ScoredRolloutTrainer):
         scores["advantages"] = self.objective.compute_returns(*logps, completion_mask(batch))
         scores["old_per_token_logps"] = self.objective.compute_mixture_logps(*logps)
 
-    def _roll_out(self, model: nn.Module, rows: list[Batch], step: int, mode: str) -> list[Batch]:
-        batches = super()._roll_out(model, rows, step, mode)
-        self._whiten_advantages(batches)
-        return batches
+    def _roll_out(self, model: nn.Module, parts: list[list[Batch]], step: int, mode: str) -> list[MicroBatches]:
+        entries = super()._roll_out(model, parts, step, mode)
+        self._whiten_advantages(list(chain.from_iterable(entries)))
+        return entries
 
     def _whiten_advantages(self, batches: list[Batch]) -> None:
         """Normalize to mean 0 and variance 1 over the tokens of all processes.

@@ -80,6 +80,11 @@ class TSDKDObjective(TSDKDOptions, Objective):
     unit = "completions"
 
     @property
+    def micro_batching(self) -> Literal["free", "in order"]:  # type: ignore[override]
+        """See `Objective`. Adaptive c follows the completions in the order of training."""
+        return "in order" if self.adaptive_opener else "free"
+
+    @property
     def term_weights(self) -> dict[str, float]:
         """See `Objective`. Only the direct term can be computed from each token's statistics alone."""
         return {"direct": 1.0}

@@ -40,7 +40,11 @@ class TSDKDReleasedConfig(TSDKDReleasedOptions, TSDKDDefaults):
     method = "tsd-kd-released"
     paper = "github.com/kmswin1/TSD-KD"
     has_jsd = True
-    unsupported_options = TOP_P_UNSUPPORTED
+    unsupported_options = {
+        **TOP_P_UNSUPPORTED,
+        "padding_free": "the loss depends on the padding of its micro-batches",
+        "max_tokens_per_micro_batch": "the loss depends on the split into micro-batches",
+    }
 
 
 @dataclass
@@ -52,6 +56,7 @@ class TSDKDReleasedObjective(TSDKDReleasedOptions, Objective):
     """
 
     unit = "micro-batches"
+    micro_batching = "fixed"
 
     def request(self, completions: CompletionBatch) -> StatisticsRequest:
         """See `Objective`."""

@@ -52,6 +52,8 @@ _MUTABLE_KEYS = {
     "metric_for_best_model",
     "greater_is_better",
     "head_chunk_gib",
+    "padding_free",
+    "max_tokens_per_micro_batch",
     "teacher_placement",
     "max_nonfinite_steps",
     "use_vllm",

@@ -51,7 +51,8 @@ class HeadForward:
 
         Args:
             model: the model, wrapped for training.
-            batch: `input_ids` `[B, S]`, and `attention_mask` if padding positions have statistics.
+            batch: `input_ids` `[B, S]`; `packed` (`tsdkd.data.pack_sequences`) if the forward pass packs the
+                sequences; `attention_mask` if padding positions have statistics.
             index: `[N]`, indices into the flattened `[B, S - 1]` (`tsdkd.selection.token_index`).
             request, per_token_loss: see `Head`.
             teacher: result of `teacher_forward`, if the request needs the teacher.
@@ -114,8 +115,8 @@ class HeadForward:
 
     def _logits(self, model: nn.Module, batch: dict[str, Tensor], index: Tensor) -> Tensor:
         """Compute logits `[N, V]` over the shared ids, temperature applied."""
-        output = model(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"), use_cache=False)
-        logits = _select_positions(index, output.logits)[:, : self.vocab_size]
+        output = model(**model_inputs(self.accelerator.unwrap_model(model), batch))
+        logits = _select_positions(batch, index, output.logits)[:, : self.vocab_size]
         return logits if self.args.temperature == 1.0 else logits / self.args.temperature
 
     def _hidden(self, model: PreTrainedModel, batch: dict[str, Tensor], index: Tensor) -> Tensor:
@@ -125,7 +126,7 @@ class HeadForward:
                 _verify_output_layer(model, batch["input_ids"][:1, :8])
                 torch.clear_autocast_cache()  # older torch versions reuse weight casts made without gradient
                 self._verified_models.add(model)
-            return _select_positions(index, _forward_backbone(model, batch["input_ids"], batch.get("attention_mask")))
+            return _select_positions(batch, index, forward_backbone(model, model_inputs(model, batch)))
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ def _verify_output_layer(model: PreTrainedModel, ids: Tensor) -> None:
     model.eval()
     expected = model(input_ids=ids, use_cache=False).logits
     try:
-        hidden = _forward_backbone(model, ids)
+        hidden = forward_backbone(model, {"input_ids": ids, "use_cache": False})
     except (AttributeError, TypeError) as error:
         raise ModelError(
             f"{_class_name(model)}: the backbone does not return the last hidden states; {_FUSED_HEAD_HINT}"
@@ -210,15 +211,46 @@ def _gather_output_layer(stack: ExitStack, layer: Any) -> None:
         stack.enter_context(GatheredParameters(missing))
 
 
-def _select_positions(index: Tensor, states: Tensor) -> Tensor:
-    """Select `[N, ...]` from `[B, S, ...]` at the indices `index` into the flattened `[B, S - 1]`."""
-    return states.flatten(0, 1).index_select(0, index + index // (states.shape[1] - 1))
+def _select_positions(batch: dict[str, Any], index: Tensor, states: Tensor) -> Tensor:
+    """Select the states `[N, ...]` of the positions `index` of the flattened `[B, S - 1]` from a forward pass."""
+    row = index // (batch["input_ids"].shape[1] - 1)
+    if "packed" in batch:
+        starts = batch["packed"]["starts"].index_select(0, row)
+        positions = starts + index - row * (batch["input_ids"].shape[1] - 1)
+    else:
+        positions = index + row
+    return states.flatten(0, 1).index_select(0, positions)
 
 
-def _forward_backbone(model: Any, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    return (
-        unwrap_peft(model).base_model(input_ids=ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
-    )
+def get_forward_ids(batch: dict[str, Any]) -> Tensor:
+    """Return the token ids as the models read them: `[R, W]` if they are packed, else `[B, S]`."""
+    ids: Tensor = batch.get("packed", batch)["input_ids"]
+    return ids
+
+
+def model_inputs(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
+    """Return the keyword arguments of a model for a micro-batch.
+
+    A cache would make transformers ignore that positions restart, and sequences of a row would see each other.
+    """
+    inputs = {"input_ids": get_forward_ids(batch), "use_cache": False}
+    if "packed" not in batch:
+        return {**inputs, "attention_mask": batch.get("attention_mask")}
+    packed = batch["packed"]
+    inputs["position_ids"] = packed["position_ids"]
+    if uses_flash_attention(unwrap_peft(model).config):  # it would ask the device for these in every layer
+        inputs |= {f"cu_seq_lens_{side}": packed["cu_seq_lens"] for side in "qk"}
+        inputs |= {f"max_length_{side}": packed["max_length"] for side in "qk"}
+    return inputs
+
+
+def uses_flash_attention(config: Any) -> bool:
+    """Whether a model's attention is one of the flash attention kernels, whose cost doesn't depend on row width."""
+    return "flash" in str(getattr(config, "_attn_implementation", None))
+
+
+def forward_backbone(model: Any, inputs: dict[str, Any]) -> Tensor:
+    return unwrap_peft(model).base_model(**inputs).last_hidden_state
 
 
 def _class_name(model: Any) -> str:

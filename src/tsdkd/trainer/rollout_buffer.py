@@ -2,19 +2,25 @@
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from itertools import islice
+from itertools import chain, islice, pairwise
 from typing import Any
 
 Batch = dict[str, Any]
-Window = list[Batch]
-"""The micro-batches of one optimizer step."""
+MicroBatches = list[Batch]
+"""The micro-batches to run in place of one batch of the data loader: none or several."""
+
+Window = list[MicroBatches]
+"""An optimizer step, one entry for each batch of the data loader. The last entry has at least one micro-batch."""
+
+RollOut = Callable[[list[list[Batch]]], list[MicroBatches]]
+"""Converts collated rows, in parts that are divided into micro-batches separately, to one entry for each batch."""
 
 
 class RolloutBuffer:
     """Windows of micro-batches with completions. One rollout may fill several windows.
 
     Args:
-        window_size: micro-batches per step, `gradient_accumulation_steps`.
+        window_size: batches of the data loader per step, `gradient_accumulation_steps`.
         steps_per_rollout: optimizer steps per rollout, over all its iterations.
         num_iterations: number of training passes over each rollout.
     """
@@ -24,17 +30,14 @@ class RolloutBuffer:
         self._windows: deque[Window] = deque()
         self._batches_to_skip = 0  # the data loader yields these again after a resume
 
-    def next(
-        self, rows: Iterator[Batch], num_batches: int, steps_left: int, roll_out: Callable[[list[Batch]], list[Batch]]
-    ) -> Window:
+    def next(self, rows: Iterator[Batch], num_batches: int, steps_left: int, roll_out: RollOut) -> Window:
         """Return the next window, or an empty one at the end of the data.
 
         Args:
-            rows: collated rows of the rest of the epoch, one micro-batch each.
-            num_batches: number of micro-batches that the trainer requests for one step.
+            rows: batches of collated rows, the rest of the epoch.
+            num_batches: number of batches that the trainer requests for one step.
             steps_left: optimizer steps until the end of training.
-            roll_out: called with the rows of several micro-batches if the buffer is empty; returns these with
-                completions.
+            roll_out: called if the buffer is empty.
         """
         deque(islice(rows, self._batches_to_skip), maxlen=0)
         self._batches_to_skip = 0
@@ -44,14 +47,17 @@ class RolloutBuffer:
             self._fill(taken, roll_out)
         return self._windows.popleft() if self._windows else []
 
-    def _fill(self, rows: list[Batch], roll_out: Callable[[list[Batch]], list[Batch]]) -> None:
+    def _fill(self, rows: list[Batch], roll_out: RollOut) -> None:
         size = self.window_size
         lengths = [len(rows[i : i + size]) for i in range(0, len(rows), size)]  # the last may be shorter
         # roll out only full windows; the remaining rows belong to the steps of later iterations
-        batches = roll_out(rows[: size * -(-len(lengths) // self.num_iterations)])
-        windows = [batches[i : i + size] for i in range(0, len(batches), size)] * self.num_iterations
+        num_windows = -(-len(lengths) // self.num_iterations)
+        # a later iteration may repeat only the beginning of a window, which must then be a part of its own
+        ends = sorted({i % num_windows * size + n for i, n in enumerate(lengths)})
+        entries = roll_out([rows[start:end] for start, end in pairwise([0, *ends])])
+        windows = [entries[i : i + size] for i in range(0, len(entries), size)] * self.num_iterations
         self._windows.extend(window[:n] for window, n in zip(windows, lengths, strict=False))
-        for batch in batches[size:]:
+        for batch in chain.from_iterable(entries[size:]):
             batch.pop("sampling_per_token_logps", None)  # outdated: the student will have changed
 
     def state_dict(self) -> list[Window]:

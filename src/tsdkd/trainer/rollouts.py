@@ -1,29 +1,46 @@
-"""Creates the micro-batches of a step: padded completions from the student or the data set."""
+"""Creates the micro-batches of a step: completions from the student or the data set."""
 
 import time
-from itertools import chain
+from dataclasses import dataclass
+from itertools import chain, islice
 from typing import Any
 
 import torch
 from torch import nn
 from trl.trainer.utils import print_prompt_completions_sample
 
-from ..data import pad_sequences
+from ..data import Rows, is_packed, pack_sequences, pad_sequences
 from ..errors import escape_controls
 from ..grading import Grader
 from ..models.loading import ModelPair
+from ..objective import Objective
 from ..rollout.base import Completion, Sampler
 from ..rollout.build import make_sampler
 from ..rollout.seeding import RandomStream, prompt_generator
 from .count_correct import count_correct
 from .forward import HeadForward
 from .metrics import MetricAccumulator
-from .rollout_buffer import Batch
+from .micro_batches import MicroBatchPlanner
+from .rollout_buffer import Batch, MicroBatches
 from .token_records import RecordedCompletion, TokenRecorder
 from .weight_check import check_engine_weights
 
 EVAL_STEP = 2**62  # for evaluation rollouts: the same random numbers in every evaluation
 _NUM_LOGGED_COMPLETIONS = 5
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """A row's number in the data set, its prompt, and the completion to train on."""
+
+    index: int
+    prompt: list[int]
+    completion: Completion
+
+    @property
+    def ids(self) -> list[int]:
+        """Prompt and completion."""
+        return [*self.prompt, *self.completion.ids]
 
 
 class RolloutMixin:
@@ -38,7 +55,9 @@ class RolloutMixin:
         stop_token_ids: ids that end a completion.
         sampler: samples the student's completions.
         grader: says whether an evaluation's completions are right.
+        objective: the method's objective.
         head_forward: runs forward passes of both models.
+        planner: divides rollouts into micro-batches.
         token_recorder: records the tokens of some rollouts.
         metric_accumulators: "train" or "eval" -> its metrics.
     """
@@ -52,7 +71,9 @@ class RolloutMixin:
     stop_token_ids: frozenset[int]
     sampler: Sampler
     grader: Grader
+    objective: Objective
     head_forward: HeadForward
+    planner: MicroBatchPlanner
     token_recorder: TokenRecorder
     metric_accumulators: dict[str, MetricAccumulator]
     _prepare_inputs: Any  # defined by `Trainer`
@@ -79,34 +100,65 @@ class RolloutMixin:
 
     # Helpers
 
-    def _roll_out(self, model: nn.Module, rows: list[Batch], step: int, mode: str) -> list[Batch]:
-        """Convert collated rows to padded micro-batches with completions from the student or the data set."""
+    @property
+    def _needs_teacher(self) -> bool:
+        return self.objective.needs_teacher_distribution or self.objective.scores_class is not None
+
+    def _roll_out(self, model: nn.Module, parts: list[list[Batch]], step: int, mode: str) -> list[MicroBatches]:
+        """Convert collated rows to micro-batches with completions from the student or the data set.
+
+        Args:
+            parts: batches of the data loader; each part is divided into micro-batches separately.
+
+        Returns:
+            One entry for each batch of the data loader.
+        """
+        rows = list(chain.from_iterable(parts))
         if not rows:
             return []
+        self.planner.check_models([model, self.teacher_model] if self._needs_teacher else [model])
         prompts, completions = self._select_completions(model, rows, step, mode)
         num_tokens = sum(len(c.ids) for c in completions)
         self.metric_accumulators[mode].add("completions/mean_length", num_tokens, len(completions))
+        indices = [i for batch in rows for i in batch["index"]]
+        samples = [_Sample(i, p, c) for i, p, c in zip(indices, prompts, completions, strict=True)]
         if self.token_recorder.is_due(step, mode):
-            indices = [i for batch in rows for i in batch["index"]]
-            samples = [RecordedCompletion(i, p, c.ids) for i, p, c in zip(indices, prompts, completions, strict=True)]
-            self.token_recorder.record(model, self.teacher_model, samples, step)
-        batches, start = [], 0
-        for row in rows:
-            part = slice(start, start + len(row["prompt_ids"]))
-            start = part.stop
-            batches.append(self._micro_batch(row, prompts[part], completions[part]))
-            self._postprocess_micro_batch(model, batches[-1], step, mode)
-        return batches
+            records = [RecordedCompletion(s.index, s.prompt, s.completion.ids) for s in samples]
+            self.token_recorder.record(model, self.teacher_model, records, step)
+        entries, left = [], iter(samples)
+        for part in parts:
+            sizes = [len(row["prompt_ids"]) for row in part]
+            some = list(islice(left, sum(sizes)))
+            some = self.planner.exchange(some, [len(s.ids) for s in some], mode)
+            for layouts in self.planner.plan(sizes, [len(s.ids) for s in some], mode):
+                entries.append([self._micro_batch(some, layout) for layout in layouts])
+                for batch in entries[-1]:
+                    self._postprocess_micro_batch(model, batch, step, mode)
+        return entries
 
-    def _micro_batch(self, row: Batch, prompts: list[list[int]], completions: list[Completion]) -> Batch:
-        batch: Batch = self._prepare_inputs(pad_sequences(prompts, [c.ids for c in completions]))
+    def _micro_batch(self, samples: list["_Sample"], layout: Rows) -> Batch:
+        """Build the micro-batch of the samples in a layout; their order in it is that of `samples`."""
+        order = sorted(chain.from_iterable(layout))
+        chosen = [samples[i] for i in order]
+        completions = [sample.completion for sample in chosen]
+        batch: Batch = self._prepare_inputs(pad_sequences([s.prompt for s in chosen], [c.ids for c in completions]))
+        if is_packed(layout):
+            place = {i: number for number, i in enumerate(order)}
+            batch["packed"] = self._pack([s.ids for s in chosen], [[place[i] for i in row] for row in layout])
         # keep these on the host; reading them from the device would synchronize
-        batch |= {"index": row["index"], "lengths": [len(c.ids) for c in completions]}
-        batch["num_tokens"] = sum(batch["lengths"]) + sum(len(prompt) for prompt in prompts)
+        batch |= {"index": [s.index for s in chosen], "lengths": [len(c.ids) for c in completions]}
+        batch["num_tokens"] = sum(len(sample.ids) for sample in chosen)
         logps = [c.logps for c in completions if c.logps is not None]
         if len(logps) == len(completions):
             batch["sampling_per_token_logps"] = torch.tensor(list(chain(*logps)), device=batch["input_ids"].device)
         return batch
+
+    def _pack(self, sequences: list[list[int]], layout: Rows) -> Batch:
+        device = self.accelerator.device
+        return {
+            name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+            for name, value in pack_sequences(sequences, layout).items()
+        }
 
     def _generate(
         self, model: nn.Module, rows: list[Batch], prompts: list[list[int]], step: int, mode: str

@@ -4,9 +4,10 @@ A step: next window -> counts -> forward pass to hidden states -> statistics -> 
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields
 from functools import cached_property, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,7 +24,7 @@ from ..checkpointing.run_lock import on_main_process
 from ..checkpointing.trainer_mixin import CheckpointMixin
 from ..config.base import TokenSelectiveConfig, require_config
 from ..config.user_code import load_grader
-from ..data import collate, completion_mask, hash_rows, is_prepared, prepare_dataset, target_ids
+from ..data import collate, completion_mask, find_longest_sequence, hash_rows, is_prepared, prepare_dataset, target_ids
 from ..errors import ResumeError
 from ..files import resolve_path
 from ..grading import Grader
@@ -35,11 +36,12 @@ from ..rollout.base import Completion
 from ..rollout.vllm import require_vllm
 from ..selection import token_index
 from . import model_card
-from .forward import HeadForward, TeacherOutput
+from .forward import HeadForward, TeacherOutput, get_forward_ids
 from .metrics import MetricAccumulator, term_gradient_norms
+from .micro_batches import MicroBatchPlanner
 from .nonfinite import NonFiniteGuard
 from .progress import closing_progress, replace_progress_callback
-from .rollout_buffer import Batch, RolloutBuffer
+from .rollout_buffer import Batch, MicroBatches, RolloutBuffer, Window
 from .rollouts import EVAL_STEP, RolloutMixin
 from .step_timer import StepTimer
 from .token_records import TokenRecorder
@@ -121,6 +123,7 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
         )
 
         args.dataset_kwargs = {"skip_prepare_dataset": True}
+        padding_free, args.padding_free = args.padding_free, None  # TRL's is its collator's
         super(GKDTrainer, self).__init__(
             model,
             args=args,
@@ -132,6 +135,7 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
             optimizers=optimizers,
             peft_config=peft_config,
         )
+        args.padding_free = padding_free
         self.model_accepts_loss_kwargs = True  # we divide by the global count; `Trainer` must not divide again
         if args.disable_dropout:
             disable_dropout_in_model(self.model)
@@ -146,10 +150,6 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
         names = [f.name for f in fields(self.objective_class) if f.init]  # type: ignore[arg-type]
         return self.objective_class(**{name: getattr(args, name) for name in names})
 
-    @property
-    def _needs_teacher(self) -> bool:
-        return self.objective.needs_teacher_distribution or self.objective.scores_class is not None
-
     def _build_components(self, teacher_model: str | PreTrainedModel) -> None:
         """Build the components that need the loaded models."""
         args, accelerator, decode = self.args, self.accelerator, self.pair.tokenizer.decode
@@ -158,6 +158,7 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
         if self._needs_teacher:
             self.teacher_model = prepare_teacher(teacher_model, accelerator, args)
         self.head_forward = HeadForward(accelerator, args, self.pair.shared_vocab_size)
+        self.planner = MicroBatchPlanner(accelerator, args, self.objective, find_longest_sequence(self.train_dataset))
         self.token_recorder = TokenRecorder(self.head_forward, args, decode)
         self.sampler = self._make_sampler()
         self.nonfinite_guard = NonFiniteGuard(accelerator, Path(args.output_dir), args.max_nonfinite_steps, decode)
@@ -175,7 +176,7 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
-    ) -> tuple[list[Batch], Tensor | None]:
+    ) -> tuple[Window, Tensor | None]:
         """Return the next accumulation window with completions, and the number of units in the global batch."""
         step, steps_left = self.state.global_step, self.state.max_steps - self.state.global_step
         if steps_left <= 0:  # resumed after the last step; `Trainer` would take another one
@@ -187,14 +188,41 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
         if not window:
             return [], None
         self._is_first_micro_batch = True
-        self.step_timer.count(sum(sum(batch["lengths"]) for batch in window))
-        num_units = torch.tensor(sum(map(self._count_units, window))).to(device, non_blocking=True)
+        micro_batches = list(chain.from_iterable(window))
+        self.step_timer.count(sum(sum(batch["lengths"]) for batch in micro_batches))
+        num_units = torch.tensor(sum(map(self._count_units, micro_batches))).to(device, non_blocking=True)
         return window, self.accelerator.reduce(num_units, reduction="sum")
 
-    def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | None = None) -> Tensor:
-        """Run the forward and backward pass of one micro-batch."""
-        with self.metric_accumulators["train"].time_block("student", inputs["num_tokens"], excluding="teacher"):
-            return super(GKDTrainer, self).training_step(model, inputs, num_items_in_batch)
+    def training_step(
+        self, model: nn.Module, inputs: MicroBatches, num_items_in_batch: Tensor | None = None
+    ) -> Tensor:
+        """Run the forward and backward passes of the micro-batches in one entry of the window; return the loss."""
+        losses = []
+        for batch in inputs:
+            with self._accumulate_only(model) if batch is not inputs[-1] else nullcontext():
+                losses.append(self._train_micro_batch(model, batch, num_items_in_batch))
+        return torch.stack(losses).sum() if losses else torch.zeros((), device=self.args.device)
+
+    def _train_micro_batch(self, model: nn.Module, batch: Batch, num_items_in_batch: Tensor | None) -> Tensor:
+        metrics, num_positions = self.metric_accumulators["train"], get_forward_ids(batch).numel()
+        metrics.add("padding", num_positions - batch["num_tokens"], num_positions)
+        with metrics.time_block("student", batch["num_tokens"], excluding="teacher"):
+            return super(GKDTrainer, self).training_step(model, batch, num_items_in_batch)
+
+    @contextmanager
+    def _accumulate_only(self, model: nn.Module) -> Iterator[None]:
+        """Don't synchronize gradients, because another micro-batch follows.
+
+        `Trainer` does the same between the entries of a window. DeepSpeed's engine learns it from `gradient_state`.
+        """
+        state, is_deepspeed = self.accelerator.gradient_state, self.is_deepspeed_enabled
+        was_syncing = state.sync_gradients
+        state._set_sync_gradients(False)
+        try:
+            with nullcontext() if is_deepspeed else self.accelerator.no_sync(model):
+                yield
+        finally:
+            state._set_sync_gradients(was_syncing)
 
     def compute_loss(
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Tensor | None = None
@@ -273,7 +301,10 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
     # Hooks that a method's trainer may override
 
     def _position_mask(self, batch: Batch) -> Tensor:
-        """`[B, S - 1]` bool, the positions whose statistics the objective requests."""
+        """`[B, S - 1]` bool, the positions whose statistics the objective requests.
+
+        An objective that requests them outside of the sequences sets `micro_batching = "fixed"`.
+        """
         return completion_mask(batch)
 
     def _completion_batch(self, batch: Batch, mode: str) -> CompletionBatch:
@@ -288,6 +319,14 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
             scores=None if scores_class is None else scores_class(**batch["scores"]),
             index=index,
         )
+
+    def floating_point_ops(self, inputs: MicroBatches) -> int:
+        """See `Trainer`. Counts the positions of the forward passes."""
+        return sum(int(super(GKDTrainer, self).floating_point_ops(_as_forward_inputs(batch))) for batch in inputs)
+
+    def _track_num_input_tokens(self, inputs: MicroBatches) -> None:
+        for batch in inputs:
+            super()._track_num_input_tokens(_as_forward_inputs(batch))
 
     # Data and models
 
@@ -342,7 +381,7 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
     ) -> tuple[Tensor, None, None]:
         """Generate completions, then compute the loss without gradient."""
         with torch.no_grad(), self.compute_loss_context_manager():
-            (batch,) = self._roll_out(model, [inputs], EVAL_STEP, "eval")
+            ((batch,),) = self._roll_out(model, [[inputs]], EVAL_STEP, "eval")
             return self.compute_loss(model, batch), None, None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -419,3 +458,7 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
             dataset=dataset_name or getattr(self, "dataset_name", None) or self.train_dataset.info.dataset_name or "",
             tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
         )
+
+
+def _as_forward_inputs(batch: Batch) -> Batch:
+    return {"input_ids": get_forward_ids(batch)}
