@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .projection import Projection
-from .softmax import accumulation_dtype
+from .rows import accumulation_dtype
 
 
 class HeadGradients:
