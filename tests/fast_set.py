@@ -11,6 +11,7 @@ import pytest
 
 SLOW_FILES = {
     "test_evaluation.py",
+    "test_fused_triton.py",
     "test_gpu.py",
     "test_gpu_check.py",
     "test_invariants.py",
@@ -60,12 +61,14 @@ SLOW_TESTS = {
     "test_launch.py::test_several_gpus_are_taken_without_a_word",
     "test_launch.py::test_the_file_says_how_many",
     "test_methods.py::test_grpo_trains_and_resumes_bitwise",
+    "test_triton.py::test_kernels_compile",
 }
 EVERY_NTH = {
     "test_cli.py::test_resume_in_the_middle_of_an_epoch_is_bitwise": 3,
     "test_heads.py::test_a_step_is_that_of_whole_logits": 12,
     "test_heads.py::test_with_the_options_of_a_run": 4,
     "test_methods.py::test_resumes_bitwise": 5,
+    "test_triton.py::test_as_launched_on_a_gpu": 7,
 }
 """Test -> n, for tests with many cases."""
 

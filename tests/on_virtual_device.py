@@ -13,7 +13,7 @@ from transformers import AutoConfig
 import virtual_device
 from conftest import QUIET, build_model, flags, make_rows, weights, write_jsonl
 from tsdkd.cli import main
-from tsdkd.lm_head.softmax import SoftmaxRows
+from tsdkd.lm_head.rows import SoftmaxRows
 from tsdkd.methods import METHODS
 from tsdkd.models.teacher import load_teacher
 from tsdkd.rollout.hf import sample_completions
@@ -110,7 +110,7 @@ def cpu_generator(logits: torch.Tensor, uniform: torch.Tensor, top_p: float) -> 
     ("where", "fault", "said"),
     [
         ("tsdkd.trainer.trainer.completion_mask", without_device, "same device"),
-        ("tsdkd.lm_head.softmax.SoftmaxRows.logps_at", cpu_index, "same device"),
+        ("tsdkd.lm_head.rows.SoftmaxRows.logps_at", cpu_index, "same device"),
         ("tsdkd.rollout.hf.sample_tokens", cpu_generator, "device type for generator"),
     ],
 )

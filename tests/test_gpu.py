@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,7 +23,9 @@ from datasets import Dataset
 
 from conftest import QUIET, build_model, build_tokenizer, completions_of, flags, make_rows, on_cpus, weights
 from tsdkd import EOPDConfig, EOPDTrainer, TSDKDConfig, TSDKDTrainer
+from test_fused import TERMS, Model, Pair, assert_same, draw, run, run_exactly
 from tsdkd.cli import main
+from tsdkd.lm_head import triton_kernels
 from tsdkd.lm_head.dense import DenseHead
 from tsdkd.lm_head.fused import FusedHead
 from tsdkd.lm_head.projection import Projection
@@ -230,7 +232,7 @@ def inputs(dtype: torch.dtype, tokens: int = RESPONSES * LENGTH) -> list[torch.T
     return [x.to(dtype) for x in made]
 
 
-def loss_and_gradients(tensors: list[torch.Tensor], fused: bool, **options: float) -> list[torch.Tensor]:
+def loss_and_gradients(tensors: list[torch.Tensor], fused: bool, **options: Any) -> list[torch.Tensor]:
     hidden, weight = (x.clone().requires_grad_() for x in tensors[:2])
     if fused:
         head = FusedHead(hidden, Projection(weight), tensors[2], Projection(tensors[3]), **options)
@@ -246,18 +248,41 @@ def errors(found: list[torch.Tensor], exact: list[torch.Tensor]) -> list[float]:
     return [float((a - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True)]
 
 
+@pytest.fixture
+def kernels_on_cpu(monkeypatch):
+    """Make a rehearsal in Triton's interpreter bearable."""
+    if not CUDA:
+        monkeypatch.setattr(triton_kernels, "ROWS", 32)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("chunk_gib", [None, 0.01])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_head_is_as_exact_as_whole_logits(dtype, chunk_gib):
+def test_the_head_is_as_exact_as_whole_logits(dtype, chunk_gib, backend, kernels_on_cpu):
     tensors = inputs(dtype)
     exact = loss_and_gradients([x.double() for x in tensors], fused=False)
-    fused = errors(loss_and_gradients(tensors, fused=True, chunk_gib=chunk_gib), exact)
+    fused = errors(loss_and_gradients(tensors, fused=True, chunk_gib=chunk_gib, backend=backend), exact)
     if dtype == torch.float32:
         assert fused[0] <= 1e-6
         assert max(fused[1:]) <= 1e-5
     else:
         whole = errors(loss_and_gradients(tensors, fused=False), exact)
         assert all(ours <= 1.1 * theirs + 1e-4 for ours, theirs in zip(fused, whole, strict=True))
+
+
+def on_device(model: Model, dtype: torch.dtype) -> Model:
+    leaves = {name: x.detach().to(DEVICE, dtype).requires_grad_() for name, x in model.leaves.items()}
+    return replace(model, **leaves)
+
+
+@pytest.mark.parametrize("name", TERMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_kernels_compute_every_statistic(name, dtype, kernels_on_cpu):
+    """With a soft cap, a scale, a temperature, and columns that don't fill the last block."""
+    pair: Pair = draw(40, 5003, padding=(5, 0), temperature=0.7)
+    pair = replace(pair, student=on_device(pair.student, dtype), teacher=on_device(pair.teacher, dtype))
+    tolerances = (1e-5, 1e-4) if dtype == torch.float32 else (1e-11, 1e-10)
+    assert_same(run(pair, name, fused=True, backend="triton"), run_exactly(pair, name), *tolerances)
 
 
 @pytest.mark.skipif(not CUDA, reason="the memory of a GPU")

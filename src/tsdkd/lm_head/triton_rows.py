@@ -4,6 +4,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from ..losses import Divergence
@@ -30,6 +31,7 @@ class TritonRows(SoftmaxRows):
             self.logits,
             self.row_statistics,
             self.lane_maxima,
+            count,
             size,
             self.logits.stride(0),
             self.row_statistics.stride(0),
@@ -58,7 +60,7 @@ class TritonRows(SoftmaxRows):
             self.row_statistics,
             teacher.row_statistics,
             results,
-            self.logits.shape[1],
+            *self.logits.shape,
             self.logits.stride(0),
             teacher.logits.stride(0),
             self.row_statistics.stride(0),
@@ -99,7 +101,7 @@ class TritonRows(SoftmaxRows):
             of_divergence,
             ids.contiguous() if has_logps and ids is not None else unused,
             logps,
-            self.logits.shape[1],
+            *self.logits.shape,
             self.logits.stride(0),
             other.logits.stride(0),
             self.row_statistics.stride(0),
@@ -120,9 +122,9 @@ class TritonRows(SoftmaxRows):
         return (scale / self.temperature, 0.0) if softcap is None else (scale / softcap, softcap / self.temperature)
 
     def _launch(self, kernel: Any, *arguments: Any, **flags: bool) -> None:
-        """Run one program per row."""
+        programs = triton.cdiv(len(self.logits), kernels.ROWS)
         with _on(self.logits.device):
-            kernel[(len(self.logits),)](*arguments, **flags, BLOCK=kernels.BLOCK, num_warps=kernels.WARPS)
+            kernel[(programs,)](*arguments, **flags, ROWS=kernels.ROWS, BLOCK=kernels.BLOCK, **kernels.OPTIONS)
 
 
 def _constants(divergence: Divergence | None) -> tuple[float, float, float, float]:
