@@ -82,7 +82,7 @@ def compiled(kernel: Any, flags: dict[str, Any], dtype: str, capability: int) ->
 
 
 def resources(kernel: Any, flags: dict[str, Any], dtype: str, capability: int) -> dict[str, int]:
-    """Registers per thread and bytes spilled, which ptxas says, shared memory, and loads of 16 bytes."""
+    """Registers per thread and bytes spilled, as ptxas says; shared memory; instructions that round or load 16 bytes."""
     with redirect_stdout(io.StringIO()) as said:
         binary = compiled(kernel, flags, dtype, capability)
     assert binary.asm["cubin"]
@@ -90,6 +90,7 @@ def resources(kernel: Any, flags: dict[str, Any], dtype: str, capability: int) -
         "registers": max(map(int, re.findall(r"Used (\d+) registers", said.getvalue()))),
         "spilled": sum(map(int, re.findall(r"(\d+) bytes spill", said.getvalue()))),
         "shared": binary.metadata.shared,
+        "roundings": len(re.findall(r"cvt\.rn\.bf16", binary.asm["ptx"])),
         "wide loads": len(re.findall(r"ld\.global\S*\.v4\.b32", binary.asm["ptx"])),
     }
 

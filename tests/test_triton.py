@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import triton_interpreter
 from test_fused import SAME, Model, Pair, assert_same, draw, every_precision, every_term, run, run_exactly
 from tsdkd import losses
 from tsdkd.lm_head import triton_kernels
@@ -21,6 +22,7 @@ from tsdkd.lm_head.softmax import TorchRows
 from tsdkd.lm_head.statistics import StatisticsRequest
 from tsdkd.lm_head.triton_rows import TritonRows
 
+triton_interpreter.install()
 HERE = Path(__file__).parent
 BLOCK = triton_kernels.BLOCK
 
@@ -99,11 +101,12 @@ def resources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, i
 
 
 def test_kernels_compile(resources: dict[str, dict[str, int]]) -> None:
-    """For every flag that a method needs, with 8 warps whose registers leave room for four programs on a processor."""
+    """With every combination of flags that a method needs; a processor's registers are enough for four programs."""
     assert {name.rpartition("sm_")[2] for name in resources} == {"80", "90"}
     for name, found in resources.items():
-        assert found["spilled"] == 0, name
+        assert found["spilled"] <= 32, name  # bytes; 0 from Triton 3.9 on
         assert found["registers"] <= 64, name
         assert found["shared"] <= 32 * 1024, name
-        if "bf16" in name:  # logits come 16 bytes at a time
+        if "bf16" in name:  # logits come 16 bytes at a time, and gradients are rounded to the nearest
             assert found["wide loads"] >= (2 if "divergence" in name else 1), name
+            assert (found["roundings"] > 0) == ("grad" in name), name

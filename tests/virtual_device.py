@@ -37,6 +37,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first impo
 from transformers import PreTrainedModel, training_args
 from triton.runtime import interpreter
 
+import triton_interpreter
 from tsdkd.lm_head import triton_kernels
 from tsdkd.run import arguments
 
@@ -349,6 +350,7 @@ def _access(access: Callable[..., Any], mask: int, builder: Any, pointers: Any, 
 
 
 def _install_triton() -> None:
+    triton_interpreter.install()
     triton_kernels.ROWS = 32
     launch, builder = interpreter.InterpretedFunction.run, interpreter.InterpreterBuilder
     interpreter.InterpretedFunction.run = lambda *args, **kwargs: _launch(launch, *args, **kwargs)

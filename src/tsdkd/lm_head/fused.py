@@ -5,17 +5,22 @@ their chunk are in memory. All other terms of an objective are differentiated in
 again only for tokens with a gradient; for top-k logits, it computes only these k.
 """
 
+import logging
+from functools import cache
 from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from ..errors import escape_line
 from .chunked import DIFFERENTIABLE, ChunkedStatistics
 from .projection import Projection
 from .rows import SoftmaxRows
 from .softmax import TorchRows
 from .statistics import PerTokenLoss, StatisticsRequest, TokenStatistics, validate_request
+
+logger = logging.getLogger(__name__)
 
 
 class FusedHead:
@@ -38,7 +43,7 @@ class FusedHead:
             can be differentiated, and only once. If False, the backward pass differentiates them, which requires
             computing the logits again.
         backend: what computes everything but the matrix products: `torch` operations or `triton` kernels. Default:
-            Triton on all devices except the CPU if it is installed.
+            Triton on all devices except the CPU if it is installed and works.
 
     Raises:
         ValueError: the shapes do not match.
@@ -121,11 +126,29 @@ def compute_dtype(hidden: Tensor) -> torch.dtype:
 
 
 def _rows_class(backend: Literal["torch", "triton"] | None, device: torch.device) -> type[SoftmaxRows]:
-    if backend == "torch" or (backend is None and (device.type == "cpu" or find_spec("triton") is None)):
+    if backend == "torch" or (backend is None and not _triton_works(device)):
         return TorchRows
     from .triton_rows import TritonRows  # Triton is not installed everywhere
 
     return TritonRows
+
+
+@cache
+def _triton_works(device: torch.device) -> bool:
+    """Whether to use Triton by default. It needs a C compiler, and a GPU that it supports: one small kernel tells."""
+    if device.type == "cpu" or find_spec("triton") is None:
+        return False
+    from .triton_rows import TritonRows
+
+    try:
+        TritonRows(
+            Projection(torch.ones(8, 8, device=device)), torch.ones(1, 8, device=device), 1.0
+        ).compute_statistics()
+    except Exception as error:  # from its compiler, from a C compiler, or from a driver
+        reason = escape_line(str(error))[:200]
+        logger.warning("Triton's kernels don't work here; the LM head uses torch operations: %s", reason)
+        return False
+    return True
 
 
 class _ChunkedStatisticsFunction(torch.autograd.Function):
