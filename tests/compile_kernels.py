@@ -82,7 +82,7 @@ def compiled(kernel: Any, flags: dict[str, Any], dtype: str, capability: int) ->
 
 
 def resources(kernel: Any, flags: dict[str, Any], dtype: str, capability: int) -> dict[str, int]:
-    """Registers per thread and bytes spilled, as ptxas says; shared memory; instructions that round or load 16 bytes."""
+    """Registers and spilled bytes, as ptxas says; shared memory; instructions that round, or load 16 bytes."""
     with redirect_stdout(io.StringIO()) as said:
         binary = compiled(kernel, flags, dtype, capability)
     assert binary.asm["cubin"]

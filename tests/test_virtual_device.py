@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-BYTES = {"tsd-kd": 32, "eopd": 32, "gkd": 30}
+BYTES = {"tsd-kd": 32, "eopd": 29, "gkd": 29}
 """Limits for a token and a word of the vocabulary: the matrix products, and one pass over the logits per kernel."""
 
 
