@@ -37,7 +37,7 @@ from tsdkd.methods import METHODS
 from virtual_device import Counts, counted, uncounted
 
 ROWS, TOKENS, ACCUMULATED, STEPS = 4, 32, 2, 2  # the first step, with what happens once, isn't counted
-VOCABULARIES = (1024, 3072)
+VOCABULARIES = (4096, 8192)
 
 
 def model(layers: int, vocabulary: int, seed: int) -> Any:

@@ -8,6 +8,7 @@ three terms on; the peers compute only a JSD with beta 0.9. The floor is four ba
 and the two gradients of the student's. Contestants take turns in one process, the time is the median of the turns; on
 a GPU one follows the other, and the time is milliseconds between its events. Extra peak memory (gradients included,
 inputs not) is measured in a process of its own, on a GPU by its allocator in the same one. `nan`: it failed.
+On a GPU with Triton, `fused head in torch` is the fused head without its kernels.
 `checkpointed N` is the plain alternative to the fused head (`checkpointed.py`), in chunks of N tokens. Before
 anything is measured, the heads' TSD-KD must have the loss and the gradients of whole logits.
 """
@@ -26,6 +27,7 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from checkpointed import CheckpointedHead
@@ -71,7 +73,8 @@ class Contest:
     def contestants(self) -> dict[str, Callable[[], None]]:
         """Name -> one loss with its backward pass."""
         found = {
-            "TSD-KD, fused head": self.fused,
+            "TSD-KD, fused head": self.fused,  # in Triton where that is
+            **({"TSD-KD, fused head in torch": partial(self.fused, "torch")} if DEVICE == "cuda" else {}),
             **{f"TSD-KD, checkpointed {c}": partial(self.checkpointed, c) for c in CHUNKS},
             "TSD-KD, whole logits": self.whole,
             "JSD, TRL's chunked": self.trl_chunked,  # in Triton where that is
@@ -82,9 +85,9 @@ class Contest:
             found["JSD, Liger's fused"] = self.liger
         return found
 
-    def fused(self) -> None:
-        head = FusedHead(self.hidden, Projection(self.weight), self.teacher_hidden, Projection(self.teacher_weight))
-        self.tsd_kd(head)
+    def fused(self, backend: Literal["torch"] | None = None) -> None:
+        heads = Projection(self.weight), Projection(self.teacher_weight)
+        self.tsd_kd(FusedHead(self.hidden, heads[0], self.teacher_hidden, heads[1], backend=backend))
 
     def checkpointed(self, chunk: int) -> None:
         heads = [lambda h, weight=w: h @ weight.t() for w in (self.weight, self.teacher_weight)]

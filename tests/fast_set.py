@@ -11,6 +11,7 @@ import pytest
 
 SLOW_FILES = {
     "test_evaluation.py",
+    "test_fused_triton.py",
     "test_gpu.py",
     "test_gpu_check.py",
     "test_invariants.py",
@@ -62,6 +63,7 @@ SLOW_TESTS = {
     "test_launch.py::test_several_gpus_are_taken_without_a_word",
     "test_launch.py::test_the_file_says_how_many",
     "test_methods.py::test_grpo_trains_and_resumes_bitwise",
+    "test_triton.py::test_kernels_compile",
 }
 EVERY_NTH = {
     "test_cli.py::test_resume_in_the_middle_of_an_epoch_is_bitwise": 3,
@@ -70,6 +72,7 @@ EVERY_NTH = {
     "test_methods.py::test_resumes_bitwise": 5,
     "test_packing.py::test_any_budget_gives_the_same_steps": 7,
     "test_packing.py::test_steps_are_those_of_padded_micro_batches": 7,
+    "test_triton.py::test_as_launched_on_a_gpu": 7,
 }
 """Test -> n, for tests with many cases."""
 

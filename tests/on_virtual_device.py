@@ -9,11 +9,17 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoConfig
+from triton.runtime import interpreter
 
 import virtual_device
 from conftest import QUIET, build_model, flags, make_rows, weights, write_jsonl
 from tsdkd.cli import main
-from tsdkd.lm_head.softmax import SoftmaxRows
+from tsdkd.lm_head import fused
+from tsdkd.lm_head.fused import FusedHead
+from tsdkd.lm_head.projection import Projection
+from tsdkd.lm_head.rows import GradOutputs, SoftmaxRows
+from tsdkd.lm_head.statistics import StatisticsRequest
+from tsdkd.lm_head.triton_rows import TritonRows
 from tsdkd.methods import METHODS
 from tsdkd.models.teacher import load_teacher
 from tsdkd.rollout.hf import sample_completions
@@ -110,7 +116,7 @@ def cpu_generator(logits: torch.Tensor, uniform: torch.Tensor, top_p: float) -> 
     ("where", "fault", "said"),
     [
         ("tsdkd.trainer.trainer.completion_mask", without_device, "same device"),
-        ("tsdkd.lm_head.softmax.SoftmaxRows.logps_at", cpu_index, "same device"),
+        ("tsdkd.lm_head.rows.SoftmaxRows.logps_at", cpu_index, "same device"),
         ("tsdkd.rollout.hf.sample_tokens", cpu_generator, "device type for generator"),
     ],
 )
@@ -120,6 +126,55 @@ def test_a_planted_fault_is_caught(
     monkeypatch.setattr(where, fault)
     with pytest.raises(RuntimeError, match=said):
         main(command("tsd-kd", saved_model, tmp_path / "run"))
+
+
+def head_entropy(device: str) -> torch.Tensor:
+    weight = torch.linspace(-1, 1, 400).view(50, 8).to(device)
+    return FusedHead(weight[:3], Projection(weight))(StatisticsRequest(entropy=True)).entropy.cpu()
+
+
+def test_the_head_runs_in_triton_where_that_works(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("Failed to find C compiler\nat /usr/bin")
+
+    with virtual_device.counted() as with_triton:
+        expected = head_entropy(virtual_device.DEVICE)
+    assert not caplog.messages
+    fused._triton_works.cache_clear()
+    monkeypatch.setattr(interpreter.InterpretedFunction, "run", fail)
+    with virtual_device.counted() as with_torch:
+        found = [head_entropy(virtual_device.DEVICE) for _ in range(2)]
+    fused._triton_works.cache_clear()
+    assert with_torch.kernels > 4 * with_triton.kernels
+    for entropy in (expected, *found):
+        torch.testing.assert_close(entropy, head_entropy("cpu"))
+    (said,) = caplog.messages
+    assert "Triton" in said and "C compiler" in said and "\n" not in said
+
+
+def test_what_a_kernel_reads_and_writes_is_counted() -> None:
+    logits = torch.zeros(3, 5000, dtype=torch.bfloat16, device=virtual_device.DEVICE)
+    rows = TritonRows(Projection(torch.zeros_like(logits)[:, :8]), logits[:, :8], 1.0)
+    rows.logits = logits
+    with virtual_device.counted() as counts:
+        rows.compute_statistics()
+    assert counts.kernels == 1 and counts.bytes == 3 * (5000 * 2 + 3 * 4)
+    with virtual_device.counted() as counts:
+        rows.logits_grad_(None, None, logits, logits, None, GradOutputs(entropy=rows.entropy))
+    assert counts.kernels == 1 and counts.bytes == 3 * (5000 * 2 * 2 + 4 * 4)
+    with pytest.raises(ValueError, match="cpu tensor"):
+        rows.logits_grad_(None, None, logits, logits, None, GradOutputs(entropy=torch.ones(3)))
+
+
+def test_a_product_is_added_in_float32() -> None:
+    half = torch.full((4, 6), 1 / 3, device=virtual_device.DEVICE).bfloat16()
+    total = torch.ones(4, 4, device=virtual_device.DEVICE)
+    with virtual_device.counted() as counts:
+        torch.addmm(total, half, half.t(), out_dtype=torch.float32, out=total)
+    assert counts.kernels == 1 and counts.bytes == 2 * 4 * 6 * 2 + 2 * 4 * 4 * 4
+    torch.testing.assert_close(total.cpu(), 1 + half.cpu().float() @ half.cpu().float().t())
 
 
 def test_what_mixes_and_what_does_not() -> None:

@@ -28,6 +28,7 @@ from tsdkd.methods.eopd import EOPDObjective
 from tsdkd.methods.tsd_kd import TSDKDObjective
 from tsdkd.objective import CompletionBatch, PolicyScores
 
+BACKEND = "torch"  # test_triton.py runs these tests with another one
 CHUNKS = (1, 7, 20, None)  # tokens, None: all
 SAME = {torch.float32: (1e-6, 1e-5), torch.float64: (1e-12, 1e-12)}  # values, gradients
 Row, Rows, Numbers = list[float], list[list[float]], dict[str, Tensor]
@@ -109,7 +110,7 @@ class Pair:
 
     def fused(self, teacher: bool = True, **options: Any) -> FusedHead:
         other = (self.teacher.hidden, self.teacher.projection()) if teacher else ()
-        options = {"vocab_size": self.vocab_size, "temperature": self.temperature, **options}
+        options = {"vocab_size": self.vocab_size, "temperature": self.temperature, "backend": BACKEND, **options}
         if "chunk" in options:  # in tokens
             tokens, itemsize = (
                 options.pop("chunk") or self.count,
@@ -122,7 +123,7 @@ class Pair:
         """Tokens to ask about, the first and the last of them the same."""
         ids = torch.randint(self.vocab_size, (self.count, count), generator=torch.Generator().manual_seed(self.count))
         ids[:, -1] = ids[:, 0]
-        return ids
+        return ids.to(self.student.hidden.device)
 
 
 PLAIN: dict[str, Any] = {}
@@ -211,9 +212,11 @@ TERMS = {
     **skewed(0.1),
     **{f"plackett-luce-{k}": plackett_luce(k) for k in (4, 50)},
     "entropy": Term(lambda s: s.entropy, lambda q, *_: ref.token_entropy(q), request={"entropy": True}),
-    "logps": Term(lambda s: (s.logps * torch.tensor([1.0, -2.0, 0.5])).sum(-1), logps_loop, ids=3),
+    "logps": Term(lambda s: (s.logps * s.logps.new_tensor([1.0, -2.0, 0.5])).sum(-1), logps_loop, ids=3),
     "policy": Term(
-        lambda s: losses.clipped_policy_loss(s.logps[:, 0], torch.full(s.logps.shape[:1], -3.0), torch.tensor(0.75)),
+        lambda s: losses.clipped_policy_loss(
+            s.logps[:, 0], s.logps.new_full(s.logps.shape[:1], -3.0), s.logps.new_tensor(0.75)
+        ),
         lambda q, _, ids: ref.clipped_surrogate(math.exp(ref.log_softmax(q)[ids[0]] + 3.0), 0.75, 0.2),
         ids=1,
     ),
@@ -510,7 +513,8 @@ def test_half_precision_keeps_the_gradient_of_sure_tokens(dtype: torch.dtype, ma
     """1 - q has its digits only as long as neither of the two has been rounded. The logits are exact here."""
     model = Model(margin * torch.eye(64), torch.eye(64)).copy(dtype)
     exact = model.copy(torch.float64)
-    for m, head in ((model, FusedHead(model.hidden, model.projection())), (exact, DenseHead(exact.logits(64, 1.0)))):
+    fused = FusedHead(model.hidden, model.projection(), backend=BACKEND)
+    for m, head in ((model, fused), (exact, DenseHead(exact.logits(64, 1.0)))):
         head(StatisticsRequest(ids=torch.arange(64).unsqueeze(-1))).logps.sum().backward()
         assert m.hidden.grad is not None
     for found, expected in ((model.hidden, exact.hidden), (model.weight, exact.weight)):
@@ -670,7 +674,7 @@ def test_bad_shapes() -> None:
         (37, hidden, projection, other, Projection(teacher.weight[1:])),
     ]:
         with pytest.raises(ValueError):
-            FusedHead(*arguments, vocab_size=vocab_size)
+            FusedHead(*arguments, vocab_size=vocab_size, backend=BACKEND)
 
 
 @pytest.mark.parametrize("kind", ["fused", "whole"])

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,8 +23,10 @@ from accelerate import Accelerator
 from datasets import Dataset
 
 from conftest import QUIET, build_model, build_tokenizer, completions_of, flags, make_rows, on_cpus, weights
-from tsdkd import EOPDConfig
+from test_fused import TERMS, Model, Pair, assert_same, draw, run, run_exactly
+from tsdkd import EOPDConfig, EOPDTrainer, TSDKDConfig, TSDKDTrainer
 from tsdkd.cli import main
+from tsdkd.lm_head import triton_kernels
 from tsdkd.lm_head.dense import DenseHead
 from tsdkd.lm_head.fused import FusedHead
 from tsdkd.lm_head.projection import Projection
@@ -234,7 +236,7 @@ def inputs(dtype: torch.dtype, tokens: int = RESPONSES * LENGTH) -> list[torch.T
     return [x.to(dtype) for x in made]
 
 
-def loss_and_gradients(tensors: list[torch.Tensor], fused: bool, **options: float) -> list[torch.Tensor]:
+def loss_and_gradients(tensors: list[torch.Tensor], fused: bool, **options: Any) -> list[torch.Tensor]:
     hidden, weight = (x.clone().requires_grad_() for x in tensors[:2])
     if fused:
         head = FusedHead(hidden, Projection(weight), tensors[2], Projection(tensors[3]), **options)
@@ -250,18 +252,36 @@ def errors(found: list[torch.Tensor], exact: list[torch.Tensor]) -> list[float]:
     return [float((a - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True)]
 
 
+only_compiled = pytest.mark.skipif(not CUDA, reason="takes minutes in Triton's interpreter")
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=only_compiled)])
 @pytest.mark.parametrize("chunk_gib", [None, 0.01])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_head_is_as_exact_as_whole_logits(dtype, chunk_gib):
+def test_the_head_is_as_exact_as_whole_logits(dtype, chunk_gib, backend):
     tensors = inputs(dtype)
     exact = loss_and_gradients([x.double() for x in tensors], fused=False)
-    fused = errors(loss_and_gradients(tensors, fused=True, chunk_gib=chunk_gib), exact)
+    fused = errors(loss_and_gradients(tensors, fused=True, chunk_gib=chunk_gib, backend=backend), exact)
     if dtype == torch.float32:
         assert fused[0] <= 1e-6
         assert max(fused[1:]) <= 1e-5
     else:
         whole = errors(loss_and_gradients(tensors, fused=False), exact)
         assert all(ours <= 1.1 * theirs + 1e-4 for ours, theirs in zip(fused, whole, strict=True))
+
+
+def on_device(model: Model) -> Model:
+    return replace(model, **{name: x.detach().to(DEVICE).requires_grad_() for name, x in model.leaves.items()})
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_kernels_compute_every_statistic(name, monkeypatch):
+    """With a soft cap, a scale, a temperature, and columns that don't fill the last block."""
+    if not CUDA:
+        monkeypatch.setattr(triton_kernels, "ROWS", 32)  # faster in Triton's interpreter
+    pair: Pair = draw(40, 5003, padding=(5, 0), temperature=0.7)
+    pair = replace(pair, student=on_device(pair.student), teacher=on_device(pair.teacher))
+    assert_same(run(pair, name, fused=True, backend="triton"), run_exactly(pair, name), values=1e-5, gradients=1e-4)
 
 
 @pytest.mark.skipif(not CUDA, reason="the memory of a GPU")
@@ -309,6 +329,7 @@ def test_a_captured_rollout_samples_the_same_tokens(dtype: torch.dtype, monkeypa
     assert captured == roll_out_thrice()
 
 
+@pytest.mark.parametrize("trainer_class, config_class", [(TSDKDTrainer, TSDKDConfig), (EOPDTrainer, EOPDConfig)])
 def test_a_step_in_bfloat16_with_gradient_checkpointing(trainer_class, config_class, tmp_path):
     steps = []
     for fused in (True, False):

@@ -9,12 +9,14 @@ What is computed is computed on the CPU. Mixing raises where CUDA raises: a CPU 
 a CPU index in brackets is moved (and counted), a generator must be the device's own. Counted are kernels (operations
 that launch one on CUDA, fused attention as one), the bytes that they read and write, how often the host waits for the
 device (where `torch.cuda.set_sync_debug_mode` would warn: also at a blocking copy from the host), and the bytes moved
-between the two.
+between the two. Triton kernels run in Triton's interpreter. The launch counts as one kernel; the bytes are those that
+its loads and stores address.
 
-It can't see DDP, NCCL, DeepSpeed, `device.type == "cuda"` branches, Triton kernels, vLLM, streams, memory, nor how
-long anything takes.
+It can't see DDP, NCCL, DeepSpeed, `device.type == "cuda"` branches, vLLM, streams, memory, nor how long anything
+takes.
 """
 
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -24,13 +26,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
-from transformers import PreTrainedModel, training_args
 
+os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported
+from transformers import PreTrainedModel, training_args
+from triton.runtime import interpreter
+
+import triton_interpreter
+from tsdkd.lm_head import triton_kernels
 from tsdkd.run import arguments
 
 NAME = "virtual"
@@ -138,7 +146,8 @@ def _run(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     _refuse_mixing(op, ours, others, kwargs.get("generator"))
     raws = {id(x.raw): x for x in ours}
     args, kwargs = tree_map_only(VirtualTensor, lambda x: x.raw, (args, kwargs))
-    found = op(*args, **(kwargs if asked is None else {**kwargs, "device": "cpu"}))
+    on_cpu = _addmm_dtype_out if op is aten.addmm.dtype_out else op
+    found = on_cpu(*args, **(kwargs if asked is None else {**kwargs, "device": "cpu"}))
     on_device = isinstance(args[0], Tensor) and op.overloadpacket is aten.copy_ and id(args[0]) in raws
     on_device |= op.overloadpacket is not aten.copy_ and asked in (None, NAME)
     if _open:
@@ -147,6 +156,11 @@ def _run(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return found
     # an operation that writes to one of its inputs returns it
     return tree_map_only(Tensor, lambda x: raws[id(x)] if id(x) in raws else VirtualTensor(x), found)
+
+
+def _addmm_dtype_out(x: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype, *, out: Tensor, **factors: Any) -> Tensor:
+    """Which only CUDA has: the product of two half-precision matrices is added before it is rounded."""
+    return out.copy_(torch.addmm(x.to(dtype), a.to(dtype), b.to(dtype), **factors))
 
 
 def _refuse_mixing(op: Any, ours: list[Any], others: list[Tensor], generator: torch.Generator | None) -> None:
@@ -185,6 +199,8 @@ def _count(
             waits = len(uploads)  # `x[mask] = number` is a masked fill
     launches = not crossing and packet not in _FREE and not _is_view(op) and any(x.numel() for x in results)
     overwritten = [args[0]] if packet in _OVERWRITING else tree_leaves(kwargs.get("out"))
+    if op is aten.addmm.dtype_out:  # `out` is what is added to
+        ours, overwritten = ours[:-1], []
     read = [x.raw for x in ours if not any(x.raw is y for y in overwritten)]
     if packet in _PICKING:
         read = [*results, *read[1:]]
@@ -306,6 +322,43 @@ def _save_pretrained(save: Callable[..., None], model: Any, folder: Any, **kwarg
     save(model, folder, **kwargs)
 
 
+# Triton -----------------------------------------------------------------------------------------------------------
+
+_launched = [0]  # kernels that are running on the device
+
+
+def _launch(run: Callable[..., None], kernel: Any, *args: Any, **kwargs: Any) -> None:
+    ours = [x for x in args if isinstance(x, VirtualTensor)]
+    if ours and any(isinstance(x, Tensor) and not isinstance(x, VirtualTensor) for x in args):
+        raise ValueError("Pointer argument cannot be accessed from Triton (cpu tensor?)")
+    for counts in _open:
+        counts.kernels += bool(ours) and all(kwargs["grid"])
+    _launched[0] += bool(ours)
+    try:
+        run(kernel, *(getattr(x, "raw", x) for x in args), **kwargs)
+    finally:
+        _launched[0] -= bool(ours)
+
+
+def _access(access: Callable[..., Any], mask: int, builder: Any, pointers: Any, *args: Any) -> Any:
+    """A load or a store; `mask` is the index of that argument in `args`."""
+    if _launched[0]:
+        lanes = int(np.broadcast_to(args[mask].data, pointers.data.shape).sum())
+        for counts in _open:
+            counts.bytes += lanes * (pointers.get_element_ty().primitive_bitwidth // 8)
+    return access(builder, pointers, *args)
+
+
+def _install_triton() -> None:
+    triton_interpreter.install()
+    triton_kernels.ROWS = 32
+    launch, builder = interpreter.InterpretedFunction.run, interpreter.InterpreterBuilder
+    interpreter.InterpretedFunction.run = lambda *args, **kwargs: _launch(launch, *args, **kwargs)
+    load, store = builder.create_masked_load, builder.create_masked_store
+    builder.create_masked_load = lambda *args: _access(load, 0, *args)
+    builder.create_masked_store = lambda *args: _access(store, 1, *args)
+
+
 _libraries: list[torch.library.Library] = []
 
 
@@ -331,4 +384,5 @@ def install() -> None:
     PreTrainedModel.save_pretrained = lambda *args, **kwargs: _save_pretrained(save, *args, **kwargs)
     arguments.is_torch_bf16_gpu_available = training_args.is_torch_bf16_gpu_available = lambda: True
     torch.autograd.set_multithreading_enabled(False)  # Python in the device's thread of autograd can abort
+    _install_triton()
     _Everywhere().__enter__()

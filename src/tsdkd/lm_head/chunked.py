@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .gradients import HeadGradients
 from .projection import Projection
-from .softmax import GradOutputs, SoftmaxRows, Tiles, accumulation_dtype, compute_divergence, logits_grad_
+from .rows import GradOutputs, SoftmaxRows, accumulation_dtype
 from .statistics import PerTokenLoss, StatisticsRequest, TokenStatistics
 
 DIFFERENTIABLE = ("entropy", "divergence", "topk_logits", "logps")
@@ -22,6 +22,7 @@ class ChunkedStatistics:
         teacher: the same for the teacher, with its hidden states `[N, H']`, or None.
         temperature: divides the logits of both models.
         chunk: number of tokens projected at a time.
+        rows_class: the backend.
         request: the statistics to compute.
         per_token_loss: losses to differentiate in the forward pass, or None.
     """
@@ -32,11 +33,12 @@ class ChunkedStatistics:
         teacher: tuple[Projection, Tensor] | None,
         temperature: float,
         chunk: int,
+        rows_class: type[SoftmaxRows],
         request: StatisticsRequest,
         per_token_loss: PerTokenLoss | None,
     ) -> None:
         self.student, self.teacher = student, teacher
-        self.temperature, self.chunk = temperature, chunk
+        self.temperature, self.chunk, self.rows_class = temperature, chunk, rows_class
         self.request, self.per_token_loss = request, per_token_loss
 
     # Forward
@@ -61,34 +63,32 @@ class ChunkedStatistics:
 
     def _forward_chunk(self, rows: slice) -> TokenStatistics:
         request, statistics = self.request, TokenStatistics()
-        hidden, logits, tiles = self._project(rows)
-        student = SoftmaxRows.of(logits, tiles)
+        hidden, student = self._project(rows)
+        student.compute_statistics(request.top_k)
         self.row_statistics[_STUDENT, rows] = student.row_statistics
         teacher = None
         if self.teacher is not None and (request.needs_teacher or request.top_k):
-            teacher_logits = self._project_teacher(rows)
+            teacher = self._project_teacher(rows, student)
             if request.needs_teacher:
-                teacher = SoftmaxRows.of(teacher_logits, tiles)
+                teacher.compute_statistics()
                 self.row_statistics[_TEACHER, rows] = teacher.row_statistics
         if request.entropy:
             statistics.entropy = student.entropy
         if request.teacher_entropy and teacher is not None:
             statistics.teacher_entropy = teacher.entropy
         if request.divergence is not None and teacher is not None:
-            found = compute_divergence(student, teacher, request.divergence, tiles)
+            found = student.compute_divergence(teacher, request.divergence)
             statistics.divergence, self.row_statistics[_KL, rows], self.row_statistics[_RATIO, rows] = found
         if request.top_k:
-            topk_logits, statistics.topk_ids = logits.topk(min(request.top_k, logits.shape[-1]), dim=-1)
-            statistics.topk_logits = topk_logits.to(self.row_statistics.dtype)
+            k = min(request.top_k, len(self.student.weight))
+            statistics.topk_logits, statistics.topk_ids = student.topk(k)
             statistics.topk_logps = student.logps_at(statistics.topk_ids)
-            if self.teacher is not None:
-                statistics.teacher_topk_logits = teacher_logits.gather(-1, statistics.topk_ids).to(
-                    self.row_statistics.dtype
-                )
+            if teacher is not None:
+                statistics.teacher_topk_logits = teacher.logits_at(statistics.topk_ids)
         if request.ids is not None:
             statistics.logps = student.logps_at(request.ids[rows])
         if self.per_token_loss is not None:
-            self._accumulate_loss_gradients(rows, statistics, student, teacher, hidden, tiles)
+            self._accumulate_loss_gradients(rows, statistics, student, teacher, hidden)
         return statistics
 
     def _accumulate_loss_gradients(
@@ -98,7 +98,6 @@ class ChunkedStatistics:
         student: SoftmaxRows,
         teacher: SoftmaxRows | None,
         hidden: Tensor,
-        tiles: Tiles,
     ) -> None:
         """Evaluate the per-token losses and add their gradient while the chunk's logits are in memory."""
         assert self.per_token_loss is not None and self.gradients is not None
@@ -114,17 +113,18 @@ class ChunkedStatistics:
             self.gradients, rows, statistics.topk_ids, statistics.topk_logits, grad_outputs.pop("topk_logits", None)
         )
         if any(g is not None for g in grad_outputs.values()):
-            self._add_dense(self.gradients, rows, GradOutputs(**grad_outputs), student, teacher, hidden, tiles)
+            self._add_dense(self.gradients, rows, GradOutputs(**grad_outputs), student, teacher, hidden)
 
-    def _project(self, rows: slice | Tensor) -> tuple[Tensor, Tensor, Tiles]:
+    def _project(self, rows: slice | Tensor, row_statistics: Tensor | None = None) -> tuple[Tensor, SoftmaxRows]:
         hidden = self.inputs[0][rows].to(self.student.weight.dtype)
-        logits = self.student.logits(hidden, self.temperature)
-        return hidden, logits, Tiles(logits)
+        return hidden, self.rows_class(self.student, hidden, self.temperature, row_statistics)
 
-    def _project_teacher(self, rows: slice | Tensor) -> Tensor:
+    def _project_teacher(
+        self, rows: slice | Tensor, student: SoftmaxRows, row_statistics: Tensor | None = None
+    ) -> SoftmaxRows:
         assert self.teacher is not None
         projection, hidden = self.teacher
-        return projection.logits(hidden[rows], self.temperature)
+        return self.rows_class(projection, hidden[rows], self.temperature, row_statistics, student)
 
     # Backward
 
@@ -157,13 +157,12 @@ class ChunkedStatistics:
         return gradients
 
     def _backward_chunk(self, gradients: HeadGradients, rows: Tensor, grad_outputs: dict[str, Tensor | None]) -> None:
-        hidden, logits, tiles = self._project(rows)
+        hidden, student = self._project(rows, self.row_statistics[_STUDENT, rows])
         teacher = None
         if grad_outputs["divergence"] is not None:
-            teacher = SoftmaxRows(self._project_teacher(rows), self.row_statistics[_TEACHER, rows])
+            teacher = self._project_teacher(rows, student, self.row_statistics[_TEACHER, rows])
         chunk_grad_outputs = GradOutputs(**{name: None if g is None else g[rows] for name, g in grad_outputs.items()})
-        student = SoftmaxRows(logits, self.row_statistics[_STUDENT, rows])
-        self._add_dense(gradients, rows, chunk_grad_outputs, student, teacher, hidden, tiles)
+        self._add_dense(gradients, rows, chunk_grad_outputs, student, teacher, hidden)
 
     def _backward_topk(self, gradients: HeadGradients, index: Tensor, grad_outputs: Tensor) -> None:
         """Differentiate only k logits of a few tokens: gather their rows of the weight instead of projecting."""
@@ -183,9 +182,6 @@ class ChunkedStatistics:
     def _logit_scale(self) -> float:
         return self.student.scale / self.temperature
 
-    def _softcap_grad(self, logits: Tensor) -> Tensor:
-        return self.student.softcap_grad(logits, self.temperature)
-
     def _add_sparse(
         self,
         gradients: HeadGradients,
@@ -198,7 +194,7 @@ class ChunkedStatistics:
             return
         values = grad_outputs * self._logit_scale
         if self.student.softcap is not None:
-            values = values * self._softcap_grad(logits)
+            values = values * self.student.softcap_grad(logits, self.temperature)
         gradients.add_sparse(rows, ids, values, self.inputs[0][rows], self.student)
 
     def _add_dense(
@@ -209,7 +205,6 @@ class ChunkedStatistics:
         student: SoftmaxRows,
         teacher: SoftmaxRows | None,
         hidden: Tensor,
-        tiles: Tiles,
     ) -> None:
         """Overwrite the chunk's logits with their gradient and project it back."""
         grad_outputs = grad_outputs.times(self._logit_scale)
@@ -217,10 +212,9 @@ class ChunkedStatistics:
         if hidden.dtype == torch.float16:  # a loss scale can't recover values that have underflowed
             largest = grad_outputs.abs_max()
             grad_outputs = grad_outputs.times(1.0 / largest)
-        slope = None if self.student.softcap is None else self._softcap_grad
         ids = None if self.request.ids is None else self.request.ids[rows]
         saved = (self.request.divergence, self.row_statistics[_KL, rows], self.row_statistics[_RATIO, rows])
-        gradient = logits_grad_(student, teacher, *saved, ids, grad_outputs, slope, tiles)
+        gradient = student.logits_grad_(teacher, *saved, ids, grad_outputs)
         gradients.add(rows, gradient, hidden, self.student, largest)
 
 

@@ -5,14 +5,22 @@ their chunk are in memory. All other terms of an objective are differentiated in
 again only for tokens with a gradient; for top-k logits, it computes only these k.
 """
 
-from typing import Any
+import logging
+from functools import cache
+from importlib.util import find_spec
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from ..errors import escape_line
 from .chunked import DIFFERENTIABLE, ChunkedStatistics
 from .projection import Projection
+from .rows import SoftmaxRows
+from .softmax import TorchRows
 from .statistics import PerTokenLoss, StatisticsRequest, TokenStatistics, validate_request
+
+logger = logging.getLogger(__name__)
 
 
 class FusedHead:
@@ -34,6 +42,8 @@ class FusedHead:
         loss_in_forward: whether to differentiate per-token losses in the forward pass. Then only their weighted sum
             can be differentiated, and only once. If False, the backward pass differentiates them, which requires
             computing the logits again.
+        backend: what computes everything but the matrix products: `torch` operations or `triton` kernels. Default:
+            Triton on all devices except the CPU if it is installed and works.
 
     Raises:
         ValueError: the shapes do not match.
@@ -50,9 +60,11 @@ class FusedHead:
         temperature: float = 1.0,
         chunk_gib: float | None = None,
         loss_in_forward: bool = True,
+        backend: Literal["torch", "triton"] | None = None,
     ) -> None:
         self.hidden, self.projection = hidden, projection
         self.temperature, self.loss_in_forward = temperature, loss_in_forward
+        self.rows_class = _rows_class(backend, hidden.device)
         self.vocab_size = vocab_size or projection.weight.shape[0]
         self.dtype = compute_dtype(hidden)
         self.student = projection.slice_vocab(self.vocab_size, self.dtype)
@@ -71,7 +83,9 @@ class FusedHead:
         inputs = (self.hidden, self.projection.weight, self.projection.bias)
         has_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
         forward_loss = per_token_loss if has_gradient and self.loss_in_forward else None
-        chunked = ChunkedStatistics(self.student, self.teacher, self.temperature, self.chunk, request, forward_loss)
+        chunked = ChunkedStatistics(
+            self.student, self.teacher, self.temperature, self.chunk, self.rows_class, request, forward_loss
+        )
         result = TokenStatistics()
         loss, *statistics = _ChunkedStatisticsFunction.apply(chunked, result, *inputs)
         for name, value in zip(DIFFERENTIABLE, statistics, strict=True):
@@ -109,6 +123,32 @@ def compute_dtype(hidden: Tensor) -> torch.dtype:
     """Return the precision of a projection: that of autocast if enabled, otherwise that of the hidden states."""
     device = hidden.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+
+
+def _rows_class(backend: Literal["torch", "triton"] | None, device: torch.device) -> type[SoftmaxRows]:
+    if backend == "torch" or (backend is None and not _triton_works(device)):
+        return TorchRows
+    from .triton_rows import TritonRows  # Triton is not installed everywhere
+
+    return TritonRows
+
+
+@cache
+def _triton_works(device: torch.device) -> bool:
+    """Whether to use Triton by default. It needs a C compiler, and a GPU that it supports: one small kernel tells."""
+    if device.type == "cpu" or find_spec("triton") is None:
+        return False
+    from .triton_rows import TritonRows
+
+    try:
+        TritonRows(
+            Projection(torch.ones(8, 8, device=device)), torch.ones(1, 8, device=device), 1.0
+        ).compute_statistics()
+    except Exception as error:  # from its compiler, from a C compiler, or from a driver
+        reason = escape_line(str(error))[:200]
+        logger.warning("Triton's kernels don't work here; the LM head uses torch operations: %s", reason)
+        return False
+    return True
 
 
 class _ChunkedStatisticsFunction(torch.autograd.Function):

@@ -1,10 +1,12 @@
 """Sums of a head's gradients over chunks of tokens, at least in float32."""
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
 from .projection import Projection
-from .softmax import accumulation_dtype
+from .rows import accumulation_dtype
 
 
 class HeadGradients:
@@ -68,11 +70,30 @@ def _add_outer(total: Tensor, logits_gradient: Tensor, hidden: Tensor, scale: Te
     if total.dtype == hidden.dtype:
         total.addmm_(logits_gradient.t(), hidden)
         return
+    if scale is None and _accumulates(total.device, hidden.dtype, total.dtype):
+        torch.addmm(total, logits_gradient.t(), hidden, out_dtype=total.dtype, out=total)
+        return
     # half precision: the product of a block of ids stays in the cache until it is added in float32
     size = max(1, (2**21 if total.device.type == "cpu" else 2**25) // total.shape[1])
     for start in range(0, total.shape[0], size):
         ids = slice(start, start + size)
         total[ids] += _scale(logits_gradient[:, ids].t() @ hidden, scale)
+
+
+@cache
+def _accumulates(device: torch.device, dtype: torch.dtype, total_dtype: torch.dtype) -> bool:
+    """Whether the device can add a product of `dtype` to a matrix of `total_dtype` in one call.
+
+    CUDA can, but not in every version of torch, nor on every GPU.
+    """
+    if device.type == "cpu":
+        return False
+    total = torch.zeros(8, 8, dtype=total_dtype, device=device)
+    try:
+        torch.addmm(total, total.to(dtype), total.to(dtype), out_dtype=total_dtype, out=total)
+    except RuntimeError:
+        return False
+    return True
 
 
 def _cast_in_place(x: Tensor, dtype: torch.dtype) -> Tensor:

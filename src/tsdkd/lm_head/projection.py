@@ -30,7 +30,14 @@ class Projection:
 
     def logits(self, hidden: Tensor, temperature: float = 1.0) -> Tensor:
         """Compute logits `[N, V]` from hidden states `[N, H]` as a new tensor, without gradient."""
-        logits = torch.nn.functional.linear(hidden, self.weight, self.bias)
+        return self.transform_(self.linear(hidden), temperature)
+
+    def linear(self, hidden: Tensor) -> Tensor:
+        """Compute `hidden @ weight.T + bias`, `[N, V]`."""
+        return torch.nn.functional.linear(hidden, self.weight, self.bias)
+
+    def transform_(self, logits: Tensor, temperature: float) -> Tensor:
+        """Scale and soft-cap the output of `linear` in place, and divide it by the temperature."""
         if self.scale != 1.0:
             logits *= self.scale
         if self.softcap is not None:
