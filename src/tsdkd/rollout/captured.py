@@ -14,6 +14,7 @@ from torch import Tensor
 from .step import DecodingStep
 
 _logger = logging.getLogger(__name__)
+_READ_ONLY_SHAPES = ("transformers/integrations/sdpa_attention.py", "tsdkd/rollout/categorical.py")
 
 
 class CaptureError(Exception):
@@ -102,9 +103,12 @@ class _Trace:
             warnings.simplefilter("always")
             trace = torch.jit.trace(self._call_with_weights, (*inputs, *self.weights), check_trace=False)
         for warning in caught:
-            # transformers' SDPA reads only shapes
-            if issubclass(warning.category, torch.jit.TracerWarning) and "sdpa_attention" not in warning.filename:
+            if issubclass(warning.category, torch.jit.TracerWarning) and not warning.filename.endswith(
+                _READ_ONLY_SHAPES
+            ):
                 raise CaptureError(f"{warning.filename}:{warning.lineno}: {warning.message}")
+        torch._C._jit_pass_cse(trace.graph)  # a trace repeats each computation of a shape
+        torch._C._jit_pass_dce(trace.graph)
         return trace
 
     def _call_with_weights(self, *inputs_and_weights: Tensor) -> tuple[Tensor, ...]:

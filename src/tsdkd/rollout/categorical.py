@@ -22,7 +22,20 @@ def sample_tokens(logits: Tensor, uniform: Tensor, top_p: float = 1.0) -> tuple[
         ordered, order = probs.sort(dim=-1, descending=True, stable=True)
         outside = ordered.cumsum(-1, dtype=torch.float64) - ordered >= top_p  # always keeps the first token
         probs = probs.masked_fill(torch.zeros_like(outside).scatter(-1, order, outside), 0.0)
-    # in two steps, because a cumulative sum over the full vocabulary takes several times as long as the softmax
+    if probs.shape[-1] <= _BLOCK:
+        total = probs.sum(-1, True, dtype=torch.float64)
+        ids, _ = _inverse_cdf(probs.double(), uniform)
+    else:
+        ids, total = _draw_in_blocks(probs, uniform)
+    return ids.squeeze(-1), (probs.gather(-1, ids).double() / total).log().squeeze(-1)
+
+
+def _draw_in_blocks(probs: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """Draw a block, then a token in it. A cumulative sum over all tokens takes several times as long as the softmax.
+
+    Returns:
+        Ids and the sum of `probs`, float64, both `[B, 1]`.
+    """
     whole = probs.shape[-1] // _BLOCK * _BLOCK
     parts = (probs[:, :whole].reshape(probs.shape[0], -1, _BLOCK), probs[:, None, whole:])
     sums = torch.cat([part.sum(-1, dtype=torch.float64) for part in parts], dim=-1)
@@ -31,7 +44,7 @@ def sample_tokens(logits: Tensor, uniform: Tensor, top_p: float = 1.0) -> tuple[
     inside = probs.gather(-1, places.clamp(max=probs.shape[-1] - 1)).double() * (places < probs.shape[-1])
     position, _ = _inverse_cdf(inside, share)
     ids = (block * _BLOCK + position).clamp(max=probs.shape[-1] - 1)  # out of range for non-finite logits
-    return ids.squeeze(-1), (probs.gather(-1, ids).double() / sums.sum(-1, True)).log().squeeze(-1)
+    return ids, sums.sum(-1, True)
 
 
 def _inverse_cdf(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:

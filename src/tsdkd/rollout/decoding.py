@@ -11,7 +11,7 @@ from .captured import CapturedStep
 from .step import supports_in_place
 
 _MIN_TOKENS = 16  # fewer are not worth a capture
-_GROWTH = {"cpu": 64, "other": 256}  # slots; on a GPU, a graph has to be captured again
+_GROWTH = {"cpu": 32, "other": 256}  # slots; on a GPU, a graph has to be captured again
 
 
 @dataclass
