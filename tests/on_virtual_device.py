@@ -14,7 +14,7 @@ from triton.runtime import interpreter
 import virtual_device
 from conftest import QUIET, build_model, flags, make_rows, weights, write_jsonl
 from tsdkd.cli import main
-from tsdkd.lm_head import fused
+from tsdkd.lm_head import fused, triton_kernels
 from tsdkd.lm_head.fused import FusedHead
 from tsdkd.lm_head.projection import Projection
 from tsdkd.lm_head.rows import GradOutputs, SoftmaxRows
@@ -27,6 +27,7 @@ from tsdkd.rollout.seeding import prompt_generator
 
 os.environ["ACCELERATE_TORCH_DEVICE"] = virtual_device.DEVICE
 virtual_device.install()
+triton_kernels.BLOCK = 128  # the vocabularies are small
 
 BF16, PURE = {"bf16": True}, {"bf16": True, "dtype": "bfloat16"}  # float32 weights under autocast; bfloat16 weights
 CHECKPOINTED, WHOLE, RECORDED = {"gradient_checkpointing": True}, {"fused_head": False}, {"record_steps": 1}

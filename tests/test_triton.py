@@ -13,7 +13,18 @@ import pytest
 import torch
 
 import triton_interpreter
-from test_fused import SAME, Model, Pair, assert_same, draw, every_precision, every_term, run, run_exactly
+from test_fused import (
+    SAME,
+    Model,
+    Pair,
+    assert_same,
+    draw,
+    every_precision,
+    every_term,
+    gradients_of,
+    run,
+    run_exactly,
+)
 from tsdkd import losses
 from tsdkd.lm_head import triton_kernels
 from tsdkd.lm_head.projection import Projection
@@ -53,6 +64,29 @@ def test_the_largest_logits(k: int, dtype: torch.dtype, monkeypatch: pytest.Monk
         assert torch.equal(found.topk_logits.to(dtype), logits.gather(-1, found.topk_ids))
         assert torch.equal(found.teacher_topk_logits.to(dtype), logits.flip(-1).gather(-1, found.topk_ids))
         assert all(len(set(row)) == min(k, size) for row in found.topk_ids.tolist())
+
+
+@pytest.mark.parametrize("kind", [losses.Divergence(0.0, 0.5), losses.Divergence(1.0, 0.0, 0.5)], ids=str)
+def test_a_weighted_divergence(kind: losses.Divergence) -> None:
+    pair, found = draw(4, 50), []
+    for fused in (True, False):
+        copy = pair.copy()
+        answer = (copy.fused(backend="triton") if fused else copy.whole())(StatisticsRequest(divergence=kind))
+        answer.divergence.sum().backward()
+        found.append({"divergence": answer.divergence.detach(), **gradients_of(copy)})
+    assert_same(*found, *SAME[torch.float32])
+
+
+def test_ids_at_the_ends_of_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_kernels, "BLOCK", 16)
+    pair, found = draw(2, 50), []
+    ids = torch.tensor([[0, 15, 16, 31], [32, 48, 49, 47]])
+    for fused in (True, False):
+        copy = pair.copy()
+        answer = (copy.fused(backend="triton") if fused else copy.whole())(StatisticsRequest(ids=ids))
+        (answer.logps * torch.tensor([1.0, 2.0, -3.0, 4.0])).sum().backward()
+        found.append({"logps": answer.logps.detach(), **gradients_of(copy)})
+    assert_same(*found, *SAME[torch.float32])
 
 
 def everything(rows_class: type[SoftmaxRows], logits: torch.Tensor) -> dict[str, torch.Tensor]:
