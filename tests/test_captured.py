@@ -10,9 +10,10 @@ import pytest
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
 from conftest import build_model
+from tsdkd.evaluation.problem_set import ProblemSet, evaluate
 from tsdkd.methods.minillm import mixture_choice
 from tsdkd.rollout import captured, decoding
 from tsdkd.rollout.base import Completion, SamplingConfig
@@ -119,6 +120,50 @@ def test_adapters_that_are_merged_between_rollouts() -> None:
     assert roll_out(ours, model) == tuned
     model.merge_adapter()
     assert roll_out(ours, model) == roll_out(sampler(), model)
+
+
+def test_an_adapter_that_is_added_between_rollouts() -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(init_lora_weights=False, target_modules=["q_proj"])
+    model, ours = peft.get_peft_model(build_model("qwen3", seed=31), config), sampler()
+    calls = count_forwards(model.get_base_model())
+    before = roll_out(ours, model)
+    model.add_adapter("other", config)
+    model.set_adapter("other")
+    calls.clear()
+    after = roll_out(ours, model)
+    assert len(calls) < max(map(len, after)) / 2 and after == roll_out(sampler(), model) != before
+
+
+def test_all_batches_of_an_evaluation_share_two_captures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch never frees a trace."""
+    traces: list[int] = []
+    trace = torch.jit.trace
+    monkeypatch.setattr(torch.jit, "trace", lambda *args, **kwargs: (traces.append(1), trace(*args, **kwargs))[1])
+    limits = [24] * len(PROMPTS)
+    problems = ProblemSet(PROMPTS, ["1"] * len(PROMPTS), limits, {7}, ROWS, str)
+    evaluate(build_model("qwen3", seed=32), problems, num_samples=3, batch_size=2)
+    assert len(traces) == 2
+
+
+@pytest.mark.parametrize("family", ["falcon", "qwen3_next"])
+def test_models_that_need_transformers_own_caches(family: str) -> None:
+    """ALiBi reads a mask `[B, T]`; linear attention has a state instead of keys and values."""
+    torch.manual_seed(33)
+    size: dict[str, Any] = {"vocab_size": ROWS, "hidden_size": 32, "num_attention_heads": 4, "initializer_range": 0.2}
+    if family == "falcon":
+        size |= {"alibi": True, "new_decoder_architecture": False, "multi_query": False, "num_hidden_layers": 2}
+    else:  # three layers of linear attention and one of full attention
+        size |= {"num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 48, "num_hidden_layers": 4}
+        size |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    config = CONFIG_MAPPING[family](eos_token_id=1, **size)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    together = roll_out(sampler(), model)
+    alone = [
+        sampler().generate(model, [prompt], [limit], [(0, 0, i)])[0].ids
+        for i, (prompt, limit) in enumerate(zip(PROMPTS, LIMITS, strict=True))
+    ]
+    assert together == alone
 
 
 def test_a_forward_that_reads_a_value_is_not_captured(caplog: pytest.LogCaptureFixture) -> None:

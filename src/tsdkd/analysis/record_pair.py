@@ -9,7 +9,7 @@ from accelerate.utils import send_to_device
 from ..data import pad_sequences, prepare_dataset
 from ..files import require_empty_dir, wrap_os_errors
 from ..models.loading import load_frozen_model, resolve_pair
-from ..rollout.hf import sample_completions
+from ..rollout.hf import make_step, sample_with_step
 from ..rollout.seeding import prompt_generator
 from ..run.arguments import RunArguments
 from ..run.build import load_datasets, set_model_init_kwargs
@@ -42,20 +42,13 @@ def record_pair(arguments: RunArguments, limit: int) -> Path:
     )
     stop_token_ids = pair.stop_token_ids()
     head_forward = HeadForward(Accelerator(cpu=training.use_cpu), training, pair.shared_vocab_size)
+    step = make_step(student, vocab_size=pair.shared_vocab_size, temperature=training.temperature)
     samples, parts = [], []
     for start in range(0, len(prepared), _BATCH_SIZE):
         some = prepared.select(range(start, min(start + _BATCH_SIZE, len(prepared))))
-        generators = [prompt_generator(training.seed, 0, i) for i in some["index"]]
+        generators = [(prompt_generator(training.seed, 0, i),) for i in some["index"]]
         prompts, limits = list(some["prompt_ids"]), list(some["limit"])
-        completions = sample_completions(
-            student,
-            prompts,
-            limits,
-            generators,
-            stop_token_ids=stop_token_ids,
-            vocab_size=pair.shared_vocab_size,
-            temperature=training.temperature,
-        )
+        completions = sample_with_step(step, prompts, limits, generators, stop_token_ids=stop_token_ids)
         batch = pad_sequences(prompts, [c.ids for c in completions])
         batch = send_to_device(batch, training.device)
         parts.append(compute_token_records(head_forward, student, teacher, batch, recorded_divergence(training)))

@@ -10,7 +10,8 @@ from ..data import completion_mask, pad_sequences
 from ..grading import Grader
 from ..losses import token_entropy
 from ..rollout.base import Completion
-from ..rollout.hf import sample_completions
+from ..rollout.captured import CapturedStep
+from ..rollout.hf import make_step, sample_with_step
 from ..rollout.seeding import prompt_generator
 
 _LOGITS_GIB = 0.5  # GiB of logits per batch, for the entropy
@@ -80,8 +81,9 @@ def evaluate(model: PreTrainedModel, problems: ProblemSet, num_samples: int = 8,
         batch_size: completions per batch.
     """
     model.eval()
-    is_greedy_correct = _grade(problems, _sample_completions(model, problems, None, batch_size))
-    sampled = [_sample_completions(model, problems, sample_index, batch_size) for sample_index in range(num_samples)]
+    greedy, step = (make_step(model, vocab_size=problems.vocab_size, is_greedy=g) for g in (True, False))
+    is_greedy_correct = _grade(problems, _sample_completions(greedy, problems, None, batch_size))
+    sampled = [_sample_completions(step, problems, sample_index, batch_size) for sample_index in range(num_samples)]
     num_correct = [sum(column) for column in zip(*(_grade(problems, some) for some in sampled), strict=True)]
     lengths = [len(c.ids) for some in sampled for c in some]
     return EvalResult(
@@ -94,19 +96,18 @@ def evaluate(model: PreTrainedModel, problems: ProblemSet, num_samples: int = 8,
 
 
 def _sample_completions(
-    model: PreTrainedModel, problems: ProblemSet, sample_index: int | None, batch_size: int
+    step: CapturedStep, problems: ProblemSet, sample_index: int | None, batch_size: int
 ) -> list[Completion]:
     """One completion per problem; greedy if `sample_index` is None. Samples don't depend on the batch."""
     completions: list[Completion] = []
     for start in range(0, len(problems.prompts), batch_size):
         indices = range(start, min(start + batch_size, len(problems.prompts)))
-        completions += sample_completions(
-            model,
+        completions += sample_with_step(
+            step,
             [problems.prompts[i] for i in indices],
             [problems.limits[i] for i in indices],
-            None if sample_index is None else [prompt_generator(0, sample_index, i) for i in indices],
+            None if sample_index is None else [(prompt_generator(0, sample_index, i),) for i in indices],
             stop_token_ids=problems.stop_token_ids,
-            vocab_size=problems.vocab_size,
         )
     return completions
 

@@ -245,18 +245,20 @@ def _generate_with_transformers(
     setup: GenerationSetup, requests: list[GenerationRequest]
 ) -> Iterator[tuple[int, Completion]]:
     """See `_generate_with_vllm`."""
-    from ..rollout.hf import sample_completions
+    from ..rollout.hf import make_step, sample_with_step
 
     field, size = _MODEL_FIELDS[setup.role], setup.args.per_device_eval_batch_size
     model = load_frozen_model(setup.model_name_or_path, setup.args, field, setup.args.device).eval()
-    sampling = vars(setup.sampling)
+    sampling = setup.sampling
+    step = make_step(model, vocab_size=sampling.vocab_size, temperature=sampling.temperature, top_p=sampling.top_p)
     # Similar lengths share a batch, to pad little. The longest come first: if memory is short, it shows at once
     order = sorted(range(len(requests)), key=lambda i: -len(requests[i].prompt_ids) - requests[i].max_new_tokens)
     for positions in (order[i : i + size] for i in range(0, len(order), size)):
         batch = [requests[i] for i in positions]
-        generators = [prompt_generator(*request.seed_key) for request in batch]
+        generators = [(prompt_generator(*request.seed_key),) for request in batch]
         prompts, limits = [request.prompt_ids for request in batch], [request.max_new_tokens for request in batch]
-        yield from zip(positions, sample_completions(model, prompts, limits, generators, **sampling), strict=True)
+        completions = sample_with_step(step, prompts, limits, generators, stop_token_ids=sampling.stop_token_ids)
+        yield from zip(positions, completions, strict=True)
 
 
 def _with_progress(completions: Iterator[tuple[int, Completion]], total: int) -> Iterator[tuple[int, Completion]]:

@@ -138,13 +138,13 @@ def _triton_works(device: torch.device) -> bool:
     """Whether to use Triton by default. It needs a C compiler, and a GPU that it supports: one small kernel tells."""
     if device.type == "cpu" or find_spec("triton") is None:
         return False
-    from .triton_rows import TritonRows
-
     try:
+        from .triton_rows import TritonRows
+
         TritonRows(
             Projection(torch.ones(8, 8, device=device)), torch.ones(1, 8, device=device), 1.0
         ).compute_statistics()
-    except Exception as error:  # from its compiler, from a C compiler, or from a driver
+    except Exception as error:  # from an import, its compiler, a C compiler, or a driver
         reason = escape_line(str(error))[:200]
         logger.warning("Triton's kernels don't work here; the LM head uses torch operations: %s", reason)
         return False

@@ -14,7 +14,7 @@ from torch import Tensor
 from .step import DecodingStep
 
 _logger = logging.getLogger(__name__)
-_READ_ONLY_SHAPES = ("transformers/integrations/sdpa_attention.py", "tsdkd/rollout/categorical.py")
+_READ_ONLY_SHAPES = ("sdpa_attention.py", "categorical.py")  # of transformers, and ours
 
 
 class CaptureError(Exception):
@@ -38,6 +38,11 @@ class CapturedStep:
         if self._capture is not None:
             self._capture.start()
 
+    def release(self) -> None:
+        """Release the caches of the last call, e.g. because they are about to be replaced."""
+        if isinstance(self._capture, _CudaGraph):
+            self._capture.inputs = ()
+
     def __call__(self, *inputs: Tensor) -> Tensor:
         """Return the next tokens, ids `[B]`. Arguments: see `DecodingStep.__call__`."""
         capture = {"cpu": _Trace, "cuda": _CudaGraph}.get(inputs[0].device.type)
@@ -46,7 +51,7 @@ class CapturedStep:
             self._capture = self._capture or capture(self.step)
             try:
                 return self._capture(inputs)
-            except (CaptureError, RuntimeError) as error:
+            except Exception as error:  # the step itself, below, raises it again if it isn't from the capture
                 _logger.info("rollout: decoding without a capture: %s", error)
                 self._can_capture, self._capture = False, None
         return self.step(*inputs)[0]
@@ -62,6 +67,7 @@ class _Trace:
     def __init__(self, step: DecodingStep) -> None:
         self.step = step
         self.trace: Any = None
+        self.num_traced = 0
         self.verified_shapes: set[torch.Size] = set()
         self.start()
 
@@ -76,11 +82,13 @@ class _Trace:
 
     def __call__(self, inputs: tuple[Tensor, ...]) -> Tensor:
         shape = inputs[-1].shape
+        if len(self.weights) != self.num_traced:  # e.g. an adapter was added
+            self.trace = None
         if self.trace is not None and not self.is_first and shape in self.verified_shapes:
             return self._run(inputs)[0]
         expected = None if self.trace is None else self._verify(inputs)
         if expected is None:  # none yet, or the model has changed, e.g. its adapters were merged
-            self.trace, self.verified_shapes = self._make(inputs), set()
+            self.trace, self.num_traced, self.verified_shapes = self._make(inputs), len(self.weights), set()
             expected = self._verify(inputs)
         if expected is None:
             raise CaptureError("the logits of the trace differ from those of the models")
@@ -130,37 +138,57 @@ def _bits(x: Tensor) -> Tensor:
 
 
 class _CudaGraph:
-    """A CUDA graph. It contains the addresses of the caches, so each new shape and each rollout gets its own."""
+    """A CUDA graph. It contains the addresses of the caches, so each new shape and each rollout gets its own.
+
+    It freezes what Python decides, like a trace, so its first logits must be close to those of the step.
+    """
 
     def __init__(self, step: DecodingStep) -> None:
-        self.step, self.pool = step, torch.cuda.graph_pool_handle()
+        self.step, self.stream = step, torch.cuda.Stream(step.device)  # one: freed memory is reused only on its stream
         self.start()
 
     def start(self) -> None:
         """See `CapturedStep`."""
         self.graph: Any = None
+        self.outputs: tuple[Tensor, ...] = ()
         self.inputs: tuple[Tensor, ...] = ()
+        self.pool = torch.cuda.graph_pool_handle()  # a pool without a graph can't be captured into again
 
     def __call__(self, inputs: tuple[Tensor, ...]) -> Tensor:
         small, large = inputs[: DecodingStep.NUM_SMALL_INPUTS], inputs[DecodingStep.NUM_SMALL_INPUTS :]
-        if self.graph is None or any(x is not y for x, y in zip(large, self.inputs[len(small) :], strict=True)):
-            return self._make(small, large)
-        for own, new in zip(self.inputs, small, strict=False):
-            own.copy_(new)
-        self.graph.replay()
-        return self.ids.clone()  # the next replay overwrites them
+        own = self.inputs[len(small) :]
+        with torch.cuda.device(self.step.device):
+            if not own or any(x is not y for x, y in zip(large, own, strict=True)):
+                return self._make(small, large)
+            for mine, new in zip(self.inputs, small, strict=False):
+                mine.copy_(new)
+            self.graph.replay()
+            return self.outputs[0].clone()  # the next replay overwrites them
 
     def _make(self, small: tuple[Tensor, ...], large: tuple[Tensor, ...]) -> Tensor:
         """Capture a graph for the following tokens; compute this one without it, which also prepares the kernels."""
-        self.graph = None  # free its memory
         self.inputs = (*(x.clone() for x in small), *large)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            ids = self.step(*self.inputs)[0]
-        torch.cuda.current_stream().wait_stream(stream)
+        current, mode = torch.cuda.current_stream(), torch.cuda.get_sync_debug_mode()
+        self.stream.wait_stream(current)
+        torch.cuda.set_sync_debug_mode("error")  # a step that synchronizes would leave a broken capture behind
+        try:
+            with torch.cuda.stream(self.stream):
+                expected = self.step(*self.inputs)
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+        current.wait_stream(self.stream)
+        for output in expected:
+            output.record_stream(current)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
-            self.ids = self.step(*self.inputs)[0]
-        self.graph = graph
-        return ids
+        try:
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+                self.outputs = self.step(*self.inputs)
+        except BaseException:
+            torch.cuda.set_stream(current)  # torch.cuda.graph does not if the capture can't begin or end
+            raise
+        self.graph = graph  # the previous one has kept the pool alive until here
+        graph.replay()
+        for found, logits in zip(self.outputs[1:], expected[1:], strict=True):
+            if not (found - logits).abs().max() <= 0.01 * logits.abs().max():
+                raise CaptureError("the logits of the CUDA graph differ from those of the models")
+        return expected[0]

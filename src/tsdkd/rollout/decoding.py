@@ -132,6 +132,7 @@ class DecodingBatch:
         """Give the buffers capacity for at least `length` tokens."""
         growth = _GROWTH.get(self.input_ids.device.type, _GROWTH["other"])
         capacity = min(-(-length // growth) * growth, self.attention_mask.shape[1])
+        self.captured.release()
         for i, buffer in enumerate(self.buffers):  # one after the other: all of them twice may not fit
             self.buffers[i] = _extend(buffer, capacity)
         self.visible = self.attention_mask[:, None, None, :capacity].bool()
@@ -145,9 +146,10 @@ class DecodingBatch:
         self.position_ids = self.position_ids[keep]
         self.uniform = self.uniform[keep]
         for cache in self.caches:
-            cache.batch_select_indices(keep)
-        for i, buffer in enumerate(self.buffers):
-            self.buffers[i] = buffer[keep]
+            cache.reorder_cache(keep)  # which all kinds of layers have
+        self.captured.release()
+        for i in range(len(self.buffers)):
+            self.buffers[i] = self.buffers[i][keep]
         self.visible = None if self.visible is None else self.visible[keep]
 
 
@@ -167,7 +169,8 @@ def _draw_uniform(streams: Sequence[torch.Generator], count: int) -> Tensor:
 def _mark_compileable(cache: Any) -> Any:
     """Mark the cache as compileable, so that transformers creates the mask without inspecting its values."""
     for layer in getattr(cache, "layers", ()):
-        layer.is_compileable = True
+        if not isinstance(getattr(type(layer), "is_compileable", None), property):  # of linear attention: fixed
+            layer.is_compileable = True
     return cache
 
 

@@ -56,7 +56,7 @@ class HuggingFaceSampler:
         # copies when the outermost autocast exits. One autocast around all tokens keeps them.
         with _unwrapped_for_generation(model, self.accelerator) as unwrapped, self.accelerator.autocast():
             if self._captured is None or self._captured.step.models[0] is not unwrapped:
-                self._captured = CapturedStep(self._make_step(unwrapped))
+                self._captured = self._make_step(unwrapped)
             generators = [[prompt_generator(*key, stream) for stream in self.streams] for key in seed_keys]
             completions = sample_with_step(
                 self._captured, prompts, limits, generators, stop_token_ids=self.sampling.stop_token_ids
@@ -64,9 +64,11 @@ class HuggingFaceSampler:
         model.train(was_training)
         return completions
 
-    def _make_step(self, student: PreTrainedModel) -> DecodingStep:
-        choose = _sampling_choice(self.sampling.temperature, self.sampling.top_p)
-        return DecodingStep([student], choose, self.sampling.vocab_size)
+    def _make_step(self, student: PreTrainedModel) -> CapturedStep:
+        sampling = self.sampling
+        return make_step(
+            student, vocab_size=sampling.vocab_size, temperature=sampling.temperature, top_p=sampling.top_p
+        )
 
 
 @contextmanager
@@ -103,7 +105,7 @@ def sample_completions(
     temperature: float = 1.0,
     top_p: float = 1.0,
 ) -> list[Completion]:
-    """Sample one completion for each prompt.
+    """Sample one completion for each prompt of a single batch. For several batches, make the step once.
 
     Args:
         model: an unwrapped model in eval mode.
@@ -115,10 +117,23 @@ def sample_completions(
     Returns:
         Completions in the order of `prompts`.
     """
-    choose = _greedy_choice if generators is None else _sampling_choice(temperature, top_p)
-    captured = CapturedStep(DecodingStep([model], choose, vocab_size))
+    step = make_step(model, vocab_size=vocab_size, temperature=temperature, top_p=top_p, is_greedy=generators is None)
     streams = None if generators is None else [(g,) for g in generators]
-    return sample_with_step(captured, prompts, limits, streams, stop_token_ids=stop_token_ids)
+    return sample_with_step(step, prompts, limits, streams, stop_token_ids=stop_token_ids)
+
+
+def make_step(
+    model: PreTrainedModel, *, vocab_size: int, temperature: float = 1.0, top_p: float = 1.0, is_greedy: bool = False
+) -> CapturedStep:
+    """Make the step that `sample_with_step` repeats. Use one for all batches: torch never frees a capture on a CPU.
+
+    Args:
+        model: an unwrapped model in eval mode.
+        vocab_size, temperature, top_p: see `SamplingConfig`.
+        is_greedy: whether to choose the most probable tokens, without generators.
+    """
+    choose = _greedy_choice if is_greedy else _sampling_choice(temperature, top_p)
+    return CapturedStep(DecodingStep([model], choose, vocab_size))
 
 
 def _greedy_choice(logits: list[Tensor], uniform: Tensor) -> Tensor:
@@ -153,10 +168,23 @@ def sample_with_step(
         Completions in the order of `prompts`.
     """
     captured.start()
+    try:
+        return _sample(captured, prompts, limits, generators, frozenset(stop_token_ids))
+    finally:
+        captured.start()  # free the caches and the graph before training
+
+
+def _sample(
+    captured: CapturedStep,
+    prompts: Sequence[Sequence[int]],
+    limits: Sequence[int],
+    generators: Sequence[Sequence[torch.Generator]] | None,
+    stop: frozenset[int],
+) -> list[Completion]:
     device = captured.step.device
     batch = DecodingBatch.start(captured, prompts, limits, generators, device)
     completions = [Completion([], False) for _ in prompts]
-    longest, stop = max(limits), frozenset(stop_token_ids)
+    longest = max(limits)
     unread: list[Tensor] = []  # tokens that the host hasn't read yet
     tokens_per_sync = 1 if device.type == "cpu" else _TOKENS_PER_SYNC
     next_sync = min(tokens_per_sync, longest)

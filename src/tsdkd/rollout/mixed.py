@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .base import SamplingConfig, TokenChoice
+from .captured import CapturedStep
 from .hf import HuggingFaceSampler
 from .seeding import RandomStream
 from .step import DecodingStep
@@ -32,5 +33,5 @@ class MixedSampler(HuggingFaceSampler):
         super().__init__(accelerator, sampling)
         self.teacher, self.choose = accelerator.unwrap_model(teacher), choose
 
-    def _make_step(self, student: PreTrainedModel) -> DecodingStep:
-        return DecodingStep([student, self.teacher], self.choose, self.sampling.vocab_size)
+    def _make_step(self, student: PreTrainedModel) -> CapturedStep:
+        return CapturedStep(DecodingStep([student, self.teacher], self.choose, self.sampling.vocab_size))

@@ -113,6 +113,8 @@ def supports_in_place(model: Any, cache: Any, length: int) -> bool:
     return (
         getattr(unwrap_peft(model), "_can_compile_fullgraph", False)
         and model.config.get_text_config()._attn_implementation == "sdpa"
+        and not getattr(model.config.get_text_config(), "alibi", False)  # computed from a mask [B, T]
+        and len({p.device for p in model.parameters()}) == 1
         and len(layers) == _num_layers(model)
         and all(_keeps_all(layer, length) for layer in layers)
     )
