@@ -1,5 +1,6 @@
 """Packed micro-batches take the steps of padded ones, and are refused where a model doesn't keep sequences apart."""
 
+import copy
 import random
 import shutil
 from collections.abc import Sequence
@@ -14,10 +15,12 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import (
+    CONFIG_MAPPING,
     AttentionInterface,
     AttentionMaskInterface,
     AutoModelForCausalLM,
     GPT2Config,
+    GPTNeoConfig,
     LlamaForCausalLM,
     MambaConfig,
     PretrainedConfig,
@@ -110,6 +113,12 @@ def test_a_large_batch_has_less_than_3_percent_padding() -> None:
 
 def test_equal_lengths_are_not_packed() -> None:
     assert pack_rows([7] * 5) == [[0], [1], [2], [3], [4]]
+
+
+def test_rows_are_not_packed_where_attention_costs_more_than_padding() -> None:
+    lengths = [4096, 2000]
+    assert pack_rows(lengths, linear_cost=6 * 512.0) == [[0], [1]]
+    assert pack_rows(lengths, linear_cost=6 * 8192.0) == [[0, 1]]
 
 
 def test_the_inputs_of_a_layout() -> None:
@@ -384,6 +393,74 @@ def test_learned_absolute_positions_are_packed(tmp_path: Path) -> None:
     assert_same(run(True), run(False))
 
 
+@pytest.mark.parametrize("family, scale", [("minimax", 1.0), ("xglm", 2.0)])
+def test_bfloat16_hides_no_leak(family: str, scale: float, tmp_path: Path, caplog: Any) -> None:
+    """Linear attention, and positions that don't restart. Such models leak less than 12 %, which rounding may be."""
+    size: dict[str, Any] = {"vocab_size": 64, "max_position_embeddings": 256}
+    if family == "minimax":
+        size |= {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
+        size |= {"num_key_value_heads": 2, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2}
+    else:
+        size |= {"d_model": 64, "ffn_dim": 128, "num_layers": 4, "attention_heads": 4}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](eos_token_id=1, **size), dtype=torch.float32)
+    for parameter in model.parameters():
+        parameter.data.mul_(scale if parameter.ndim > 1 else 1.0)
+    trainer = make_trainer("supervised-kd", tmp_path, models=(model, build_model("qwen3", 1)), bf16=True, max_steps=1)
+    trainer.model.float()
+    trainer.train()
+    assert type(model).__name__ in caplog.text and "packing isn't possible" in caplog.text
+
+
+def test_rows_are_not_wider_than_the_context(tmp_path: Path) -> None:
+    """GPT-Neo has a mask of that size."""
+    size = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 64, "window_size": 16}
+    layers = {"attention_types": [[["global", "local"], 1]], "max_position_embeddings": 100}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(GPTNeoConfig(vocab_size=64, eos_token_id=1, **size, **layers))
+    models = [(copy.deepcopy(model), build_model("qwen3", 1)) for _ in range(2)]
+    options = {"data": uneven_rows(64), "gradient_accumulation_steps": 4, "disable_dropout": True}
+    packed = train("supervised-kd", tmp_path, models=models[0], padding_free=True, **options)
+    assert_same(packed, train("supervised-kd", tmp_path, models=models[1], padding_free=False, **options))
+
+
+@pytest.mark.parametrize("change", ["ids", "mask"])
+def test_a_trainer_that_changes_packed_inputs_is_refused(
+    change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class ChangesInputs(METHODS["supervised-kd"]):
+        def _postprocess_micro_batch(self, model: Any, batch: Any, step: int, mode: str) -> None:
+            if change == "ids":
+                batch["input_ids"] = batch["input_ids"].clone()
+            else:
+                batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+
+    monkeypatch.setitem(METHODS, "supervised-kd", ChangesInputs)
+    with pytest.raises(ModelError, match=r"ChangesInputs changes input_ids.*micro_batching = \"fixed\""):
+        train("supervised-kd", tmp_path)
+
+
+@pytest.mark.parametrize("field, value", [("padding_free", True), ("max_tokens_per_micro_batch", 100)])
+def test_noise_that_depends_on_the_width_keeps_the_micro_batches(field: str, value: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"{field}: the noise of neftune_noise_alpha"):
+        make_trainer("supervised-kd", tmp_path, neftune_noise_alpha=5.0, **{field: value})
+    assert make_trainer("supervised-kd", tmp_path, neftune_noise_alpha=5.0).planner.is_fixed
+
+
+def test_a_failed_constructor_leaves_the_arguments(tmp_path: Path) -> None:
+    args = METHODS["gkd"].config_class(output_dir=str(tmp_path), **{**STEP, "padding_free": True})
+    with pytest.raises((TypeError, ValueError, AttributeError)):
+        METHODS["gkd"](
+            model=build_model("qwen3", 0),
+            teacher_model=build_model("qwen3", 1),
+            args=args,
+            train_dataset=uneven_rows(),
+            processing_class=build_tokenizer(),
+            peft_config="not a configuration",
+        )
+    assert args.padding_free is True
+
+
 @pytest.mark.parametrize("option", [{"padding_free": True}, {"max_tokens_per_micro_batch": 100}], ids=str)
 @pytest.mark.parametrize("method", ["grpo", "tsd-kd-released"])
 def test_methods_without_packing_refuse_it(method: str, option: dict[str, Any], tmp_path: Path) -> None:
@@ -428,6 +505,16 @@ def test_two_processes(method: str, saved_model: Any, tmp_path: Path) -> None:
     assert [child.wait() for child in children] == [0, 0], children[0].output[-2000:]
     start = weights(saved_model("llama", 0))
     assert (weights(one) - weights(two)).norm() <= 1e-5 * (weights(one) - start).norm()
+
+
+def test_two_processes_with_different_numbers_of_rows(saved_model: Any, tmp_path: Path) -> None:
+    """Their micro-batches stay as they are."""
+    rows = write_jsonl(tmp_path / "rows.jsonl", list(uneven_rows(11)))
+    values = {"model_name_or_path": saved_model("llama", 0), "teacher_model_name_or_path": saved_model("qwen3", 1)}
+    values |= {**STEP, "dataset_name": rows, "method": "gkd", "lmbda": 0, "gradient_accumulation_steps": 1}
+    values |= {"accelerator_config": '{"even_batches": false}', "output_dir": tmp_path / "run"}
+    children = run_ranks(["train", *flags(**values)], tmp_path / "run")
+    assert [child.wait() for child in children] == [0, 0], children[0].output[-2000:]
 
 
 def test_two_processes_with_a_fixed_order(saved_model: Any, tmp_path: Path) -> None:

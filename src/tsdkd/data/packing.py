@@ -33,15 +33,18 @@ def num_positions(rows: Rows, lengths: Sequence[int]) -> int:
     return len(rows) * max(sum(lengths[i] for i in row) for row in rows)
 
 
-def pack_rows(lengths: Sequence[int], max_width: int | None = None) -> Rows:
+def pack_rows(lengths: Sequence[int], max_width: int | None = None, linear_cost: float | None = None) -> Rows:
     """Pack sequences into rows of bounded width with little padding.
 
     First-fit decreasing at several widths, from the longest sequence to 1.5 times its length; the layout with the
-    fewest positions wins, and of equal ones the narrowest.
+    fewest positions wins, and of equal ones the narrowest. It must also be cheaper than one sequence in each row.
 
     Args:
         lengths: tokens of each sequence.
         max_width: limit of the width, tokens. A longer sequence gets a row of its own.
+        linear_cost: cost of a position's matrix products, in units of that of its attention to one other position:
+            about 6 times the hidden size. In a packed row, each position is compared with all others, otherwise only
+            with those before it. None: attention costs nothing.
     """
     longest, total = max(lengths), sum(lengths)
     max_width = max_width or total
@@ -57,6 +60,10 @@ def pack_rows(lengths: Sequence[int], max_width: int | None = None) -> Rows:
         positions = num_positions(rows, lengths)
         if positions < fewest:
             best, fewest = rows, positions
+    if linear_cost is not None:
+        width = fewest // len(best)
+        if fewest * (linear_cost + width) >= len(lengths) * longest * (linear_cost + longest / 2):
+            return one_per_row(range(len(lengths)))
     return best
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import accumulate, chain, pairwise
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -32,7 +32,7 @@ class MicroBatchPlanner:
         longest_sequence: length of the longest possible sequence, tokens.
 
     Raises:
-        ConfigError: `padding_free` is true, but the objective requires fixed micro-batches.
+        ConfigError: `padding_free` or `max_tokens_per_micro_batch` is set, but micro-batches must stay as they are.
     """
 
     def __init__(
@@ -40,12 +40,24 @@ class MicroBatchPlanner:
     ) -> None:
         self.accelerator, self.args, self.objective = accelerator, args, objective
         self.budget = args.max_tokens_per_micro_batch or args.per_device_train_batch_size * longest_sequence
-        depends_on_split = objective.micro_batching == "fixed" or objective.unit == "micro-batches"
-        if depends_on_split and args.padding_free:
-            raise ConfigError([f"padding_free: {args.method} depends on padding or on the split into micro-batches"])
-        self.is_fixed = depends_on_split or args.padding_free is False
+        reason = self._reason_for_fixed_batches()
+        for field in ("padding_free", "max_tokens_per_micro_batch"):
+            if reason and getattr(args, field):
+                raise ConfigError([f"{field}: {reason}"])
+        self.is_fixed = bool(reason) or args.padding_free is False
         self._packs: bool | None = False if self.is_fixed else None
         self._packs_into_one_row = False
+        self._max_width, self._linear_cost = self.budget, 0.0
+
+    def _reason_for_fixed_batches(self) -> str:
+        """Return why micro-batches must be those of the data loader, or ""."""
+        if self.objective.micro_batching == "fixed" or self.objective.unit == "micro-batches":
+            return f"{self.args.method} depends on padding or on the split into micro-batches"
+        if self.args.neftune_noise_alpha:
+            return "the noise of neftune_noise_alpha depends on the width of the rows"
+        if self.accelerator.num_processes > 1 and not self.accelerator.even_batches:
+            return "with even_batches: false, processes can have different numbers of rows"
+        return ""
 
     def check_models(self, models: Sequence[nn.Module]) -> None:
         """Check once whether all models that run over the micro-batches support packing. All processes must call it.
@@ -60,6 +72,8 @@ class MicroBatchPlanner:
         self._packs = problem is None
         configs = [unwrap_peft(self.accelerator.unwrap_model(model)).config for model in models]
         self._packs_into_one_row = self._packs and all(map(uses_flash_attention, configs))
+        self._max_width = min(self.budget, *map(_widest_row, configs))
+        self._linear_cost = 6.0 * min(getattr(config.get_text_config(), "hidden_size", 1024) for config in configs)
         if problem and self.args.padding_free:
             raise ModelError(f"padding_free: {problem}; remove padding_free: true to train on padded micro-batches")
         if problem:
@@ -111,9 +125,9 @@ class MicroBatchPlanner:
     def _lay_out(self, lengths: Sequence[int]) -> Rows:
         """Return a layout for sequences of these lengths."""
         if self._packs_into_one_row:
-            return first_fit_decreasing(lengths, self.budget)
+            return first_fit_decreasing(lengths, self._max_width)
         if self._packs:
-            return pack_rows(lengths, self.budget)
+            return pack_rows(lengths, self._max_width, self._linear_cost)
         return one_per_row(range(len(lengths)))
 
     def _largest(self, count: int) -> int:
@@ -125,3 +139,10 @@ class MicroBatchPlanner:
 
 def _shift(rows: Rows, start: int) -> Rows:
     return [[start + i for i in row] for row in rows]
+
+
+def _widest_row(config: Any) -> int:
+    """Return how wide a row may be: some models have a mask or a scale for each place in it."""
+    names = ("max_position_embeddings", "attention_chunk_size", "floor_scale")  # of GPT-Neo; of Llama 4
+    limits = (getattr(config.get_text_config(), name, None) for name in names)
+    return min((int(limit) for limit in limits if limit), default=2**62)

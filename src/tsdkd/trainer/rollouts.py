@@ -10,7 +10,7 @@ from torch import nn
 from trl.trainer.utils import print_prompt_completions_sample
 
 from ..data import Rows, is_packed, pack_sequences, pad_sequences
-from ..errors import escape_controls
+from ..errors import ModelError, escape_controls
 from ..grading import Grader
 from ..models.loading import ModelPair
 from ..objective import Objective
@@ -133,7 +133,13 @@ class RolloutMixin:
             for layouts in self.planner.plan(sizes, [len(s.ids) for s in some], mode):
                 entries.append([self._micro_batch(some, layout) for layout in layouts])
                 for batch in entries[-1]:
+                    ids = batch["input_ids"]
                     self._postprocess_micro_batch(model, batch, step, mode)
+                    if "packed" in batch and (batch["input_ids"] is not ids or "attention_mask" in batch):
+                        raise ModelError(
+                            f"{type(self).__name__} changes input_ids or attention_mask of packed micro-batches; set "
+                            f'micro_batching = "fixed" in {type(self.objective).__name__}'
+                        )
         return entries
 
     def _micro_batch(self, samples: list["_Sample"], layout: Rows) -> Batch:

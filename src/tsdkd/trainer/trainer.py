@@ -124,18 +124,20 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
 
         args.dataset_kwargs = {"skip_prepare_dataset": True}
         padding_free, args.padding_free = args.padding_free, None  # TRL's is its collator's
-        super(GKDTrainer, self).__init__(
-            model,
-            args=args,
-            data_collator=collate,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=self.pair.tokenizer,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            peft_config=peft_config,
-        )
-        args.padding_free = padding_free
+        try:
+            super(GKDTrainer, self).__init__(
+                model,
+                args=args,
+                data_collator=collate,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=self.pair.tokenizer,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                peft_config=peft_config,
+            )
+        finally:
+            args.padding_free = padding_free
         self.model_accepts_loss_kwargs = True  # we divide by the global count; `Trainer` must not divide again
         if args.disable_dropout:
             disable_dropout_in_model(self.model)
