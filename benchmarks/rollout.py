@@ -1,10 +1,12 @@
 """Completion tokens per second: vLLM and the student itself, through our rollout layer, against what lies below.
 
     python benchmarks/rollout.py [--batches 1 16 64 256] [--repeats 3] [--no_vllm]
+    python benchmarks/rollout.py --sizes demo --precisions float32 --batches 32 --tokens 48 --no_vllm
     python benchmarks/rollout.py --sizes 1.5b --precisions bfloat16 autocast --batches 64 --lengths equal --tokens 256
 
-Qwen2 with random weights, 60M parameters and V 32768, or as Qwen2.5-1.5B; prompts of 16 tokens. `equal`: every
-completion has 128 tokens. `varying`: 20 to 200, log-uniform, as a model that stops by itself would give. All are told
+Qwen2 with random weights, 60M parameters and V 32768, or as Qwen2.5-1.5B, or the demo's student; prompts of 16 tokens.
+`equal`: every completion has 128 tokens. `varying`: 20 to 200 (the demo's 6 to 60), log-uniform, as a model that stops
+by itself would give. All are told
 the same lengths: `generate` by a stopping criterion, the others by limits. Weights are bfloat16, or float32 under
 autocast, as in training. Contestants take turns, the figures are medians of the turns. `bare vLLM` is the same engine
 asked directly, without seeds and log-probabilities.
@@ -36,6 +38,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZES: dict[str, dict[str, Any]] = {
     "60m": {"vocab_size": 32768, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8},
     "1.5b": {"vocab_size": 151936, "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28},
+    "demo": {"vocab_size": 64},
     "tiny": {"vocab_size": 2048, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2},
 }
 HEADS = {"60m": (8, 8), "1.5b": (12, 2), "tiny": (2, 1)}  # of queries, of keys
@@ -43,6 +46,9 @@ HEADS = {"60m": (8, 8), "1.5b": (12, 2), "tiny": (2, 1)}  # of queries, of keys
 
 def make_student(size: str, dtype: torch.dtype) -> Any:
     """On the device, with weights as large as those of a trained model, so that the distributions are not uniform."""
+    if size == "demo":
+        folder = str(resources.files("tsdkd").joinpath("demo/student"))
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().to(DEVICE)
     config = Qwen2Config(
         **SIZES[size],
         num_attention_heads=HEADS[size][0],
@@ -73,7 +79,8 @@ class Contest:
 
     def __init__(self, folder: str, size: str, precision: str, with_vllm: bool) -> None:
         autocast = precision == "autocast"
-        model = make_student(size, torch.float32 if autocast else torch.bfloat16)
+        model = make_student(size, torch.bfloat16 if precision == "bfloat16" else torch.float32)
+        self.shortest = 6 if size == "demo" else 20
         if with_vllm:  # its engine reads files
             model.save_pretrained(folder)
             AutoTokenizer.from_pretrained(str(resources.files("tsdkd").joinpath("demo/student"))).save_pretrained(
@@ -145,7 +152,7 @@ def table(contest: Contest, batch: int, lengths: str, tokens: int, repeats: int)
     """Measure and print one batch."""
     rng = random.Random(batch)
     prompts = [[rng.randrange(2, contest.vocabulary) for _ in range(PROMPT)] for _ in range(batch)]
-    spread = [round(20 * 10 ** (rng.random() if batch > 1 else 0.8)) for _ in range(batch)]
+    spread = [round(contest.shortest * 10 ** (rng.random() if batch > 1 else 0.8)) for _ in range(batch)]
     limits = spread if lengths == "varying" else [tokens] * batch
     contestants = contest.contestants(prompts, limits)
     if DEVICE == "cuda":  # a whole turn to warm up would take as long as what is measured
@@ -161,7 +168,7 @@ def table(contest: Contest, batch: int, lengths: str, tokens: int, repeats: int)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["60m"])
-    parser.add_argument("--precisions", nargs="+", choices=["bfloat16", "autocast"], default=["bfloat16"])
+    parser.add_argument("--precisions", nargs="+", choices=["bfloat16", "float32", "autocast"], default=["bfloat16"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 16, 64, 256])
     parser.add_argument("--lengths", nargs="+", choices=["equal", "varying"], default=["equal", "varying"])
     parser.add_argument("--tokens", type=int, default=128, help="of a completion, where they are equal")
