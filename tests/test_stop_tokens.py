@@ -37,13 +37,13 @@ def pair(tmp_path: Path) -> tuple[str, str]:
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[set[int]]:
     """The stop tokens of every batch that is sampled in this process."""
     found: list[set[int]] = []
-    sample = hf.sample_with_step
+    sample = hf._sample  # behind every function that samples
 
-    def spy(*args: Any, stop_token_ids: Any, **kwargs: Any) -> Any:
-        found.append(set(stop_token_ids))
-        return sample(*args, stop_token_ids=stop_token_ids, **kwargs)
+    def spy(*args: Any) -> Any:
+        found.append(set(args[-1]))
+        return sample(*args)
 
-    monkeypatch.setattr(hf, "sample_with_step", spy)
+    monkeypatch.setattr(hf, "_sample", spy)
     return found
 
 
