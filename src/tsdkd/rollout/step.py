@@ -110,11 +110,11 @@ def supports_in_place(model: Any, cache: Any, length: int) -> bool:
     It needs an attention that accepts a mask, caches of all previous tokens in every layer, and a forward that follows
     transformers' rules for static shapes.
     """
-    layers = getattr(cache, "layers", [])
+    layers, config = getattr(cache, "layers", []), model.config.get_text_config()
     return (
         getattr(unwrap_peft(model), "_can_compile_fullgraph", False)
-        and model.config.get_text_config()._attn_implementation == "sdpa"
-        and not getattr(model.config.get_text_config(), "alibi", False)  # computed from a mask [B, T]
+        and config._attn_implementation == "sdpa"
+        and not getattr(config, "alibi", False)  # computed from a mask [B, T]
         and len({p.device for p in model.parameters()}) == 1
         and len(layers) == _num_layers(model)
         and all(_keeps_all(layer, length) for layer in layers)

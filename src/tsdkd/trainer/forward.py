@@ -180,7 +180,7 @@ def _verify_output_layer(model: PreTrainedModel, ids: Tensor) -> None:
         hidden = forward_backbone(model, {"input_ids": ids, "use_cache": False})
     except (AttributeError, TypeError) as error:
         raise ModelError(
-            f"{_class_name(model)}: the backbone does not return the last hidden states; {_FUSED_HEAD_HINT}"
+            f"{class_name(model)}: the backbone does not return the last hidden states; {_FUSED_HEAD_HINT}"
         ) from error
     dtype = compute_dtype(hidden)
     found = _run_as_output_layer(model, partial(_project, model, dtype), hidden)
@@ -190,7 +190,7 @@ def _verify_output_layer(model: PreTrainedModel, ids: Tensor) -> None:
     difference = float((found - expected).abs().max()) if same_shape else float("inf")
     if not difference <= tolerance:
         raise ModelError(
-            f"{_class_name(model)}: the model's logits differ from those of its output layer by {difference:.3g}, "
+            f"{class_name(model)}: the model's logits differ from those of its output layer by {difference:.3g}, "
             f"more than {tolerance:.3g}; the fused head supports only a scale and a soft cap; {_FUSED_HEAD_HINT}"
         )
 
@@ -253,5 +253,6 @@ def forward_backbone(model: Any, inputs: dict[str, Any]) -> Tensor:
     return unwrap_peft(model).base_model(**inputs).last_hidden_state
 
 
-def _class_name(model: Any) -> str:
+def class_name(model: Any) -> str:
+    """Return the name of a model's class, without PEFT's wrapper."""
     return type(unwrap_peft(model)).__name__

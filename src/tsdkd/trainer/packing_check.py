@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from ..config.base import TokenSelectiveConfig
@@ -11,7 +12,7 @@ from ..data import pack_sequences
 from ..errors import first_line
 from ..lm_head.fused import compute_dtype
 from ..models.loading import unwrap_peft
-from .forward import forward_backbone, model_inputs, run_as_forward
+from .forward import class_name, forward_backbone, model_inputs, run_as_forward
 
 _LENGTHS = (9, 7)
 _MODEL_ERRORS = (AttributeError, IndexError, RuntimeError, TypeError, ValueError)  # of a forward without position_ids
@@ -21,9 +22,9 @@ _MODEL_ERRORS = (AttributeError, IndexError, RuntimeError, TypeError, ValueError
 def explain_unpackable(accelerator: Accelerator, args: TokenSelectiveConfig, model: nn.Module) -> str | None:
     """Explain why a model can't process several sequences in one row, or return None if it can.
 
-    Compares the model's outputs for two short sequences, packed and alone. Recurrent models carry their state from
-    one sequence to the next, and some models ignore `position_ids`; both would change the loss without an error. All
-    processes must call it and get the same result.
+    Compares the model's outputs for a short sequence alone and behind two other ones. Recurrent models carry their
+    state from one sequence to the next, and some models ignore `position_ids`; both would change the loss without an
+    error. All processes must call it and get the same result.
     """
     unwrapped = accelerator.unwrap_model(model)
     vocab_size = unwrap_peft(unwrapped).config.get_text_config().vocab_size
@@ -43,11 +44,7 @@ def explain_unpackable(accelerator: Accelerator, args: TokenSelectiveConfig, mod
     largest = float(accelerator.gather(excess.float().view(1)).max())  # also after an error: the others wait here
     if not largest > 1:  # with NaN, the step itself will stop the run
         return None
-    return f"{_class_name(unwrapped)}: {error or 'its hidden states of a sequence change if another is in its row'}"
-
-
-def _class_name(model: nn.Module) -> str:
-    return type(unwrap_peft(model)).__name__
+    return f"{class_name(unwrapped)}: {error or 'its hidden states of a sequence change if another is in its row'}"
 
 
 def _measure(model: Any, is_backbone: bool, ids: Tensor) -> Tensor:
@@ -64,7 +61,7 @@ def _measure(model: Any, is_backbone: bool, ids: Tensor) -> Tensor:
 
     def behind(first: Tensor) -> Tensor:
         packed = pack_sequences([first.tolist(), last.tolist()], [[0, 1]])
-        return forward({"packed": {k: v.to(ids.device) if isinstance(v, Tensor) else v for k, v in packed.items()}})
+        return forward({"packed": send_to_device(packed, ids.device)})
 
     one, other, last = ids.split((_LENGTHS[0], *_LENGTHS))
     a, b, alone = behind(one), behind(other), forward({"input_ids": last[None]})

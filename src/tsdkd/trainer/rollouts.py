@@ -6,6 +6,7 @@ from itertools import chain, islice
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import nn
 from trl.trainer.utils import print_prompt_completions_sample
 
@@ -133,14 +134,18 @@ class RolloutMixin:
             for layouts in self.planner.plan(sizes, [len(s.ids) for s in some], mode):
                 entries.append([self._micro_batch(some, layout) for layout in layouts])
                 for batch in entries[-1]:
-                    ids = batch["input_ids"]
-                    self._postprocess_micro_batch(model, batch, step, mode)
-                    if "packed" in batch and (batch["input_ids"] is not ids or "attention_mask" in batch):
-                        raise ModelError(
-                            f"{type(self).__name__} changes input_ids or attention_mask of packed micro-batches; set "
-                            f'micro_batching = "fixed" in {type(self.objective).__name__}'
-                        )
+                    self._run_postprocessing(model, batch, step, mode)
         return entries
+
+    def _run_postprocessing(self, model: nn.Module, batch: Batch, step: int, mode: str) -> None:
+        """Call the hook, which must leave the inputs of a packed forward pass as they are."""
+        ids = batch["input_ids"]
+        self._postprocess_micro_batch(model, batch, step, mode)
+        if "packed" in batch and (batch["input_ids"] is not ids or "attention_mask" in batch):
+            raise ModelError(
+                f"{type(self).__name__} changes input_ids or attention_mask of packed micro-batches; set "
+                f'micro_batching = "fixed" in {type(self.objective).__name__}'
+            )
 
     def _micro_batch(self, samples: list["_Sample"], layout: Rows) -> Batch:
         """Build the micro-batch of the samples in a layout; their order in it is that of `samples`."""
@@ -150,7 +155,8 @@ class RolloutMixin:
         batch: Batch = self._prepare_inputs(pad_sequences([s.prompt for s in chosen], [c.ids for c in completions]))
         if is_packed(layout):
             place = {i: number for number, i in enumerate(order)}
-            batch["packed"] = self._pack([s.ids for s in chosen], [[place[i] for i in row] for row in layout])
+            packed = pack_sequences([s.ids for s in chosen], [[place[i] for i in row] for row in layout])
+            batch["packed"] = send_to_device(packed, self.accelerator.device, non_blocking=True)
         # keep these on the host; reading them from the device would synchronize
         batch |= {"index": [s.index for s in chosen], "lengths": [len(c.ids) for c in completions]}
         batch["num_tokens"] = sum(len(sample.ids) for sample in chosen)
@@ -158,13 +164,6 @@ class RolloutMixin:
         if len(logps) == len(completions):
             batch["sampling_per_token_logps"] = torch.tensor(list(chain(*logps)), device=batch["input_ids"].device)
         return batch
-
-    def _pack(self, sequences: list[list[int]], layout: Rows) -> Batch:
-        device = self.accelerator.device
-        return {
-            name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-            for name, value in pack_sequences(sequences, layout).items()
-        }
 
     def _generate(
         self, model: nn.Module, rows: list[Batch], prompts: list[list[int]], step: int, mode: str
