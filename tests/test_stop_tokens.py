@@ -84,7 +84,7 @@ def test_a_students_completion_ends_at_the_same_tokens_everywhere(
     pytest.importorskip("matplotlib")
     from tsdkd.analysis.record_pair import record_pair
 
-    record_pair(parse_arguments(None, flags(**values, output_dir=tmp_path / "pair")), 2)
+    record_pair(parse_arguments(None, flags(**values, output_dir=tmp_path / "pair")), 2).write()
     assert seen and all(ids == expected for ids in seen), "analysis"
 
     pytest.importorskip("scipy")

@@ -1,14 +1,19 @@
 """Records any two models: the student completes some prompts, and both models score each token."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
+from datasets import Dataset
+from torch import Tensor
+from transformers import PreTrainedModel
 
+from ..config.base import TokenSelectiveConfig
 from ..data import pad_sequences, prepare_dataset
 from ..files import require_empty_dir, wrap_os_errors
-from ..models.loading import load_frozen_model, resolve_pair
+from ..models.loading import ModelPair, load_frozen_model, resolve_pair
 from ..rollout.hf import make_step, sample_with_step
 from ..rollout.seeding import prompt_generator
 from ..run.arguments import RunArguments
@@ -19,16 +24,44 @@ from ..trainer.token_records import RecordedCompletion, compute_token_records, r
 _BATCH_SIZE = 8
 
 
-def record_pair(arguments: RunArguments, limit: int) -> Path:
-    """Record the first `limit` prompts of a run's data set. Returns the run's folder.
+@dataclass
+class PairRecord:
+    """Two models, and what both predict at each token of the student's completions.
+
+    Attributes:
+        training: the run's configuration.
+        pair: configurations and tokenizers of the models.
+        student, teacher: the models, in eval mode.
+        rows: the rows with `index`, `prompt_ids`, `limit` (tokens) and, if the data set has one, `answer`.
+        completions: the completion of each row.
+        columns: result of `compute_token_records` for all tokens, `[N]` or `[N, K]`.
+    """
+
+    training: TokenSelectiveConfig
+    pair: ModelPair
+    student: PreTrainedModel
+    teacher: PreTrainedModel
+    rows: Dataset
+    completions: list[RecordedCompletion]
+    columns: dict[str, Tensor]
+
+    def write(self) -> Path:
+        """Write the records. Returns the run's folder. Raises `OutputDirError`."""
+        folder = Path(str(self.training.output_dir))
+        with wrap_os_errors(folder):
+            write_token_records(folder, 0, self.completions, self.columns, self.pair.tokenizer.decode)
+        return folder
+
+
+def record_pair(arguments: RunArguments, limit: int) -> PairRecord:
+    """Record the first `limit` prompts of a run's data set. Writes nothing.
 
     Raises:
         DataError, ModelError, TokenizerMismatchError: as for training.
         OutputDirError: the folder isn't empty, so it may hold the records of a run.
     """
     training = arguments.training_args
-    folder = Path(str(training.output_dir))
-    require_empty_dir(folder)
+    require_empty_dir(Path(str(training.output_dir)))
     rows, _ = load_datasets(arguments.data_args, training)
     rows = rows.select(range(min(limit, len(rows))))
     set_model_init_kwargs(arguments)
@@ -56,6 +89,4 @@ def record_pair(arguments: RunArguments, limit: int) -> Path:
             RecordedCompletion(i, p, c.ids) for i, p, c in zip(some["index"], prompts, completions, strict=True)
         ]
     columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    with wrap_os_errors(folder):
-        write_token_records(folder, 0, samples, columns, pair.tokenizer.decode)
-    return folder
+    return PairRecord(training, pair, student, teacher, prepared, samples, columns)

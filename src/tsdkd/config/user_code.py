@@ -49,22 +49,36 @@ def import_object(path: str, field: str) -> Any:
     return found
 
 
+def load_function(path: str, field: str, *arguments: str) -> Callable[..., Any]:
+    """Import a function.
+
+    Args:
+        path: `package.module:name`.
+        field: the option that has the path.
+        arguments: what it must take, as an error calls it.
+
+    Raises:
+        ConfigError: see `import_object`; it isn't a function, or takes other arguments.
+    """
+    function = import_object(path, field)
+    if not callable(function):
+        raise ConfigError([f"{field}: {path} must be a function, found {shorten(function)}"])
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # a function that is written in C has none
+        return function
+    try:
+        signature.bind(*arguments)
+    except TypeError as error:
+        raise ConfigError([f"{field}: {path} must take {' and '.join(arguments)}, found {signature}"]) from error
+    return function
+
+
 def load_grader(path: str | None, default: Callable[[str, str], Any] = is_exact_match) -> Grader:
     """The grader that a configuration names, or the default. Raises `ConfigError`."""
     if path is None:
         return Grader(default)
-    function = import_object(path, "grader")
-    if not callable(function):
-        raise ConfigError([f"grader: {path} must be a function, found {shorten(function)}"])
-    try:
-        signature = inspect.signature(function)
-    except (TypeError, ValueError):  # a function that is written in C has none
-        return Grader(function, path)
-    try:
-        signature.bind("completion", "answer")
-    except TypeError as error:
-        raise ConfigError([f"grader: {path} must take a completion and an answer, found {signature}"]) from error
-    return Grader(function, path)
+    return Grader(load_function(path, "grader", "a completion", "an answer"), path)
 
 
 def _import_from_current_directory() -> None:

@@ -16,6 +16,7 @@ class RandomStream(IntEnum):
     ON_POLICY = 2  # whether the student generates a rollout
     REPLAY = 3  # which completions are replayed
     CORRECTION = 4  # the teacher's token that replaces the student's
+    ALTERNATIVE = 5  # the student's second choice, by which `tsdkd analyze` replaces a token
 
 
 def prompt_seed(seed: int, step: int, index: int, stream: RandomStream = RandomStream.SAMPLING) -> int:

@@ -131,7 +131,7 @@ def write_token_records(
     metadata = {
         "step": step,
         "samples": [{"index": s.index, "prompt": s.prompt} for s in samples],
-        "texts": {i: _decode_in_context(i, decode) for i in sorted(ids)},  # so that readers don't need the tokenizer
+        "texts": {i: decode_in_context(i, decode) for i in sorted(ids)},  # so that readers don't need the tokenizer
     }
     table = pa.table(arrays).replace_schema_metadata({"tsdkd": json.dumps(metadata)})
     path = folder / RECORDS_DIR / f"step-{step:08d}.parquet"
@@ -140,7 +140,7 @@ def write_token_records(
     return path
 
 
-def _decode_in_context(token: int, decode: Callable[[list[int]], str]) -> str:
+def decode_in_context(token: int, decode: Callable[[list[int]], str]) -> str:
     """Decode a token as within a sentence, because many tokenizers drop the space before the first token."""
     return decode([token, token])[len(decode([token])) :]
 
