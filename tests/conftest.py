@@ -15,6 +15,7 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 import psutil
 import pytest
 import torch
+import yaml
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU; Triton reads it when it is imported
@@ -155,6 +156,36 @@ def write_jsonl(path: Path, rows: list[dict]) -> str:
 def rows_file(tmp_path_factory: pytest.TempPathFactory) -> str:
     """24 rows as JSONL."""
     return write_jsonl(tmp_path_factory.mktemp("data") / "rows.jsonl", make_rows())
+
+
+@pytest.fixture
+def comparison(saved_model: Callable[..., str], rows_file: str, tmp_path: Path) -> Callable[..., str]:
+    """Writes a comparison of tiny runs; returns its path."""
+    base = {
+        "model_name_or_path": saved_model("qwen3", 0),
+        "teacher_model_name_or_path": saved_model("qwen3", 1),
+        "dataset_name": rows_file,
+        "eval_dataset_name": write_jsonl(tmp_path / "problems.jsonl", make_rows(12, seed=3)),
+        "output_dir": "unused",
+        **{"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none"},
+        **{"per_device_train_batch_size": 4, "max_steps": 3, "max_new_tokens": 8, "learning_rate": 0.01},
+    }
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+
+    def write(**changes: object) -> str:
+        values = {
+            "config": str(tmp_path / "base.yaml"),
+            "output_dir": str(tmp_path / "out"),
+            "seeds": [1, 2],
+            "eval_samples": 2,
+            "runs": {"plain": {"method": "gkd"}, "no gate": {"gate": False}},
+            **changes,
+        }
+        path = tmp_path / "comparison.yaml"
+        path.write_text(yaml.safe_dump({k: v for k, v in values.items() if v is not None}, sort_keys=False))
+        return str(path)
+
+    return write
 
 
 def completions_of(mask: torch.Tensor, ids: torch.Tensor | None = None, **others: object) -> CompletionBatch:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from importlib import resources
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -26,41 +27,12 @@ from tsdkd.compare import task as tasks
 from tsdkd.compare.config import comparison_names, read_comparison
 from tsdkd.errors import ConfigError
 from tsdkd.evaluation import ProblemSet, evaluate
+from tsdkd.evaluation.problem_set import sampled_accuracies
 from tsdkd.generate import engine_memory_utilization
 from tsdkd.run.arguments import parse_args_and_config
 
 pytest.importorskip("scipy")
 pytest.importorskip("matplotlib")
-
-
-@pytest.fixture
-def comparison(saved_model: Any, rows_file: str, tmp_path: Path) -> Any:
-    """Writes a comparison of tiny runs; returns its path."""
-    base = {
-        "model_name_or_path": saved_model("qwen3", 0),
-        "teacher_model_name_or_path": saved_model("qwen3", 1),
-        "dataset_name": rows_file,
-        "eval_dataset_name": write_jsonl(tmp_path / "problems.jsonl", make_rows(12, seed=3)),
-        "output_dir": "unused",
-        **{"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none"},
-        **{"per_device_train_batch_size": 4, "max_steps": 3, "max_new_tokens": 8, "learning_rate": 0.01},
-    }
-    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
-
-    def write(**changes: Any) -> str:
-        values = {
-            "config": str(tmp_path / "base.yaml"),
-            "output_dir": str(tmp_path / "out"),
-            "seeds": [1, 2],
-            "eval_samples": 2,
-            "runs": {"plain": {"method": "gkd"}, "no gate": {"gate": False}},
-            **changes,
-        }
-        path = tmp_path / "comparison.yaml"
-        path.write_text(yaml.safe_dump({k: v for k, v in values.items() if v is not None}, sort_keys=False))
-        return str(path)
-
-    return write
 
 
 def do(name: str, tasks: range) -> None:
@@ -288,12 +260,44 @@ def test_what_a_model_solves(saved_model: Any) -> None:
     assert metrics["entropy"] == pytest.approx(sum(entropies) / len(entropies), rel=1e-5)
 
 
+def test_a_temperature_divides_the_logits(saved_model: Any) -> None:
+    """Against a model whose logits are twice as large, which is exact."""
+    model, sharper = (
+        AutoModelForCausalLM.from_pretrained(saved_model("qwen3", 0), dtype=torch.float32) for _ in range(2)
+    )
+    sharper.model.norm.weight.data *= 2
+    prompts = [build_tokenizer()(row["prompt"])["input_ids"] for row in make_rows(12)]
+    problems = ProblemSet(prompts, ["7"] * 12, [9] * 12, set(range(1, 20)), 64, lambda ids: str(len(ids)))
+    found = evaluate(model, problems, num_samples=4, temperatures=(0.5, 1.0))
+    alone, expected = evaluate(model, problems, num_samples=4), evaluate(sharper, problems, num_samples=4)
+    assert found.num_correct == alone.num_correct != expected.num_correct
+    assert found.by_temperature[0.5].num_correct == expected.num_correct
+    metrics = found.metrics
+    for name in ("avg@4", "pass@1", "pass@2", "pass@4", "length"):
+        assert metrics[f"{name} T=0.5"] == expected.metrics[name] and metrics[name] == alone.metrics[name], name
+    assert "entropy T=0.5" not in metrics and metrics["entropy"] == alone.metrics["entropy"]
+
+
+def test_pass_at_k_of_a_result_counts_subsets() -> None:
+    """For the powers of two and the number of samples, over all subsets of k samples."""
+    counts, n = [0, 1, 3, 6, 2], 6
+    found = sampled_accuracies(counts, n)
+    assert list(found) == ["avg@6", "pass@1", "pass@2", "pass@4", "pass@6"]
+    assert found["avg@6"] == pytest.approx(100 * 12 / 30) and found["pass@1"] == pytest.approx(found["avg@6"])
+    for k in (1, 2, 4, 6):
+        solved = [any(i < count for i in subset) for count in counts for subset in combinations(range(n), k)]
+        assert found[f"pass@{k}"] == pytest.approx(100 * sum(solved) / len(solved))
+
+
 def test_intervals_are_student_s() -> None:
     """Five seeds: 2.776 standard errors."""
     from tsdkd.compare.summary import summarize
 
     values = [1.0, 2.0, 3.0, 4.0, 6.0]
-    rows = [{"greedy": v, "samples_right": [1], "settings": {"eval_samples": 2}} for v in values]
+    rows = [
+        {"seed": seed, "greedy": v, "samples_right": [1], "settings": {"eval_samples": 2}}
+        for seed, v in enumerate(values)
+    ]
     summary = summarize("a", rows, ["greedy"])
     spread = (sum((v - 3.2) ** 2 for v in values) / 4) ** 0.5
     assert summary.means["greedy"] == pytest.approx(3.2)
@@ -301,12 +305,14 @@ def test_intervals_are_student_s() -> None:
 
 
 def test_one_seed_has_no_interval(comparison: Any) -> None:
-    from tsdkd.compare.summary import format_summary, metric_names, summarize
+    from tsdkd.compare.summary import summarize
+    from tsdkd.compare.tables import all_metrics, format_tables
 
     read = read_comparison(comparison(runs={"plain": {"method": "gkd"}, "other": {"method": "gkd"}}))
-    row = dict.fromkeys(metric_names(read), 50.0) | {"samples_right": [1], "settings": {"eval_samples": 2}}
+    row = dict.fromkeys(all_metrics(read), 50.0) | {"samples_right": [1], "settings": {"eval_samples": 2}}
+    rows = [row | {"seed": seed} for seed in read.seeds]
     one, two = (
-        format_summary(read, [summarize(name, [row] * count, metric_names(read)) for name in read.runs])
+        format_tables(read, [summarize(name, rows[:count], all_metrics(read)) for name in read.runs])
         for count in (1, 2)
     )
     assert "\n1 problem. One seed: no interval. Bold: the highest accuracy" in one and "±" not in one

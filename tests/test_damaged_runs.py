@@ -373,7 +373,7 @@ def test_items_of_an_evaluation(change: dict[str, Any], tmp_path: Path) -> None:
 def write_comparison(folder: Path, runs: list[str]) -> tuple[str, dict[str, Path]]:
     """A comparison whose tasks are done, by hand."""
     from tsdkd.compare.config import read_comparison
-    from tsdkd.compare.task import _result_settings
+    from tsdkd.compare.result_file import result_settings
 
     (folder / "base.yaml").write_text(
         yaml.safe_dump({"model_name_or_path": "a", "teacher_model_name_or_path": "b", "dataset_name": "c"})
@@ -393,7 +393,7 @@ def write_comparison(folder: Path, runs: list[str]) -> tuple[str, dict[str, Path
         result = {"run": task.run, "seed": task.seed, **metrics, "samples_right": [0, 1, 2, 1]}
         task.folder.mkdir(parents=True)
         paths[task.title] = task.folder / "result.json"
-        paths[task.title].write_text(json.dumps(result | {"settings": _result_settings(comparison, task)}))
+        paths[task.title].write_text(json.dumps(result | {"settings": result_settings(comparison, task)}))
     return str(folder / "comparison.yaml"), paths
 
 

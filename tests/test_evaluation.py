@@ -25,8 +25,9 @@ from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 
 from tsdkd.evaluation import harness
+from tsdkd.evaluation.pass_at_k import pass_at_k
 from tsdkd.evaluation.problem_file import ProblemFile, load_problems
-from tsdkd.evaluation.scores import bootstrap_interval, paired_permutation_test, pass_at_k
+from tsdkd.evaluation.scores import bootstrap_interval, paired_permutation_test
 from tsdkd.evaluation.suites import SUITES, resolve_suite
 from tsdkd.evaluation.tasks import CUSTOM_TASKS, build_tasks, leaf_tasks
 from tsdkd.grading import is_math_equivalent
@@ -274,8 +275,8 @@ def test_pass_at_k_counts_subsets() -> None:
         scores = [1.0] * right + [0.0] * (6 - right)
         for k in range(1, 7):
             expected = np.mean([any(subset) for subset in combinations(scores, k)])
-            assert pass_at_k(np.array([scores]), k)[0] == pytest.approx(expected, abs=1e-12)
-    assert pass_at_k(np.array([[1.0] * 3 + [0.0] * 125]), 128)[0] == 1.0
+            assert pass_at_k(np.array([sum(scores)]), len(scores), k)[0] == pytest.approx(expected, abs=1e-12)
+    assert pass_at_k(np.array([3]), 128, 128)[0] == 1.0
 
 
 def test_intervals_cover_the_mean() -> None:

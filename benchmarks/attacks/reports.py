@@ -188,7 +188,7 @@ def _many(rng: random.Random, folder: Path) -> None:
 def _comparison(rng: random.Random, folder: Path) -> None:
     """Results of tasks, as values, bytes, or no file at all."""
     from tsdkd.compare.config import read_comparison
-    from tsdkd.compare.task import _result_settings
+    from tsdkd.compare.result_file import result_settings
 
     names = [
         f"{i}{rng.choice(['', any_text(rng)])}".encode("utf-8", "replace").decode() for i in range(rng.randint(1, 3))
@@ -204,7 +204,7 @@ def _comparison(rng: random.Random, folder: Path) -> None:
         metrics = {"greedy": 50.0, "avg@2": 40.0, "pass@2": 60.0, "length": 9.0, "entropy": 0.5, "train_seconds": 1.0}
         counts = {
             "samples_right": [rng.randrange(3) for _ in range(5)],
-            "settings": _result_settings(comparison, task),
+            "settings": result_settings(comparison, task),
         }
         task.folder.mkdir(parents=True, exist_ok=True)
         paths.append(task.folder / "result.json")

@@ -19,7 +19,8 @@ def main(argv: Sequence[str]) -> int:
     """Run a comparison or one of its tasks, or write its table or its SLURM script."""
     parser = ArgumentParser(
         prog="tsdkd compare",
-        description="Train several methods with several seeds, and compare them: results.jsonl, a table and a plot.",
+        description="Train several methods with several seeds, and compare them: results.jsonl, tables and a plot. "
+        "With a `grid`, the values of each run are first chosen on validation problems.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -60,7 +61,8 @@ def main(argv: Sequence[str]) -> int:
     if args.slurm:
         names = ("time", "gpus_per_node", "cpus_per_task", "signal_seconds", "partition", "account")
         settings = {name: getattr(args, name) for name in names}
-        write_script(scheduler.build_array_script(comparison, args.config, **settings), args.output_file)
+        script = scheduler.build_array_script(comparison, args.config, **settings)
+        write_script(script, args.output_file, "bash" if comparison.grid else "sbatch")
         return 0
     if args.task is not None:
         if args.task >= len(comparison.tasks):
@@ -75,7 +77,7 @@ def main(argv: Sequence[str]) -> int:
         print("tsdkd compare: no task is finished yet")
         return 0
     print(escape_controls(path.read_text(encoding="utf-8")))
-    print(escape_line(f"wrote {path}, and results.jsonl and results.png in the same folder"))
+    print(escape_line(f"wrote {path}, and results.jsonl, results.csv and results.png in the same folder"))
     return 0
 
 

@@ -74,8 +74,13 @@ def add_job_flags(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--account", metavar="NAME", default="", help="default: the cluster's default")
 
 
-def write_script(text: str, output_file: Path | None) -> None:
+def write_script(text: str, output_file: Path | None, submit_with: str = "sbatch") -> None:
     """Write a script to a new file, or print it.
+
+    Args:
+        text: the script.
+        output_file: the file; None to print.
+        submit_with: the command that submits the file.
 
     Raises:
         OutputDirError: the file exists, or can't be written.
@@ -89,4 +94,4 @@ def write_script(text: str, output_file: Path | None) -> None:
         if output_file.exists():
             raise OutputDirError(f"--output_file: {output_file} exists; choose another name")
         output_file.write_text(text, encoding="utf-8")
-    print(escape_line(f"wrote {output_file}; submit it with: sbatch {output_file}"))
+    print(escape_line(f"wrote {output_file}; submit it with: {submit_with} {output_file}"))

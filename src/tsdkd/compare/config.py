@@ -1,150 +1,28 @@
-"""The configuration of a comparison: reads its YAML file, and turns each run and seed into flags of `tsdkd train`."""
+"""Reads the YAML file of a comparison, and validates it and all its runs."""
 
-import json
-import re
+import itertools
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields
 from importlib import resources
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from ..config.aliases import resolve_aliases
 from ..config.coercion import coerce, did_you_mean, shorten
-from ..config.options import AT_LEAST_ONE, declared_rules, enum_value, option
+from ..config.options import declared_rules, enum_value
 from ..errors import ConfigError
 from ..files import resolve_path
-from ..launch.processes import LaunchSpec, resolve_launch
-from ..methods import find_method
-from ..run.arguments import RunArguments, parse_args_and_config, resolve_run_values
+from ..run.arguments import resolve_run_values
 from ..run.config_file import read_yaml
+from .comparison import REFERENCE_MODELS, Comparison, ComparisonTask
 
 _PRESETS_DIR = Path(str(resources.files("tsdkd").joinpath("configs/compare")))
 _RESERVED_KEYS = ("seed", "output_dir", "resume")
-REFERENCE_MODELS = ("student", "teacher")
-"""Models that are evaluated without training, next to the runs."""
 _RESERVED_NAMES = (*REFERENCE_MODELS, "results", "teacher_completions")
 _RENAMED_KEYS = {"eval_problems": "eval_limit"}
 _MAX_RUNS = 1000
-
-
-@dataclass(frozen=True)
-class ComparisonTask:
-    """One run with one seed, or one of `REFERENCE_MODELS`.
-
-    Attributes:
-        run: its name in the comparison's file.
-        seed: the seed; None for a reference model.
-        folder: the folder for its output.
-    """
-
-    run: str
-    seed: int | None
-    folder: Path
-
-    @property
-    def title(self) -> str:
-        """The name in messages."""
-        return self.run if self.seed is None else f"{self.run}, seed {self.seed}"
-
-
-@dataclass
-class Comparison:
-    """The content of a comparison's file. docs/configuration.md lists the keys."""
-
-    config: str = option("", "Configuration that all runs share: a file, or the name of a shipped one.")
-    output_dir: str = option("", "Folder for the runs, the results, the table and the plot.")
-    runs: dict[str, Any] | str = option(
-        dict,
-        "Run name -> the keys of `tsdkd train` that differ in this run; or another comparison, to use its runs.",
-    )
-    seeds: list[Any] = option(lambda: [1, 2, 3, 4, 5], "Every run is trained once with each seed.")
-    settings: dict[str, Any] = option(dict, "Keys of `tsdkd train` for all runs; they override those of `config`.")
-    baseline: str | None = option(None, "Run that the others are tested against; default: the first.")
-    x: str | None = option(None, "The key that the runs vary; the plot then has it on its x-axis.")
-    teacher_completions: bool = option(
-        False, "Generate the teacher's completions first, and train the runs that need completions on them."
-    )
-    eval_dataset_name: str | None = option(
-        None, "Problems to evaluate on, with an `answer`; default: those of `config`."
-    )
-    eval_limit: int | None = option(None, "Use only the first N of these problems; default: all.", AT_LEAST_ONE)
-    eval_samples: int = option(8, "Completions per problem at temperature 1.", AT_LEAST_ONE)
-    eval_batch_size: int = option(256, "Completions per batch.", AT_LEAST_ONE)
-    accelerate_config: str | None = option(None, "Launch configuration of each run; default: the one in `config`.")
-    num_processes: int | None = option(None, "Processes of each run.", AT_LEAST_ONE)
-
-    @property
-    def folder(self) -> Path:
-        """`output_dir`."""
-        return Path(self.output_dir)
-
-    @property
-    def teacher_completions_path(self) -> Path:
-        """The file with the teacher's completions."""
-        return self.folder / "teacher_completions.jsonl"
-
-    @property
-    def tasks(self) -> list[ComparisonTask]:
-        """All tasks: the reference models, then all runs with the first seed, then with the second, and so on."""
-        assert isinstance(self.runs, dict)
-        references = [ComparisonTask(name, None, self.folder / name) for name in REFERENCE_MODELS]
-        folders = {name: self.folder / (re.sub(r"[^\w.-]+", "_", name).lstrip(".") or "_") for name in self.runs}
-        return references + [
-            ComparisonTask(run, s, folders[run] / f"seed-{s}") for s in self.seeds for run in self.runs
-        ]
-
-    def train_flags(self, task: ComparisonTask) -> list[str]:
-        """Flags of `tsdkd train` for this task. Raises `ConfigError`."""
-        return _to_flags(self.config, self.train_values(task))
-
-    def train_values(self, task: ComparisonTask) -> dict[str, Any]:
-        """The values of these flags, by name. Raises `ConfigError`."""
-        assert isinstance(self.runs, dict)
-        reserved = {"output_dir": str(task.folder), "resume": True}
-        if task.seed is not None:
-            reserved["seed"] = task.seed
-        values = {**self.settings, **self.runs.get(task.run, {}), **reserved}
-        if self.teacher_completions and self._needs_completions(values):
-            values["dataset_name"] = str(self.teacher_completions_path)
-        return values
-
-    def _needs_completions(self, values: Mapping[str, Any]) -> bool:
-        run = resolve_run_values(self.config, values)
-        return find_method(run.method).config_class.always_needs_completions or run.values["lmbda"] < 1
-
-    def parse_arguments(self, task: ComparisonTask) -> RunArguments:
-        """The arguments of the run, parsed and validated. Raises `ConfigError`."""
-        return parse_args_and_config(self.config, self.train_flags(task))
-
-    def launch_spec(self, task: ComparisonTask) -> LaunchSpec | None:
-        """The processes that the run needs. Raises `ConfigError`."""
-        reserved = {"accelerate_config": self.accelerate_config, "num_processes": self.num_processes}
-        reserved = {name: value for name, value in reserved.items() if value is not None}
-        return resolve_launch({**resolve_run_values(self.config, self.train_flags(task)).values, **reserved}, reserved)
-
-    @property
-    def shared_flags(self) -> list[str]:
-        """The flags that all runs share, with `--lmbda 1`: for the teacher's completions and for the evaluation."""
-        values = {**self.settings, "output_dir": self.output_dir}
-        method = resolve_run_values(self.config, values).method
-        return _to_flags(self.config, {**values, "lmbda": 1} if find_method(method).config_class.has_lmbda else values)
-
-    def generate_flags(self, is_on_gpu: bool) -> list[str]:
-        """Flags of `tsdkd generate` for the teacher's completions.
-
-        On a GPU, `vllm_gpu_memory_utilization` is left out, because vLLM has the GPU to itself there.
-        """
-        left_out = {"vllm_gpu_memory_utilization"} if is_on_gpu else set()
-        return replace(self, settings={k: v for k, v in self.settings.items() if k not in left_out}).shared_flags
-
-    def parse_shared_arguments(self) -> RunArguments:
-        """`shared_flags`, parsed and validated. Raises `ConfigError`."""
-        return parse_args_and_config(self.config, self.shared_flags)
-
-    def sweep_value(self, run: str) -> float:
-        """The value that a run has for `x`."""
-        assert isinstance(self.runs, dict) and self.x is not None
-        return float(self.runs[run][self.x])
+_FIRST_VALIDATION_SEED = 101
 
 
 def comparison_names() -> list[str]:
@@ -169,8 +47,9 @@ def read_comparison(name: str) -> Comparison:
     raw = read_yaml(str(_find_comparison(name)))
     problems = _unknown_keys(raw)
     hints, values = get_type_hints(Comparison), {}
-    if "seeds" in raw and not isinstance(raw["seeds"], list):
-        problems.append(f"seeds: must be a list, such as [1, 2, 3], found {shorten(raw.pop('seeds'))}")
+    for key, example in (("seeds", [1, 2, 3]), ("validation_seeds", [101])):
+        if raw.get(key) is not None and not isinstance(raw[key], list):
+            problems.append(f"{key}: must be a list, such as {example}, found {shorten(raw.pop(key))}")
     for key in raw.keys() & hints.keys():
         try:
             values[key] = coerce(raw[key], hints[key])
@@ -191,9 +70,11 @@ def read_comparison(name: str) -> Comparison:
             raise ConfigError([f"runs: {values['runs']} must list runs itself, found {shorten(other)}"])
         values["runs"] = other
     values["runs"] = {str(name): run for name, run in values["runs"].items()}
-    values["eval_dataset_name"] = resolve_path(values.get("eval_dataset_name"))
+    for key in ("eval_dataset_name", "validation_dataset_name"):
+        values[key] = resolve_path(values.get(key))
     comparison = Comparison(**values)
     _validate_comparison(comparison)
+    _validate_grid(comparison)
     return comparison
 
 
@@ -227,11 +108,13 @@ def _validate_comparison(comparison: Comparison) -> None:
     assert isinstance(runs, dict)
     if len(runs) > _MAX_RUNS or len(comparison.seeds) > _MAX_RUNS:
         raise ConfigError([f"runs, seeds: at most {_MAX_RUNS} of each, found {len(runs)} and {len(comparison.seeds)}"])
+    if len(comparison.validation_seeds or ()) > _MAX_RUNS:
+        raise ConfigError([f"validation_seeds: at most {_MAX_RUNS}, found {len(comparison.validation_seeds or ())}"])
     if not runs or not comparison.seeds:
         problems.append("runs, seeds: at least one of each is needed")
-    problems += _validate_seeds(comparison.seeds)
+    problems += _validate_seeds("seeds", comparison.seeds)
     folders: dict[Path, str] = {}
-    for task in comparison.tasks:
+    for task in [task for task in comparison.tasks if not task.is_validation]:
         other = folders.setdefault(task.folder.parent if task.seed is not None else task.folder, task.run)
         if other != task.run:
             problems.append(f"runs: {other!r} and {task.run!r} would use the same folder; rename one of them")
@@ -269,12 +152,118 @@ def _validate_comparison(comparison: Comparison) -> None:
         raise ConfigError(list(dict.fromkeys(problems)))
 
 
-def _validate_seeds(seeds: list[Any]) -> list[str]:
+def _validate_grid(comparison: Comparison) -> None:
+    """Check the keys of the grid and of the validation, and fill in their defaults. The runs are valid without it."""
+    names = ("validation_dataset_name", "validation_limit", "validation_seeds", "validation_metric")
+    if not comparison.grid:
+        unused = [name for name in names if getattr(comparison, name) is not None]
+        if unused:
+            raise ConfigError([f"{name}: has no effect without a grid" for name in unused])
+        return
+    if comparison.validation_seeds is None:
+        unused_seeds = (s for s in itertools.count(_FIRST_VALIDATION_SEED) if s not in comparison.seeds)
+        comparison.validation_seeds = [next(unused_seeds)]
+    problems = _validate_validation(comparison, comparison.validation_seeds)
+    problems += _validate_grid_values(comparison) or _validate_grid_points(comparison)
+    if problems:
+        raise ConfigError(list(dict.fromkeys(problems)))
+
+
+def _validate_validation(comparison: Comparison, seeds: list[Any]) -> list[str]:
+    problems = _validate_seeds("validation_seeds", seeds)
+    if not seeds:
+        problems.append("validation_seeds: at least one is needed")
+    problems += [
+        f"validation_seeds: {seed} is also one of seeds; no seed may both choose and be compared"
+        for seed in seeds
+        if seed in comparison.seeds
+    ]
+    if comparison.validation_dataset_name is None:
+        problems.append("validation_dataset_name: missing; the grid's values are chosen on these problems")
+    metrics = comparison.accuracy_metrics
+    comparison.validation_metric = comparison.validation_metric or f"avg@{comparison.eval_samples}"
+    if comparison.validation_metric not in metrics:
+        found = shorten(comparison.validation_metric)
+        problems.append(f"validation_metric: must be one of {', '.join(metrics)}, found {found}")
+    return problems
+
+
+def _validate_grid_values(comparison: Comparison) -> list[str]:
+    """Check the keys and lists of the grid; the values become those of the keys' types."""
+    assert isinstance(comparison.runs, dict)
+    problems = []
+    for key, values in comparison.grid.items():
+        name = _canonical_name(key)
+        others = {"settings": comparison.settings, **{f"runs: {run}": own for run, own in comparison.runs.items()}}
+        problems += [
+            f"{where}: {key}: the grid sets it; remove it here or there"
+            for where, own in others.items()
+            if name in map(_canonical_name, own)
+        ]
+        if key in _RESERVED_KEYS:
+            problems.append(f"grid: {key}: the comparison sets it; remove it")
+        if not isinstance(values, list) or not values:
+            problems.append(f"grid: {key}: must be a list of values to try, found {shorten(values)}")
+    if problems:
+        return problems
+    num_points = math.prod(map(len, comparison.grid.values()))
+    if num_points == 1:
+        return ["grid: it has a single point, so there is nothing to choose; write it into settings"]
+    num_tasks = num_points * len(comparison.runs) * len(comparison.validation_seeds or ())
+    if num_tasks > _MAX_RUNS:
+        return [f"grid: at most {_MAX_RUNS} runs (points x runs x validation seeds), found {num_tasks}"]
+    for key, values in comparison.grid.items():
+        comparison.grid[key] = values = [_convert(comparison, key, value) for value in values]
+        problems += [
+            f"grid: {key}: {shorten(value)} is listed twice" for i, value in enumerate(values) if value in values[:i]
+        ]
+    return problems
+
+
+def _canonical_name(key: str) -> str:
+    return next(iter(resolve_aliases({key: None}, [])))
+
+
+def _convert(comparison: Comparison, key: str, value: Any) -> Any:
+    """A value as the type of its key: PyYAML reads 1e-3 as a string. An invalid value is returned as it is."""
+    assert isinstance(comparison.runs, dict)
+    for own in comparison.runs.values():
+        try:
+            run = resolve_run_values(comparison.config, {**comparison.settings, **own, key: value})
+        except ConfigError:
+            continue
+        return enum_value(run.values.get(_canonical_name(key), run.method))
+    return value
+
+
+def _validate_grid_points(comparison: Comparison) -> list[str]:
+    """Check every run with every point. A problem that all runs have is one line."""
+    assert isinstance(comparison.runs, dict)
+    runs_by_line: dict[str, list[str]] = {}
+    for run in comparison.runs:
+        for point in comparison.grid_points:
+            try:
+                comparison.train_flags(ComparisonTask(run, 0, Path("unused"), True, point))
+            except ConfigError as error:
+                for line in error.problems:
+                    runs_by_line.setdefault(line, []).append(run)
+    if runs_by_line:
+        all_runs = set(comparison.runs)
+        return [
+            f"grid: {line}" if set(runs) == all_runs else f"grid: {line} (run {', '.join(dict.fromkeys(runs))})"
+            for line, runs in runs_by_line.items()
+        ]
+    points = [(task.run, task.folder.parent) for task in comparison.grid_tasks]
+    seeds = len(comparison.validation_seeds or ())
+    return ["grid: two of its points would use the same folder"] if len(set(points)) * seeds < len(points) else []
+
+
+def _validate_seeds(key: str, seeds: list[Any]) -> list[str]:
     wrong = [seed for seed in seeds if type(seed) is not int or not 0 <= seed < 2**32]
-    twice = {seed for seed in seeds if seeds.count(seed) > 1}
+    twice = {seed for seed in seeds if type(seed) is int and seeds.count(seed) > 1}
     return [
-        *(f"seeds: must be whole numbers of at least 0 and below 2**32, found {shorten(seed)}" for seed in wrong),
-        *(f"seeds: {seed} is listed twice" for seed in twice),
+        *(f"{key}: must be whole numbers of at least 0 and below 2**32, found {shorten(seed)}" for seed in wrong),
+        *(f"{key}: {seed} is listed twice" for seed in twice),
     ]
 
 
@@ -283,30 +272,3 @@ def _is_number(value: Any) -> bool:
         return type(value) is not bool and float(value) == float(value)
     except (TypeError, ValueError):
         return False
-
-
-def _to_flags(config: str, values: Mapping[str, Any]) -> list[str]:
-    """Values as flags that `tsdkd train` reads as the same values. Raises `ConfigError` if no flags would be."""
-    run = resolve_run_values(config, values)
-    expected = {name: run.values.get(name, run.method) for name in resolve_aliases(values, [])}
-    flags = [word for name, value in expected.items() for word in _to_flag(name, enum_value(value))]
-    refused = [name for name, value in expected.items() if _has_flag_like_element(value)]
-    if not refused:
-        found = {"method": run.method, **resolve_run_values(config, flags).values}
-        refused = [name for name, value in expected.items() if found[name] != value]
-    if refused:
-        raise ConfigError([f"{name}: {shorten(expected[name])} can't be passed to a run" for name in refused])
-    return flags
-
-
-def _has_flag_like_element(value: Any) -> bool:
-    """Whether argparse could mistake an element for an option of the command."""
-    return isinstance(value, list) and len(value) > 1 and any(str(element).startswith("-") for element in value)
-
-
-def _to_flag(key: str, value: Any) -> list[str]:
-    if isinstance(value, list):
-        return [f"--{key}", *map(str, value)] if len(value) > 1 else [f"--{key}={text}" for text in map(str, value)]
-    if isinstance(value, dict):
-        return [f"--{key}={json.dumps(value)}"]
-    return [f"--{key}={'null' if value is None else str(value).lower() if isinstance(value, bool) else value}"]

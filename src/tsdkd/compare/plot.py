@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from ..analysis.figures import label, save_figure
 from ..files import atomic_path
-from .config import Comparison
+from .comparison import Comparison
 from .summary import RunSummary
 
 _PALE, _DARK = "#9aa5b1", "#1f4e79"

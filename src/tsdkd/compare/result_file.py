@@ -1,18 +1,62 @@
-"""Reads the `result.json` of a task, and accepts only values that a task can have written."""
+"""Reads the `result.json` of a task, and accepts only values that a task can have written, with the same settings."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..config.coercion import finite_number
-from ..errors import DataError, first_line
+from ..config.aliases import rename_deprecated
+from ..config.coercion import finite_number, shorten
+from ..errors import DataError, OutputDirError, first_line
+from ..evaluation.problem_set import at_temperature, sampled_accuracies
 from ..files import parse_json, read_bounded
+from ..run.config_file import read_yaml
+from .comparison import Comparison, ComparisonTask
 
+RESULT_NAME = "result.json"
 _MAX_FILE_MIB = 16
 _MAX_PROBLEMS = 100_000
-_PERCENT = (0.0, 100.0)
+_PERCENT, _LENGTH = (0.0, 100.0), (0.0, 1e9)
 
 
-def read_result_file(path: Path) -> dict[str, Any]:
+def read_result(comparison: Comparison, task: ComparisonTask) -> dict[str, Any] | None:
+    """Read the result of a task, or None if the task isn't finished.
+
+    Raises:
+        OutputDirError: the result has other settings.
+        DataError: the result is damaged.
+    """
+    path = task.folder / RESULT_NAME
+    if not path.exists():
+        return None
+    result = _read_file(path)
+    before = rename_deprecated(result["settings"])
+    now = result_settings(comparison, task)
+    differing = [name for name in now.keys() | before.keys() if now.get(name) != before.get(name)]
+    if differing:
+        name = min(differing)
+        is_choice = set(differing) <= task.grid_values.keys() and not task.is_validation
+        remedy = f"the grid now chooses another value, so delete {task.folder.parent}/seed-*" if is_choice else None
+        raise OutputDirError(
+            f"output_dir: {path} has other settings ({name} was {shorten(before.get(name))}, now "
+            f"{shorten(now.get(name))}); {remedy or 'choose another directory'}"
+        )
+    return _validate_result(comparison, task, path, result)
+
+
+def result_settings(comparison: Comparison, task: ComparisonTask) -> dict[str, Any]:
+    """All settings that the result of a task depends on."""
+    assert isinstance(comparison.runs, dict)
+    run_values = {} if task.seed is None else {**comparison.runs[task.run], **task.grid_values, "seed": task.seed}
+    problems = "validation" if task.is_validation else "eval"
+    names = ["config", f"{problems}_dataset_name", f"{problems}_limit", "eval_samples", "teacher_completions"]
+    if comparison.eval_temperatures != [1.0]:  # earlier versions had no other
+        names.append("eval_temperatures")
+    eval_values = {name: getattr(comparison, name) for name in names}
+    values = {**read_yaml(comparison.config), **comparison.settings, **run_values, **eval_values}
+    return rename_deprecated(values)
+
+
+def _read_file(path: Path) -> dict[str, Any]:
     """Read a result: a mapping that has the mapping `settings`. Raises `DataError`."""
     result = parse_json(read_bounded(path, _MAX_FILE_MIB), path)
     if not isinstance(result, dict) or not isinstance(result.get("settings"), dict):
@@ -20,28 +64,44 @@ def read_result_file(path: Path) -> dict[str, Any]:
     return result
 
 
-def validate_result(path: Path, result: dict[str, Any], run: str, seed: int | None, num_samples: int) -> None:
-    """Raise `DataError` unless the result has every value that the table and the plot need, each within its range."""
-    ranges = {
-        "greedy": _PERCENT,
-        f"avg@{num_samples}": _PERCENT,
-        f"pass@{num_samples}": _PERCENT,
-        "length": (0.0, 1e9),
+def _validate_result(
+    comparison: Comparison, task: ComparisonTask, path: Path, result: dict[str, Any]
+) -> dict[str, Any]:
+    """Raise `DataError` unless the result has every value that the table and the plot need, each within its range.
+
+    Returns the result, with the accuracies that follow from its counts and that earlier versions didn't write.
+    """
+    if (result.get("run"), result.get("seed")) != (task.run, task.seed):
+        raise _damaged(path, "it is the result of another task")
+    derived: dict[str, float] = {}
+    lengths = [at_temperature("length", t) for t in comparison.eval_temperatures]
+    for t in comparison.eval_temperatures:
+        counts = _validate_counts(path, result, at_temperature("samples_right", t), comparison.eval_samples)
+        metrics = sampled_accuracies(counts, comparison.eval_samples)
+        derived |= {at_temperature(name, t): value for name, value in metrics.items()}
+    result |= {name: value for name, value in derived.items() if name not in result}
+    ranges: Mapping[str, tuple[float, float]] = {
+        **dict.fromkeys(comparison.accuracy_metrics, _PERCENT),
+        **dict.fromkeys(lengths, _LENGTH),
         "entropy": (-1.0, 1e6),
         "train_seconds": (0.0, 1e10),
     }
-    if (result.get("run"), result.get("seed")) != (run, seed):
-        raise _damaged(path, "it is the result of another task")
     for name, (low, high) in ranges.items():
         try:
             finite_number(result.get(name), low, high)
         except ValueError as error:
             raise _damaged(path, f"{name}: {first_line(error)}") from error
-    counts = result.get("samples_right")
+    return result
+
+
+def _validate_counts(path: Path, result: dict[str, Any], name: str, num_samples: int) -> list[int]:
+    """The number of right samples of each problem, at one temperature."""
+    counts = result.get(name)
     if not isinstance(counts, list) or not 0 < len(counts) <= _MAX_PROBLEMS:
-        raise _damaged(path, f"samples_right: must be a list of 1 to {_MAX_PROBLEMS:,} whole numbers")
+        raise _damaged(path, f"{name}: must be a list of 1 to {_MAX_PROBLEMS:,} whole numbers")
     if not all(type(count) is int and 0 <= count <= num_samples for count in counts):
-        raise _damaged(path, f"samples_right: must be whole numbers from 0 to {num_samples}")
+        raise _damaged(path, f"{name}: must be whole numbers from 0 to {num_samples}")
+    return counts
 
 
 def _damaged(path: Path, reason: str) -> DataError:

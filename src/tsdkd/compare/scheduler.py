@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Collection, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
@@ -14,9 +15,10 @@ from ..errors import PreemptedError, TSDKDError
 from ..files import ensure_dir
 from ..launch.children import started_by_this
 from ..launch.slurm import path_operand, render_job_script
-from .config import Comparison, ComparisonTask
+from .comparison import Comparison, ComparisonTask
+from .grid import describe_choice, describe_edge, read_final_result, search_grid
 from .signals import SignalForwarder
-from .task import load_problems, read_result
+from .task import load_problems
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +39,7 @@ class TasksFailedError(TSDKDError, RuntimeError):
 
 
 def run_tasks(comparison: Comparison, name: str, jobs: int) -> None:
-    """Run the unfinished tasks, `jobs` at the same time.
+    """Run the unfinished tasks, `jobs` at the same time: with a grid, first all tasks that don't need its choice.
 
     Raises:
         TasksFailedError: some tasks failed; the message names them and their logs.
@@ -46,8 +48,28 @@ def run_tasks(comparison: Comparison, name: str, jobs: int) -> None:
     ensure_dir(comparison.folder)
     load_problems(comparison)  # invalid problems must be found before hours of training
     tasks = list(enumerate(comparison.tasks))
-    todo = [(i, task) for i, task in tasks if read_result(comparison, task) is None]
+    todo = [(i, task) for i, task in tasks if read_final_result(comparison, task) is None]
     _log_progress(f"{len(tasks) - len(todo)} of {len(tasks)} tasks are finished, {len(todo)} remain")
+    failed: list[ComparisonTask] = []
+    if comparison.grid:
+        first = len(tasks) - len(comparison.final_tasks)
+        failed += _run_in_parallel(comparison, name, jobs, [(i, task) for i, task in todo if i < first])
+        incomplete = {task.run for task in failed if task.is_validation}
+        _log_choices(comparison, incomplete)
+        todo = [
+            (i, task)
+            for i, task in tasks[first:]
+            if task.run not in incomplete and read_final_result(comparison, task) is None
+        ]
+    failed += _run_in_parallel(comparison, name, jobs, todo)
+    if failed:
+        raise TasksFailedError([f"{task.title}: failed, see {_log_path(task)}" for task in failed])
+
+
+def _run_in_parallel(
+    comparison: Comparison, name: str, jobs: int, todo: Sequence[tuple[int, ComparisonTask]]
+) -> list[ComparisonTask]:
+    """Run numbered tasks, each in a process of its own. Returns those that failed. Raises `PreemptedError`."""
     running: list[subprocess.Popen[bytes]] = []
     signals, environment = SignalForwarder(running), _subprocess_env(jobs) | started_by_this()
 
@@ -77,8 +99,16 @@ def run_tasks(comparison: Comparison, name: str, jobs: int) -> None:
                     _log_task_result(comparison, task, code, seconds)
     if signals.has_received_signal:
         raise PreemptedError("stopped by a signal; run the same command again to continue")
-    if failed:
-        raise TasksFailedError([f"{task.title}: failed, see {_log_path(task)}" for task in failed])
+    return failed
+
+
+def _log_choices(comparison: Comparison, incomplete: Collection[str]) -> None:
+    """Log which values the grid chooses for each run, and warn if they are at its edge."""
+    for run in [run for run in comparison.runs if run not in incomplete]:
+        search = search_grid(comparison, run)
+        _log_progress(describe_choice(comparison, search))
+        if edge := describe_edge(search):
+            logger.warning("tsdkd compare: %s", edge)
 
 
 def _subprocess_env(jobs: int) -> dict[str, str]:
@@ -92,7 +122,7 @@ def _log_path(task: ComparisonTask) -> Path:
 
 
 def _log_task_result(comparison: Comparison, task: ComparisonTask, code: int, seconds: float) -> None:
-    result = read_result(comparison, task) if code == 0 else None
+    result = read_final_result(comparison, task) if code == 0 else None
     if result is None:
         _log_progress(f"{task.title}: exit code {code} after {seconds:.0f} s, see {_log_path(task)}")
         return
@@ -107,7 +137,12 @@ def _log_progress(text: str) -> None:
 
 def build_array_script(comparison: Comparison, name: str, **settings: object) -> str:
     """Build an sbatch script for an array with one job per task. Raises `ConfigError`."""
-    variables = {"last": len(comparison.tasks) - 1, "config": shlex.quote(path_operand(name))}
+    num_tasks = len(comparison.tasks)
+    variables = {
+        "last": num_tasks - 1,
+        "first_final": num_tasks - len(comparison.final_tasks) if comparison.grid else None,
+        "config": shlex.quote(path_operand(name)),
+    }
     return render_job_script(
         "compare/slurm.sh.j2", comparison.folder, settings, [name, str(comparison.folder)], **variables
     )

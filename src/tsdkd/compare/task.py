@@ -4,6 +4,7 @@ import fcntl
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,12 +19,11 @@ from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
-from ..config.aliases import rename_deprecated
-from ..config.coercion import shorten
 from ..config.user_code import load_grader
 from ..data import load_split, missing_column, prepare_dataset, resolve_columns
-from ..errors import DataError, EngineError, OutputDirError, PreemptedError
+from ..errors import DataError, EngineError, PreemptedError
 from ..evaluation import ProblemSet, evaluate
+from ..evaluation.problem_set import at_temperature
 from ..files import ensure_dir, write_atomically
 from ..grading import Grader
 from ..launch.accelerate import launch_processes
@@ -34,59 +34,44 @@ from ..models.hub import load_pretrained
 from ..models.loading import ModelPair, Role, resolve_pair
 from ..run.arguments import RunArguments
 from ..run.build import teacher_name_or_path
-from ..run.config_file import read_yaml
 from ..run.output_dir import has_final_model
 from ..run.train import train
-from .config import Comparison, ComparisonTask
-from .result_file import read_result_file, validate_result
+from .comparison import Comparison, ComparisonTask
+from .grid import describe_choice, search_grid, with_chosen_values
+from .result_file import RESULT_NAME, read_result, result_settings
 from .signals import SignalForwarder
 
 logger = logging.getLogger(__name__)
 
-RESULT_NAME = "result.json"
 _TIMING_SUFFIX = "seconds"  # file with the training time of each attempt, one per line
-
-
-def read_result(comparison: Comparison, task: ComparisonTask) -> dict[str, Any] | None:
-    """Read the result of a task, or None if the task isn't finished.
-
-    Raises:
-        OutputDirError: the result has other settings.
-        DataError: the result is damaged.
-    """
-    path = task.folder / RESULT_NAME
-    if not path.exists():
-        return None
-    result = read_result_file(path)
-    before = rename_deprecated(result["settings"])
-    now = _result_settings(comparison, task)
-    differing = [name for name in now.keys() | before.keys() if now.get(name) != before.get(name)]
-    if differing:
-        name = min(differing)
-        raise OutputDirError(
-            f"output_dir: {path} has other settings ({name} was {shorten(before.get(name))}, now "
-            f"{shorten(now.get(name))}); choose another directory"
-        )
-    validate_result(path, result, task.run, task.seed, comparison.eval_samples)
-    return result
 
 
 def run_task(comparison: Comparison, task: ComparisonTask) -> dict[str, Any]:
     """Return the result of a task, and run the task first if it isn't finished.
 
+    If its run's grid isn't finished, the grid's tasks are run first, except those that another process runs.
+
     Raises:
         TSDKDError: as `run.train` raises; a later call continues.
     """
-    if (result := read_result(comparison, task)) is not None:
+    chosen = with_chosen_values(comparison, task)
+    if chosen is None:
+        for grid_task in comparison.grid_tasks:
+            if grid_task.run == task.run:
+                run_task(comparison, grid_task)
+        search = search_grid(comparison, task.run)
+        logger.info("tsdkd compare: %s", describe_choice(comparison, search))
+        return run_task(comparison, task)
+    if (result := read_result(comparison, chosen)) is not None:
         return result
     ensure_dir(task.folder.parent)
     with _file_lock(task.folder.parent / f"{task.folder.name}.lock"):
-        return read_result(comparison, task) or _run_task(comparison, task)
+        return read_result(comparison, chosen) or _run_task(comparison, chosen)
 
 
 def _run_task(comparison: Comparison, task: ComparisonTask) -> dict[str, Any]:
     launch_spec = comparison.launch_spec(task) if task.seed is not None else None  # before this process uses a GPU
-    arguments, rows = comparison.parse_arguments(task), load_problems(comparison)
+    arguments, problems = comparison.parse_arguments(task), load_problems(comparison)
     seconds = 0.0
     if task.seed is not None:
         if comparison.teacher_completions:
@@ -97,20 +82,30 @@ def _run_task(comparison: Comparison, task: ComparisonTask) -> dict[str, Any]:
     references = {"student": str(arguments.model_args.model_name_or_path), "teacher": teacher_name_or_path(arguments)}
     model = references[task.run] if task.seed is None else str(task.folder)
     writer: Role = "teacher" if task.seed is None and task.run == "teacher" else "student"
+    rows = problems["validation" if task.is_validation else "eval"]
     metrics = _evaluate(comparison, arguments, rows, model, writer)
     clear_device_cache(garbage_collection=True)
-    settings = _result_settings(comparison, task)
     timing = {"train_seconds": seconds, "eval_seconds": time.perf_counter() - start}
     result = {
         "run": task.run,
         "seed": task.seed,
         "method": arguments.method,
+        **({"grid_values": task.grid_values} if task.grid_values else {}),
         **metrics,
         **timing,
-        "settings": settings,
+        "settings": result_settings(comparison, task),
     }
     write_atomically(task.folder / RESULT_NAME, json.dumps(result))
+    if task.is_validation:
+        _delete_student(task.folder)
     return result
+
+
+def _delete_student(folder: Path) -> None:
+    """Delete what a run of the grid has left, except its result: its student is not needed any more."""
+    for path in folder.iterdir():
+        if path.name != RESULT_NAME:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def write_teacher_completions(comparison: Comparison) -> None:
@@ -183,19 +178,48 @@ def _launch_training(comparison: Comparison, task: ComparisonTask, launch_spec: 
         raise SystemExit(exit_code)  # the processes have printed the reason
 
 
-def load_problems(comparison: Comparison) -> Dataset:
-    """Load the problems that all models are evaluated on. Raises `DataError`."""
+def load_problems(comparison: Comparison) -> dict[str, Dataset]:
+    """Load the problems that all models are evaluated on: "eval", and "validation" if there is a grid.
+
+    Raises:
+        DataError: they are invalid, or one of the validation problems is also a test problem.
+    """
     shared = comparison.parse_shared_arguments()
     name = comparison.eval_dataset_name or shared.data_args.eval_dataset_name
     if name is None:
         raise DataError("eval_dataset_name: missing; it names the problems to evaluate on")
+    problems = {"eval": _load_problems(shared, "eval_dataset_name", name, comparison.eval_limit)}
+    if comparison.validation_dataset_name is not None:
+        field, limit = "validation_dataset_name", comparison.validation_limit
+        problems["validation"] = _load_problems(shared, field, comparison.validation_dataset_name, limit)
+        _require_disjoint(shared, problems["validation"], problems["eval"])
+    return problems
+
+
+def _load_problems(shared: RunArguments, field: str, name: str, limit: int | None) -> Dataset:
     split = "train" if Path(name).is_file() else shared.data_args.dataset_test_split
-    rows = load_split(name, None, split, "eval_dataset_name")
+    rows = load_split(name, None, split, field)
     load_grader(shared.training_args.grader)
-    columns = resolve_columns(rows, shared.training_args, f"eval_dataset_name {name}", needs_answer=True)
+    columns = resolve_columns(rows, shared.training_args, f"{field} {name}", needs_answer=True)
     if columns.answer is None:
-        raise missing_column("answer_column", f"eval_dataset_name {name}", ("answer",), rows.column_names)
-    return rows.select(range(min(comparison.eval_limit or len(rows), len(rows))))
+        raise missing_column("answer_column", f"{field} {name}", ("answer",), rows.column_names)
+    return rows.select(range(min(limit or len(rows), len(rows))))
+
+
+def _require_disjoint(shared: RunArguments, validation: Dataset, test: Dataset) -> None:
+    """Raise `DataError` if a prompt is in both: what the grid chooses would fit the test problems."""
+
+    def prompts(rows: Dataset) -> list[str]:
+        column = resolve_columns(rows, shared.training_args).prompt
+        return [json.dumps(prompt, default=str) for prompt in rows[column]]
+
+    tested = set(prompts(test))
+    shared_rows = [i for i, prompt in enumerate(prompts(validation)) if prompt in tested]
+    if shared_rows:
+        raise DataError(
+            f"validation_dataset_name: {len(shared_rows)} of its {len(validation)} prompts are also among the test "
+            f"problems, such as that of row {shared_rows[0]}; choose other problems"
+        )
 
 
 def _evaluate(
@@ -217,11 +241,13 @@ def _evaluate(
         _build_problem_set(pair, prepared, loaded, writer, load_grader(shared.grader)),
         comparison.eval_samples,
         comparison.eval_batch_size,
+        comparison.eval_temperatures,
     )
+    counts = {1.0: result.num_correct, **{t: some.num_correct for t, some in result.by_temperature.items()}}
     return {
         **result.metrics,
         "greedy_right": [int(x) for x in result.is_greedy_correct],
-        "samples_right": result.num_correct,
+        **{at_temperature("samples_right", t): num_correct for t, num_correct in counts.items()},
     }
 
 
@@ -233,16 +259,6 @@ def _build_problem_set(pair: ModelPair, prepared: Any, model: Any, writer: Role,
     return ProblemSet(
         prepared["prompt_ids"], prepared["answer"], prepared["limit"], stop_token_ids, vocab_size, decode, grader
     )
-
-
-def _result_settings(comparison: Comparison, task: ComparisonTask) -> dict[str, Any]:
-    """All settings that the result depends on."""
-    assert isinstance(comparison.runs, dict)
-    run_values = {} if task.seed is None else {**comparison.runs[task.run], "seed": task.seed}
-    names = ("config", "eval_dataset_name", "eval_limit", "eval_samples", "teacher_completions")
-    eval_values = {name: getattr(comparison, name) for name in names}
-    values = {**read_yaml(comparison.config), **comparison.settings, **run_values, **eval_values}
-    return rename_deprecated(values)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -13,6 +14,7 @@ from ..rollout.base import Completion
 from ..rollout.captured import CapturedStep
 from ..rollout.hf import make_step, sample_with_step
 from ..rollout.seeding import prompt_generator
+from .pass_at_k import default_ks, pass_at_k
 
 _LOGITS_GIB = 0.5  # GiB of logits per batch, for the entropy
 
@@ -41,58 +43,116 @@ class ProblemSet:
 
 
 @dataclass
-class EvalResult:
-    """Which problems a model solved.
+class SampleCounts:
+    """The samples of a model at one temperature.
 
     Attributes:
-        is_greedy_correct: whether the greedy completion is right, for each problem.
         num_correct: number of samples that are right, for each problem.
         num_samples: samples per problem.
         mean_length: mean length of the samples, tokens.
-        mean_entropy: mean entropy of the next-token distributions along the first sample of each problem, nats.
     """
 
-    is_greedy_correct: list[bool]
     num_correct: list[int]
     num_samples: int
     mean_length: float
-    mean_entropy: float
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Accuracies in percent (greedy, avg@n, pass@n), `length` in tokens, `entropy` in nats."""
-        count = len(self.is_greedy_correct)
-        return {
-            "greedy": 100 * sum(self.is_greedy_correct) / count,
-            f"avg@{self.num_samples}": 100 * sum(self.num_correct) / (count * self.num_samples),
-            f"pass@{self.num_samples}": 100 * sum(n > 0 for n in self.num_correct) / count,
-            "length": self.mean_length,
-            "entropy": self.mean_entropy,
+        """avg@n and pass@k in percent, and `length` in tokens."""
+        return {**sampled_accuracies(self.num_correct, self.num_samples), "length": self.mean_length}
+
+
+@dataclass
+class EvalResult(SampleCounts):
+    """Which problems a model solved; the inherited attributes are those of the samples at temperature 1.
+
+    Attributes:
+        is_greedy_correct: whether the greedy completion is right, for each problem.
+        mean_entropy: mean entropy of the next-token distributions along the first sample of each problem, nats.
+        by_temperature: the samples at the other temperatures.
+    """
+
+    is_greedy_correct: list[bool]
+    mean_entropy: float
+    by_temperature: dict[float, SampleCounts] = field(default_factory=dict)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Accuracies in percent (greedy, avg@n, pass@k), `length` in tokens, `entropy` in nats.
+
+        Those of another temperature than 1 have names such as "avg@8 T=0.6".
+        """
+        greedy = 100 * sum(self.is_greedy_correct) / len(self.is_greedy_correct)
+        others = {
+            at_temperature(name, temperature): value
+            for temperature, counts in self.by_temperature.items()
+            for name, value in counts.metrics.items()
         }
+        return {"greedy": greedy, **super().metrics, "entropy": self.mean_entropy, **others}
 
 
-def evaluate(model: PreTrainedModel, problems: ProblemSet, num_samples: int = 8, batch_size: int = 256) -> EvalResult:
-    """Solve every problem once greedily and `num_samples` times at temperature 1, from fixed seeds.
+def at_temperature(metric: str, temperature: float) -> str:
+    """The name of a metric of samples at a temperature."""
+    return metric if temperature == 1 else f"{metric} T={temperature:g}"
+
+
+def sampled_accuracies(num_correct: Sequence[int], num_samples: int) -> dict[str, float]:
+    """avg@n, and pass@k for the powers of two up to n and for n, in percent. pass@1 equals avg@n.
+
+    Args:
+        num_correct: number of right samples of each problem.
+        num_samples: n, samples per problem.
+    """
+    average = 100 * sum(num_correct) / (len(num_correct) * num_samples)
+    counts = np.array(num_correct)
+    passed = {f"pass@{k}": 100 * float(pass_at_k(counts, num_samples, k).mean()) for k in default_ks(num_samples)}
+    return {f"avg@{num_samples}": average, **passed}
+
+
+def evaluate(
+    model: PreTrainedModel,
+    problems: ProblemSet,
+    num_samples: int = 8,
+    batch_size: int = 256,
+    temperatures: Sequence[float] = (1.0,),
+) -> EvalResult:
+    """Solve every problem once greedily and `num_samples` times at each temperature, from fixed seeds.
 
     Args:
         model: the model, which is put into eval mode.
         problems: at least one problem.
         num_samples: samples per problem, at least 1.
         batch_size: completions per batch.
+        temperatures: temperatures of the samples; 1 is always one of them.
     """
     model.eval()
-    greedy, step = (make_step(model, vocab_size=problems.vocab_size, is_greedy=g) for g in (True, False))
+    greedy = make_step(model, vocab_size=problems.vocab_size, is_greedy=True)
     is_greedy_correct = _grade(problems, _sample_completions(greedy, problems, None, batch_size))
-    sampled = [_sample_completions(step, problems, sample_index, batch_size) for sample_index in range(num_samples)]
-    num_correct = [sum(column) for column in zip(*(_grade(problems, some) for some in sampled), strict=True)]
-    lengths = [len(c.ids) for some in sampled for c in some]
+    counts, first = _count_correct(model, problems, num_samples, batch_size, 1.0)
     return EvalResult(
-        is_greedy_correct,
-        num_correct,
-        num_samples,
-        sum(lengths) / len(lengths),
-        _mean_entropy(model, problems, sampled[0]),
+        **vars(counts),
+        is_greedy_correct=is_greedy_correct,
+        mean_entropy=_mean_entropy(model, problems, first),
+        by_temperature={
+            t: _count_correct(model, problems, num_samples, batch_size, t)[0] for t in temperatures if t != 1
+        },
     )
+
+
+def _count_correct(
+    model: PreTrainedModel, problems: ProblemSet, num_samples: int, batch_size: int, temperature: float
+) -> tuple[SampleCounts, list[Completion]]:
+    """The samples at one temperature, and the first completion of each problem."""
+    step = make_step(model, vocab_size=problems.vocab_size, temperature=temperature)
+    num_correct, length = [0] * len(problems.prompts), 0
+    first: list[Completion] = []
+    for sample_index in range(num_samples):
+        completions = _sample_completions(step, problems, sample_index, batch_size)
+        graded = _grade(problems, completions)
+        num_correct = [count + is_correct for count, is_correct in zip(num_correct, graded, strict=True)]
+        length += sum(len(c.ids) for c in completions)
+        first = first or completions
+    return SampleCounts(num_correct, num_samples, length / (num_samples * len(num_correct))), first
 
 
 def _sample_completions(

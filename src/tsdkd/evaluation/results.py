@@ -15,7 +15,8 @@ from ..config.coercion import finite_number, shorten
 from ..errors import DataError, escape_line, explain_damage
 from ..files import parse_json, read_bounded, write_atomically
 from ..run.output_dir import RUN_CONFIG_NAME, read_run_config
-from .scores import NUM_RESAMPLES, bootstrap_interval, format_p_value, paired_permutation_test, pass_at_k
+from .pass_at_k import default_ks, pass_at_k
+from .scores import NUM_RESAMPLES, bootstrap_interval, format_p_value, paired_permutation_test
 from .suites import Benchmark
 
 ResultEntry = dict[str, Any]
@@ -46,9 +47,10 @@ class BenchmarkResult:
 
         There is no pass@1, which is avg@n.
         """
-        n = self.scores.shape[1]
-        ks = sorted(k for k in {2**i for i in range(n.bit_length())} | {n, *self.pass_at_ks} if 1 < k <= n)
-        return {self._mean_metric: self.scores.mean(axis=1), **{f"pass@{k}": pass_at_k(self.scores, k) for k in ks}}
+        n, num_correct = self.scores.shape[1], (self.scores >= 1).sum(axis=1)
+        ks = sorted(k for k in {*default_ks(n), *self.pass_at_ks} if 1 < k <= n)
+        pass_at_ks = {f"pass@{k}": pass_at_k(num_correct, n, k) for k in ks}
+        return {self._mean_metric: self.scores.mean(axis=1), **pass_at_ks}
 
     @property
     def table_metrics(self) -> list[str]:

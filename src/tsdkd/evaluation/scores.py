@@ -1,24 +1,9 @@
-"""Statistics over items: means with bootstrap intervals, pass@k, and a paired test of two models."""
+"""Statistics over items: means with bootstrap intervals, and a paired test of two models."""
 
 import numpy as np
 from scipy import stats
 
 NUM_RESAMPLES = 10_000
-
-
-def pass_at_k(scores: np.ndarray, k: int) -> np.ndarray:
-    """The unbiased estimator of Chen et al. 2021, `1 - C(n - c, k) / C(n, k)`.
-
-    Args:
-        scores: `[items, n]`, 1 where a sample is right.
-        k: at most n.
-
-    Returns:
-        `[items]`, the probability that at least one of k samples is right.
-    """
-    n, wrong = scores.shape[1], (scores < 1).sum(axis=1)
-    i = np.arange(k)
-    return 1.0 - np.prod(np.clip(wrong[:, None] - i, 0, None) / (n - i), axis=1)
 
 
 def bootstrap_interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
