@@ -174,15 +174,15 @@ def test_two_processes_choose_the_weights_of_one(saved_model, rows_file, tmp_pat
     assert (weights(one) - weights(two)).norm() <= 1e-4 * (weights(one) - start).norm()
 
 
-def test_zero3_is_refused(saved_model, rows_file, tmp_path):
+def test_deepspeed_is_refused(saved_model, rows_file, tmp_path):
     pytest.importorskip("deepspeed")
     values = {"model_name_or_path": saved_model("llama", 0), "teacher_model_name_or_path": saved_model("qwen3", 1)}
     values |= {**QUIET, "dataset_name": rows_file, "output_dir": tmp_path / "out", "term_balance": json.dumps(SHARES)}
-    environment = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3", "DS_ACCELERATOR": "cpu"}
+    environment = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2", "DS_ACCELERATOR": "cpu"}
     command = [sys.executable, "-m", "tsdkd", "train", *flags(**values)]
     result = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
     assert result.returncode == 2, result.stderr[-2000:]
-    assert "term_balance" in result.stderr and "ZeRO-3" in result.stderr and "Traceback" not in result.stderr
+    assert "term_balance" in result.stderr and "DeepSpeed" in result.stderr and "Traceback" not in result.stderr
     assert not (tmp_path / "out").exists()
 
 

@@ -145,9 +145,8 @@ def check_term_balance(args: TokenSelectiveConfig, objective: Objective) -> None
         elif name not in others:
             expected = f"must name terms of {args.method} with a weight: {', '.join(others)}"
             problems.append(f"term_balance: {expected}, found {shorten(name)}{did_you_mean(str(name), others)}")
-    is_zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
-    if is_zero3 or os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        problems.append("term_balance: not available with ZeRO-3 and FSDP, where no process has a whole gradient")
+    if args.deepspeed_plugin is not None or os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        problems.append("term_balance: not available with DeepSpeed or FSDP, only with one process or DDP")
     if problems:
         raise ConfigError(problems)
 
