@@ -29,7 +29,7 @@ GIVEN |= {"train_sampling_strategy": "sequential"}
 """Trains on the completions of six rows: all of them in each step."""
 
 
-def train(method: str, folder: Path, trainer_class: Any = None, **values: Any) -> Any:
+def train(method: str, folder: Path, trainer_class: Any = None, resume: str | None = None, **values: Any) -> Any:
     trainer_class = trainer_class or METHODS[method]
     trainer = trainer_class(
         model=build_model("llama", 0),
@@ -39,7 +39,7 @@ def train(method: str, folder: Path, trainer_class: Any = None, **values: Any) -
         processing_class=build_tokenizer(),
         teacher_processing_class=build_tokenizer(),
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     return trainer
 
 
@@ -203,6 +203,25 @@ def test_an_objective_that_ignores_the_weights_is_refused(tmp_path):
     """When the first weights should have been used."""
     with pytest.raises(ConfigError, match=r"term_balance.*OwnWeights.*current_weights"):
         train("tsd-kd", tmp_path, OwnWeightsTrainer, term_balance=SHARES, max_steps=11)
+
+
+def test_reentrant_checkpointing_is_refused(tmp_path):
+    """It computes no gradients but those of the whole loss."""
+    options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    with pytest.raises(ConfigError, match="use_reentrant"):
+        train("tsd-kd", tmp_path, term_balance=SHARES, **options)
+
+
+@pytest.mark.parametrize("before", [{}, {"term_balance": {"indirect": 2.0}}], ids=["off", "another term"])
+def test_a_script_may_add_terms_when_it_resumes(before, tmp_path):
+    saves = {"save_strategy": "steps", "save_steps": 10, "max_steps": 10}
+    train("tsd-kd", tmp_path, **saves, **before)
+    options = {**saves, "max_steps": 12, "term_balance": {"entropy": 0.5}}
+    trainer = train("tsd-kd", tmp_path, resume=str(tmp_path / "checkpoint-10"), **options)
+    eleventh, twelfth = steps(trainer)[-2:]
+    assert eleventh["term_weight/entropy"] == 1.0
+    expected = 0.5 / eleventh["term_share/entropy"]
+    assert twelfth["term_weight/entropy"] == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("shares", [{"direct": 1.0}, {"indirekt": 1.0}, {"entropy": -1.0}, {}])

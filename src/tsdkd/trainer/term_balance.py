@@ -62,7 +62,7 @@ class TermBalance:
     def add(self, output: ObjectiveOutput, num_items: Tensor, model: nn.Module) -> None:
         """Add the gradients of a micro-batch. After the last one of a step, set the weights.
 
-        All processes must call it equally often. Until the last micro-batch, one gradient per term is kept.
+        All processes must call it for the last one together. Until then, one gradient per term is kept.
 
         Args:
             output: of the objective; its graph is kept.
@@ -124,7 +124,7 @@ class TermBalance:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state returned by `state_dict()`, and the weights."""
-        self._log_ratios = dict(state["log_ratios"])
+        self._log_ratios = {name: state["log_ratios"][name] for name in self._shares if name in state["log_ratios"]}
         self._set_weights()
 
 
@@ -147,6 +147,8 @@ def check_term_balance(args: TokenSelectiveConfig, objective: Objective) -> None
             problems.append(f"term_balance: {expected}, found {shorten(name)}{did_you_mean(str(name), others)}")
     if args.deepspeed_plugin is not None or os.environ.get("ACCELERATE_USE_FSDP") == "true":
         problems.append("term_balance: not available with DeepSpeed or FSDP, only with one process or DDP")
+    if args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+        problems.append("gradient_checkpointing_kwargs: use_reentrant must be false with term_balance, found true")
     if problems:
         raise ConfigError(problems)
 

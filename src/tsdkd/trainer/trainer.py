@@ -442,7 +442,7 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
         self.nonfinite_guard.num_skipped = state["skipped"]
         self.objective.load_state_dict(state["objective"])
         self.rollout_buffer.load_state_dict(state["rollout_buffer"])
-        if self.term_balance is not None:
+        if self.term_balance is not None and "term_balance" in state:
             self.term_balance.load_state_dict(state["term_balance"])
 
     def _check_frozen_models(self, before: dict[str, list[str]]) -> None:
