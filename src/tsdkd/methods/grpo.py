@@ -29,7 +29,10 @@ class GRPOConfig(TokenSelectiveConfig):
         "max_length": "TRL's trainer limits only completions; set max_completion_length",
         "chat_template_source": "the method has no teacher",
         **dict.fromkeys(
-            ("fused_head", "head_chunk_gib", "log_term_gradients", "padding_free", "max_tokens_per_micro_batch"),
+            (
+                *("fused_head", "head_chunk_gib", "log_term_gradients", "term_balance", "padding_free"),
+                "max_tokens_per_micro_batch",
+            ),
             "TRL's trainer computes the loss",
         ),
         **dict.fromkeys(

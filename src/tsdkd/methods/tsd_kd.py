@@ -89,6 +89,12 @@ class TSDKDObjective(TSDKDOptions, Objective):
         """See `Objective`. Only the direct term can be computed from each token's statistics alone."""
         return {"direct": 1.0}
 
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """See `Objective`."""
+        weights = {"direct": 1.0, "indirect": self.alpha, "entropy": self.entropy_weight}
+        return {name: weight for name, weight in weights.items() if weight != 0}
+
     def request(self, completions: CompletionBatch) -> StatisticsRequest:
         """See `Objective`."""
         return StatisticsRequest(
@@ -109,18 +115,16 @@ class TSDKDObjective(TSDKDOptions, Objective):
 
     def loss(self, statistics: TokenStatistics, completions: CompletionBatch) -> ObjectiveOutput:
         """Eq. 13: the direct term, the ranking term on the opener, and the entropy of the most uncertain tokens."""
-        loss, terms, weights = statistics.loss, dict(statistics.loss_terms), self.term_weights
+        loss, terms, weights = statistics.loss, dict(statistics.loss_terms), self.current_weights
         entropy = completions.scatter(statistics.entropy.detach())
         opener = opener_mask(entropy, completions.mask, self._resolve_opener_ratio(statistics, completions))
         opener_index = completions.gather(opener).nonzero().squeeze(-1)
         if self.alpha != 0:
             terms["indirect"] = self._indirect_loss(statistics, completions, opener, opener_index)
-            weights["indirect"] = self.alpha
-            loss = loss + self.alpha * terms["indirect"]
+            loss = loss + weights["indirect"] * terms["indirect"]
         if self.entropy_weight != 0:
             terms["entropy"] = self._entropy_loss(statistics, completions, entropy)
-            weights["entropy"] = self.entropy_weight
-            loss = loss + self.entropy_weight * terms["entropy"]
+            loss = loss + weights["entropy"] * terms["entropy"]
         metrics = self.metrics(statistics, completions) | self._opener_metrics(
             statistics, completions.mask, opener, opener_index
         )

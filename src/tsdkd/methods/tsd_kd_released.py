@@ -58,6 +58,11 @@ class TSDKDReleasedObjective(TSDKDReleasedOptions, Objective):
     unit = "micro-batches"
     micro_batching = "fixed"
 
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """See `Objective`."""
+        return {"direct": 1.0, "indirect": self.alpha, "entropy": 1.0}
+
     def request(self, completions: CompletionBatch) -> StatisticsRequest:
         """See `Objective`."""
         return StatisticsRequest(entropy=True, teacher_entropy=True, divergence=jsd(self.beta), top_k=_NUM_CANDIDATES)
@@ -77,7 +82,7 @@ class TSDKDReleasedObjective(TSDKDReleasedOptions, Objective):
         terms["indirect"] = _reversed_plackett_luce_nll(statistics, opener).sum() / max(len(opener), 1)
         high = entropy >= (torch.quantile(valid, self.threshold) if len(valid) else torch.inf)
         terms["entropy"] = statistics.entropy.where(high, 0.0).sum() / high.sum().clamp(min=1)
-        weights = {"direct": 1.0, "indirect": self.alpha, "entropy": 1.0}
+        weights = self.current_weights
         loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
         return ObjectiveOutput(loss, terms, weights, self.metrics(statistics, completions))
 

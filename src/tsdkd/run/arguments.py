@@ -23,6 +23,7 @@ from ..config.validation import get_rules, validate_options
 from ..errors import ConfigError
 from ..files import resolve_path
 from ..methods import all_methods, find_method
+from ..trainer.term_balance import check_term_balance
 from .config_file import flags_without_value, read_flags, read_yaml
 
 logger = logging.getLogger(__name__)
@@ -197,6 +198,8 @@ def _build_run_arguments(run: RunValues, flag_names: set[str]) -> RunArguments:
         culprits = [key for key in explicit_values if all(_can_build(partial(build, cls, key)) for cls in classes)]
         mentioned = [f.name for f in fields(config_class) if f.name in re.findall(r"\w+", text)]
         raise ConfigError([f"{', '.join(culprits or mentioned)}: {text}".removeprefix(": ")]) from error
+    if training_args.term_balance:
+        check_term_balance(training_args, find_method(run.method).make_objective(training_args))
     if training_args.top_p < 1.0:
         notes.append(f"note: top_p {training_args.top_p}: rollouts come from a nucleus, which the loss doesn't model")
     return RunArguments(

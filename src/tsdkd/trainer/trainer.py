@@ -44,6 +44,7 @@ from .progress import closing_progress, replace_progress_callback
 from .rollout_buffer import Batch, MicroBatches, RolloutBuffer, Window
 from .rollouts import EVAL_STEP, RolloutMixin
 from .step_timer import StepTimer
+from .term_balance import TermBalance, check_term_balance
 from .token_records import TokenRecorder
 
 
@@ -96,7 +97,8 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
         self._check_args(args)
         self.grader = load_grader(args.grader) if grader is None else Grader(grader)
         self._tag_names = ["tsdkd", args.method]
-        self.objective = self._make_objective(args)
+        self.objective = self.make_objective(args)
+        check_term_balance(args, self.objective)
         self.rollout_buffer = RolloutBuffer(
             args.gradient_accumulation_steps, args.steps_per_rollout(), args.iterations_per_rollout
         )
@@ -148,9 +150,11 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
         if args.use_vllm:
             require_vllm()
 
-    def _make_objective(self, args: TokenSelectiveConfig) -> Objective:
-        names = [f.name for f in fields(self.objective_class) if f.init]  # type: ignore[arg-type]
-        return self.objective_class(**{name: getattr(args, name) for name in names})
+    @classmethod
+    def make_objective(cls, args: TokenSelectiveConfig) -> Objective:
+        """Build the method's objective from its options."""
+        names = [f.name for f in fields(cls.objective_class) if f.init]  # type: ignore[arg-type]
+        return cls.objective_class(**{name: getattr(args, name) for name in names})
 
     def _build_components(self, teacher_model: str | PreTrainedModel) -> None:
         """Build the components that need the loaded models."""
@@ -166,6 +170,10 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
         self.nonfinite_guard = NonFiniteGuard(accelerator, Path(args.output_dir), args.max_nonfinite_steps, decode)
         self.metric_accumulators = {mode: MetricAccumulator(accelerator) for mode in ("train", "eval")}
         self.preemption = PreemptionCallback(accelerator)
+        self.term_balance: TermBalance | None = None
+        if args.term_balance:
+            metrics = self.metric_accumulators["train"]
+            self.term_balance = TermBalance(accelerator, self.objective, args.term_balance, metrics)
         self.step_timer = StepTimer(self.metric_accumulators["train"])
         for callback in (self.preemption, self.step_timer):
             self.add_callback(callback)
@@ -191,6 +199,8 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
             return [], None
         self._is_first_micro_batch = True
         micro_batches = list(chain.from_iterable(window))
+        if self.term_balance is not None:
+            self.term_balance.start_step(step, len(micro_batches))
         self.step_timer.count(sum(sum(batch["lengths"]) for batch in micro_batches))
         num_units = torch.tensor(sum(map(self._count_units, micro_batches))).to(device, non_blocking=True)
         return window, self.accelerator.reduce(num_units, reduction="sum")
@@ -235,6 +245,7 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
         """
         mode = "eval" if num_items_in_batch is None else "train"
         log_term_gradients = mode == "train" and self._should_log_term_gradients()
+        balance = self._find_due_balance(mode)
         completions = self._completion_batch(inputs, mode)
         statistics = self.head_forward.forward(
             model,
@@ -243,7 +254,7 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
             self.objective.request(completions),
             self.objective.per_token_loss(completions),
             self._teacher_forward(inputs, completions.index, mode),
-            loss_in_forward=not log_term_gradients,
+            loss_in_forward=not (log_term_gradients or balance),
         )
         output = self.objective.loss(statistics, completions)
         num_units = self._count_units(inputs)
@@ -254,6 +265,8 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
         if log_term_gradients:
             for name, norm in term_gradient_norms(output, num_units, model).items():
                 self.metric_accumulators["train"].add(f"grad_norm/{name}", norm, 1)
+        if balance:
+            balance.add(output, num_items_in_batch, model)
         return output.loss * (self.accelerator.num_processes / num_items_in_batch.clamp(min=1))
 
     def _teacher_forward(self, batch: Batch, index: Tensor, mode: str) -> TeacherOutput | None:
@@ -287,6 +300,10 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
         is_first, self._is_first_micro_batch = self._is_first_micro_batch, False
         is_sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled  # no process has the full gradient
         return not is_sharded and is_first and every > 0 and self.state.global_step % every == 0
+
+    def _find_due_balance(self, mode: str) -> TermBalance | None:
+        balance = self.term_balance if mode == "train" else None
+        return balance if balance and balance.is_due else None
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Check the gradient right before the optimizer step. DeepSpeed has already skipped a non-finite step."""
@@ -406,7 +423,9 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
         self._weights_version += 1
 
     def _get_extra_state(self) -> dict[str, Any]:
+        balance = {} if self.term_balance is None else {"term_balance": self.term_balance.state_dict()}
         return {
+            **balance,
             "rows": self._train_dataset_hash,
             "frozen_models": self._frozen_models,
             "skipped": self.nonfinite_guard.num_skipped,
@@ -423,6 +442,8 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
         self.nonfinite_guard.num_skipped = state["skipped"]
         self.objective.load_state_dict(state["objective"])
         self.rollout_buffer.load_state_dict(state["rollout_buffer"])
+        if self.term_balance is not None and "term_balance" in state:
+            self.term_balance.load_state_dict(state["term_balance"])
 
     def _check_frozen_models(self, before: dict[str, list[str]]) -> None:
         """Check that frozen models, which checkpoints do not contain, are unchanged. Ignores already loaded models."""
