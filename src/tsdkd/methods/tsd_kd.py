@@ -117,7 +117,7 @@ class TSDKDObjective(TSDKDOptions, Objective):
         """Eq. 13: the direct term, the ranking term on the opener, and the entropy of the most uncertain tokens."""
         loss, terms, weights = statistics.loss, dict(statistics.loss_terms), self.current_weights
         entropy = completions.scatter(statistics.entropy.detach())
-        opener = opener_mask(entropy, completions.mask, self._resolve_opener_ratio(statistics, completions))
+        opener = self.select_for_ranking(entropy, statistics, completions)
         opener_index = completions.gather(opener).nonzero().squeeze(-1)
         if self.alpha != 0:
             terms["indirect"] = self._indirect_loss(statistics, completions, opener, opener_index)
@@ -129,6 +129,18 @@ class TSDKDObjective(TSDKDOptions, Objective):
             statistics, completions.mask, opener, opener_index
         )
         return ObjectiveOutput(loss, terms, weights, metrics)
+
+    def select_for_ranking(self, entropy: Tensor, statistics: TokenStatistics, completions: CompletionBatch) -> Tensor:
+        """`[B, T]` bool, the tokens whose candidates the teacher ranks: the openers. `entropy` is `[B, T]`, nats."""
+        return opener_mask(entropy, completions.mask, self._resolve_opener_ratio(statistics, completions))
+
+    def select_for_entropy(self, entropy: Tensor, completions: CompletionBatch) -> Tensor:
+        """`[B, T]` bool, the tokens whose entropy is minimized: the most uncertain ones of each completion."""
+        return top_entropy_mask(entropy, completions.mask, self.entropy_ratio)
+
+    def ranking_nll(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Eq. 4 for the logits `[n, k]` of both models for the student's candidates; returns `[n]`."""
+        return plackett_luce_nll(student, teacher, self.indirect_top_k)
 
     def _compute_gate(self, statistics: TokenStatistics) -> Tensor:
         return entropy_gap_gate(statistics.entropy, statistics.teacher_entropy, self.gate_temperature)
@@ -142,7 +154,7 @@ class TSDKDObjective(TSDKDOptions, Objective):
             opener_index: indices, among the N tokens, of the tokens in an opener.
         """
         student, teacher = statistics.topk_logits[opener_index], statistics.teacher_topk_logits[opener_index]
-        nll = plackett_luce_nll(student, teacher, self.indirect_top_k)
+        nll = self.ranking_nll(student, teacher)
         divisor = {
             "mean": opener.sum(-1),
             "sum": torch.ones_like(opener[:, 0], dtype=torch.long),
@@ -153,7 +165,7 @@ class TSDKDObjective(TSDKDOptions, Objective):
 
     def _entropy_loss(self, statistics: TokenStatistics, completions: CompletionBatch, entropy: Tensor) -> Tensor:
         """Eq. 12: mean entropy of the most uncertain tokens of each completion, summed over completions."""
-        uncertain = top_entropy_mask(entropy, completions.mask, self.entropy_ratio)
+        uncertain = self.select_for_entropy(entropy, completions)
         weights = completions.gather(uncertain.double() / uncertain.sum(-1, keepdim=True).clamp(min=1))
         return (weights.to(statistics.entropy) * statistics.entropy).sum()
 

@@ -79,7 +79,9 @@ class TSDKDReleasedObjective(TSDKDReleasedOptions, Objective):
         entropy = statistics.entropy.detach()
         valid = entropy[index].float()
         opener = (completions.gather(self._opener_columns(valid, completions.mask)) & in_loss).nonzero().squeeze(-1)
-        terms["indirect"] = _reversed_plackett_luce_nll(statistics, opener).sum() / max(len(opener), 1)
+        terms["indirect"] = reversed_plackett_luce_nll(
+            statistics.topk_logits[opener], statistics.teacher_topk_logits[opener]
+        ).sum() / max(len(opener), 1)
         high = entropy >= (torch.quantile(valid, self.threshold) if len(valid) else torch.inf)
         terms["entropy"] = statistics.entropy.where(high, 0.0).sum() / high.sum().clamp(min=1)
         weights = self.current_weights
@@ -98,10 +100,17 @@ class TSDKDReleasedObjective(TSDKDReleasedOptions, Objective):
         return (column >= 0) & (column < cut)
 
 
-def _reversed_plackett_luce_nll(statistics: TokenStatistics, rows: Tensor) -> Tensor:
-    """Eq. 4 with sums over a prefix instead of a suffix, which gives the likelihood of the reversed order."""
-    ranking = statistics.teacher_topk_logits[rows].argsort(dim=-1, descending=True, stable=True)
-    ranked = statistics.topk_logits[rows].gather(-1, ranking)
+def reversed_plackett_luce_nll(student: Tensor, teacher: Tensor) -> Tensor:
+    """Eq. 4 with sums over a prefix instead of a suffix, which gives the likelihood of the reversed order.
+
+    Args:
+        student, teacher: `[n, k]`, logits of both models for the student's candidates, float32.
+
+    Returns:
+        `[n]`, nats.
+    """
+    ranking = teacher.argsort(dim=-1, descending=True, stable=True)
+    ranked = student.gather(-1, ranking)
     return (ranked.logcumsumexp(-1) - ranked).sum(-1)
 
 
