@@ -17,7 +17,8 @@ from ..run.arguments import resolve_run_values
 from ..run.config_file import read_yaml
 from .comparison import REFERENCE_MODELS, Comparison, ComparisonTask
 
-_PRESETS_DIR = Path(str(resources.files("tsdkd").joinpath("configs/compare")))
+_CONFIGS_DIR = Path(str(resources.files("tsdkd").joinpath("configs")))
+_PRESETS_DIR = _CONFIGS_DIR / "compare"
 _RESERVED_KEYS = ("seed", "output_dir", "resume")
 _RESERVED_NAMES = (*REFERENCE_MODELS, "results", "teacher_completions")
 _RENAMED_KEYS = {"eval_problems": "eval_limit"}
@@ -26,15 +27,17 @@ _FIRST_VALIDATION_SEED = 101
 
 
 def comparison_names() -> list[str]:
-    """The names of the shipped comparisons."""
-    return sorted(path.name for path in _PRESETS_DIR.glob("*.yaml"))
+    """The names of the shipped comparisons. Those of docs/evidence.md begin with `lab/`."""
+    return sorted(path.name for path in _PRESETS_DIR.glob("*.yaml")) + sorted(
+        f"lab/{path.name}" for path in _CONFIGS_DIR.glob("lab/*.yaml")
+    )
 
 
 def describe_comparisons() -> str:
     """One line per shipped comparison: its name, and the first line of its file."""
     names = comparison_names()
     width = max(map(len, names))
-    first_lines = ((_PRESETS_DIR / name).read_text(encoding="utf-8").splitlines()[0].lstrip("# ") for name in names)
+    first_lines = (_shipped_path(name).read_text(encoding="utf-8").splitlines()[0].lstrip("# ") for name in names)
     return "\n".join(f"{name:<{width}}  {line}" for name, line in zip(names, first_lines, strict=True))
 
 
@@ -78,8 +81,12 @@ def read_comparison(name: str) -> Comparison:
     return comparison
 
 
+def _shipped_path(name: str) -> Path:
+    return (_CONFIGS_DIR if name.startswith("lab/") else _PRESETS_DIR) / name
+
+
 def _find_comparison(name: str) -> Path:
-    for path in (Path(name), _PRESETS_DIR / name, _PRESETS_DIR / f"{name}.yaml"):
+    for path in (Path(name), _shipped_path(name), _shipped_path(f"{name}.yaml")):
         if path.is_file():
             return path
     hint = did_you_mean(name.removesuffix(".yaml"), [shipped.removesuffix(".yaml") for shipped in comparison_names()])
