@@ -18,6 +18,7 @@ from scipy import stats
 
 from conftest import TEMPLATE, build_tokenizer
 from tsdkd.cli import main
+from tsdkd.demo.task import parse_prompt, solve
 
 pytest.importorskip("lm_eval")
 
@@ -188,6 +189,12 @@ def letter_of(doc: dict[str, Any], prompt: str) -> str:
     return line[1]
 
 
+def walk_of(prompt: str) -> str:
+    """The walk that begins with the move that the prompt offers last."""
+    problem = parse_prompt(prompt)
+    return solve(problem, problem.menu[-1])
+
+
 ADD = "def add(a, b):\n    return a + b\n"
 # benchmark -> what a model that is right says, or prefers
 RIGHT: dict[str, Any] = {
@@ -205,8 +212,7 @@ RIGHT: dict[str, Any] = {
     **dict.fromkeys(["math500", "aime24"], lambda doc: rf"\boxed{{{doc['answer']}.0}}"),
     **dict.fromkeys(["aime25", "amc23", "minerva"], lambda doc: rf"is $\boxed{{{doc['answer']}}}$."),
     "olympiadbench": lambda doc: rf"\boxed{{{doc['final_answer'][0]}}}",
-    "demo": lambda doc: f"so answer {doc['answer']}",
-    "demo_greedy": lambda doc: f"so answer {doc['answer']}",
+    **dict.fromkeys(["demo", "demo_greedy"], lambda doc: walk_of(doc["answer"])),
 }
 
 
