@@ -1,7 +1,7 @@
 """Build the demo of `src/tsdkd/demo` from seeds: tokenizer, teacher, student, prompts (about 10 minutes on one core).
 
     python scripts/dev/build_demo.py                     # build everything, print the accuracies
-    python scripts/dev/build_demo.py --evaluate DIR ...  # only print the accuracies of model folders
+    python scripts/dev/build_demo.py --evaluate DIR ...  # only print the accuracies, also at temperature 0.6
     python scripts/dev/build_demo.py --control           # the demo's schedule
 
 Teacher and student are pre-trained on sampled solutions of fresh problems, each once. The student's solutions begin
@@ -41,6 +41,7 @@ from transformers import (
 
 from tsdkd.demo import task
 from tsdkd.demo.run_demo import evaluate_demo
+from tsdkd.evaluation.problem_set import at_temperature
 
 CHAT_TEMPLATE = (
     "{%- for message in messages %}"
@@ -60,6 +61,7 @@ LAST_NORM = 2.0  # initial weight of the last norm: logits can be large from the
 TRAIN_ROWS, TEST_ROWS, VALID_ROWS = 24_576, 1024, 512
 TRAIN_SEED, TEST_SEED, VALID_SEED, CONTROL_SEED = 1, 2, 3, 1000
 MAX_POSITIONS = 128
+REPORT_TEMPERATURES = (1.0, 0.6)
 
 Row = dict[str, str]
 
@@ -247,8 +249,9 @@ def load(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
 
 
 def report(label: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rows: list[Row]) -> None:
-    found = evaluate_demo(model, tokenizer, rows).metrics
-    print(f"{label}: " + "  ".join(f"{name} {found[name]:.1f}" for name in ("greedy", "avg@8", "pass@8")), flush=True)
+    found = evaluate_demo(model, tokenizer, rows, REPORT_TEMPERATURES).metrics
+    names = ("greedy", *(at_temperature(name, t) for t in REPORT_TEMPERATURES for name in ("avg@8", "pass@8")))
+    print(f"{label}: " + "  ".join(f"{name} {found[name]:.1f}" for name in names), flush=True)
 
 
 def build_data(output_dir: Path) -> None:

@@ -89,9 +89,12 @@ def evaluate_saved(folder: str, rows: list[dict[str, str]]) -> EvalResult:
 
 
 def evaluate_demo(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, str]]
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[dict[str, str]],
+    temperatures: Sequence[float] = (1.0,),
 ) -> EvalResult:
-    """Evaluate a model on rows with `prompt` and `answer`, greedily and in eight samples."""
+    """Evaluate a model on rows with `prompt` and `answer`, greedily and in eight samples at each temperature."""
     chats = [[{"role": "user", "content": row["prompt"]}] for row in rows]
     problems = ProblemSet(
         prompts=[tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=False) for c in chats],
@@ -102,7 +105,7 @@ def evaluate_demo(
         decode=lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
         grader=Grader(task.is_correct, "tsdkd.demo.task:is_correct"),
     )
-    return evaluate(model, problems)
+    return evaluate(model, problems, temperatures=temperatures)
 
 
 def _format_metrics(result: EvalResult) -> str:
