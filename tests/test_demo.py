@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tsdkd.cli import main
+from tsdkd.demo.run_demo import evaluate_demo
 from tsdkd.demo.task import MOVES, VOCABULARY, is_correct, iter_problems, parse_prompt, sample_solution
 
 DEMO = Path(__file__).parent.parent / "src/tsdkd/demo"
@@ -125,6 +127,14 @@ def test_each_word_is_one_token(name: str) -> None:
     ids = tokenizer(text).input_ids
     assert len(ids) == len(text.split()) and tokenizer.unk_token_id not in ids
     assert tokenizer.decode(ids) == text
+
+
+def test_a_lower_temperature_is_measured_beside_temperature_1() -> None:
+    model = AutoModelForCausalLM.from_pretrained(DEMO / "student", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(DEMO / "student")
+    found = evaluate_demo(model, tokenizer, rows("test")[:64], (1.0, 0.3)).metrics
+    assert found["avg@8"] == evaluate_demo(model, tokenizer, rows("test")[:64]).metrics["avg@8"]
+    assert found["avg@8"] < found["avg@8 T=0.3"]
 
 
 def test_a_short_run_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
