@@ -69,8 +69,10 @@ def estimated(args: TSDKDConfig, student: PretrainedConfig, teacher: PretrainedC
 def rows(tokens: int, count: int) -> Dataset:
     """Completions of at least so many tokens, in the words of the demo; they are cut where a sequence is full."""
     rng = random.Random(0)
-    words = ["a", "b", "so", "then", "=", "1", "2", "3", "+4", "*2"]
-    made = [{"prompt": "a 3 +4 ; find a", "completion": " ".join(rng.choices(words, k=tokens))} for _ in range(count)]
+    words = ["0,0", "1,2", "27,7", "x+5", "y-2", "x~3", "y~4", "x#0", "y#1", "->"]
+    made = [
+        {"prompt": "27,7 x+5 y~3 -> y+3", "completion": " ".join(rng.choices(words, k=tokens))} for _ in range(count)
+    ]
     return Dataset.from_list(made)
 
 

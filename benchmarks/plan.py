@@ -84,7 +84,7 @@ def measure(folder: str, case: dict[str, Any]) -> None:
         save_strategy="no",
         log_term_gradients=case.get("log_term_gradients", 0),
     )
-    rows = Dataset.from_dict({"prompt": ["a 3 +4 ; find a"] * 64})
+    rows = Dataset.from_dict({"prompt": ["27,7 x+5 y~3 -> y+3"] * 64})
     before = resident("VmRSS")
     if not on_gpu:
         Path("/proc/self/clear_refs").write_text("5")

@@ -30,6 +30,7 @@ from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, StoppingCriteria
 
 from tsdkd import TSDKDConfig
+from tsdkd.demo.task import VOCABULARY
 from tsdkd.rollout.base import SamplingConfig
 from tsdkd.rollout.hf import HuggingFaceSampler
 
@@ -38,7 +39,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZES: dict[str, dict[str, Any]] = {
     "60m": {"vocab_size": 32768, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8},
     "1.5b": {"vocab_size": 151936, "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28},
-    "demo": {"vocab_size": 64},
+    "demo": {"vocab_size": len(VOCABULARY)},
     "tiny": {"vocab_size": 2048, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2},
 }
 HEADS = {"60m": (8, 8), "1.5b": (12, 2), "tiny": (2, 1)}  # of queries, of keys

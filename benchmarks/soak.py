@@ -59,7 +59,7 @@ def main() -> int:
         flags = ["--output_dir", f"{folder}/run", "--max_steps", str(arguments.steps), "--report_to", "none"]
         flags += ["--save_strategy", "steps", "--save_steps", str(arguments.steps // 10), "--save_total_limit", "2"]
         flags += ["--logging_steps", "50", "--disable_tqdm", "true", "--use_vllm", str(arguments.vllm).lower()]
-        flags += ["--learning_rate", "1e-4"]  # the demo's is for a tenth of the steps
+        flags += ["--learning_rate", "1e-4"]  # the demo's is for a seventh of the steps
         watch = Watch(arguments.settle, arguments.steps // 10)
         trainer = build_trainer(parse_arguments("demo.yaml", flags))
         trainer.add_callback(watch)

@@ -27,6 +27,7 @@ SLOW_FILES = {
     "test_zero.py",
 }
 SLOW_TESTS = {
+    "test_demo.py::test_a_short_run_learns",
     "test_docs.py::test_commands_run",
     "test_docs.py::test_the_reference_is_the_dataclasses",
     "test_fidelity.py::test_the_students_weights_may_be_bfloat16",

@@ -336,7 +336,7 @@ def test_every_run_of_a_table_trains(name: str, tmp_path: Path) -> None:
     """One step on a few of the demo's rows, measured on a few problems."""
     pytest.importorskip("math_verify")
     package = Path(str(resources.files("tsdkd")))
-    lines = (package / "demo/train.jsonl").read_text().splitlines()[:16]
+    lines = (package / "demo/train.jsonl").read_text().splitlines()[:32]
     few = write_jsonl(tmp_path / "few.jsonl", [json.loads(line) for line in lines])
     values = yaml.safe_load((package / "configs/compare" / name).read_text())
     values["settings"] |= {"dataset_name": few, "max_steps": 1, "per_device_train_batch_size": 8, "max_new_tokens": 16}

@@ -49,8 +49,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with the files that the pages speak of."""
     place = tmp_path_factory.mktemp("docs")
     shutil.copy(ROOT / "src/tsdkd/configs/demo.yaml", place / "my.yaml")
-    texts = [f"a {n} +1 ; b 2 +2 ; find a - b" for n in range(2)]
-    rows = [{"prompt": text, "instruction": text, "completion": "so a", "response": "so a"} for text in texts]
+    texts = [f"{n},7 x+5 y~3 x#4 y-2 x+9 y#0 y+1 x~4 -> y+3" for n in range(2)]
+    rows = [{"prompt": text, "instruction": text, "completion": "y-2 0,5", "response": "y-2 0,5"} for text in texts]
     for name in ("prompts.jsonl", "teacher.jsonl"):
         (place / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     shutil.copy(ROOT / "src/tsdkd/demo/test.jsonl", place / "mine.jsonl")

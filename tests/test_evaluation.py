@@ -18,6 +18,7 @@ from scipy import stats
 
 from conftest import TEMPLATE, build_tokenizer
 from tsdkd.cli import main
+from tsdkd.demo.task import parse_prompt, solve
 
 pytest.importorskip("lm_eval")
 
@@ -188,6 +189,12 @@ def letter_of(doc: dict[str, Any], prompt: str) -> str:
     return line[1]
 
 
+def walk_of(prompt: str) -> str:
+    """The walk that begins with the move that the prompt offers last."""
+    problem = parse_prompt(prompt)
+    return solve(problem, problem.menu[-1])
+
+
 ADD = "def add(a, b):\n    return a + b\n"
 # benchmark -> what a model that is right says, or prefers
 RIGHT: dict[str, Any] = {
@@ -205,8 +212,7 @@ RIGHT: dict[str, Any] = {
     **dict.fromkeys(["math500", "aime24"], lambda doc: rf"\boxed{{{doc['answer']}.0}}"),
     **dict.fromkeys(["aime25", "amc23", "minerva"], lambda doc: rf"is $\boxed{{{doc['answer']}}}$."),
     "olympiadbench": lambda doc: rf"\boxed{{{doc['final_answer'][0]}}}",
-    "demo": lambda doc: f"so answer {doc['answer']}",
-    "demo_greedy": lambda doc: f"so answer {doc['answer']}",
+    **dict.fromkeys(["demo", "demo_greedy"], lambda doc: walk_of(doc["answer"])),
 }
 
 
@@ -465,6 +471,9 @@ def own_file(path: Path, some_rows: list[Any]) -> str:
     return str(path)
 
 
+WALKS = ["--grader", "tsdkd.demo.task:is_correct", "--max_new_tokens", "8"]  # as in the demo's suite
+
+
 def ran_own(out: Path, file: str, *flags: str, models: list[str] = OWN) -> int:
     return ran(out, "--benchmarks", file, "--max_new_tokens", "64", *flags, models=models)
 
@@ -472,11 +481,11 @@ def ran_own(out: Path, file: str, *flags: str, models: list[str] = OWN) -> int:
 def test_a_file_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Is a benchmark: as many items are right as of the same problems in the demo's suite, greedily item by item."""
     out, file = tmp_path / "out", own_file(tmp_path / "mine.jsonl", demo_rows())
-    assert ran_own(out, file) == 0
+    assert ran_own(out, file, *WALKS) == 0
     printed, errors = capsys.readouterr()
     assert "mine, greedy" not in errors  # no progress bars: this isn't a terminal
     table = (out / "results-mine.md").read_text()
-    assert table in printed and "Settings of mine: backend hf, chat template yes, max_new_tokens 64" in table
+    assert table in printed and "Settings of mine: backend hf, chat template yes, max_new_tokens 8" in table
     assert table.startswith("|  | mine, greedy | mine avg@2 | mine pass@2 |") and "(p = " in table
     assert "wrote results-mine.md, results-mine.json and all items to " in printed
     assert f"<user> {demo_rows()[0]['prompt']} <sol>" in printed
@@ -496,17 +505,17 @@ def test_a_file_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     items = out / "teacher/mine.jsonl"
     whole = items.read_text()
     items.write_text("".join(whole.splitlines(keepends=True)[:5]))
-    assert ran_own(out, file) == 0
+    assert ran_own(out, file, *WALKS) == 0
     assert items.read_text().splitlines()[:5] == whole.splitlines()[:5] and len(rows(items)) == 12
     capsys.readouterr()
     own_file(tmp_path / "mine.jsonl", [*demo_rows()[1:], demo_rows()[0]])
-    assert ran_own(out, file) == 2
+    assert ran_own(out, file, *WALKS) == 2
     assert "data was" in capsys.readouterr().err
 
 
 def test_conversations_numbers_and_other_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A prompt may be messages, also with a solution at the end; an answer may be a number, in any readable format."""
-    problems = demo_rows(4)
+    problems = [{"prompt": row["prompt"], "answer": str(number)} for number, row in enumerate(demo_rows(4))]
     chats = [
         {"messages": [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": "answer 1"}]}
         | {"gold": float(row["answer"])}
@@ -514,7 +523,7 @@ def test_conversations_numbers_and_other_columns(tmp_path: Path, capsys: pytest.
     ]
     student = OWN[:1]
     (tmp_path / "table.csv").write_text(
-        "".join(["q,gold\n", *(f"{row['prompt']},{row['answer']}\n" for row in problems)])
+        "".join(["q,gold\n", *(f'"{row["prompt"]}",{row["answer"]}\n' for row in problems)])
     )
     plain = own_file(tmp_path / "plain.jsonl", problems)
     chat = own_file(tmp_path / "chat.json", chats)
@@ -558,11 +567,12 @@ def test_a_grader_of_ones_own(
         "def says(completion, answer):\n    return 'yes'\n"
         "number = 3\n"
     )
-    file = own_file(tmp_path / "mine.jsonl", demo_rows(4))
+    problems = [row | {"answer": row["prompt"].split()[-1]} for row in demo_rows(4)]  # the last move
+    file = own_file(tmp_path / "mine.jsonl", problems)
     student, out = OWN[:1], tmp_path / "out"
     assert ran_own(out, file, "--grader", "my_graders:contains", models=student) == 0
     for row in rows(out / "student/mine.jsonl"):
-        answer = demo_rows(4)[row["doc_id"]]["answer"]
+        answer = problems[row["doc_id"]]["answer"]
         assert row["scores"] == [float(f" {answer} " in text) for text in row["responses"]]
     capsys.readouterr()
     assert ran_own(out, file, models=student) == 2

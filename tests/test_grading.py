@@ -29,9 +29,18 @@ def scores(completion, answer): return 0.5
 def takes_one(completion): return True
 """
 DEMO = Path(str(resources.files("tsdkd").joinpath("demo")))
-COMPLETION = "so a 3 +4 = 7 . then d 5 -2 = 3"  # cut off before the word "answer"
+COMPLETION = "y-2 27,5 y+3 27,8"
+DEMO_GRADER = "tsdkd.demo.task:is_correct"
 Rows = list[dict[str, str]]
-ROWS: Rows = [{"prompt": "d 5 -2 ; a 3 +4 ; find d - a", "answer": answer} for answer in ("3", "8", "7", "3.0")]
+PROMPTS = [  # the completion is right for two of them; the others don't offer y-2, or end with another move
+    "27,7 x+5 y~3 x#4 y-2 x+9 y#0 y+1 x~4 -> y+3",
+    "27,7 x+5 y~3 x#4 y-3 x+9 y#0 y+1 x~4 -> y+3",
+    "27,7 y-2 x+5 y~3 x#4 x+9 y#0 y+1 x~4 -> y+3",
+    "27,7 x+5 y~3 x#4 y-2 x+9 y#0 y+1 x~4 -> y+4",
+]
+ROWS: Rows = [{"prompt": prompt, "answer": prompt} for prompt in PROMPTS]
+WORDS = ("27,5", "8", "y+3", "27")  # the first and the third are words of the completion
+NUMBERS = ("278", "8", "27", "278.0")  # the last number of the completion is 278: commas group digits
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +56,12 @@ def says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PreTrainedTokenizerBase, "decode", decode)
 
 
+def with_column(name: str, texts: tuple[str, ...]) -> Rows:
+    return [row | {name: text} for row, text in zip(ROWS, texts, strict=True)]
+
+
 def by_training(folder: Path, rows: Rows = ROWS, **options: Any) -> float:
+    options = {"grader": DEMO_GRADER, **options}
     values = {**QUIET, "model_name_or_path": DEMO / "student", "teacher_model_name_or_path": DEMO / "teacher"}
     path = write_jsonl(folder / "rows.jsonl", [row | {"completion": "a"} for row in rows])
     values |= {"dataset_name": path, "eval_dataset_name": path, "max_steps": 1, "max_new_tokens": 4, **options}
@@ -62,6 +76,7 @@ def by_demo(folder: Path) -> float:
 
 
 def by_compare(folder: Path, rows: Rows = ROWS, **options: Any) -> float:
+    options = {"grader": DEMO_GRADER, **options}
     base = {"model_name_or_path": str(DEMO / "student"), "teacher_model_name_or_path": str(DEMO / "teacher")}
     base |= {"dataset_name": write_jsonl(folder / "rows.jsonl", rows), "output_dir": "unused", "max_new_tokens": 4}
     base |= {"use_cpu": True, "bf16": False, "max_length": 64, **options}
@@ -89,19 +104,32 @@ def by_eval(folder: Path) -> float:
 
 @pytest.mark.parametrize("measure", [by_training, by_demo, by_compare, by_eval])
 def test_every_path_grades_alike(measure: Callable[[Path], float], tmp_path: Path) -> None:
-    """The last number counts where nothing is boxed: two of the four answers are 3."""
     assert measure(tmp_path) == 50.0
+
+
+@pytest.mark.parametrize("measure", [by_training, by_compare])
+def test_without_a_grader_the_last_number_counts(measure: Callable[..., float], tmp_path: Path) -> None:
+    assert measure(tmp_path, with_column("answer", NUMBERS), grader="null") == 50.0
+
+
+@pytest.mark.parametrize("measure", [by_training, by_compare])
+def test_the_demo_s_grader_tells_which_answers_it_needs(
+    measure: Callable[..., float], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(AssertionError):
+        measure(tmp_path, with_column("answer", NUMBERS))
+    expected = "is_correct raised ValueError: expected a problem of the demo as the answer, found '278'"
+    assert f"grader: tsdkd.demo.task:{expected}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("measure", [by_training, by_compare])
 def test_a_grader_of_ones_own(
     measure: Callable[..., float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It is found in the current directory, and answers in another column. 3 and 7 are words of the
-    completion, 8 and 3.0 aren't."""
+    """It is found in the current directory, and answers in another column."""
     (tmp_path / "word_grader.py").write_text(GRADERS, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    rows = [{"prompt": row["prompt"], "answer": "none", "gold": row["answer"]} for row in ROWS]
+    rows = with_column("gold", WORDS)
     assert measure(tmp_path, rows, answer_column="gold", grader="word_grader:has_word") == 50.0
     shutil.rmtree(tmp_path / ("run" if measure is by_training else "out"))
     for grader, found in (
@@ -181,9 +209,10 @@ def test_a_run_goes_on_with_its_grader(
     (tmp_path / "word_grader.py").write_text(GRADERS, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     options = {"grader": "word_grader:has_word", "save_strategy": "steps", "save_steps": 1, "resume": "true"}
-    assert by_training(tmp_path, **options) == 50.0
+    rows = with_column("answer", WORDS)
+    assert by_training(tmp_path, rows, **options) == 50.0
     with pytest.raises(AssertionError):
-        by_training(tmp_path, **{**options, "grader": "word_grader:scores", "max_steps": 2})
+        by_training(tmp_path, rows, **{**options, "grader": "word_grader:scores", "max_steps": 2})
     assert "grader was 'word_grader:has_word', now 'word_grader:scores'" in capsys.readouterr().err
 
 
@@ -194,12 +223,12 @@ def test_a_grader_in_python(tmp_path: Path) -> None:
         TSDKDConfig(str(tmp_path), **QUIET, max_new_tokens=4, eval_strategy="steps", eval_steps=1),
         train_dataset=Dataset.from_list(ROWS),
         eval_dataset=Dataset.from_list(ROWS),
-        grader=lambda completion, answer: answer == "8" and completion == COMPLETION,
+        grader=lambda completion, answer: answer == PROMPTS[1] and completion == COMPLETION,
     )
     assert trainer.evaluate()["eval_accuracy"] == 0.25
 
 
 def test_the_last_box_comes_before_the_last_number() -> None:
-    assert is_exact_match(COMPLETION, "3") and not is_exact_match(COMPLETION, "7")
+    assert is_exact_match("so 3 + 4 = 7 . then 5 - 2 = 3", "3") and not is_exact_match("3 + 4 = 7 .", "3")
     assert is_exact_match(r"\boxed{7}, not 3", "7") and not is_exact_match(r"\boxed{7}, not 3", "3")
     assert is_exact_match("so answer 1,000", "1000.0") and not is_exact_match("answer", "3")

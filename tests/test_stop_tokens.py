@@ -18,6 +18,7 @@ from tsdkd.run.arguments import parse_arguments
 
 STUDENT, TEACHER = {1, 7}, {8, 9}
 """Ids of tokenizer and generation config, all different; the teacher has another one that is not shared."""
+WALK = "27,7 x+5 y~3 x#4 y-2 x+9 y#0 y+1 x~4 -> y+3"  # an answer that the demo's grader can read
 
 
 @pytest.fixture
@@ -72,7 +73,7 @@ def test_a_students_completion_ends_at_the_same_tokens_everywhere(
     assert set(model.generation_config.eos_token_id) == expected, "what is saved"
 
     seen.clear()
-    evaluate_demo(model, tokenizer, make_rows(2))
+    evaluate_demo(model, tokenizer, [row | {"answer": WALK} for row in make_rows(2)])
     assert seen and all(ids == expected for ids in seen), "demo"
 
     seen.clear()

@@ -23,7 +23,7 @@ KEY = 2  # the word that alone decides, in the tests of decisive tokens
 USER_CODE = f"""
 def by_kind(tokens, prompt):
     assert prompt and not prompt.startswith("<")
-    return ["digit" if t.strip().isdigit() else "word" if t.strip().isalpha() else "other" for t in tokens]
+    return ["cell" if "," in t else "move" if t.strip()[0] in "xy" else "other" for t in tokens]
 
 def by_key(tokens, prompt):
     return ["key" if i == {KEY} else "before" if i < {KEY} else "after" for i in range(len(tokens))]
@@ -77,7 +77,7 @@ def sums_by_role(record: StepRecord, options: dict[str, float]) -> dict[str, dic
         opener = ref.opener_length(ours, options["opener_ratio"])
         for t, row in enumerate(rows):
             word = record.texts[int(columns["token"][row])].strip()
-            role = "digit" if word.isdigit() else "word" if word.isalpha() else "other"
+            role = "cell" if "," in word else "move" if word[0] in "xy" else "other"
             gate = ref.entropy_gap_gate(ours[t], theirs[t], options["gate_temperature"])
             quantities = {
                 "tokens": 1.0,
@@ -100,7 +100,7 @@ def test_shares(capsys: pytest.CaptureFixture[str]) -> None:
     (record,) = read_records(Path("look"))
     assert table["num_tokens"] == len(record.columns["token"]) and table["num_completions"] == 6
     sums = sums_by_role(record, options)
-    assert table["roles"].keys() == sums.keys() == {"digit", "word", "other"}
+    assert table["roles"].keys() == sums.keys() == {"cell", "move", "other"}
     for role, expected in sums.items():
         found = table["roles"][role]
         for share in ("tokens", "L_EM", "opener", "trigger", "direct"):
@@ -114,7 +114,7 @@ def test_shares(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_totals_and_the_demo_s_roles() -> None:
     table = analyze("look", "demo", limit=8)
-    assert {"connective", "chain choice", "operation", "result digit", "answer digit"} <= table["roles"].keys()
+    assert {"first move", "cell 1", "last move", "cell 2", "end"} <= table["roles"].keys()
     tried = [row for row in table["roles"].values() if row["num_tried"]]
     for share, totals in table["totals"].items():
         whole = sum(row[share] for row in tried)
@@ -129,11 +129,19 @@ def test_totals_and_the_demo_s_roles() -> None:
 def test_the_demo_s_roles_cover_a_solution() -> None:
     for (problem, solution), _ in zip(iter_problems(0, "train"), range(50), strict=False):
         tokens = [f" {word}" for word in solution.split()] + ["<eos>"]
-        roles = assign_roles(tokens, problem.prompt)
-        assert "other" not in roles and roles[-3:] == ["answer", "answer digit", "end"]
-        steps = roles.count("step end")
-        assert roles.count("connective") == roles.count("result digit") == roles.count("chain choice") == steps
-        assert steps == len(problem.first.operations) + len(problem.second.operations) + 1
+        assert assign_roles(tokens, problem.prompt) == ["first move", "cell 1", "last move", "cell 2", "end"]
+
+
+def test_tokens_at_unexpected_places_have_the_role_other() -> None:
+    assert assign_roles(["27,7", "27,7", "<eos>"], "") == ["other", "cell 1", "other"]
+    assert assign_roles(["x+5", "x~3", "y#4", "0,0", "0,1", "<eos>"], "")[1:] == [
+        "other",
+        "last move",
+        "cell 2",
+        "other",
+        "other",
+    ]
+    assert assign_roles(["x+16", "32,0", "->", "<unk>"], "") == ["other"] * 4
 
 
 def run_on(student: str, teacher: str, **values: object) -> dict[str, object]:
@@ -215,7 +223,7 @@ def test_nothing_is_on_track() -> None:
 
 
 def test_without_answers(capsys: pytest.CaptureFixture[str]) -> None:
-    prompts = write_jsonl(Path("prompts.jsonl"), [{"prompt": "a 3 +4 ; d 5 -2 ; find a - d"}] * 2)
+    prompts = write_jsonl(Path("prompts.jsonl"), [{"prompt": "27,7 x+5 y~3 x#4 y-2 x+9 y#0 y+1 x~4 -> y+3"}] * 2)
     table = analyze("look", "demo", dataset_name=prompts)
     assert table["totals"] is None and not any("decisive_student" in row for row in table["roles"].values())
     output = capsys.readouterr().out

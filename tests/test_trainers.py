@@ -449,7 +449,7 @@ def test_the_methods_do_not_import_vllm() -> None:
 def test_a_script_needs_no_settings_for_a_cpu(tmp_path):
     """TRL's default, bfloat16, is refused by transformers there; and the demo's models have names."""
     args = TSDKDConfig(str(tmp_path), max_steps=1, max_completion_length=4, logging_steps=1, report_to="none")
-    rows = Dataset.from_list([{"prompt": "j 7 +3 ; c 5 +1 ; find c + j"}])
+    rows = Dataset.from_list([{"prompt": "27,7 x+5 y~3 x#4 y-2 x+9 y#0 y+1 x~4 -> y+3"}])
     trainer = TSDKDTrainer("tsdkd://demo/student", "tsdkd://demo/teacher", args, train_dataset=rows)
     trainer.train()
     assert args.bf16 is False and first_log(trainer)["loss"] > 0

@@ -124,8 +124,8 @@ def test_evaluation_is_that_of_transformers(tmp_path):
     """In float32 an engine's greedy responses are the model's; and the prompts are rendered alike."""
     student = shutil.copytree(resources.files("tsdkd") / "demo/student", tmp_path / "student")
     with (student / "chat_template.jinja").open("a") as file:
-        file.write("{% if enable_thinking is defined and enable_thinking is false %}so{% endif %}{{ mood }}")
-    (student / "tsdkd_config.yaml").write_text("chat_template_kwargs: {enable_thinking: false, mood: ' then'}")
+        file.write("{% if enable_thinking is defined and enable_thinking is false %}0,0{% endif %}{{ mood }}")
+    (student / "tsdkd_config.yaml").write_text("chat_template_kwargs: {enable_thinking: false, mood: ' x+1'}")
     for backend, extra in (("hf", ""), ("vllm", ",max_model_len=128")):
         command = ["eval", str(student), "--suite", "demo", "--benchmarks", "demo_greedy", "--limit", "16"]
         command += ["--backend", backend, "--model_args", f"dtype=float32{extra}"]
@@ -134,7 +134,7 @@ def test_evaluation_is_that_of_transformers(tmp_path):
     hf, vllm = ([json.loads(line)["responses"][0].strip() for line in path.read_text().splitlines()] for path in found)
     assert len(hf) == 16 and hf == vllm
     prompts = {path.with_name("demo_greedy.prompt.txt").read_text() for path in found}
-    assert len(prompts) == 1 and prompts.pop().endswith("so then")
+    assert len(prompts) == 1 and prompts.pop().endswith("0,0 x+1")
 
 
 @pytest.mark.parametrize("method", ["tsd-kd", "eopd"])
@@ -187,7 +187,7 @@ def test_a_student_with_adapters(saved_model, tmp_path):
 
 
 def test_the_demo_learns_as_much_as_with_the_students_own_rollouts(tmp_path):
-    """docs/demo.md: avg@8 37.0 before, 54 to 61 after, by seed."""
+    """docs/demo.md has the accuracies; the student has about 30 before."""
     assert main(["demo", "--use_vllm", "true", "--output_dir", str(tmp_path / "run")]) == 0
     rows = list(load_split(str(resources.files("tsdkd").joinpath("demo/test.jsonl")), None, "train"))[:256]
     assert evaluate_saved(str(tmp_path / "run"), rows).metrics["avg@8"] > 50

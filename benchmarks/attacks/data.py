@@ -477,7 +477,7 @@ def _media(rng: random.Random, folder: Path) -> None:
             name = _letters(rng)
             value, feature = {name: value}, {name: feature}
     column, features = rng.choice(["prompt", "answer", "x"]), {"prompt": {"_type": "Value", "dtype": "string"}}
-    table = pa.Table.from_pylist([{"prompt": "a 3 +4 ; find a", column: value}] * rng.randint(1, 3))
+    table = pa.Table.from_pylist([{"prompt": "27,7 x+5 -> y+3", column: value}] * rng.randint(1, 3))
     info = {"info": {"features": features | {column: feature}}}
     pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps(info)}), folder / "rows.parquet")
     with _inside(folder):
@@ -524,7 +524,7 @@ def _odd_columns(rng: random.Random, folder: Path) -> None:
         lambda: rng.random() < 0.5,
         lambda: float("nan"),
     ]
-    rows = [{"prompt": f"a {i} +4 ; find a", "completion": "4"} for i in range(rng.randint(1, 4))]
+    rows = [{"prompt": f"{i},7 x+5 -> y+3", "completion": "x+5"} for i in range(rng.randint(1, 4))]
     extra = {name: rng.choice(kinds) for name in rng.sample(ours, rng.randint(1, 6))}
     logging.disable(logging.WARNING)
     plain, odd = (_prepare(r) for r in (rows, [{**row, **{k: make() for k, make in extra.items()}} for row in rows]))
@@ -575,7 +575,7 @@ def _templates(rng: random.Random, folder: Path) -> None:
     logging.disable(logging.WARNING)
     try:
         with mock.patch("tsdkd.models.chat_template.MAX_SECONDS", 0.5):
-            assert len(_prepare([{"prompt": "a 3 +4 ; find a"}], tokenizer)) == 1
+            assert len(_prepare([{"prompt": "27,7 x+5 -> y+3"}], tokenizer)) == 1
     except DataError as error:
         expected = ("row 0: the chat template", "no token", "room", "can't represent")
         assert len(str(error)) < 500 and any(text in str(error) for text in expected), error
@@ -587,7 +587,7 @@ def _templates(rng: random.Random, folder: Path) -> None:
 def _generated() -> tuple[Path, list[bytes]]:
     """A data set of five prompts, and the file that `tsdkd generate` makes of it."""
     folder = Path(tempfile.mkdtemp())
-    rows = "".join(json.dumps({"prompt": f"a {i} +4 ; find a", "answer": str(i + 4)}) + "\n" for i in range(5))
+    rows = "".join(json.dumps({"prompt": f"{i},7 x+5 -> y+3", "answer": str(i + 4)}) + "\n" for i in range(5))
     (folder / "rows.jsonl").write_text(rows)
     code, error = _call("generate", *_generate_flags(folder), f"--output_file={folder / 'whole.jsonl'}")
     assert code == 0, error

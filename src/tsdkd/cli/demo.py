@@ -18,7 +18,7 @@ def main(argv: Sequence[str]) -> int:
     """Evaluate, distill and evaluate again on the embedded task."""
     parser = ArgumentParser(
         prog="tsdkd demo",
-        description="Watch a tiny student learn arithmetic from a tiny teacher, on a CPU, without any download.",
+        description="Watch a tiny student learn to plan a walk from a tiny teacher, on a CPU, without any download.",
         epilog=_EPILOG,
         usage="tsdkd demo [--method tsd-kd|eopd] [--key value ...]",
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -13,6 +13,7 @@ from ..config.console import PlainConsole
 from ..data import load_split
 from ..errors import install_hint
 from ..evaluation import EvalResult, ProblemSet, evaluate
+from ..grading import Grader
 from ..models.tokenizers import stop_token_ids
 from ..run.arguments import RunArguments
 from ..run.output_dir import resolve_resume
@@ -88,19 +89,23 @@ def evaluate_saved(folder: str, rows: list[dict[str, str]]) -> EvalResult:
 
 
 def evaluate_demo(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, str]]
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[dict[str, str]],
+    temperatures: Sequence[float] = (1.0,),
 ) -> EvalResult:
-    """Evaluate a model on rows with `prompt` and `answer`, greedily and in eight samples."""
+    """Evaluate a model on rows with `prompt` and `answer`, greedily and in eight samples at each temperature."""
     chats = [[{"role": "user", "content": row["prompt"]}] for row in rows]
     problems = ProblemSet(
         prompts=[tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=False) for c in chats],
         answers=[row["answer"] for row in rows],
-        limits=[task.MAX_COMPLETION_TOKENS + 10] * len(rows),
+        limits=[task.COMPLETION_TOKENS + 3] * len(rows),
         stop_token_ids=stop_token_ids(model.config.vocab_size, (model.generation_config, tokenizer)),
         vocab_size=model.config.vocab_size,
         decode=lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
+        grader=Grader(task.is_correct, "tsdkd.demo.task:is_correct"),
     )
-    return evaluate(model, problems)
+    return evaluate(model, problems, temperatures=temperatures)
 
 
 def _format_metrics(result: EvalResult) -> str:

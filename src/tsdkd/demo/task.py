@@ -1,102 +1,162 @@
-"""The demo task "chains": arithmetic modulo 10 on two interleaved chains of one to three operations.
+"""The demo task "walks": two moves on a torus of 32 x 32 cells.
 
-    prompt      a 3 +4 *2 ; d 5 -2 ; find a - d
-    completion  so a 3 +4 = 7 . then d 5 -2 = 3 ; thus a 7 *2 = 4 ; so a 4 - d 3 = 1 . answer 1
+    prompt      27,7 x+5 y~3 x#4 y-2 x+9 y#0 y+1 x~4 -> y+3
+    completion  y-2 27,5 y+3 27,8
 
-Every step applies the next operation of one chain. "." ends a step, and ";" ends a step that finishes its chain. Words
-are separated by single spaces, and each word is one token. Each step of a solution has two free choices: which
-unfinished chain to advance, and which connective to begin with. All other tokens are determined by the text so far.
+From the first cell, make any one of the eight offered moves, then the last move, and write the cell after each. Words
+are separated by single spaces, and each word is one token. A move changes one axis: shifts `x+d` and `x-d` (x becomes
+x + d or x - d, modulo 32), mirrors `x~c` (c - x modulo 32), and tables `x#i`, each a fixed random permutation of
+0..31 that a model must memorize. The first token is the only free choice. Any offered move leads to a right answer if
+both cells are right, so `answer` in the files repeats the prompt, and `is_correct` checks the walk.
 """
 
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 from zlib import crc32
 
-PAD, EOS, UNK, USER, ASSISTANT = SPECIAL_TOKENS = ("<pad>", "<eos>", "<unk>", "<user>", "<sol>")
-CONNECTIVES = {"so": 0.4, "then": 0.3, "thus": 0.2, "next": 0.1}
-DIGITS = tuple("0123456789")
-NAMES = tuple("abcdefghijkl")
-OPERATIONS = tuple(f"{sign}{n}" for sign, first in (("+", 1), ("-", 1), ("*", 2)) for n in range(first, 10))
-VOCABULARY = (*SPECIAL_TOKENS, *DIGITS, *OPERATIONS, *NAMES, *CONNECTIVES, "+", "-", "=", ".", ";", "find", "answer")
+import numpy as np
 
-MAX_OPERATIONS = 3
-MAX_PROMPT_TOKENS = 18  # including <user> and <sol>
-MAX_COMPLETION_TOKENS = 54  # including <eos>
-
+Cell = tuple[int, int]
+Kind = Literal["shift", "mirror", "table"]
 Split = Literal["train", "held_out"]
+
+SIDE = 32
+NUM_TABLES = 48  # for each axis
+TABLE_SEED = 4
+MENU_SIZE = 8
+MENU_MIX: dict[Kind, float] = {"shift": 0.35, "mirror": 0.25, "table": 0.4}  # how often an offered move is of a kind
+LAST_MIX: dict[Kind, float] = {"shift": 0.5, "mirror": 0.4, "table": 0.1}
+RANK_OFFSET, RANK_EXPONENT = 2, 0.7  # table i is drawn with weight (i + 2) ** -0.7, so late ones are learned last
+
+PAD, EOS, UNK, USER, ASSISTANT = SPECIAL_TOKENS = ("<pad>", "<eos>", "<unk>", "<user>", "<sol>")
+ARROW = "->"
 
 
 @dataclass(frozen=True)
-class Chain:
-    """A named start value and the operations applied to it, in order."""
+class Move:
+    """A move on one axis.
 
-    name: str
-    start: int
-    operations: tuple[str, ...]
+    Attributes:
+        axis: 0 for x, 1 for y.
+        kind: what kind of permutation it is.
+        amount: d of a shift (negative for `x-d`), c of a mirror, number of a table.
+        images: the new coordinate for each of the 32 old ones.
+    """
 
-    def __str__(self) -> str:
-        return " ".join((self.name, str(self.start), *self.operations))
+    axis: int
+    kind: Kind
+    amount: int
+    images: tuple[int, ...]
+
+
+def _make_moves() -> dict[str, Move]:
+    """All moves by name: those of x, then those of y; shifts, mirrors, tables."""
+    rng, moves = np.random.default_rng(TABLE_SEED), {}
+    for axis, letter in enumerate("xy"):
+        for d in [d for d in range(1 - SIDE // 2, SIDE // 2) if d]:
+            moves[f"{letter}{d:+d}"] = Move(axis, "shift", d, tuple((x + d) % SIDE for x in range(SIDE)))
+        for c in range(SIDE):
+            moves[f"{letter}~{c}"] = Move(axis, "mirror", c, tuple((c - x) % SIDE for x in range(SIDE)))
+        for i in range(NUM_TABLES):
+            moves[f"{letter}#{i}"] = Move(axis, "table", i, tuple(rng.permutation(SIDE).tolist()))
+    return moves
+
+
+MOVES = _make_moves()
+CELLS: dict[str, Cell] = {f"{x},{y}": (x, y) for x in range(SIDE) for y in range(SIDE)}
+VOCABULARY = (*SPECIAL_TOKENS, ARROW, *CELLS, *MOVES)
+
+PROMPT_TOKENS = MENU_SIZE + 5  # including <user> and <sol>
+COMPLETION_TOKENS = 5  # including <eos>
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Two chains, in the order of the question `find first sign second`. The prompt may list them in reverse order."""
+    """A first cell, the offered moves and the last move, as they are written."""
 
-    prompt: str
-    answer: str
-    first: Chain
-    second: Chain
-    sign: str
+    start: str
+    menu: tuple[str, ...]
+    last: str
 
-
-def apply_operation(value: int, operation: str) -> int:
-    """Return the result of one operation such as "+4" or "*2", modulo 10."""
-    sign, number = operation[0], int(operation[1:])
-    return {"+": value + number, "-": value - number, "*": value * number}[sign] % 10
+    @property
+    def prompt(self) -> str:
+        """The text of the problem."""
+        return " ".join((self.start, *self.menu, ARROW, self.last))
 
 
-def final_value(chain: Chain) -> int:
-    """Return the value of a chain after all of its operations."""
-    value = chain.start
-    for operation in chain.operations:
-        value = apply_operation(value, operation)
-    return value
+def parse_prompt(prompt: str) -> Problem:
+    """Read a problem. Raises `ValueError` if the text is none."""
+    words = prompt.split()
+    if (
+        len(words) != MENU_SIZE + 3
+        or words[0] not in CELLS
+        or words[-2] != ARROW
+        or not all(word in MOVES for word in (*words[1:-2], words[-1]))
+    ):
+        raise ValueError(f"expected a problem of the demo as the answer, found {prompt[:80]!r}")
+    return Problem(words[0], tuple(words[1:-2]), words[-1])
+
+
+def apply_move(cell: str, move: str) -> str:
+    """Return the cell after a move."""
+    position, found = list(CELLS[cell]), MOVES[move]
+    position[found.axis] = found.images[position[found.axis]]
+    return f"{position[0]},{position[1]}"
+
+
+def solve(problem: Problem, first: str) -> str:
+    """Return the right completion that begins with an offered move."""
+    middle = apply_move(problem.start, first)
+    return " ".join((first, middle, problem.last, apply_move(middle, problem.last)))
+
+
+def is_correct(completion: str, answer: str) -> bool:
+    """Whether a completion is one of the right walks.
+
+    Args:
+        completion: text without special tokens.
+        answer: the prompt, because each of the offered moves leads to a right walk.
+
+    Raises:
+        ValueError: the answer isn't a prompt of this task.
+    """
+    problem, words = parse_prompt(answer), completion.split()
+    return bool(words) and words[0] in problem.menu and words == solve(problem, words[0]).split()
+
+
+def _cumulative_weights(mix: dict[Kind, float]) -> list[float]:
+    """For `random.choices`: within a kind, moves are as likely as each other, except tables."""
+    raw = [(m.amount + RANK_OFFSET) ** -RANK_EXPONENT if m.kind == "table" else 1.0 for m in MOVES.values()]
+    totals = dict.fromkeys(mix, 0.0)
+    for move, weight in zip(MOVES.values(), raw, strict=True):
+        totals[move.kind] += weight
+    return list(accumulate(w * mix[m.kind] / totals[m.kind] for m, w in zip(MOVES.values(), raw, strict=True)))
+
+
+_CELL_NAMES, _MOVE_NAMES = tuple(CELLS), tuple(MOVES)
+_MENU_WEIGHTS, _LAST_WEIGHTS = _cumulative_weights(MENU_MIX), _cumulative_weights(LAST_MIX)
 
 
 def make_problem(rng: random.Random) -> Problem:
-    """Draw two chains with different names and a question."""
-    chains = [
-        Chain(name, rng.randrange(10), tuple(rng.choices(OPERATIONS, k=rng.randint(1, MAX_OPERATIONS))))
-        for name in rng.sample(NAMES, 2)
-    ]
-    sign = rng.choice("+-")
-    first, second = rng.sample(chains, 2)
-    prompt = f"{chains[0]} ; {chains[1]} ; find {first.name} {sign} {second.name}"
-    answer = apply_operation(final_value(first), f"{sign}{final_value(second)}")
-    return Problem(prompt, str(answer), first, second, sign)
+    """Draw a first cell, distinct moves in random order, and a last move that isn't among them."""
+    menu: dict[str, None] = {}
+    while len(menu) < MENU_SIZE:
+        menu |= dict.fromkeys(rng.choices(_MOVE_NAMES, cum_weights=_MENU_WEIGHTS, k=MENU_SIZE - len(menu)))
+    offered = list(menu)
+    rng.shuffle(offered)  # likely moves were drawn first
+    last = offered[0]
+    while last in menu:
+        (last,) = rng.choices(_MOVE_NAMES, cum_weights=_LAST_WEIGHTS)
+    return Problem(rng.choice(_CELL_NAMES), tuple(offered), last)
 
 
-def sample_solution(problem: Problem, rng: random.Random) -> str:
-    """Draw one correct solution. Chains are chosen uniformly, connectives by weight."""
-    values = {chain: chain.start for chain in (problem.first, problem.second)}
-    todo = {chain: list(chain.operations) for chain in values}
-    steps = []
-    while unfinished := [chain for chain in values if todo[chain]]:
-        chain = rng.choice(unfinished)
-        operation = todo[chain].pop(0)
-        result = apply_operation(values[chain], operation)
-        end = "." if todo[chain] else ";"
-        steps.append(f"{_connective(rng)} {chain.name} {values[chain]} {operation} = {result} {end}")
-        values[chain] = result
-    left, right = (f"{chain.name} {value}" for chain, value in values.items())
-    steps.append(f"{_connective(rng)} {left} {problem.sign} {right} = {problem.answer} .")
-    return " ".join((*steps, "answer", problem.answer))
-
-
-def _connective(rng: random.Random) -> str:
-    return rng.choices(list(CONNECTIVES), list(CONNECTIVES.values()))[0]
+def sample_solution(problem: Problem, rng: random.Random, table_weight: float = 1.0) -> str:
+    """Draw one right completion. A table begins it with this weight, any other offered move with weight 1."""
+    weights = [table_weight if MOVES[name].kind == "table" else 1.0 for name in problem.menu]
+    return solve(problem, rng.choices(problem.menu, weights)[0])
 
 
 def assign_split(prompt: str) -> Split:

@@ -1,26 +1,28 @@
 """The roles of the demo's tokens, for `tsdkd analyze --token_roles demo`."""
 
-from .task import CONNECTIVES, DIGITS, EOS, NAMES, OPERATIONS
+from collections.abc import Container
+
+from .task import CELLS, EOS, MOVES
+
+_ROLES: tuple[tuple[str, Container[str]], ...] = (
+    ("first move", MOVES),
+    ("cell 1", CELLS),
+    ("last move", MOVES),
+    ("cell 2", CELLS),
+    ("end", (EOS,)),
+)
 
 
 def assign_roles(tokens: list[str], prompt: str) -> list[str]:
-    """Return the role of each token of a completion of the demo's task.
+    """Return the role of each token of a completion of the demo's task: by its position, if it is of the right form.
 
     Args:
         tokens: the decoded tokens.
         prompt: not needed.
     """
-    words = [token.strip() for token in tokens]
-    return [_assign_role(word, words[i - 1] if i else "") for i, word in enumerate(words)]
+    return [_assign_role(position, token.strip()) for position, token in enumerate(tokens)]
 
 
-def _assign_role(word: str, previous: str) -> str:
-    if word in CONNECTIVES:
-        return "connective"
-    if word in NAMES:
-        return "chain choice" if previous in CONNECTIVES else "other chain"
-    if word in OPERATIONS or word in ("+", "-"):
-        return "operation"
-    if word in DIGITS:
-        return {"=": "result digit", "answer": "answer digit"}.get(previous, "copied digit")
-    return {"=": "=", ".": "step end", ";": "step end", "answer": "answer", EOS: "end"}.get(word, "other")
+def _assign_role(position: int, word: str) -> str:
+    role, expected = _ROLES[position] if position < len(_ROLES) else ("other", ())
+    return role if word in expected else "other"

@@ -13,9 +13,10 @@ from jinja2 import UndefinedError
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 
+from ..config.user_code import load_grader
 from ..errors import DataError, first_line, list_names
 from ..files import load_in_child_first, require_readable_data
-from ..grading import is_boxed_letter, is_exact_match, is_math_equivalent
+from ..grading import is_boxed_letter, is_math_equivalent
 from .problem_task import ProblemTask
 from .sandbox import run_program
 from .suites import Benchmark
@@ -26,6 +27,7 @@ _BOXED_INSTRUCTION = "Please reason step by step, and put your final answer with
 _SAMPLING_KWARGS = {"do_sample": True, "temperature": 1.0, "top_p": 0.8}
 _NEUTRAL_KWARGS = {"top_k": 0, "repetition_penalty": 1.0}  # override the checkpoint's generation settings
 _LETTERS = "ABCD"
+_DEMO_GRADER = "tsdkd.demo.task:is_correct"  # by name, as in demo.yaml: the demo is above this package
 
 
 def _math_task(path: str, split: str, question: str, answer: str) -> dict[str, Any]:
@@ -69,8 +71,8 @@ def _demo_task(**generation: Any) -> dict[str, Any]:
         "dataset_kwargs": {"data_files": {"test": str(resources.files("tsdkd").joinpath("demo/test.jsonl"))}},
         "test_split": "test",
         "doc_to_text": lambda doc: doc["prompt"],
-        "grade": lambda response, doc: is_exact_match(response, str(doc["answer"])),
-        "generation_kwargs": {"max_gen_toks": 64, **generation},
+        "grade": lambda response, doc: load_grader(_DEMO_GRADER)(response, str(doc["answer"])),
+        "generation_kwargs": {"max_gen_toks": 8, **generation},
     }
 
 
