@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tsdkd.cli import main
@@ -135,6 +136,32 @@ def test_a_lower_temperature_is_measured_beside_temperature_1() -> None:
     found = evaluate_demo(model, tokenizer, rows("test")[:64], (1.0, 0.3)).metrics
     assert found["avg@8"] == evaluate_demo(model, tokenizer, rows("test")[:64]).metrics["avg@8"]
     assert found["avg@8"] < found["avg@8 T=0.3"]
+
+
+def test_what_the_methods_act_on_can_change_the_answer(tmp_path: Path) -> None:
+    """The properties that docs/demo.md and docs/evidence.md state of the task and its models."""
+    command = ["analyze", "--config", "demo.yaml", "--token_roles", "demo", "--limit", "200"]
+    assert main([*command, "--output_dir", str(tmp_path / "out")]) == 0
+    found = json.loads((tmp_path / "out/token_roles.json").read_text())
+    first, totals = found["roles"]["first move"], found["totals"]
+    assert min(first[term] for term in ("L_EM", "opener", "trigger")) > 60
+    assert first["decisive_teacher"] > 30  # several of the moves are right, yet another one often costs the answer
+    assert all(totals[term]["on_consequential"] > 95 for term in ("L_EM", "opener", "trigger", "direct"))
+    records = load_dataset("parquet", data_files=str(tmp_path / "out/records/*.parquet"), split="train")
+    teacher_entropy = torch.tensor(records["teacher_entropy"][:])
+    assert 0.15 < (teacher_entropy > 0.8).float().mean() < 0.27  # EOPD's trigger
+
+
+def test_the_student_is_far_from_its_best_when_it_samples() -> None:
+    """Sampled well below greedy, and greedy well below pass@8; the first token has more than ten candidates."""
+    model = AutoModelForCausalLM.from_pretrained(DEMO / "student", dtype=torch.float32)
+    tokenizer, some = AutoTokenizer.from_pretrained(DEMO / "student"), rows("test")[:256]
+    found = evaluate_demo(model, tokenizer, some).metrics
+    assert found["avg@8"] + 15 < found["greedy"] < found["pass@8"] - 10
+    prompts = torch.tensor(tokenizer([f"<user> {row['prompt']} <sol>" for row in some]).input_ids)
+    with torch.no_grad():
+        candidates = model(prompts).logits[:, -1].softmax(-1).topk(10).values
+    assert candidates[:, -1].mean() > 0.01
 
 
 def test_a_short_run_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
