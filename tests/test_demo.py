@@ -11,6 +11,7 @@ import torch
 from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from conftest import write_jsonl
 from tsdkd.cli import main
 from tsdkd.demo.run_demo import evaluate_demo
 from tsdkd.demo.task import MOVES, VOCABULARY, is_correct, iter_problems, parse_prompt, sample_solution
@@ -162,6 +163,15 @@ def test_the_student_is_far_from_its_best_when_it_samples() -> None:
     with torch.no_grad():
         candidates = model(prompts).logits[:, -1].softmax(-1).topk(10).values
     assert candidates[:, -1].mean() > 0.01
+
+
+@pytest.mark.parametrize(
+    "row", [{"prompt": PROMPT}, {"problem": PROMPT, "answer": PROMPT}, {"prompt": [{"role": "user", "content": "x"}]}]
+)
+def test_other_problems_to_evaluate_on(row: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write_jsonl(tmp_path / "own.jsonl", [row])
+    assert main(["demo", "--eval_dataset_name", str(file), "--output_dir", str(tmp_path / "run")]) == 2
+    assert f"eval_dataset_name {file}: the demo needs rows with the texts prompt and answer" in capsys.readouterr().err
 
 
 def test_a_short_run_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from ..config.console import PlainConsole
 from ..data import load_split
-from ..errors import install_hint
+from ..errors import DataError, install_hint
 from ..evaluation import EvalResult, ProblemSet, evaluate
 from ..grading import Grader
 from ..models.tokenizers import stop_token_ids
@@ -32,7 +32,7 @@ def run_demo(arguments: RunArguments) -> None:
     torch.set_num_threads(
         min(2, torch.get_num_threads())
     )  # more cost more than they give on matrices of 64 x 64, and change the bits of the run
-    rows = list(load_split(str(arguments.data_args.eval_dataset_name), None, "train"))[:NUM_PROBLEMS]
+    rows = _load_problems(str(arguments.data_args.eval_dataset_name))
     logger.info("evaluating teacher and student on %d held-out problems, percent solved:", len(rows))
     teacher = evaluate_saved(str(arguments.training_args.teacher_model_name_or_path), rows)
     logger.info("teacher %s", _format_metrics(teacher))
@@ -54,6 +54,14 @@ def run_demo(arguments: RunArguments) -> None:
     if "max_steps" in arguments.flag_names:
         logger.info("the README's numbers are for the default number of steps; few steps can lower the accuracy")
     _write_report(arguments, {"before": before, "after": after, "teacher": teacher})
+
+
+def _load_problems(name: str) -> list[dict[str, str]]:
+    """The problems to evaluate on. Raises `DataError`."""
+    rows = list(load_split(name, None, "train"))[:NUM_PROBLEMS]
+    if not all(isinstance(row.get(column), str) for row in rows for column in ("prompt", "answer")):
+        raise DataError(f"eval_dataset_name {name}: the demo needs rows with the texts prompt and answer")
+    return rows
 
 
 def _write_report(arguments: RunArguments, eval_results: dict[str, EvalResult]) -> None:

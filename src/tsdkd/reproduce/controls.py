@@ -2,7 +2,8 @@
 
     tsdkd train --config demo.yaml --method tsdkd.reproduce.controls:TSDKDControlTrainer --ranked_tokens random
 
-The number of tokens that a term acts on is always that of TSD-KD, so that only their choice differs.
+With `ranked_tokens` and `entropy_tokens`, a term acts on as many tokens as in TSD-KD, so that only their choice
+differs. `ranking: improbable` replaces the indirect term by one on all improbable tokens.
 """
 
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from ..objective import CompletionBatch
 from ..trainer.trainer import TokenSelectiveTrainer
 
 _ALPHA_IS_ZERO = (lambda v: v["alpha"] == 0, "alpha is 0")
+_NOT_RANKED = (lambda v: v["alpha"] == 0 or v["ranking"] == "improbable", "alpha is 0 or ranking is improbable")
 
 
 @dataclass
@@ -28,7 +30,7 @@ class TSDKDControlOptions(TSDKDOptions):
     ranked_tokens: Literal["opener", "random", "last"] = option(
         "opener",
         "Tokens of the indirect term: the opener, or as many random or last tokens of the response.",
-        no_effect=_ALPHA_IS_ZERO,
+        no_effect=_NOT_RANKED,
     )
     ranking: Literal["teacher", "reversed", "improbable"] = option(
         "teacher",
