@@ -16,8 +16,8 @@ from ..errors import ConfigError
 from ..objective import Objective, ObjectiveOutput
 from .metrics import MetricAccumulator
 
-# On a pair of small models, a measurement every 5 steps comes hardly closer to the shares: what is left is the noise of
-# single batches. With one every 20 steps, the weights lag behind the student.
+# On a pair of small models, a measurement every 5 steps comes hardly closer to the shares: what is left is the noise
+# of single batches. With one every 20 steps, the weights lag behind the student.
 _MEASURE_EVERY = 10
 _NEWEST = 0.5  # weight of the newest measurement in the moving average
 
