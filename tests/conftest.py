@@ -5,7 +5,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -31,6 +31,7 @@ from transformers import (
 )
 
 from fast_set import mark_slow
+from tsdkd.methods import METHODS
 from tsdkd.objective import CompletionBatch, PolicyScores
 
 torch.set_num_threads(1)
@@ -60,6 +61,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         rng.shuffle(files)
         rng.shuffle(items)
         items.sort(key=lambda item: files.index(item.path))
+
+
+@pytest.fixture(autouse=True)
+def registered_methods() -> Iterator[None]:
+    """Methods that a test registers are forgotten after it."""
+    before = dict(METHODS)
+    yield
+    METHODS.clear()
+    METHODS.update(before)
 
 
 @pytest.fixture(scope="session")

@@ -14,13 +14,13 @@ from tsdkd.compare.config import comparison_names, read_comparison
 from tsdkd.config.options import enum_value
 from tsdkd.lm_head.dense import DenseHead
 from tsdkd.methods import (
-    METHODS,
     EOPDConfig,
     KDConfig,
     TSDKDConfig,
     TSDKDReleasedConfig,
     TSDKDReleasedTrainer,
     TSDKDTrainer,
+    find_method,
 )
 from tsdkd.methods.eopd import EOPDObjective
 from tsdkd.methods.tsd_kd import TSDKDObjective
@@ -286,7 +286,7 @@ def test_data_of_off_policy_runs_are_the_teachers(name: str) -> None:
         tasks = [task for task in comparison.tasks if task.seed == comparison.seeds[0]]
         runs = [resolve_run_values(comparison.config, comparison.train_flags(task)) for task in tasks]
     for method, values, _, _ in runs:
-        if METHODS[method].config_class.always_needs_completions or values["lmbda"] < 1:
+        if find_method(method).config_class.always_needs_completions or values["lmbda"] < 1:
             assert Path(values["dataset_name"]).name in ("teacher_completions.jsonl", RELEASED)
 
 

@@ -1,7 +1,6 @@
 """A method of a user's: named by its module and class, registered in Python, or by an installed package."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import yaml
 from conftest import QUIET, flags, write_jsonl
 from tsdkd import ConfigError, register_method
 from tsdkd.cli import main
-from tsdkd.methods import METHODS, EOPDTrainer, find_method
+from tsdkd.methods import EOPDTrainer, find_method
 
 METHOD = '''
 from dataclasses import dataclass
@@ -51,13 +50,9 @@ class OwnTrainer(TokenSelectiveTrainer):
 
 
 @pytest.fixture(autouse=True)
-def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Methods are known until the end of a test only, and the current directory is the test's."""
-    before = dict(METHODS)
+def own_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The current directory is the test's."""
     monkeypatch.chdir(tmp_path)
-    yield
-    METHODS.clear()
-    METHODS.update(before)
 
 
 def write_method(module: str, name: str, *changes: tuple[str, str]) -> str:
