@@ -148,6 +148,24 @@ def test_finished_runs_of_other_settings_are_not_mixed_in(comparison: Any, capsy
     assert "beta was None, now 0.1" in capsys.readouterr().err
 
 
+def test_a_finished_student_of_other_settings_is_not_evaluated(comparison: Any, tmp_path: Path, capsys: Any) -> None:
+    """Killed between training and evaluation; a change of length counts, too."""
+    name, folder = comparison(seeds=[1], runs={"plain": {"method": "gkd"}}), tmp_path / "out/plain/seed-1"
+    do(name, range(2, 3))
+    (folder / "result.json").unlink()
+    for key, value, was in (("beta", 0.1, 0.9), ("max_steps", 5, 3)):
+        comparison(seeds=[1], runs={"plain": {"method": "gkd", key: value}})
+        capsys.readouterr()
+        assert main(["compare", "--config", name, "--task", "2"]) == 2
+        error = capsys.readouterr().err
+        assert f"{folder} contains a different run: {key} was {was}, now {value}; choose another directory" in error
+        assert not (folder / "result.json").exists()
+    comparison(seeds=[1], runs={"plain": {"method": "gkd", "logging_steps": 1}})
+    kept = (folder / "model.safetensors").stat().st_mtime_ns
+    do(name, range(2, 3))
+    assert (folder / "model.safetensors").stat().st_mtime_ns == kept
+
+
 def test_the_models_themselves_are_of_these_settings_too(comparison: Any, capsys: Any) -> None:
     name = comparison()
     do(name, range(1))
@@ -162,7 +180,8 @@ def test_a_damaged_result_is_named(text: str, comparison: Any, tmp_path: Path, c
     file.parent.mkdir(parents=True)
     file.write_text(text)
     assert main(["compare", "--config", name, "--report"]) == 0
-    assert f"left out: {file} is damaged" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"left out: {file} is damaged" in error and "delete it to evaluate the task again" in error
     assert main(["compare", "--config", name, "--task", "2"]) == 2
     assert f"{file} is damaged" in capsys.readouterr().err
 
@@ -412,6 +431,9 @@ def test_a_slurm_array(comparison: Any, tmp_path: Path, capsys: Any) -> None:
     assert "--output_file: only with --slurm" in capsys.readouterr().err
     assert main(["compare", "--config", name, "--slurm", "--time", "soon"]) == 2
     assert main(["compare", "--config", name, "--task", "99"]) == 2
+    capsys.readouterr()
+    assert main(["compare", "--config", name, "--task", "0", "--report"]) == 2
+    assert "--report: not with --task" in capsys.readouterr().err
 
 
 # The papers' small experiments ---------------------------------------------------------------------------------------

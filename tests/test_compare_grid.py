@@ -21,7 +21,6 @@ from tsdkd.errors import ConfigError
 pytest.importorskip("scipy")
 pytest.importorskip("matplotlib")
 
-COUNTS = [0, 1, 4, 2, 3]  # right samples of four, for each problem
 T_QUANTILES = {2: 12.706204736, 3: 4.302652730, 5: 2.776445105}  # 0.975, by number of seeds
 
 
@@ -40,7 +39,7 @@ def grid_comparison(comparison: Callable[..., str], tmp_path: Path) -> Callable[
 
 
 def by_hand(name: str, values: dict[tuple[str, int], float] | None = None, **others: Any) -> dict[str, Path]:
-    """Write the results of all tasks that need no choice, as their runs would, with an avg@4 of `values`.
+    """Write the results of all tasks that need no choice, as their runs would, with an avg@4 of `values` (else 40).
 
     Returns title -> file.
     """
@@ -50,12 +49,19 @@ def by_hand(name: str, values: dict[tuple[str, int], float] | None = None, **oth
     files = {}
     for task in [task for task in comparison.tasks if task.is_validation or task.seed is None or not comparison.grid]:
         accuracy = (values or {}).get((task.run, task.seed), 40.0) if not task.is_validation else 40.0
-        result = {"run": task.run, "seed": task.seed, "greedy": 50.0, "avg@4": accuracy, "pass@4": 60.0}
-        result |= {"length": 9.0, "entropy": 0.5, "train_seconds": 1.0, "samples_right": COUNTS, **others}
+        result = {"run": task.run, "seed": task.seed, "greedy": 50.0, **measured(accuracy)}
+        result |= {"length": 9.0, "entropy": 0.5, "train_seconds": 1.0, **others}
         task.folder.mkdir(parents=True)
         files[task.title] = task.folder / "result.json"
         files[task.title].write_text(json.dumps(result | {"settings": result_settings(comparison, task)}))
     return files
+
+
+def measured(accuracy: float) -> dict[str, Any]:
+    """Right samples of four for each of 50 problems, and their avg@4 (in steps of half a point) and pass@4."""
+    counts = [(round(2 * accuracy) + i) // 50 for i in range(50)]
+    assert sum(counts) == 2 * accuracy
+    return {"avg@4": accuracy, "pass@4": 2.0 * sum(count > 0 for count in counts), "samples_right": counts}
 
 
 def change(path: Path, **values: Any) -> None:
@@ -78,20 +84,21 @@ def test_the_best_on_the_validation_problems_is_trained(
         assert os.listdir(folder) == ["result.json"]
         assert json.loads((folder / "result.json").read_text())["grid_values"].keys() == {"learning_rate"}
     assert not (out / "plain/seed-1").exists()
-    change(folders[1] / "result.json", **{"avg@2": 99.0})
+    perfect = dict.fromkeys(("avg@2", "pass@1", "pass@2"), 100.0)
+    change(folders[1] / "result.json", **perfect, samples_right=[2] * 12)
     before = [(folder / "result.json").stat().st_mtime_ns for folder in folders]
     capfd.readouterr()
     assert main(["compare", "--config", name]) == 0
     printed = capfd.readouterr()
     assert "5 of 6 tasks are finished, 1 remain" in printed.out and "edge" not in printed.out + printed.err
-    assert "plain: the grid chooses learning_rate=0.01 (avg@2 99.0)" in printed.out
+    assert "plain: the grid chooses learning_rate=0.01 (avg@2 100.0)" in printed.out
     assert [(folder / "result.json").stat().st_mtime_ns for folder in folders] == before
     trained = yaml.safe_load((out / "plain/seed-1/tsdkd_config.yaml").read_text())
     assert (trained["learning_rate"], trained["seed"]) == (0.01, 1)
     (result,) = (r for r in results(out) if r["run"] == "plain")
     assert result["grid_values"] == {"learning_rate": 0.01} and len(result["samples_right T=0.5"]) == 12
     table = (out / "results.md").read_text()
-    assert "| learning_rate=0.01 | **99.0** |" in table and "avg@2 T=0.5" in table
+    assert "| learning_rate=0.01 | **100.0** |" in table and "avg@2 T=0.5" in table
 
 
 def test_two_processes_share_a_grid(grid_comparison: Callable[..., str], tmp_path: Path) -> None:
@@ -134,8 +141,8 @@ def test_a_choice_at_the_edge_is_told(
     comparison = read_comparison(name)
     assert search_grid(comparison, "plain").best == 0 and describe_edge(search_grid(comparison, "plain")) is None
     point = "plain, learning_rate=0.02, beta=0.9, lr_scheduler_type=linear"
-    change(files[f"{point}, seed 101"], **{"avg@4": 60.0})
-    change(files["plain, learning_rate=0.001, beta=0.1, lr_scheduler_type=linear, seed 102"], **{"avg@4": 59.0})
+    change(files[f"{point}, seed 101"], **measured(60.0))
+    change(files["plain, learning_rate=0.001, beta=0.1, lr_scheduler_type=linear, seed 102"], **measured(59.0))
     search = search_grid(comparison, "plain")
     assert search.best == 11 and search.means[11] == 50.0 and search.edges == ["learning_rate=0.02"]
     files[f"{point}, seed 102"].unlink()
@@ -144,30 +151,143 @@ def test_a_choice_at_the_edge_is_told(
     assert "**" not in (tmp_path / "out/results.md").read_text()
 
 
-def test_a_grid_may_grow(
-    grid_comparison: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Its finished points are kept. A run of another choice isn't: the message says what to delete."""
-    name = grid_comparison(eval_samples=4)
-    files = by_hand(name)
-    final = tmp_path / "out/plain/seed-1/result.json"
+def write_final(files: dict[str, Path], folder: Path) -> Path:
+    """The result that the run with seed 1 would have with a learning rate of 0.001."""
+    final = folder / "out/plain/seed-1/result.json"
     final.parent.mkdir()
     final.write_text(files["plain, learning_rate=0.001, seed 101"].read_text())
     settings = json.loads(final.read_text())["settings"] | {"seed": 1, "eval_limit": None}
     settings["eval_dataset_name"] = None
     del settings["validation_dataset_name"], settings["validation_limit"]
     change(final, seed=1, settings=settings)
+    return final
+
+
+def test_a_grid_may_grow(
+    grid_comparison: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its finished points are kept, and the runs until it has chosen again. A run of another choice isn't: the message
+    says what to delete."""
+    name = grid_comparison(eval_samples=4)
+    files = by_hand(name)
+    final = write_final(files, tmp_path)
     assert main(["compare", "--config", name, "--report"]) == 0
     assert [r["run"] for r in results(tmp_path / "out")] == ["student", "teacher", "plain"]
+    before = (tmp_path / "out/results.jsonl").read_text()
     name = grid_comparison(eval_samples=4, grid={"learning_rate": [0.001, 0.01, 0.02, 0.0005]})
+    capsys.readouterr()
     assert main(["compare", "--config", name, "--report"]) == 0
-    assert [r["run"] for r in results(tmp_path / "out")] == ["student", "teacher"]
+    assert (tmp_path / "out/results.jsonl").read_text() == before
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "plain: its grid isn't finished" in line and line.endswith("those with learning_rate=0.001")
+    name = grid_comparison(eval_samples=4, grid={"learning_rate": [0.01, 0.02, 0.0005]})
+    assert main(["compare", "--config", name, "--report"]) == 0
+    assert f"left out: {final}: {{'learning_rate': 0.001}} is none of the grid's points" in capsys.readouterr().err
     name = grid_comparison(eval_samples=4)
-    change(files["plain, learning_rate=0.02, seed 101"], **{"avg@4": 70.0})
+    change(files["plain, learning_rate=0.02, seed 101"], **measured(70.0))
     capsys.readouterr()
     assert main(["compare", "--config", name, "--report"]) == 2
     error = capsys.readouterr().err
     assert "learning_rate was 0.001, now 0.02" in error and f"delete {final.parent.parent}/seed-*" in error
+
+
+@pytest.mark.parametrize("is_json", [False, True])
+def test_a_damaged_point_leaves_the_runs_in_the_table(
+    is_json: bool, grid_comparison: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = grid_comparison(eval_samples=4)
+    files = by_hand(name)
+    write_final(files, tmp_path)
+    assert main(["compare", "--config", name, "--report"]) == 0
+    before = (tmp_path / "out/results.jsonl").read_text()
+    point = files["plain, learning_rate=0.01, seed 101"]
+    text = point.read_text()
+    point.write_text(text.replace('"avg@4": 40.0', '"avg@4": 41.0') if is_json else text[:20])
+    capsys.readouterr()
+    assert main(["compare", "--config", name, "--report"]) == 0
+    assert (tmp_path / "out/results.jsonl").read_text() == before
+    error = capsys.readouterr().err
+    assert error.count(f"left out: {point} is damaged") == 1 and "delete it to evaluate the task again" in error
+
+
+def test_a_result_that_is_gone_is_named(
+    grid_comparison: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The tables had it."""
+    name = grid_comparison(eval_samples=4)
+    final = write_final(by_hand(name), tmp_path)
+    assert main(["compare", "--config", name, "--report"]) == 0
+    assert capsys.readouterr().err == ""
+    final.unlink()
+    assert main(["compare", "--config", name, "--report"]) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "left out: plain, seed 1: the earlier results.jsonl has it" in line
+
+
+def test_points_with_other_problems_are_not_compared(
+    grid_comparison: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As when the file of the validation problems has grown."""
+    name = grid_comparison(eval_samples=4)
+    files = by_hand(name)
+    point = files["plain, learning_rate=0.02, seed 101"]
+    change(point, **{"avg@4": 50.0, "pass@4": 50.0}, samples_right=[4, 0])
+    assert main(["compare", "--config", name, "--task", "5"]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "problems" in line]
+    assert "plain: the grid's points have different numbers of validation problems: 50 in " in line
+    assert f"2 in {point}" in line and not (tmp_path / "out/plain/seed-1").exists()
+
+
+def test_a_finished_student_of_another_choice_is_not_evaluated(
+    grid_comparison: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Killed between training and evaluation, then another point is better."""
+    name = grid_comparison(eval_samples=4)
+    files = by_hand(name)
+    command, final = ["compare", "--config", name, "--task", "5"], tmp_path / "out/plain/seed-1/result.json"
+    assert main(command) == 0
+    final.unlink()
+    change(files["plain, learning_rate=0.02, seed 101"], **measured(70.0))
+    capsys.readouterr()
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert "learning_rate was 0.001, now 0.02" in error and f"delete {final.parent.parent}/seed-*" in error
+    assert not final.exists()
+    (final.parent / "trainer_state.json").unlink()  # an unfinished run
+    assert main(command) == 2
+    assert f"delete {final.parent.parent}/seed-*" in capsys.readouterr().err
+
+
+def test_the_form_of_a_prompt_does_not_matter(
+    grid_comparison: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A string, or a list with one user message."""
+    tested = make_rows(12, seed=3)[5]
+    messages = [{"role": "user", "content": f"{tested['prompt']} "}]
+    shared = write_jsonl(tmp_path / "shared.jsonl", [{"prompt": messages, "answer": "1"}])
+    assert main(["compare", "--config", grid_comparison(validation_dataset_name=shared)]) == 2
+    assert "validation_dataset_name: 1 of its 1 prompts" in capsys.readouterr().err
+
+
+def test_answers_are_tried_before_the_training(
+    grid_comparison: Callable[..., str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """By the grader, which would refuse them only in the evaluation."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "grader_of_whole_numbers.py").write_text(
+        "def grade(completion, answer):\n    return completion == str(int(answer))\n"
+    )
+    rows = [{"prompt": "1 + 1", "answer": "2"}, {"prompt": "1 + 2", "answer": "three"}]
+    problems = write_jsonl(tmp_path / "wrong.jsonl", rows)
+    settings = {"grader": "grader_of_whole_numbers:grade"}
+    name = grid_comparison(validation_dataset_name=problems, settings=settings)
+    assert main(["compare", "--config", name, "--task", "2"]) == 2
+    error = capsys.readouterr().err
+    assert f"validation_dataset_name {problems}: grader" in error and "row 1" in error
+    assert not (tmp_path / "out/plain/grid/learning_rate=0.001/seed-101").exists()
 
 
 def test_problems_that_choose_are_not_those_that_test(
@@ -277,17 +397,45 @@ def test_results_of_an_earlier_version_go_on(
     name = comparison(eval_samples=4)
     for path in by_hand(name).values():
         result = json.loads(path.read_text())
-        assert not result.keys() & {"pass@1", "pass@2"}
+        assert not result.keys() & {"pass@1", "pass@2", "greedy_right"}
         assert not result["settings"].keys() & {"eval_temperatures", "grid", "validation_limit", "validation_seeds"}
     assert main(["compare", "--config", name]) == 0
     assert "6 of 6 tasks are finished" in capfd.readouterr().out
-    by_pairs = [1 - math.comb(4 - c, 2) / math.comb(4, 2) for c in COUNTS]
+    by_pairs = [1 - math.comb(4 - c, 2) / math.comb(4, 2) for c in measured(40.0)["samples_right"]]
     for result in results(tmp_path / "out"):
-        assert result["pass@2"] == pytest.approx(100 * sum(by_pairs) / 5) and result["pass@1"] == pytest.approx(50.0)
-        assert (result["avg@4"], result["pass@4"]) == (40.0, 60.0)
-    comparison(eval_samples=4, eval_temperatures=[1.0, 0.6])
+        assert result["pass@2"] == pytest.approx(2 * sum(by_pairs)) and result["pass@1"] == pytest.approx(40.0)
+        assert (result["avg@4"], result["pass@4"]) == (40.0, 100.0)
+    comparison(eval_samples=4, eval_temperatures=[0.6, 1.0])
     assert main(["compare", "--config", name, "--report"]) == 2
     assert "eval_temperatures was None, now [1.0, 0.6]" in capfd.readouterr().err
+
+
+def test_the_order_of_temperatures_does_not_matter(comparison: Callable[..., str], tmp_path: Path) -> None:
+    """Nor that in a result of an earlier version."""
+    orders = ([1.0, 0.3, 0.6], [0.6, 1.0, 0.3])
+    others = {f"{name} T={t}": value for t in (0.3, 0.6) for name, value in measured(45.0).items()}
+    others |= {"length T=0.3": 8.0, "length T=0.6": 8.0}
+    files = by_hand(comparison(eval_samples=4, eval_temperatures=orders[0]), **others)
+    for written in orders:
+        for path in files.values():
+            change(path, settings=json.loads(path.read_text())["settings"] | {"eval_temperatures": written})
+        for now in orders:
+            assert main(["compare", "--config", comparison(eval_samples=4, eval_temperatures=now), "--report"]) == 0
+            assert len(results(tmp_path / "out")) == 6
+
+
+def test_equal_differences_have_no_interval(comparison: Callable[..., str], tmp_path: Path) -> None:
+    """They say nothing about the scatter of other seeds."""
+    name = comparison(eval_samples=4, seeds=[1, 2, 3], runs={"base": {"beta": 0.1}, "ours": {"beta": 0.2}})
+    values = {("base", s): 30.0 + 0.5 * s for s in (1, 2, 3)} | {("ours", s): 32.5 + 0.5 * s for s in (1, 2, 3)}
+    by_hand(name, values)
+    assert main(["compare", "--config", name, "--report"]) == 0
+    with (tmp_path / "out/results.csv").open() as file:
+        (row,) = (r for r in csv.DictReader(file) if (r["run"], r["metric"]) == ("ours", "avg@4"))
+    assert (row["paired_seeds"], row["difference"]) == ("3", "2.5")
+    assert row["difference_low"] == row["difference_high"] == row["detectable_difference"] == ""
+    table = (tmp_path / "out/results.md").read_text()
+    assert "| ours | +0.0 | +2.5 |" in table and "/ 0.0" not in table and "nan" not in table
 
 
 @pytest.mark.parametrize("num_seeds", T_QUANTILES)

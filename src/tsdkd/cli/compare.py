@@ -54,6 +54,8 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(["--output_file: only with --slurm; the results go to the comparison's output_dir"])
     if args.config is None:
         raise ConfigError(["--config: missing; name a comparison (`tsdkd compare --list` lists the shipped ones)"])
+    if args.task is not None and args.report:
+        raise ConfigError(["--report: not with --task; the table is of all finished tasks"])
     comparison = read_comparison(args.config)
 
     from ..compare import scheduler, task

@@ -76,6 +76,7 @@ def read_comparison(name: str) -> Comparison:
     for key in ("eval_dataset_name", "validation_dataset_name"):
         values[key] = resolve_path(values.get(key))
     comparison = Comparison(**values)
+    comparison.eval_temperatures.sort(key=lambda t: (t != 1, str(t)))  # their order changes no result
     _validate_comparison(comparison)
     _validate_grid(comparison)
     return comparison

@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from ..errors import DataError
 from .comparison import Comparison, ComparisonTask, format_grid_values
-from .result_file import read_result
+from .result_file import RESULT_NAME, read_grid_values, read_result
 
 
 @dataclass
@@ -49,13 +51,25 @@ def search_grid(comparison: Comparison, run: str) -> GridSearch:
 
     Raises:
         OutputDirError, DataError: see `read_result`.
+        DataError: the results are of different numbers of problems.
     """
     tasks = [task for task in comparison.grid_tasks if task.run == run]
     means: list[float | None] = []
+    sizes: dict[int, Path] = {}
     for point in comparison.grid_points:
-        results = [read_result(comparison, task) for task in tasks if task.grid_values == point]
+        of_point = [task for task in tasks if task.grid_values == point]
+        results = [read_result(comparison, task) for task in of_point]
+        for task, result in zip(of_point, results, strict=True):
+            if result is not None:
+                sizes.setdefault(len(result["samples_right"]), task.folder / RESULT_NAME)
         finished = [result[str(comparison.validation_metric)] for result in results if result is not None]
         means.append(fmean(finished) if len(finished) == len(results) else None)
+    if len(sizes) > 1:
+        found = " and ".join(f"{size} in {path}" for size, path in list(sizes.items())[:2])
+        raise DataError(
+            f"{run}: the grid's points have different numbers of validation problems: {found}; delete the "
+            "results that aren't of the present problems"
+        )
     return GridSearch(run, comparison.grid_points, means)
 
 
@@ -73,6 +87,22 @@ def with_chosen_values(comparison: Comparison, task: ComparisonTask) -> Comparis
 def read_final_result(comparison: Comparison, task: ComparisonTask) -> dict[str, Any] | None:
     """`read_result`, also of a task whose values the grid chooses; None before it has chosen."""
     chosen = with_chosen_values(comparison, task)
+    return None if chosen is None else read_result(comparison, chosen)
+
+
+def read_kept_result(comparison: Comparison, task: ComparisonTask) -> dict[str, Any] | None:
+    """`read_final_result` for a report: while the grid isn't finished or is damaged, a result keeps its own values.
+
+    Raises:
+        OutputDirError, DataError: see `read_result` and `read_grid_values`.
+    """
+    try:
+        chosen = with_chosen_values(comparison, task)
+    except DataError:  # the report of the grid says it
+        chosen = None
+    if chosen is None:
+        values = read_grid_values(comparison, task)
+        chosen = None if values is None else replace(task, grid_values=values)
     return None if chosen is None else read_result(comparison, chosen)
 
 

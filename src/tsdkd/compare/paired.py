@@ -17,11 +17,13 @@ METRIC_COLUMNS = (
 )
 _SIGNIFICANCE, _POWER = 0.05, 0.8
 _NUM_QUANTILES = 10_000
+_ROUNDING = 1e-9  # differences of equal differences, in any of the metrics' units
 
 
 @dataclass
 class PairedDifference:
-    """The difference of two runs in one metric, seed by seed; nan where fewer than two seeds leave it open.
+    """The difference of two runs in one metric, seed by seed; nan where fewer than two seeds, or no scatter, leave it
+    open.
 
     Attributes:
         num_seeds: number of seeds that both runs have.
@@ -44,10 +46,10 @@ def paired_difference(summary: RunSummary, base: RunSummary, metric: str) -> Pai
     ours = zip(summary.seeds, summary.seed_values[metric], strict=True)
     differences = np.array([value - theirs[seed] for seed, value in ours if seed in theirs])
     n = len(differences)
-    if n < 2:
-        mean = float(differences[0]) if n else math.nan
+    mean = float(differences.mean()) if n else math.nan
+    if n < 2 or np.ptp(differences) < _ROUNDING:  # seeds that all agree don't say how much others would scatter
         return PairedDifference(n, mean, math.nan, math.nan, math.nan)
-    mean, error = float(differences.mean()), float(differences.std(ddof=1)) / math.sqrt(n)
+    error = float(differences.std(ddof=1)) / math.sqrt(n)
     half_width = float(stats.t.ppf(1 - _SIGNIFICANCE / 2, n - 1)) * error
     return PairedDifference(n, mean, mean - half_width, mean + half_width, detectable_effect(n) * error)
 

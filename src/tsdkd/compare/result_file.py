@@ -1,10 +1,11 @@
 """Reads the `result.json` of a task, and accepts only values that a task can have written, with the same settings."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..config.aliases import rename_deprecated
+from ..config.aliases import rename_deprecated, resolve_aliases
 from ..config.coercion import finite_number, shorten
 from ..errors import DataError, OutputDirError, first_line
 from ..evaluation.problem_set import at_temperature, sampled_accuracies
@@ -15,6 +16,8 @@ from .comparison import Comparison, ComparisonTask
 RESULT_NAME = "result.json"
 _MAX_FILE_MIB = 16
 _MAX_PROBLEMS = 100_000
+_ROUNDING = 1e-6  # percent
+_REMEDY = "delete it to evaluate the task again"
 _PERCENT, _LENGTH = (0.0, 100.0), (0.0, 1e9)
 
 
@@ -29,18 +32,23 @@ def read_result(comparison: Comparison, task: ComparisonTask) -> dict[str, Any] 
     if not path.exists():
         return None
     result = _read_file(path)
-    before = rename_deprecated(result["settings"])
+    before = _normalize(result["settings"])
     now = result_settings(comparison, task)
     differing = [name for name in now.keys() | before.keys() if now.get(name) != before.get(name)]
     if differing:
         name = min(differing)
-        is_choice = set(differing) <= task.grid_values.keys() and not task.is_validation
-        remedy = f"the grid now chooses another value, so delete {task.folder.parent}/seed-*" if is_choice else None
         raise OutputDirError(
             f"output_dir: {path} has other settings ({name} was {shorten(before.get(name))}, now "
-            f"{shorten(now.get(name))}); {remedy or 'choose another directory'}"
+            f"{shorten(now.get(name))}); {describe_remedy(task, differing) or 'choose another directory'}"
         )
     return _validate_result(comparison, task, path, result)
+
+
+def describe_remedy(task: ComparisonTask, differing: Collection[str]) -> str | None:
+    """What to do if all settings that differ are those of the grid's choice; None if others differ too."""
+    if task.is_validation or not set(differing) <= resolve_aliases(task.grid_values, []).keys():
+        return None
+    return f"the grid now chooses another value, so delete {task.folder.parent}/seed-*"
 
 
 def result_settings(comparison: Comparison, task: ComparisonTask) -> dict[str, Any]:
@@ -53,12 +61,40 @@ def result_settings(comparison: Comparison, task: ComparisonTask) -> dict[str, A
         names.append("eval_temperatures")
     eval_values = {name: getattr(comparison, name) for name in names}
     values = {**read_yaml(comparison.config), **comparison.settings, **run_values, **eval_values}
-    return rename_deprecated(values)
+    return _normalize(values)
+
+
+def read_grid_values(comparison: Comparison, task: ComparisonTask) -> dict[str, Any] | None:
+    """The point of the grid that a finished task was trained with; None if the task isn't finished.
+
+    Raises:
+        DataError: the result is damaged, or has none of the grid's points.
+    """
+    path = task.folder / RESULT_NAME
+    if not path.exists():
+        return None
+    settings = _normalize(_read_file(path)["settings"])
+    for point in comparison.grid_points:
+        if all(settings.get(name) == value for name, value in rename_deprecated(point).items()):
+            return point
+    found = {name: settings.get(name) for name in rename_deprecated(comparison.grid)}
+    raise DataError(f"{path}: {shorten(found)} is none of the grid's points, and the grid isn't finished")
+
+
+def _normalize(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with their present names, and with the temperatures in one order, whatever they are."""
+    settings = rename_deprecated(settings)
+    if isinstance(temperatures := settings.get("eval_temperatures"), list):
+        settings["eval_temperatures"] = sorted(temperatures, key=lambda t: (t != 1, str(t)))
+    return settings
 
 
 def _read_file(path: Path) -> dict[str, Any]:
     """Read a result: a mapping that has the mapping `settings`. Raises `DataError`."""
-    result = parse_json(read_bounded(path, _MAX_FILE_MIB), path)
+    try:
+        result = parse_json(read_bounded(path, _MAX_FILE_MIB), path)
+    except DataError as error:
+        raise DataError(f"{error}; {_REMEDY}") from error
     if not isinstance(result, dict) or not isinstance(result.get("settings"), dict):
         raise _damaged(path, "it must be a mapping that has settings")
     return result
@@ -69,7 +105,8 @@ def _validate_result(
 ) -> dict[str, Any]:
     """Raise `DataError` unless the result has every value that the table and the plot need, each within its range.
 
-    Returns the result, with the accuracies that follow from its counts and that earlier versions didn't write.
+    The accuracies must be those that follow from its counts. Earlier versions didn't write all of them: they are added
+    to the returned result.
     """
     if (result.get("run"), result.get("seed")) != (task.run, task.seed):
         raise _damaged(path, "it is the result of another task")
@@ -79,6 +116,9 @@ def _validate_result(
         counts = _validate_counts(path, result, at_temperature("samples_right", t), comparison.eval_samples)
         metrics = sampled_accuracies(counts, comparison.eval_samples)
         derived |= {at_temperature(name, t): value for name, value in metrics.items()}
+    if "greedy_right" in result:  # earlier versions didn't write it
+        counts = _validate_counts(path, result, "greedy_right", 1)
+        derived["greedy"] = 100 * sum(counts) / len(counts)
     result |= {name: value for name, value in derived.items() if name not in result}
     ranges: Mapping[str, tuple[float, float]] = {
         **dict.fromkeys(comparison.accuracy_metrics, _PERCENT),
@@ -91,6 +131,9 @@ def _validate_result(
             finite_number(result.get(name), low, high)
         except ValueError as error:
             raise _damaged(path, f"{name}: {first_line(error)}") from error
+    for name, value in derived.items():
+        if not math.isclose(result[name], value, abs_tol=_ROUNDING):
+            raise _damaged(path, f"{name} is {result[name]:g}, but its counts give {value:g}")
     return result
 
 
@@ -105,4 +148,4 @@ def _validate_counts(path: Path, result: dict[str, Any], name: str, num_samples:
 
 
 def _damaged(path: Path, reason: str) -> DataError:
-    return DataError(f"{path} is damaged: {reason}; delete it to evaluate the task again")
+    return DataError(f"{path} is damaged: {reason}; {_REMEDY}")

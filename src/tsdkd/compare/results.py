@@ -3,38 +3,48 @@
 import csv
 import io
 import json
+import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ..analysis.left_out import leave_out_damaged, leave_out_failure, warn_of_skipped
-from ..files import write_atomically
-from .comparison import REFERENCE_MODELS, Comparison
-from .grid import GridSearch, read_final_result, search_grid
+from ..config.aliases import rename_deprecated
+from ..errors import DataError
+from ..files import parse_json, read_bounded, write_atomically
+from .comparison import REFERENCE_MODELS, Comparison, format_grid_values
+from .grid import GridSearch, read_kept_result, search_grid
 from .paired import METRIC_COLUMNS, metric_rows
 from .plot import plot_accuracy
+from .result_file import RESULT_NAME
 from .summary import summarize
 from .tables import all_metrics, format_tables, metric_names
+
+logger = logging.getLogger(__name__)
+_MAX_JSONL_MIB = 256
 
 
 def write_results(comparison: Comparison) -> Path | None:
     """Write the finished results to the comparison's folder. Returns the path of the table, or None without results.
 
-    A result that can't be read is skipped with a warning.
+    A result that can't be read is skipped with a warning. So is one of the earlier tables whose file is gone. Results
+    of a run whose grid isn't finished are kept, with a warning.
 
     Raises:
         OutputDirError: a result has other settings, or the table can't be written.
     """
     skipped: list[str] = []
-    results = _read_results(comparison, skipped)
+    results, searches = _read_results(comparison, skipped), _read_grid(comparison, skipped)
+    skipped += _describe_gone(comparison)
     path = comparison.folder / "results.md"
     if results:
         write_atomically(comparison.folder / "results.jsonl", "".join(json.dumps(result) + "\n" for result in results))
         metrics = all_metrics(comparison)
         by_run = {run: [r for r in results if r["run"] == run] for run in (*REFERENCE_MODELS, *comparison.runs)}
         summaries = [summarize(run, run_results, metrics) for run, run_results in by_run.items() if run_results]
-        write_atomically(path, format_tables(comparison, summaries, _read_grid(comparison, skipped)))
+        write_atomically(path, format_tables(comparison, summaries, searches))
         rows = metric_rows(summaries, comparison.baseline_run, metrics)
         write_atomically(comparison.folder / "results.csv", _to_csv(rows))
         if not all(summary.is_reference for summary in summaries):
@@ -42,6 +52,7 @@ def write_results(comparison: Comparison) -> Path | None:
             with leave_out_failure("results.png", skipped):
                 plot_accuracy(comparison, summaries, metric_names(comparison)[:3], picture)
     warn_of_skipped(list(dict.fromkeys(skipped)))
+    _warn_of_unfinished_grid(comparison, results, {search.run for search in searches if search.best is not None})
     return path if results else None
 
 
@@ -52,6 +63,35 @@ def _read_grid(comparison: Comparison, skipped: list[str]) -> list[GridSearch]:
         with leave_out_damaged(skipped):
             searches.append(search_grid(comparison, run))
     return searches
+
+
+def _warn_of_unfinished_grid(
+    comparison: Comparison, results: Sequence[dict[str, Any]], finished: Collection[str]
+) -> None:
+    """A line for each run that has results, but whose grid hasn't chosen its values."""
+    for run in comparison.runs if comparison.grid else ():
+        own = [rename_deprecated(result["settings"]) for result in results if result["run"] == run]
+        if own and run not in finished:
+            keys = rename_deprecated(comparison.grid)
+            used = dict.fromkeys(format_grid_values({key: settings.get(key) for key in keys}) for settings in own)
+            logger.warning(
+                "%s: its grid isn't finished or can't be read; its results are those with %s", run, " and ".join(used)
+            )
+
+
+def _describe_gone(comparison: Comparison) -> list[str]:
+    """The results that the earlier tables have, and whose files are gone or belong to no task any more."""
+    path = comparison.folder / "results.jsonl"
+    if not path.exists():
+        return []
+    rows: list[Any] = []
+    with suppress(DataError):  # a damaged file is only overwritten
+        rows = [parse_json(line, path) for line in read_bounded(path, _MAX_JSONL_MIB).splitlines()]
+    tasks = [task for task in comparison.tasks if (task.folder / RESULT_NAME).exists() and not task.is_validation]
+    present = [(task.run, task.seed) for task in tasks]
+    earlier = [(row.get("run"), row.get("seed")) for row in rows if isinstance(row, dict)]
+    titles = [run if seed is None else f"{run}, seed {seed}" for run, seed in earlier if (run, seed) not in present]
+    return [f"{title}: the earlier results.jsonl has it, but no task has this result" for title in titles]
 
 
 def _to_csv(rows: Sequence[dict[str, Any]]) -> str:
@@ -68,7 +108,7 @@ def _read_results(comparison: Comparison, skipped: list[str]) -> list[dict[str, 
     results = []
     for task in [task for task in comparison.tasks if not task.is_validation]:
         with leave_out_damaged(skipped):
-            if (result := read_final_result(comparison, task)) is not None:
+            if (result := read_kept_result(comparison, task)) is not None:
                 results.append(result)
     sizes = Counter(len(result["samples_right"]) for result in results)
     size = max(sizes, key=lambda n: sizes[n], default=0)

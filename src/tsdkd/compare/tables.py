@@ -119,15 +119,17 @@ def _format_paired(comparison: Comparison, summaries: Sequence[RunSummary], base
     note = (
         f"Difference from {base.run_name}, paired by seed, with its 95 % interval (Student's t). After the slash: the "
         "smallest true difference that a paired t-test at 5 % finds with a power of 80 %, with these seeds and this "
-        "scatter. Smaller ones can't be decided here."
+        "scatter. Smaller ones can't be decided here. Without scatter there is neither."
     )
     return f"{format_table([f'difference from {base.run_name}', *titles], rows)}\n{escape_line(note)}\n"
 
 
 def _format_paired_cell(summary: RunSummary, base: RunSummary, metric: str) -> str:
     paired, digits = paired_difference(summary, base, metric), _DIGITS.get(metric, 1)
-    if np.isnan(paired.low):
+    if paired.num_seeds < 2:
         return ""
+    if np.isnan(paired.low):
+        return f"{paired.mean:+.{digits}f}"
     numbers = (f"{value:+.{digits}f}" for value in (paired.mean, paired.low, paired.high))
     return "{} [{}, {}]".format(*numbers) + f" / {paired.detectable:.{digits}f}"
 
@@ -143,7 +145,7 @@ def _format_grid(comparison: Comparison, searches: Sequence[GridSearch]) -> str:
     edges = " ".join(f"{edge}." for edge in map(describe_edge, searches) if edge)
     note = (
         f"{comparison.validation_metric} on the validation problems, {spread}. Bold: what the grid "
-        f"chose; the runs above were trained with it. {edges}"
+        f"chose, once it is finished; the runs above were trained with it. {edges}"
     )
     table = format_table(["grid", *(search.run for search in searches)], rows)
     return f"{table}\n{escape_line(note.strip())}\n"

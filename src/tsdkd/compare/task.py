@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -20,8 +20,8 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
 from ..config.user_code import load_grader
-from ..data import load_split, missing_column, prepare_dataset, resolve_columns
-from ..errors import DataError, EngineError, PreemptedError
+from ..data import load_split, missing_column, prepare_dataset, resolve_columns, split_prompt_completion
+from ..errors import ConfigError, DataError, EngineError, OutputDirError, PreemptedError
 from ..evaluation import ProblemSet, evaluate
 from ..evaluation.problem_set import at_temperature
 from ..files import ensure_dir, write_atomically
@@ -34,11 +34,11 @@ from ..models.hub import load_pretrained
 from ..models.loading import ModelPair, Role, resolve_pair
 from ..run.arguments import RunArguments
 from ..run.build import teacher_name_or_path
-from ..run.output_dir import has_final_model
+from ..run.output_dir import find_changes, has_final_model
 from ..run.train import train
 from .comparison import Comparison, ComparisonTask
 from .grid import describe_choice, search_grid, with_chosen_values
-from .result_file import RESULT_NAME, read_result, result_settings
+from .result_file import RESULT_NAME, describe_remedy, read_result, result_settings
 from .signals import SignalForwarder
 
 logger = logging.getLogger(__name__)
@@ -144,7 +144,8 @@ def _generate_in_subprocess(comparison: Comparison, output: Path, lock: TextIO) 
 def _train(
     comparison: Comparison, task: ComparisonTask, arguments: RunArguments, launch_spec: LaunchSpec | None
 ) -> float:
-    """Train to the end. Returns the training time of all attempts, seconds."""
+    """Train to the end. Returns the training time of all attempts, seconds. Raises as `run.train` does."""
+    _require_same_run(task, arguments)
     timing_file = task.folder.parent / f"{task.folder.name}.{_TIMING_SUFFIX}"
     start = time.perf_counter()
     try:
@@ -158,6 +159,20 @@ def _train(
         with timing_file.open("a") as file:
             file.write(f"{time.perf_counter() - start:.1f}\n")
     return sum(map(float, timing_file.read_text().split()))
+
+
+def _require_same_run(task: ComparisonTask, arguments: RunArguments) -> None:
+    """Raise `OutputDirError` if the student in the task's folder was trained with other settings.
+
+    `run.train` checks an unfinished run itself, but doesn't know when the grid's choice is what has changed.
+    """
+    changes = find_changes(arguments)
+    remedy = describe_remedy(task, changes)
+    if changes and (remedy or has_final_model(task.folder)):
+        raise OutputDirError(
+            f"output_dir: {task.folder} contains a different run: {'; '.join(changes.values())}; "
+            f"{remedy or 'choose another directory'}"
+        )
 
 
 @contextmanager
@@ -199,27 +214,47 @@ def load_problems(comparison: Comparison) -> dict[str, Dataset]:
 def _load_problems(shared: RunArguments, field: str, name: str, limit: int | None) -> Dataset:
     split = "train" if Path(name).is_file() else shared.data_args.dataset_test_split
     rows = load_split(name, None, split, field)
-    load_grader(shared.training_args.grader)
     columns = resolve_columns(rows, shared.training_args, f"{field} {name}", needs_answer=True)
     if columns.answer is None:
         raise missing_column("answer_column", f"{field} {name}", ("answer",), rows.column_names)
-    return rows.select(range(min(limit or len(rows), len(rows))))
+    rows = rows.select(range(min(limit or len(rows), len(rows))))
+    _check_answers(load_grader(shared.training_args.grader), rows[columns.answer], f"{field} {name}")
+    return rows
+
+
+def _check_answers(grader: Grader, answers: Iterable[Any], source: str) -> None:
+    """Raise `ConfigError` if the grader refuses an answer: it would be found only after the training otherwise."""
+    for row, answer in enumerate(answers):
+        try:
+            grader("", str(answer), row)
+        except ConfigError as error:
+            raise ConfigError([f"{source}: {line}" for line in error.problems]) from error
 
 
 def _require_disjoint(shared: RunArguments, validation: Dataset, test: Dataset) -> None:
     """Raise `DataError` if a prompt is in both: what the grid chooses would fit the test problems."""
 
-    def prompts(rows: Dataset) -> list[str]:
-        column = resolve_columns(rows, shared.training_args).prompt
-        return [json.dumps(prompt, default=str) for prompt in rows[column]]
+    def prompts(field: str, rows: Dataset) -> list[str]:
+        columns = resolve_columns(rows, shared.training_args)
+        try:
+            return [_prompt_key(split_prompt_completion(row, i, columns)[0]) for i, row in enumerate(rows)]
+        except DataError as error:
+            raise DataError(f"{field}: {error}") from error
 
-    tested = set(prompts(test))
-    shared_rows = [i for i, prompt in enumerate(prompts(validation)) if prompt in tested]
+    tested = set(prompts("eval_dataset_name", test))
+    found = prompts("validation_dataset_name", validation)
+    shared_rows = [i for i, prompt in enumerate(found) if prompt in tested]
     if shared_rows:
         raise DataError(
             f"validation_dataset_name: {len(shared_rows)} of its {len(validation)} prompts are also among the test "
             f"problems, such as that of row {shared_rows[0]}; choose other problems"
         )
+
+
+def _prompt_key(prompt: Any) -> str:
+    """A text that is the same for a string, with any space around it, and for one user message with this string."""
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return json.dumps([(message["role"], message["content"].strip()) for message in messages])
 
 
 def _evaluate(

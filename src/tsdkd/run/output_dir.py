@@ -1,7 +1,7 @@
 """Checks a run's output directory: which run it belongs to, its configuration, and whether it can be resumed."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
@@ -100,10 +100,7 @@ def check_output_dir(arguments: RunArguments) -> list[str]:
     folder = Path(str(arguments.training_args.output_dir))
     require_dir_path(folder)
     present = _list_contents(folder)
-    if present and RUN_CONFIG_NAME not in present:
-        raise OutputDirError(
-            f"output_dir: {folder} contains files that are not tsdkd's ({min(present)}, …); choose another directory"
-        )
+    _require_run(folder, present)
     if present and not _is_resuming(arguments):
         raise OutputDirError(
             f"output_dir: {folder} contains an earlier run; continue it with --resume true or choose another directory"
@@ -112,6 +109,26 @@ def check_output_dir(arguments: RunArguments) -> list[str]:
     if changes:
         raise OutputDirError(f"output_dir: {folder} contains a different run: {changes}; choose another directory")
     return lengths
+
+
+def find_changes(arguments: RunArguments) -> dict[str, str]:
+    """The settings in which the run differs from the run in its output directory, also in length: name -> text.
+
+    Raises:
+        OutputDirError: the directory contains other files than those of a run.
+    """
+    folder = Path(str(arguments.training_args.output_dir))
+    present = _list_contents(folder)
+    _require_run(folder, present)
+    return _find_changes(arguments, folder) if present else {}
+
+
+def _require_run(folder: Path, present: Collection[str]) -> None:
+    """Raise `OutputDirError` if a directory has contents, but not those of a run."""
+    if present and RUN_CONFIG_NAME not in present:
+        raise OutputDirError(
+            f"output_dir: {folder} contains files that are not tsdkd's ({min(present)}, …); choose another directory"
+        )
 
 
 def _list_contents(folder: Path) -> set[str]:
@@ -235,6 +252,12 @@ def build_run_config(arguments: RunArguments) -> dict[str, Any]:
 
 def _describe_changes(arguments: RunArguments, folder: Path) -> tuple[str, list[str]]:
     """Return the differences that make the run in `folder` a different run, and the allowed differences in length."""
+    texts = _find_changes(arguments, folder)
+    other = "; ".join(text for name, text in texts.items() if name not in _LENGTH_KEYS)
+    return other, [text for name, text in texts.items() if name in _LENGTH_KEYS]
+
+
+def _find_changes(arguments: RunArguments, folder: Path) -> dict[str, str]:
     try:
         before, now = read_run_config(folder), build_run_config(arguments)
     except DataError as error:
@@ -247,6 +270,4 @@ def _describe_changes(arguments: RunArguments, folder: Path) -> tuple[str, list[
         for name in sorted(before.keys() | now.keys())
         if name not in _MUTABLE_KEYS and (not name.startswith(_MUTABLE_PREFIXES) or "importance" in name)
     ]
-    texts = {name: f"{name} was {old!r}, now {new!r}" for name, old, new in changed if old != new}
-    other = "; ".join(text for name, text in texts.items() if name not in _LENGTH_KEYS)
-    return other, [text for name, text in texts.items() if name in _LENGTH_KEYS]
+    return {name: f"{name} was {old!r}, now {new!r}" for name, old, new in changed if old != new}
