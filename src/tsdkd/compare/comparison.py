@@ -3,7 +3,7 @@
 import itertools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,11 @@ class ComparisonTask:
         """The name in messages."""
         point = f", {format_grid_values(self.grid_values)}" if self.is_validation else ""
         return self.run if self.seed is None else f"{self.run}{point}, seed {self.seed}"
+
+
+def order_temperatures(temperatures: Iterable[Any]) -> list[Any]:
+    """1.0 first; the order in which they are listed changes no result."""
+    return sorted(temperatures, key=lambda t: (t != 1, str(t)))
 
 
 def format_grid_values(values: Mapping[str, Any]) -> str:
@@ -156,8 +161,7 @@ class Comparison:
         """The accuracies of a result: greedy, then avg@n and pass@k at each temperature."""
         n = self.eval_samples
         names = [f"avg@{n}", *(f"pass@{k}" for k in default_ks(n))]
-        temperatures = sorted(self.eval_temperatures, key=lambda t: t != 1)
-        return ["greedy", *(at_temperature(name, t) for t in temperatures for name in names)]
+        return ["greedy", *(at_temperature(name, t) for t in self.eval_temperatures for name in names)]
 
     def train_flags(self, task: ComparisonTask) -> list[str]:
         """Flags of `tsdkd train` for this task. Raises `ConfigError`."""

@@ -15,7 +15,7 @@ from ..errors import ConfigError
 from ..files import resolve_path
 from ..run.arguments import resolve_run_values
 from ..run.config_file import read_yaml
-from .comparison import REFERENCE_MODELS, Comparison, ComparisonTask
+from .comparison import REFERENCE_MODELS, Comparison, ComparisonTask, order_temperatures
 
 _CONFIGS_DIR = Path(str(resources.files("tsdkd").joinpath("configs")))
 _PRESETS_DIR = _CONFIGS_DIR / "compare"
@@ -76,7 +76,7 @@ def read_comparison(name: str) -> Comparison:
     for key in ("eval_dataset_name", "validation_dataset_name"):
         values[key] = resolve_path(values.get(key))
     comparison = Comparison(**values)
-    comparison.eval_temperatures.sort(key=lambda t: (t != 1, str(t)))  # their order changes no result
+    comparison.eval_temperatures = order_temperatures(comparison.eval_temperatures)
     _validate_comparison(comparison)
     _validate_grid(comparison)
     return comparison

@@ -33,12 +33,15 @@ class GridSearch:
         return means.index(max(means)) if len(means) == len(self.means) else None
 
     @property
+    def chosen(self) -> Mapping[str, Any] | None:
+        """The chosen point; None before all are finished."""
+        return None if self.best is None else self.points[self.best]
+
+    @property
     def edges(self) -> list[str]:
         """The chosen values that are the lowest or the highest of more than two numbers, such as "beta=0.9"."""
-        if self.best is None:
-            return []
         found = []
-        for key, value in self.points[self.best].items():
+        for key, value in (self.chosen or {}).items():
             tried = [point[key] for point in self.points]
             is_numeric = all(isinstance(v, int | float) and not isinstance(v, bool) for v in tried)
             if is_numeric and len(set(tried)) > 2 and value in (min(tried), max(tried)):
@@ -80,8 +83,8 @@ def with_chosen_values(comparison: Comparison, task: ComparisonTask) -> Comparis
     """
     if not comparison.grid or task.seed is None or task.is_validation:
         return task
-    search = search_grid(comparison, task.run)
-    return None if search.best is None else replace(task, grid_values=search.points[search.best])
+    chosen = search_grid(comparison, task.run).chosen
+    return None if chosen is None else replace(task, grid_values=chosen)
 
 
 def read_final_result(comparison: Comparison, task: ComparisonTask) -> dict[str, Any] | None:
@@ -90,20 +93,19 @@ def read_final_result(comparison: Comparison, task: ComparisonTask) -> dict[str,
     return None if chosen is None else read_result(comparison, chosen)
 
 
-def read_kept_result(comparison: Comparison, task: ComparisonTask) -> dict[str, Any] | None:
-    """`read_final_result` for a report: while the grid isn't finished or is damaged, a result keeps its own values.
+def read_kept_result(
+    comparison: Comparison, task: ComparisonTask, chosen: Mapping[str, Any] | None
+) -> dict[str, Any] | None:
+    """`read_final_result` for a report, with the values that the grid has chosen for the task's run. While it hasn't
+    (None), a result keeps its own values.
 
     Raises:
         OutputDirError, DataError: see `read_result` and `read_grid_values`.
     """
-    try:
-        chosen = with_chosen_values(comparison, task)
-    except DataError:  # the report of the grid says it
-        chosen = None
-    if chosen is None:
-        values = read_grid_values(comparison, task)
-        chosen = None if values is None else replace(task, grid_values=values)
-    return None if chosen is None else read_result(comparison, chosen)
+    if not comparison.grid or task.seed is None:
+        return read_result(comparison, task)
+    values = chosen or read_grid_values(comparison, task)
+    return None if values is None else read_result(comparison, replace(task, grid_values=values))
 
 
 def describe_choice(comparison: Comparison, search: GridSearch) -> str:

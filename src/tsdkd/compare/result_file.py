@@ -11,7 +11,7 @@ from ..errors import DataError, OutputDirError, first_line
 from ..evaluation.problem_set import at_temperature, sampled_accuracies
 from ..files import parse_json, read_bounded
 from ..run.config_file import read_yaml
-from .comparison import Comparison, ComparisonTask
+from .comparison import Comparison, ComparisonTask, order_temperatures
 
 RESULT_NAME = "result.json"
 _MAX_FILE_MIB = 16
@@ -85,7 +85,7 @@ def _normalize(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings with their present names, and with the temperatures in one order, whatever they are."""
     settings = rename_deprecated(settings)
     if isinstance(temperatures := settings.get("eval_temperatures"), list):
-        settings["eval_temperatures"] = sorted(temperatures, key=lambda t: (t != 1, str(t)))
+        settings["eval_temperatures"] = order_temperatures(temperatures)
     return settings
 
 

@@ -5,7 +5,7 @@ import io
 import json
 import logging
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,10 @@ def write_results(comparison: Comparison) -> Path | None:
         OutputDirError: a result has other settings, or the table can't be written.
     """
     skipped: list[str] = []
-    results, searches = _read_results(comparison, skipped), _read_grid(comparison, skipped)
-    skipped += _describe_gone(comparison)
+    of_grid: list[str] = []
+    searches = _read_grid(comparison, of_grid)
+    results = _read_results(comparison, {search.run: search.chosen for search in searches}, skipped)
+    skipped += of_grid + _describe_gone(comparison)
     path = comparison.folder / "results.md"
     if results:
         write_atomically(comparison.folder / "results.jsonl", "".join(json.dumps(result) + "\n" for result in results))
@@ -51,8 +53,8 @@ def write_results(comparison: Comparison) -> Path | None:
             picture = comparison.folder / "results.png"
             with leave_out_failure("results.png", skipped):
                 plot_accuracy(comparison, summaries, metric_names(comparison)[:3], picture)
-    warn_of_skipped(list(dict.fromkeys(skipped)))
-    _warn_of_unfinished_grid(comparison, results, {search.run for search in searches if search.best is not None})
+    warn_of_skipped(skipped)
+    _warn_of_unfinished_grid(comparison, results, {search.run for search in searches if search.chosen is not None})
     return path if results else None
 
 
@@ -102,13 +104,15 @@ def _to_csv(rows: Sequence[dict[str, Any]]) -> str:
     return text.getvalue()
 
 
-def _read_results(comparison: Comparison, skipped: list[str]) -> list[dict[str, Any]]:
-    """Read the finished results. Runs are compared problem by problem, so results are skipped that have another number
-    of problems than most."""
+def _read_results(
+    comparison: Comparison, chosen: Mapping[str, Mapping[str, Any] | None], skipped: list[str]
+) -> list[dict[str, Any]]:
+    """Read the finished results, with the grid's choice for each run. Runs are compared problem by problem, so results
+    are skipped that have another number of problems than most."""
     results = []
     for task in [task for task in comparison.tasks if not task.is_validation]:
         with leave_out_damaged(skipped):
-            if (result := read_kept_result(comparison, task)) is not None:
+            if (result := read_kept_result(comparison, task, chosen.get(task.run))) is not None:
                 results.append(result)
     sizes = Counter(len(result["samples_right"]) for result in results)
     size = max(sizes, key=lambda n: sizes[n], default=0)
