@@ -325,6 +325,18 @@ def test_before_training_is_step_0(browser: Any, tmp_path: Path) -> None:
 
 
 @needs_chromium
+def test_several_completions_have_a_chart_and_count_for_the_summary(browser: Any, tmp_path: Path) -> None:
+    entries = log()
+    for step, scores in ((0, (0.5, 0.25, 0.75)), (100, (0.25, 0.5, 1.0))):
+        names = ("eval_accuracy", "eval_avg@8", "eval_pass@8")
+        entries.append({"step": step, **dict(zip(names, scores, strict=True))})
+    text = summary(browser, tmp_path / "page.html", write_run(tmp_path / "a", entries))
+    assert "25.0 % → 50.0 %\nbefore training (step 0) → step 100 (+25.0 points)" in text
+    (figure,) = figures(browser, "Held-out accuracy of several completions")
+    assert [*values(figure)] == ["avg@8", "pass@8"]
+
+
+@needs_chromium
 def test_the_summary_of_a_run_with_evaluations(browser: Any, tmp_path: Path) -> None:
     """Who is who follows from the models' paths, not from the names that they have in the evaluation."""
     pair = {"model_name_or_path": "org/student", "teacher_model_name_or_path": "org/teacher"}

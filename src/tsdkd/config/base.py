@@ -67,6 +67,12 @@ class TokenSelectiveConfig(GKDConfig):
             lambda v: v["use_vllm"] and v["temperature"] > 2,
             "vLLM's temperature is at most 2",
         ),
+        (
+            ("num_generations", "lmbda"),
+            lambda v: v["num_generations"] > 1 and 0 < v["lmbda"] < 1,
+            "a step on the data set's completions would train on the same completion num_generations times; set "
+            "lmbda: 1",
+        ),
     )
 
     temperature: float = option(1.0, "Divides both models' logits, in rollouts and in the loss.", POSITIVE)
@@ -124,8 +130,24 @@ class TokenSelectiveConfig(GKDConfig):
         "\\boxed{} or number. Used for accuracy in evaluation, by tsdkd compare, and for grpo's reward.",
         IMPORT_PATH,
     )
+    num_generations: int = option(
+        1,
+        "Completions per prompt in each rollout. Batch sizes count completions: the global batch of an optimizer step "
+        "must be a multiple of it.",
+        AT_LEAST_ONE,
+        _NEVER_SAMPLES,
+    )
+    eval_samples: int = option(
+        1,
+        "Completions per prompt in evaluation. More than one adds avg@n and pass@n to the accuracy, if rows have "
+        "answers; the loss is always that of the first.",
+        AT_LEAST_ONE,
+        _NEVER_SAMPLES,
+    )
     log_completions: bool = option(
-        False, "Print a table of completions at each logging step.", no_effect=_NEVER_SAMPLES
+        False,
+        "Print some completions at each logging step and evaluation, and send more to W&B, trackio and TensorBoard.",
+        no_effect=_NEVER_SAMPLES,
     )
     log_term_gradients: int = option(
         100,
@@ -299,9 +321,31 @@ class TokenSelectiveConfig(GKDConfig):
         """How many times each rollout is trained on."""
         return 1
 
+    def global_batch_size(self, processes: int | None = None) -> int:
+        """Completions per optimizer step, over all processes; by default with the current number of processes."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * (processes or self.world_size)
+
     def steps_per_rollout(self, processes: int | None = None) -> int:
-        """Number of optimizer steps that train on one rollout; by default with the current number of processes."""
+        """Number of optimizer steps that train on one rollout; by default with the current number of processes.
+
+        Raises:
+            ConfigError: the batch sizes don't fit together.
+        """
+        if self.global_batch_size(processes) % self.num_generations:
+            raise ConfigError(
+                [
+                    f"num_generations: the global batch must be a multiple of it, found {self.num_generations}; "
+                    f"{self._describe_global_batch(processes)}"
+                ]
+            )
         return 1
+
+    def _describe_global_batch(self, processes: int | None = None) -> str:
+        return (
+            f"the global batch is {self.per_device_train_batch_size} (per_device_train_batch_size) x "
+            f"{self.gradient_accumulation_steps} (gradient_accumulation_steps) x {processes or self.world_size} "
+            f"(processes) = {self.global_batch_size(processes)} completions"
+        )
 
 
 def require_config(args: Any, config_class: type[TokenSelectiveConfig], trainer: str) -> None:

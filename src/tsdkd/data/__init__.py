@@ -20,9 +20,12 @@ from .packing import (
     split_to_count,
 )
 from .prepare import is_prepared, max_sequence_length, prepare_dataset
+from .repeated import RepeatedRows, RepeatSampler
 
 __all__ = [
     "Columns",
+    "RepeatSampler",
+    "RepeatedRows",
     "Rows",
     "append_prompt_suffix",
     "collate",

@@ -91,7 +91,7 @@ def build_workload(
         gpu_gib: memory of one GPU, GiB.
     """
     samples_per_step = values["per_device_train_batch_size"] * values["gradient_accumulation_steps"]
-    rollout = max(samples_per_step, -(-values.get("rollout_batch_size", 0) // gpus))
+    rollout = max(samples_per_step, -(-values.get("rollout_batch_size", 0) * values["num_generations"] // gpus))
     steps_per_rollout = rollout / samples_per_step * values.get("num_iterations", 1)
     generates = values["lmbda"] > 0 or cls.always_needs_completions
     half = values["fp16"] or values["bf16"] is not False  # TRL's default is bf16

@@ -8,8 +8,12 @@ from ..errors import ConfigError
 
 BETA_UNSUPPORTED = TokenSelectiveConfig.unsupported_options
 TOP_P_UNSUPPORTED = {"top_p": "the loss is defined on the full distribution that completions are sampled from"}
+NUM_GENERATIONS_UNSUPPORTED = dict.fromkeys(
+    ("num_generations", "eval_samples"), "the method trains on completions in the data set, and evaluates on them"
+)
 OFF_POLICY_UNSUPPORTED = {
     **BETA_UNSUPPORTED,
+    **NUM_GENERATIONS_UNSUPPORTED,
     "lmbda": "the method trains on completions in the data set; `tsdkd generate` can write them",
 }
 SELF_SAMPLING_UNSUPPORTED = {
@@ -34,21 +38,20 @@ class RolloutConfig(TokenSelectiveConfig):
     rollout_batch_size: int = option(
         128,
         "Prompts per rollout, over all processes. "
-        "Each optimizer step uses per-device batch x accumulation x processes of them.",
+        "Each optimizer step uses per-device batch x accumulation x processes / num_generations of them.",
         AT_LEAST_ONE,
     )
 
     def steps_per_rollout(self, processes: int | None = None) -> int:
-        """Number of optimizer steps per rollout. Raises `ConfigError` if it is not a whole number."""
-        processes = processes or self.world_size
-        size = self.per_device_train_batch_size * self.gradient_accumulation_steps * processes
-        if self.rollout_batch_size % size:
+        """See `TokenSelectiveConfig`. Raises `ConfigError` if it is not a whole number."""
+        super().steps_per_rollout(processes)
+        prompts = self.global_batch_size(processes) // self.num_generations
+        if self.rollout_batch_size % prompts:
             raise ConfigError(
                 [
                     f"rollout_batch_size: must be a multiple of the mini-batch, found {self.rollout_batch_size}; the "
-                    f"mini-batch is {self.per_device_train_batch_size} (per_device_train_batch_size) x "
-                    f"{self.gradient_accumulation_steps} (gradient_accumulation_steps) x {processes} (processes)"
-                    f" = {size}"
+                    f"mini-batch is {prompts} prompts: {self._describe_global_batch(processes)}, num_generations is "
+                    f"{self.num_generations}"
                 ]
             )
-        return self.rollout_batch_size // size
+        return self.rollout_batch_size // prompts

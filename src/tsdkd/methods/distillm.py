@@ -15,7 +15,7 @@ from ..losses import Divergence, skew_forward_kl, skew_reverse_kl
 from ..rollout.base import Completion
 from ..rollout.seeding import RandomStream, prompt_generator
 from ..trainer.trainer import Batch, TokenSelectiveTrainer
-from .defaults import SELF_SAMPLING_UNSUPPORTED, TSDKDDefaults
+from .defaults import NUM_GENERATIONS_UNSUPPORTED, SELF_SAMPLING_UNSUPPORTED, TSDKDDefaults
 from .divergence import DivergenceObjective
 
 _NEVER_EVALUATED = (lambda v: enum_value(v["eval_strategy"]) == "no", "eval_strategy is no")
@@ -40,7 +40,7 @@ class DistiLLMConfig(DistiLLMOptions, TSDKDDefaults):
     paper = "Ko et al. 2024, arXiv 2402.03898"
     always_needs_completions = True
     has_lmbda = False
-    unsupported_options = SELF_SAMPLING_UNSUPPORTED
+    unsupported_options = {**SELF_SAMPLING_UNSUPPORTED, **NUM_GENERATIONS_UNSUPPORTED}
 
     on_policy_share: float = option(0.0, "Initial fraction of rollouts that use student completions.", FRACTION)
     on_policy_share_step: float = option(

@@ -28,6 +28,7 @@ class GRPOConfig(TokenSelectiveConfig):
         "completion_column": "the reward uses the answer",
         "max_length": "TRL's trainer limits only completions; set max_completion_length",
         "chat_template_source": "the method has no teacher",
+        "eval_samples": "TRL's trainer samples num_generations completions per prompt in evaluation, too",
         **dict.fromkeys(
             (
                 *("fused_head", "head_chunk_gib", "log_term_gradients", "term_balance", "padding_free"),
@@ -49,12 +50,14 @@ class GRPOConfig(TokenSelectiveConfig):
     max_completion_length: int = option(4096)
     max_length: int | None = option(None)
     num_generations: int = option(
-        8,
-        "Completions per prompt. The mini-batch size counts completions.",
-        (lambda v: v >= 2, "must be at least 2"),
+        8, "Completions per prompt. Batch sizes count completions.", (lambda v: v >= 2, "must be at least 2")
     )
     epsilon: float = option(0.2, "PPO clipping range.", OPEN_FRACTION)
     rollout_batch_size: int = option(128, "Prompts per rollout, over all processes.", AT_LEAST_ONE)
+
+    def steps_per_rollout(self, processes: int | None = None) -> int:
+        """See `TokenSelectiveConfig`. TRL's trainer has its own rules for the batch sizes."""
+        return 1
 
 
 class GRPOTrainer:

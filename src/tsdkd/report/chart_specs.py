@@ -10,7 +10,7 @@ class ChartSpec:
 
     Attributes:
         title: for people; empty: the metric's name.
-        metrics: names in the log; one that ends in "/" or "_" is a prefix.
+        metrics: names in the log; one that ends in "/", "_" or "@" is a prefix.
         help: one line that explains the chart.
         unit: of the values.
         scale: factor from the log's values to `unit`.
@@ -40,6 +40,13 @@ MAIN_CHARTS = (
         "Held-out accuracy",
         ("eval_accuracy",),
         "Share of held-out prompts that the student answers correctly. Step 0 is before training.",
+        "%",
+        100.0,
+    ),
+    ChartSpec(
+        "Held-out accuracy of several completions",
+        ("eval_avg@", "eval_pass@"),
+        "avg@n: share of right completions among n of each prompt. pass@n: share of prompts with at least one.",
         "%",
         100.0,
     ),

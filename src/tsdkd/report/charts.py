@@ -44,7 +44,7 @@ def _match(spec: ChartSpec, names: Sequence[str]) -> list[str]:
     """The spec's metrics that were logged, in its order. Those that one chart can't hold stay for others."""
     found = []
     for metric in spec.metrics:
-        is_prefix = not metric or metric.endswith(("/", "_"))
+        is_prefix = not metric or metric.endswith(("/", "_", "@"))
         found += [name for name in names if (name.startswith(metric) if is_prefix else name == metric)]
     found = list(dict.fromkeys(found))
     return found[:_MAX_METRICS] if spec.together else found
@@ -99,7 +99,7 @@ def _build_lines(
             curve = sorted(runs[i].curves.get(metric, []), key=lambda point: point[0])
             if not curve:
                 continue
-            short = metric.rpartition("/")[2].removesuffix("_seconds") if has_many else ""
+            short = metric.rpartition("/")[2].removesuffix("_seconds").removeprefix("eval_") if has_many else ""
             name = metric if len(runs) == 1 and not short else short
             is_alone = spec.shared_by == "one run"
             points = _thin_out(curve)

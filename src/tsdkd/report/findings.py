@@ -43,7 +43,7 @@ def _progress(run: RunReport) -> Iterator[Finding]:
 
 def _accuracy(run: RunReport) -> Iterator[Finding]:
     """Only what the summary's numbers don't say by themselves. "Before training" is step 0 and no other."""
-    curve = run.curves.get("eval_accuracy", [])
+    curve = run.accuracy
     if not curve:
         return
     (start, first), (end, last) = curve[0], curve[-1]

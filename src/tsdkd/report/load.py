@@ -58,6 +58,12 @@ class RunReport:
         """Metric -> (step, value), of training and evaluation."""
         return self.state.curves if self.state else {}
 
+    @property
+    def accuracy(self) -> Curve:
+        """Share of right completions of held-out prompts: of the most completions of each prompt that were sampled."""
+        names = [name for name in self.curves if name.startswith("eval_avg@")]
+        return self.curves.get(names[0] if names else "eval_accuracy", [])
+
     def format_value(self, key: str) -> str:
         """A setting for people who may have another machine: of a path its last component."""
         value = self.config.get(key, _describe_value(getattr(TokenSelectiveConfig, key, None)))

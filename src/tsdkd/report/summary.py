@@ -77,8 +77,7 @@ def _describe_step(step: int) -> str:
 
 def _accuracy_curve(run: RunReport) -> Curve:
     """In percent."""
-    curve = run.curves.get("eval_accuracy", [])
-    return [(step, 100 * value) for step, value in curve if math.isfinite(value)]
+    return [(step, 100 * value) for step, value in run.accuracy if math.isfinite(value)]
 
 
 def _list_scores(run: RunReport, key: str) -> Iterator[Score]:

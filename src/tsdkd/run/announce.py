@@ -13,7 +13,7 @@ from ..files import shorten_path
 from ..trainer.progress import describe_step_time
 from ..trainer.trainer import TokenSelectiveTrainer
 from .arguments import RunArguments
-from .dry_run import global_batch_size, num_training_steps, summarize_rollouts
+from .dry_run import num_training_steps, summarize_batch, summarize_rollouts
 
 logger = get_logger(__name__)
 
@@ -31,7 +31,7 @@ def announce_start(arguments: RunArguments, trainer: TokenSelectiveTrainer) -> N
         "data": f"{prompts} from {shorten_path(str(arguments.data_args.dataset_name))}",
         "evaluate": _describe_evaluation(training, trainer.eval_dataset)
         or ("not during training: eval_strategy is no" if arguments.data_args.eval_dataset_name else ""),
-        "training": f"{_count(steps, 'step')} of {_count(global_batch_size(training), 'prompt')} on {where}",
+        "training": f"{_count(steps, 'step')} of {summarize_batch(training)} on {where}",
         "output": f"{training.output_dir}{_describe_saving(training)}",
     }
     for name, text in lines.items():

@@ -87,7 +87,8 @@ def _summarize_config(arguments: RunArguments, processes: int, checkpoint: str |
     return {
         "method": arguments.method,
         "global batch": f"{training.per_device_train_batch_size} x {training.gradient_accumulation_steps} accumulated "
-        f"x {processes} {'process' if processes == 1 else 'processes'} = {global_batch_size(training, processes)}",
+        f"x {processes} {'process' if processes == 1 else 'processes'} = "
+        f"{summarize_batch(training, processes)}",
         "completions": "the student's own" if is_on_policy else training.completions_source,
         "rollouts": summarize_rollouts(training, processes),
         "output": f"{training.output_dir}{f', resuming from {checkpoint}' if checkpoint else ''}",
@@ -100,8 +101,10 @@ def _summarize_datasets(
     """Return the table rows that depend on the models and data sets."""
     training = arguments.training_args
     prompts = len(prepared["train"])
-    batches = math.ceil(prompts / (training.per_device_train_batch_size * processes))
-    tokens_per_step = sum(prepared["train"]["limit"]) / prompts * min(global_batch_size(training, processes), prompts)
+    completions = prompts * training.num_generations
+    batches = math.ceil(completions / (training.per_device_train_batch_size * processes))
+    per_step = min(training.global_batch_size(processes), completions)
+    tokens_per_step = sum(prepared["train"]["limit"]) / prompts * per_step
     student, teacher, sizes = pair.student_config, pair.teacher_config, pair.vocab_sizes
     return {
         "student": f"{_shown(arguments.model_args.model_name_or_path)} ({student.model_type}, {sizes[0]} logits)",
@@ -145,7 +148,9 @@ def num_training_steps(batches: int, training: TokenSelectiveConfig) -> int:
     return training.max_steps if training.max_steps > 0 else math.ceil(per_epoch * training.num_train_epochs)
 
 
-def global_batch_size(training: TokenSelectiveConfig, processes: int | None = None) -> int:
-    """Return the number of prompts per optimizer step; `processes` defaults to the current number."""
-    processes = processes or training.world_size
-    return training.per_device_train_batch_size * training.gradient_accumulation_steps * processes
+def summarize_batch(training: TokenSelectiveConfig, processes: int | None = None) -> str:
+    """Describe the prompts, and completions, of an optimizer step; `processes` defaults to the current number."""
+    completions, n = training.global_batch_size(processes), training.num_generations
+    if n == 1:
+        return f"{completions:,} {'prompt' if completions == 1 else 'prompts'}"
+    return f"{completions:,} completions, {n} for each prompt"

@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from ..config.base import TokenSelectiveConfig
 from ..config.logs import get_logger
 from ..errors import NonFiniteError
 
@@ -20,23 +21,17 @@ class NonFiniteGuard:
 
     Args:
         accelerator: the run's accelerator.
-        output_dir: folder to which the completions of a non-finite step are written.
-        max_nonfinite_steps: number of steps to skip before the run stops.
+        args: output_dir, to which the completions of a non-finite step are written; max_nonfinite_steps,
+            num_generations.
         decode: token ids -> text.
 
     Attributes:
         num_skipped: number of steps skipped so far.
     """
 
-    def __init__(
-        self, accelerator: Accelerator, output_dir: Path, max_nonfinite_steps: int, decode: Callable[[Any], str]
-    ) -> None:
-        self.accelerator, self.output_dir, self.max_nonfinite_steps, self.decode = (
-            accelerator,
-            output_dir,
-            max_nonfinite_steps,
-            decode,
-        )
+    def __init__(self, accelerator: Accelerator, args: TokenSelectiveConfig, decode: Callable[[Any], str]) -> None:
+        self.accelerator, self.args, self.decode = accelerator, args, decode
+        self.output_dir = Path(str(args.output_dir))
         self.num_skipped = 0
         self._micro_batches: list[tuple[dict[str, Any], Tensor]] = []
 
@@ -72,21 +67,24 @@ class NonFiniteGuard:
         self.num_skipped += 1
         what = f"the loss of {counts[0]} micro-batches" if counts[0] else "the gradient"
         text = f"step {step}: {what} is not finite; the completions are in {path.parent}/nonfinite_step_{step}_*.jsonl"
-        if self.num_skipped > self.max_nonfinite_steps:
+        if self.num_skipped > self.args.max_nonfinite_steps:
             raise NonFiniteError(
                 f"{text}; the step was not taken. Resume with a higher max_nonfinite_steps to skip such steps, or "
                 "start from the last checkpoint's weights in a new output_dir with a lower learning_rate"
             )
-        logger.warning(f"{text}; skipped the step ({self.num_skipped} of {self.max_nonfinite_steps})")
+        logger.warning(f"{text}; skipped the step ({self.num_skipped} of {self.args.max_nonfinite_steps})")
         return False
 
     def _write(self, path: Path, batches: list[dict[str, Any]]) -> None:
-        """Write one row per response: its index in the data set, prompt and completion."""
+        """Write one row per response: its row number in the data set, prompt and completion."""
         self.output_dir.mkdir(parents=True, exist_ok=True)
         with path.open("w", encoding="utf-8") as file:
             for batch in batches:
                 columns = (batch[k].tolist() for k in ("input_ids", "prompt_lengths"))
                 for index, completion, ids, prompt in zip(batch["index"], batch["lengths"], *columns, strict=True):
                     texts = {"prompt": ids[:prompt], "completion": ids[prompt : prompt + completion]}
-                    row = {"index": index, **{name: self.decode(part) for name, part in texts.items()}}
+                    row = {
+                        "index": index // self.args.num_generations,
+                        **{name: self.decode(part) for name, part in texts.items()},
+                    }
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")

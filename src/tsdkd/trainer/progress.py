@@ -4,6 +4,7 @@ It replaces the callbacks of transformers, which print each log entry as a dicti
 """
 
 import logging
+import re
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -15,6 +16,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 _BAR = "step {n_fmt}/{total_fmt} |{bar:12}| {desc}"
+_ACCURACY = re.compile(r"_(accuracy|avg@\d+|pass@\d+)$")
 _PARTS_OF_A_STEP = ("rollout", "teacher", "student")
 
 
@@ -139,7 +141,7 @@ def _describe_speed(logs: Mapping[str, Any], num_processes: int) -> list[str]:
 
 def _describe_evaluation(metrics: Mapping[str, Any]) -> str:
     """Describe accuracies, then losses. With several data sets, each name includes the data set's name."""
-    accuracy = [f"{_short(name)} {100 * metrics[name]:.1f} %" for name in metrics if name.endswith("_accuracy")]
+    accuracy = [f"{_short(name)} {100 * metrics[name]:.1f} %" for name in metrics if _ACCURACY.search(name)]
     losses = [f"{_short(name)} {_format(metrics[name])}" for name in metrics if name.endswith("_loss")]
     return ", ".join(accuracy + losses)
 

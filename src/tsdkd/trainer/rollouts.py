@@ -8,18 +8,18 @@ from typing import Any
 import torch
 from accelerate.utils import send_to_device
 from torch import nn
-from trl.trainer.utils import print_prompt_completions_sample
 
 from ..data import Rows, is_packed, pack_sequences, pad_sequences
-from ..errors import ModelError, escape_controls
+from ..errors import ModelError
 from ..grading import Grader
 from ..models.loading import ModelPair
 from ..objective import Objective
 from ..rollout.base import Completion, Sampler
 from ..rollout.build import make_sampler
 from ..rollout.seeding import RandomStream, prompt_generator
-from .count_correct import count_correct
+from .completion_log import CompletionLog, Verdict
 from .forward import HeadForward
+from .graded import grade_completions
 from .metrics import MetricAccumulator
 from .micro_batches import MicroBatchPlanner
 from .rollout_buffer import Batch, MicroBatches
@@ -27,12 +27,11 @@ from .token_records import RecordedCompletion, TokenRecorder
 from .weight_check import check_engine_weights
 
 EVAL_STEP = 2**62  # for evaluation rollouts: the same random numbers in every evaluation
-_NUM_LOGGED_COMPLETIONS = 5
 
 
 @dataclass(frozen=True)
 class _Sample:
-    """A row's number in the data set, its prompt, and the completion to train on."""
+    """The number that seeds it (`RepeatedRows`), its prompt, and the completion to train on."""
 
     index: int
     prompt: list[int]
@@ -60,6 +59,7 @@ class RolloutMixin:
         head_forward: runs forward passes of both models.
         planner: divides rollouts into micro-batches.
         token_recorder: records the tokens of some rollouts.
+        completion_log: shows some completions.
         metric_accumulators: "train" or "eval" -> its metrics.
     """
 
@@ -76,10 +76,10 @@ class RolloutMixin:
     head_forward: HeadForward
     planner: MicroBatchPlanner
     token_recorder: TokenRecorder
+    completion_log: CompletionLog
     metric_accumulators: dict[str, MetricAccumulator]
     _prepare_inputs: Any  # defined by `Trainer`
     _weights_version: int
-    _logged_completions: list[tuple[str, str, Completion]]
 
     # Hooks that a method's trainer may override
 
@@ -124,7 +124,8 @@ class RolloutMixin:
         indices = [i for batch in rows for i in batch["index"]]
         samples = [_Sample(i, p, c) for i, p, c in zip(indices, prompts, completions, strict=True)]
         if self.token_recorder.is_due(step, mode):
-            records = [RecordedCompletion(s.index, s.prompt, s.completion.ids) for s in samples]
+            repeats = self.args.num_generations
+            records = [RecordedCompletion(s.index // repeats, s.prompt, s.completion.ids) for s in samples]
             self.token_recorder.record(model, self.teacher_model, records, step)
         entries, left = [], iter(samples)
         for part in parts:
@@ -168,47 +169,42 @@ class RolloutMixin:
     def _generate(
         self, model: nn.Module, rows: list[Batch], prompts: list[list[int]], step: int, mode: str
     ) -> list[Completion]:
+        """Sample a completion for each prompt. In evaluation, also grade them, and `eval_samples` of each prompt."""
         indices = [i for batch in rows for i in batch["index"]]
         limits = [limit for batch in rows for limit in batch["limit"]]
+        answers = [a for batch in rows for a in batch.get("answer", [])] if mode == "eval" else []
+        samples = self.args.eval_samples if answers else 1
         accumulator, start = self.metric_accumulators[mode], time.perf_counter()
         if self.sampler.update((self.state.global_step, self._weights_version)):
             accumulator.add("speed/weight_sync_seconds", time.perf_counter() - start, 1)
         start = time.perf_counter()
-        completions = self.sampler.generate(model, prompts, limits, [(self.args.seed, step, i) for i in indices])
-        num_tokens = sum(len(c.ids) for c in completions)
+        keys = [(self.args.seed, step + sample, i) for sample in range(samples) for i in indices]
+        sampled = self.sampler.generate(model, prompts * samples, limits * samples, keys)
+        num_tokens, completions = sum(len(c.ids) for c in sampled), sampled[: len(prompts)]
         accumulator.add_seconds("rollout", num_tokens, time.perf_counter() - start)
         if self.sampler.needs_weight_check:
             check_engine_weights(self.head_forward, self.accelerator, model, prompts, completions, self.args.top_p)
             self.sampler.needs_weight_check = False
         accumulator.add("completions/eos_share", sum(c.stopped for c in completions), len(completions))
-        answers = [(i, a) for b in rows for i, a in zip(b["index"], b.get("answer", []), strict=False)]
-        self._log_completions(prompts, completions, answers, mode)
+        verdicts = self._grade(sampled, list(zip(indices, answers, strict=True))) if answers else []
+        if self.args.log_completions:
+            self.completion_log.keep(mode, prompts, completions, verdicts)
         return completions
 
-    def _log_completions(
-        self, prompts: list[list[int]], completions: list[Completion], answers: list[tuple[int, Any]], mode: str
-    ) -> None:
-        """Log the accuracy (only in evaluation, because decoding is slow) and keep some completions for the log.
+    def _grade(self, sampled: list[Completion], answers: list[tuple[int, Any]]) -> list[Verdict]:
+        """Log the accuracy, and avg@n and pass@n of several samples; return the verdicts on the first samples.
 
-        `answers` has the row number and the answer of each completion, or nothing.
+        Args:
+            sampled: the first completion of each prompt, then the second of each, and so on.
+            answers: row number and answer of each prompt.
         """
-        decode = self.pair.tokenizer.decode
-        if mode == "eval" and answers:
-            texts = [decode(c.ids, skip_special_tokens=True) for c in completions]
-            self.metric_accumulators[mode].add("accuracy", count_correct(self.grader, texts, answers), len(answers))
-        if self.args.log_completions:
-            self._logged_completions = [
-                (decode(prompt), decode(completion.ids, skip_special_tokens=True), completion)
-                for prompt, completion in list(zip(prompts, completions, strict=True))[:_NUM_LOGGED_COMPLETIONS]
-            ]
-
-    def _print_completions(self) -> None:
-        if not self._logged_completions or not self.accelerator.is_main_process:
-            return
-        *columns, completions = zip(*self._logged_completions, strict=True)
-        prompts, texts = ([escape_controls(text) for text in column] for column in columns)
-        extra = {
-            "Tokens": [len(completion.ids) for completion in completions],
-            "Ended": ["stop token" if completion.stopped else "limit" for completion in completions],
-        }
-        print_prompt_completions_sample(prompts, texts, {}, None, self.state.global_step, extra=extra)
+        texts = [self.pair.tokenizer.decode(c.ids, skip_special_tokens=True) for c in sampled]
+        prompts, samples = len(answers), len(sampled) // len(answers)
+        right = grade_completions(self.grader, texts, answers * samples)
+        accumulator = self.metric_accumulators["eval"]
+        accumulator.add("accuracy", sum(right[:prompts]), prompts)
+        if samples > 1:
+            num_correct = [sum(right[i::prompts]) for i in range(prompts)]
+            accumulator.add(f"avg@{samples}", sum(right) / samples, prompts)
+            accumulator.add(f"pass@{samples}", sum(count > 0 for count in num_correct), prompts)
+        return [(str(answer), is_right) for (_, answer), is_right in zip(answers, right, strict=False)]

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from trl.experimental.gkd import GKDTrainer
@@ -24,7 +25,17 @@ from ..checkpointing.run_lock import on_main_process
 from ..checkpointing.trainer_mixin import CheckpointMixin
 from ..config.base import TokenSelectiveConfig, require_config
 from ..config.user_code import load_grader
-from ..data import collate, completion_mask, find_longest_sequence, hash_rows, is_prepared, prepare_dataset, target_ids
+from ..data import (
+    RepeatedRows,
+    RepeatSampler,
+    collate,
+    completion_mask,
+    find_longest_sequence,
+    hash_rows,
+    is_prepared,
+    prepare_dataset,
+    target_ids,
+)
 from ..errors import ResumeError
 from ..files import resolve_path
 from ..grading import Grader
@@ -32,10 +43,10 @@ from ..models.identity import identify_model
 from ..models.loading import get_model_id, load_student, resolve_pair
 from ..models.teacher import load_teacher, prepare_teacher
 from ..objective import CompletionBatch, Objective, ObjectiveOutput
-from ..rollout.base import Completion
 from ..rollout.vllm import require_vllm
 from ..selection import token_index
 from . import model_card
+from .completion_log import CompletionLog
 from .forward import HeadForward, TeacherOutput, get_forward_ids
 from .metrics import MetricAccumulator, term_gradient_norms
 from .micro_batches import MicroBatchPlanner
@@ -167,7 +178,7 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
         self.planner = MicroBatchPlanner(accelerator, args, self.objective, find_longest_sequence(self.train_dataset))
         self.token_recorder = TokenRecorder(self.head_forward, args, decode)
         self.sampler = self._make_sampler()
-        self.nonfinite_guard = NonFiniteGuard(accelerator, Path(args.output_dir), args.max_nonfinite_steps, decode)
+        self.nonfinite_guard = NonFiniteGuard(accelerator, args, decode)
         self.metric_accumulators = {mode: MetricAccumulator(accelerator) for mode in ("train", "eval")}
         self.preemption = PreemptionCallback(accelerator)
         self.term_balance: TermBalance | None = None
@@ -175,12 +186,12 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
             metrics = self.metric_accumulators["train"]
             self.term_balance = TermBalance(accelerator, self.objective, args.term_balance, metrics)
         self.step_timer = StepTimer(self.metric_accumulators["train"])
-        for callback in (self.preemption, self.step_timer):
+        self.completion_log = CompletionLog(decode, self.callback_handler)
+        for callback in (self.preemption, self.step_timer, self.completion_log):
             self.add_callback(callback)
         replace_progress_callback(self)
         self._is_first_micro_batch = False
         self._weights_version = 0  # number of weight changes other than optimizer steps
-        self._logged_completions: list[tuple[str, str, Completion]] = []
 
     # A step
 
@@ -349,6 +360,16 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
 
     # Data and models
 
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """See `Trainer`. Each prompt is there `num_generations` times in succession."""
+        args = self.args
+        if args.num_generations == 1:
+            return super().get_train_dataloader()
+        rows = RepeatedRows(self.train_dataset, args.num_generations)
+        seed = args.seed if args.data_seed is None else args.data_seed
+        sampler = RepeatSampler(rows, seed, shuffle=args.train_sampling_strategy == "random")
+        return self._get_dataloader(rows, "Training", self._train_batch_size, lambda _: sampler, is_training=True)
+
     def _tokenize_dataset(
         self, rows: Dataset | dict[str, Dataset], args: TokenSelectiveConfig, source: str
     ) -> Dataset | dict[str, Dataset]:
@@ -407,7 +428,6 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
         """Add the method's metrics to a training log line."""
         if "loss" in logs:
             logs.update(self.metric_accumulators["train"].reduce_and_reset())
-            self._print_completions()
         super().log(logs, start_time)
 
     # Checkpoints

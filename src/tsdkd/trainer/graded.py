@@ -9,8 +9,8 @@ from ..errors import ConfigError
 from ..grading import Grader
 
 
-def count_correct(grader: Grader, texts: Sequence[str], answers: Sequence[tuple[int, Any]]) -> int:
-    """How many completions are right. All processes must call it.
+def grade_completions(grader: Grader, texts: Sequence[str], answers: Sequence[tuple[int, Any]]) -> list[bool]:
+    """Whether each completion is right. All processes must call it.
 
     Args:
         grader: the grader.
@@ -21,11 +21,11 @@ def count_correct(grader: Grader, texts: Sequence[str], answers: Sequence[tuple[
         ConfigError: the grader failed on some process. All raise it: one that ended alone would leave the others
             waiting for it.
     """
-    count, problems = 0, []
+    verdicts, problems = [], []
     try:
-        count = sum(grader(text, str(answer), row) for text, (row, answer) in zip(texts, answers, strict=True))
+        verdicts = [grader(text, str(answer), row) for text, (row, answer) in zip(texts, answers, strict=True)]
     except ConfigError as error:
         problems = error.problems
     if everywhere := gather_object(problems):
         raise ConfigError(everywhere[:1])
-    return count
+    return verdicts
