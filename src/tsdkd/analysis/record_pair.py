@@ -5,13 +5,12 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device
 from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..config.base import TokenSelectiveConfig
-from ..data import pad_sequences, prepare_dataset
+from ..data import prepare_dataset
 from ..files import require_empty_dir, wrap_os_errors
 from ..models.loading import ModelPair, load_frozen_model, resolve_pair
 from ..rollout.hf import make_step, sample_with_step
@@ -19,7 +18,13 @@ from ..rollout.seeding import prompt_generator
 from ..run.arguments import RunArguments
 from ..run.build import load_datasets, set_model_init_kwargs
 from ..trainer.forward import HeadForward
-from ..trainer.token_records import RecordedCompletion, compute_token_records, recorded_divergence, write_token_records
+from ..trainer.token_records import (
+    RecordedCompletion,
+    compute_token_records,
+    pad_recorded,
+    recorded_divergence,
+    write_token_records,
+)
 
 _BATCH_SIZE = 8
 
@@ -67,7 +72,14 @@ def record_pair(arguments: RunArguments, limit: int) -> PairRecord:
     set_model_init_kwargs(arguments)
     names = str(arguments.model_args.model_name_or_path), str(training.teacher_model_name_or_path)
     pair = resolve_pair(*names, training)
-    prepared = prepare_dataset(rows, pair.template_tokenizer, training, pair.context_length, needs_completion=False)
+    prepared = prepare_dataset(
+        rows,
+        pair.template_tokenizer,
+        training,
+        pair.context_length,
+        needs_completion=False,
+        teacher_tokenizer=pair.teacher_tokenizer,
+    )
     fields = ("model_name_or_path", "teacher_model_name_or_path")
     student, teacher = (
         load_frozen_model(name, training, field, training.device).eval()
@@ -82,11 +94,12 @@ def record_pair(arguments: RunArguments, limit: int) -> PairRecord:
         generators = [(prompt_generator(training.seed, 0, i),) for i in some["index"]]
         prompts, limits = list(some["prompt_ids"]), list(some["limit"])
         completions = sample_with_step(step, prompts, limits, generators, stop_token_ids=stop_token_ids)
-        batch = pad_sequences(prompts, [c.ids for c in completions])
-        batch = send_to_device(batch, training.device)
-        parts.append(compute_token_records(head_forward, student, teacher, batch, recorded_divergence(training)))
-        samples += [
-            RecordedCompletion(i, p, c.ids) for i, p, c in zip(some["index"], prompts, completions, strict=True)
+        recorded = [
+            RecordedCompletion(row["index"], row["prompt_ids"], c.ids, row.get("teacher_prompt_ids"))
+            for row, c in zip(some, completions, strict=True)
         ]
+        batch = pad_recorded(recorded, training.device)
+        parts.append(compute_token_records(head_forward, student, teacher, batch, recorded_divergence(training)))
+        samples += recorded
     columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     return PairRecord(training, pair, student, teacher, prepared, samples, columns)

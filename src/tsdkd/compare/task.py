@@ -266,7 +266,14 @@ def _evaluate(
     training.answer_column = shared.answer_column
     student, teacher = str(arguments.model_args.model_name_or_path), teacher_name_or_path(arguments)
     pair = resolve_pair(student, teacher, training)
-    prepared = prepare_dataset(rows, pair.template_tokenizer, training, pair.context_length, needs_completion=False)
+    prepared = prepare_dataset(
+        rows,
+        pair.template_tokenizer,
+        training,
+        pair.context_length,
+        needs_completion=False,
+        teacher_tokenizer=pair.teacher_tokenizer if writer == "teacher" else None,
+    )
     dtype = torch.bfloat16 if training.device.type == "cuda" else torch.float32
     field = f"{'teacher_' if writer == 'teacher' else ''}model_name_or_path"
     loaded = load_pretrained(AutoModelForCausalLM.from_pretrained, model, field, "model", dtype=dtype)
@@ -291,8 +298,9 @@ def _build_problem_set(pair: ModelPair, prepared: Any, model: Any, writer: Role,
         return str(pair.tokenizer.decode(ids, skip_special_tokens=True))
 
     stop_token_ids, vocab_size = pair.stop_token_ids(writer, model.generation_config), pair.shared_vocab_size
+    prompts = "teacher_prompt_ids" if "teacher_prompt_ids" in prepared.column_names else "prompt_ids"
     return ProblemSet(
-        prepared["prompt_ids"], prepared["answer"], prepared["limit"], stop_token_ids, vocab_size, decode, grader
+        prepared[prompts], prepared["answer"], prepared["limit"], stop_token_ids, vocab_size, decode, grader
     )
 
 

@@ -115,6 +115,13 @@ class TokenSelectiveConfig(GKDConfig):
         TEMPLATE_KWARGS,
         (lambda v: v["chat_template_source"] == "none", "chat_template_source is none"),
     )
+    teacher_chat_template_kwargs: dict[str, Any] | None = option(
+        None,
+        "Render the teacher's prompts with its own chat template and these keyword arguments, e.g. "
+        '{"enable_thinking": true}, or {}. Both models read the same completions. None: the teacher gets the '
+        "student's prompts.",
+        TEMPLATE_KWARGS,
+    )
     prompt_suffix: str | None = option(
         None,
         "A line to append to each prompt before the chat template is applied; in a conversation, to its last user "
@@ -258,7 +265,10 @@ class TokenSelectiveConfig(GKDConfig):
         _WITHOUT_VLLM,
     )
 
-    _VALID_DICT_FIELDS = [*GKDConfig._VALID_DICT_FIELDS, "chat_template_kwargs", "term_balance"]
+    _VALID_DICT_FIELDS = [
+        *GKDConfig._VALID_DICT_FIELDS,
+        *("chat_template_kwargs", "teacher_chat_template_kwargs", "term_balance"),
+    ]
 
     def __post_init__(self) -> None:
         problems = self._resolve_aliases() + self._coerce_fields()

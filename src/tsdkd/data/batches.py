@@ -12,15 +12,18 @@ from datasets import Dataset
 def hash_rows(rows: Dataset) -> str:
     """A digest of tokenized rows."""
     digest = hashlib.sha256()
-    for some in rows.select_columns(["prompt_ids", "completion_ids", "limit"]).iter(1000):
+    names = ["prompt_ids", "completion_ids", "limit", "teacher_prompt_ids"]
+    for some in rows.select_columns([name for name in names if name in rows.column_names]).iter(1000):
         digest.update(repr(some).encode())
     return digest.hexdigest()
 
 
 def find_longest_sequence(rows: Dataset) -> int:
     """Return the length of the longest possible prompt plus completion of tokenized rows, tokens."""
-    tables = rows.select_columns(["prompt_ids", "limit"]).with_format("arrow").iter(10_000)
-    return max(pc.max(pc.add(pc.list_value_length(t["prompt_ids"]), t["limit"])).as_py() for t in tables)
+    prompts = [name for name in ("prompt_ids", "teacher_prompt_ids") if name in rows.column_names]
+    tables = rows.select_columns([*prompts, "limit"]).with_format("arrow").iter(10_000)
+    lengths = (pc.add(pc.list_value_length(t[name]), t["limit"]) for t in tables for name in prompts)
+    return max(pc.max(of_batch).as_py() for of_batch in lengths)
 
 
 def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

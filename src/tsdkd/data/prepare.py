@@ -34,6 +34,7 @@ def prepare_dataset(
     needs_completion: bool,
     source: str = "the data set",
     needs_answer: bool = False,
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Dataset:
     """Tokenize, and drop the prompts that leave no room for a completion.
 
@@ -45,10 +46,12 @@ def prepare_dataset(
         needs_completion: whether every row must have one (`lmbda` below 1).
         source: what messages about a missing column call the data set.
         needs_answer: whether `answer_column`, where it is set, must be there.
+        teacher_tokenizer: its chat template renders the teacher's prompts, if `teacher_chat_template_kwargs` is set.
 
     Returns:
         Columns `index` (row number in `rows`), `prompt_ids`, `completion_ids` (empty without one), `limit` (the most
-        tokens that the completion may have) and, where the rows have one, `answer`.
+        tokens that the completion may have), where the rows have one, `answer`, and, where the teacher's prompts are
+        others, `teacher_prompt_ids`.
 
     Raises:
         DataError: a column is missing, a row has no usable prompt, the tokenizer can't represent the prompts, or no
@@ -57,6 +60,9 @@ def prepare_dataset(
     columns = resolve_columns(rows, args, source, needs_answer)
     total = max_sequence_length(args, context_length)
     _check_tokenizer(rows, template_tokenizer, args, columns)
+    teacher_kwargs = args.teacher_chat_template_kwargs if teacher_tokenizer else None
+    if teacher_tokenizer and teacher_kwargs is not None and teacher_tokenizer.chat_template is None:
+        raise DataError("teacher_chat_template_kwargs: the teacher's tokenizer has no chat template")
 
     def tokenize(row: dict[str, Any], index: int) -> dict[str, Any]:
         prompt, completion = split_prompt_completion(row, index, columns)
@@ -64,25 +70,33 @@ def prepare_dataset(
         prompt_ids = list(template_tokenizer(text, add_special_tokens=not is_rendered)["input_ids"])
         if not prompt_ids:
             raise DataError(f"row {index}: the tokenizer makes no token of the prompt {str(prompt)[:60]!r}")
+        others = {"answer": row[columns.answer]} if columns.answer else {}
+        longest = len(prompt_ids)
+        if teacher_tokenizer and teacher_kwargs is not None:
+            prompt = append_prompt_suffix(prompt, index, args.prompt_suffix)
+            text = _apply_template(prompt, index, teacher_tokenizer, teacher_kwargs)
+            others["teacher_prompt_ids"] = list(teacher_tokenizer(text, add_special_tokens=False)["input_ids"])
+            longest = max(longest, len(others["teacher_prompt_ids"]))
         if completion is None and needs_completion:
             raise DataError(
                 f"row {index}: no completion, but {args.method} (lmbda {args.lmbda}) trains on the data set's"
             )
-        limit = min(args.max_completion_length, total - len(prompt_ids))
+        limit = min(args.max_completion_length, total - longest)
         ids = [] if completion is None else _completion_ids(completion, template_tokenizer, row)
-        answer = {"answer": row[columns.answer]} if columns.answer else {}
         return {
             "index": index,
             "prompt_ids": prompt_ids,
             "completion_ids": ids[: max(limit, 0)],
             "limit": limit,
-            **answer,
+            **others,
         }
 
     features = {"index": Value("int64"), "prompt_ids": List(Value("int64")), "completion_ids": List(Value("int64"))}
     features |= {"limit": Value("int64")}  # given: columns of the same names would impose their types
     if columns.answer:
         features |= {"answer": rows.features[columns.answer]}
+    if teacher_kwargs is not None:
+        features |= {"teacher_prompt_ids": List(Value("int64"))}
     with PartialState().main_process_first():
         tokenized = rows.map(
             tokenize,
@@ -132,14 +146,18 @@ def _render(
 ) -> tuple[str, bool]:
     """The text of a prompt, and whether a chat template rendered it: then the text has its special tokens already."""
     prompt = append_prompt_suffix(prompt, index, args.prompt_suffix)
-    if isinstance(prompt, str):
-        if args.chat_template_source == "none" or template_tokenizer.chat_template is None:
-            return prompt, False
-        prompt = [{"role": "user", "content": prompt}]
-    if template_tokenizer.chat_template is None:
+    has_template = template_tokenizer.chat_template is not None
+    if isinstance(prompt, str) and (args.chat_template_source == "none" or not has_template):
+        return prompt, False
+    if not has_template:
         raise DataError(f"row {index}: the prompt is a list of messages, but the tokenizer has no chat template")
+    return _apply_template(prompt, index, template_tokenizer, args.chat_template_kwargs), True
+
+
+def _apply_template(prompt: Any, index: int, tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any] | None) -> str:
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     try:
-        return render_prompt(template_tokenizer, prompt, **(args.chat_template_kwargs or {})), True
+        return render_prompt(tokenizer, messages, **(kwargs or {}))
     except DataError as error:
         raise DataError(f"row {index}: {error}") from error
 

@@ -154,7 +154,11 @@ def _append_completions(setup: GenerationSetup, output: Path, num_samples: int) 
     done = read_finished(output, setup.output_columns.prompt, setup.metadata, len(setup.dataset), setup.get_prompt)
     requests = [
         GenerationRequest(
-            row["index"], sample, row["prompt_ids"], row["limit"], (setup.args.seed, sample, row["index"])
+            row["index"],
+            sample,
+            row.get("teacher_prompt_ids", row["prompt_ids"]),
+            row["limit"],
+            (setup.args.seed, sample, row["index"]),
         )
         for sample in range(num_samples)
         for row in setup.tokenized_dataset
@@ -193,7 +197,15 @@ def _prepare_setup(arguments: RunArguments, role: Role, limit: int | None) -> Ge
     student, teacher = str(arguments.model_args.model_name_or_path), str(args.teacher_model_name_or_path)
     pair = resolve_pair(student, teacher, args)
     rows = dataset.select(range(min(limit or len(dataset), len(dataset))))
-    tokenized = prepare_dataset(rows, pair.template_tokenizer, args, pair.context_length, needs_completion=False)
+    teacher_tokenizer = pair.teacher_tokenizer if role == "teacher" else None
+    tokenized = prepare_dataset(
+        rows,
+        pair.template_tokenizer,
+        args,
+        pair.context_length,
+        needs_completion=False,
+        teacher_tokenizer=teacher_tokenizer,
+    )
     init_kwargs = args.model_init_kwargs if role == "student" else args.teacher_model_init_kwargs
     return GenerationSetup(
         role,

@@ -21,7 +21,10 @@ SELF_SAMPLING_UNSUPPORTED = {
     **TOP_P_UNSUPPORTED,
     "lmbda": "the method decides which completions each step trains on",
 }
-VLLM_UNSUPPORTED = {"use_vllm": "the teacher helps to choose every token, but the vLLM engine holds only the student"}
+TEACHER_SAMPLES_UNSUPPORTED = {
+    "use_vllm": "the teacher helps to choose every token, but the vLLM engine holds only the student",
+    "teacher_chat_template_kwargs": "student and teacher sample together, from one prompt",
+}
 
 
 @dataclass

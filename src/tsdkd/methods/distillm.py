@@ -40,7 +40,11 @@ class DistiLLMConfig(DistiLLMOptions, TSDKDDefaults):
     paper = "Ko et al. 2024, arXiv 2402.03898"
     always_needs_completions = True
     has_lmbda = False
-    unsupported_options = {**SELF_SAMPLING_UNSUPPORTED, **NUM_GENERATIONS_UNSUPPORTED}
+    unsupported_options = {
+        **SELF_SAMPLING_UNSUPPORTED,
+        **NUM_GENERATIONS_UNSUPPORTED,
+        "teacher_chat_template_kwargs": "the replay buffer keeps only the student's prompts",
+    }
 
     on_policy_share: float = option(0.0, "Initial fraction of rollouts that use student completions.", FRACTION)
     on_policy_share_step: float = option(

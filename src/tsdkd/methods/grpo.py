@@ -41,7 +41,10 @@ class GRPOConfig(TokenSelectiveConfig):
             "TRL's trainer does not support it",
         ),
         **dict.fromkeys(
-            ("teacher_model_name_or_path", "teacher_model_init_kwargs", "teacher_placement"),
+            (
+                *("teacher_model_name_or_path", "teacher_model_init_kwargs", "teacher_placement"),
+                "teacher_chat_template_kwargs",
+            ),
             "the method has no teacher",
         ),
     }

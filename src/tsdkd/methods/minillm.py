@@ -20,7 +20,7 @@ from ..rollout.build import make_sampler
 from ..rollout.categorical import sample_tokens
 from ..trainer.rollout_buffer import Batch, MicroBatches
 from ..trainer.rollout_scores import ScoredRolloutTrainer
-from .defaults import SELF_SAMPLING_UNSUPPORTED, VLLM_UNSUPPORTED, RolloutConfig
+from .defaults import SELF_SAMPLING_UNSUPPORTED, TEACHER_SAMPLES_UNSUPPORTED, RolloutConfig
 
 
 @dataclass
@@ -45,7 +45,7 @@ class MiniLLMConfig(MiniLLMOptions, RolloutConfig):
     paper = "Gu et al. 2023, arXiv 2306.08543"
     has_lmbda = False
     teacher_samples = True
-    unsupported_options = {**SELF_SAMPLING_UNSUPPORTED, **VLLM_UNSUPPORTED}
+    unsupported_options = {**SELF_SAMPLING_UNSUPPORTED, **TEACHER_SAMPLES_UNSUPPORTED}
 
     warmup_steps: float = option(0.1, "Number of warmup steps, or a fraction of all steps if below 1.")
     rollout_batch_size: int = option(256)

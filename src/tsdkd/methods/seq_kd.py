@@ -22,7 +22,9 @@ class SeqKDConfig(TSDKDDefaults):
     loads_teacher = False
     unsupported_options = {
         **OFF_POLICY_UNSUPPORTED,
-        **dict.fromkeys(("teacher_placement", "record_steps"), "the teacher is not loaded"),
+        **dict.fromkeys(
+            ("teacher_placement", "teacher_chat_template_kwargs", "record_steps"), "the teacher is not loaded"
+        ),
     }
 
     lmbda: float = option(0.0, "The method never generates.")

@@ -13,7 +13,7 @@ from ..rollout.base import Sampler, TokenChoice
 from ..rollout.build import make_sampler
 from ..rollout.categorical import sample_tokens
 from ..trainer.trainer import TokenSelectiveTrainer
-from .defaults import SELF_SAMPLING_UNSUPPORTED, VLLM_UNSUPPORTED, TSDKDDefaults
+from .defaults import SELF_SAMPLING_UNSUPPORTED, TEACHER_SAMPLES_UNSUPPORTED, TSDKDDefaults
 from .supervised_kd import SupervisedKDObjective
 
 
@@ -39,7 +39,7 @@ class SpeculativeKDConfig(SpeculativeKDOptions, TSDKDDefaults):
     paper = "Xu et al. 2025, arXiv 2410.11325"
     has_lmbda = False
     teacher_samples = True
-    unsupported_options = {**SELF_SAMPLING_UNSUPPORTED, **VLLM_UNSUPPORTED}
+    unsupported_options = {**SELF_SAMPLING_UNSUPPORTED, **TEACHER_SAMPLES_UNSUPPORTED}
 
     learning_rate: float = option(1e-5)
 

@@ -42,6 +42,7 @@ class TSDKDReleasedConfig(TSDKDReleasedOptions, TSDKDDefaults):
     has_jsd = True
     unsupported_options = {
         **TOP_P_UNSUPPORTED,
+        "teacher_chat_template_kwargs": "the public code gives both models the same prompts",
         "padding_free": "the loss depends on the padding of its micro-batches",
         "max_tokens_per_micro_batch": "the loss depends on the split into micro-batches",
     }

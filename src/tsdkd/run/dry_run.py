@@ -52,8 +52,10 @@ def describe_run(arguments: RunArguments, processes: int | None = None) -> Itera
         yield _summary_table(known)  # this part doesn't need the hub
         raise
     yield _summary_table({**known, **_summarize_datasets(arguments, processes, pair, prepared)})
-    example = pair.template_tokenizer.decode(prepared["train"][0]["prompt_ids"])
-    yield Text(f"first prompt, as the student sees it:\n{example}")
+    first, decode = prepared["train"][0], pair.template_tokenizer.decode
+    yield Text(f"first prompt, as the student sees it:\n{decode(first['prompt_ids'])}")
+    if "teacher_prompt_ids" in first:
+        yield Text(f"first prompt, as the teacher sees it:\n{decode(first['teacher_prompt_ids'])}")
 
 
 def _shown_config(arguments: RunArguments) -> dict[str, Any]:
@@ -73,7 +75,14 @@ def _prepare_datasets(arguments: RunArguments) -> tuple[ModelPair, dict[str, Dat
     set_model_init_kwargs(arguments)
     pair = resolve_pair(str(arguments.model_args.model_name_or_path), teacher_name_or_path(arguments), training)
     prepared = {
-        name: prepare_dataset(rows, pair.template_tokenizer, training, pair.context_length, training.needs_completions)
+        name: prepare_dataset(
+            rows,
+            pair.template_tokenizer,
+            training,
+            pair.context_length,
+            training.needs_completions,
+            teacher_tokenizer=pair.teacher_tokenizer,
+        )
         for name, rows in (("train", train_rows), ("eval", eval_rows))
         if rows is not None
     }

@@ -14,12 +14,14 @@ from transformers import PreTrainedModel
 from trl.models.utils import _ForwardRedirection
 
 from ..config.base import TokenSelectiveConfig
+from ..data import completion_mask
 from ..errors import ModelError
 from ..lm_head.dense import DenseHead
 from ..lm_head.fused import FusedHead, compute_dtype
 from ..lm_head.projection import get_output_layer, get_projection
 from ..lm_head.statistics import PerTokenLoss, StatisticsRequest, TokenStatistics
 from ..models.loading import unwrap_peft
+from ..selection import token_index
 
 _FUSED_HEAD_HINT = "set fused_head: false to compute the full logits"
 
@@ -220,6 +222,15 @@ def _select_positions(batch: dict[str, Any], index: Tensor, states: Tensor) -> T
     else:
         positions = index + row
     return states.flatten(0, 1).index_select(0, positions)
+
+
+def teacher_inputs(batch: dict[str, Any], index: Tensor) -> tuple[dict[str, Any], Tensor]:
+    """Return the batch that the teacher reads, and where the N positions `index` are in it.
+
+    They are the student's, unless the teacher's prompts are others (`teacher_chat_template_kwargs`).
+    """
+    own = batch.get("teacher")
+    return (batch, index) if own is None else (own, token_index(completion_mask(own), len(index)))
 
 
 def get_forward_ids(batch: dict[str, Any]) -> Tensor:

@@ -10,6 +10,7 @@ from ..lm_head.statistics import StatisticsRequest
 from ..objective import PolicyScores
 from ..rollout.seeding import RandomStream, prompt_generator
 from ..selection import token_index
+from .forward import teacher_inputs
 from .trainer import Batch, TokenSelectiveTrainer
 
 
@@ -25,7 +26,8 @@ class ScoredRolloutTrainer(TokenSelectiveTrainer):
             old_logps, ratio = self._score_policy(model, batch, index, sampled)
         with self._time_teacher(batch, mode):
             request = StatisticsRequest(entropy=True, top_k=self.objective.teacher_top_k, ids=sampled)
-            teacher = self.head_forward.compute_statistics(self.teacher_model, batch, index, request)
+            inputs = teacher_inputs(batch, index)
+            teacher = self.head_forward.compute_statistics(self.teacher_model, *inputs, request)
         teacher_logps = teacher.logps.squeeze(-1)
         scores: dict[str, Any] = {
             "teacher_entropy": teacher.entropy,

@@ -31,16 +31,30 @@ EVAL_STEP = 2**62  # for evaluation rollouts: the same random numbers in every e
 
 @dataclass(frozen=True)
 class _Sample:
-    """The number that seeds it (`RepeatedRows`), its prompt, and the completion to train on."""
+    """The number that seeds it (`RepeatedRows`), its prompt, and the completion to train on.
+
+    The teacher's prompt is None if it is the same.
+    """
 
     index: int
     prompt: list[int]
     completion: Completion
+    teacher_prompt: list[int] | None = None
 
     @property
     def ids(self) -> list[int]:
         """Prompt and completion."""
         return [*self.prompt, *self.completion.ids]
+
+    @property
+    def teacher_ids(self) -> list[int]:
+        """The teacher's prompt and the completion."""
+        return [*(self.teacher_prompt or ()), *self.completion.ids]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the longer of both sequences."""
+        return max(len(self.prompt), len(self.teacher_prompt or ())) + len(self.completion.ids)
 
 
 class RolloutMixin:
@@ -122,17 +136,21 @@ class RolloutMixin:
         num_tokens = sum(len(c.ids) for c in completions)
         self.metric_accumulators[mode].add("completions/mean_length", num_tokens, len(completions))
         indices = [i for batch in rows for i in batch["index"]]
-        samples = [_Sample(i, p, c) for i, p, c in zip(indices, prompts, completions, strict=True)]
+        teacher_prompts = [ids for batch in rows for ids in batch.get("teacher_prompt_ids", ())]
+        fields = zip(indices, prompts, completions, teacher_prompts or [None] * len(prompts), strict=True)
+        samples = [_Sample(*values) for values in fields]
         if self.token_recorder.is_due(step, mode):
             repeats = self.args.num_generations
-            records = [RecordedCompletion(s.index // repeats, s.prompt, s.completion.ids) for s in samples]
+            records = [
+                RecordedCompletion(s.index // repeats, s.prompt, s.completion.ids, s.teacher_prompt) for s in samples
+            ]
             self.token_recorder.record(model, self.teacher_model, records, step)
         entries, left = [], iter(samples)
         for part in parts:
             sizes = [len(row["prompt_ids"]) for row in part]
             some = list(islice(left, sum(sizes)))
-            some = self.planner.exchange(some, [len(s.ids) for s in some], mode)
-            for layouts in self.planner.plan(sizes, [len(s.ids) for s in some], mode):
+            some = self.planner.exchange(some, [s.num_tokens for s in some], mode)
+            for layouts in self.planner.plan(sizes, [s.num_tokens for s in some], mode):
                 entries.append([self._micro_batch(some, layout) for layout in layouts])
                 for batch in entries[-1]:
                     self._run_postprocessing(model, batch, step, mode)
@@ -153,11 +171,17 @@ class RolloutMixin:
         order = sorted(chain.from_iterable(layout))
         chosen = [samples[i] for i in order]
         completions = [sample.completion for sample in chosen]
-        batch: Batch = self._prepare_inputs(pad_sequences([s.prompt for s in chosen], [c.ids for c in completions]))
+        batch: Batch = pad_sequences([s.prompt for s in chosen], [c.ids for c in completions])
+        teacher_prompts = [s.teacher_prompt for s in chosen if s.teacher_prompt is not None]
+        if teacher_prompts:
+            batch["teacher"] = pad_sequences(teacher_prompts, [c.ids for c in completions])
+        batch = self._prepare_inputs(batch)
         if is_packed(layout):
             place = {i: number for number, i in enumerate(order)}
-            packed = pack_sequences([s.ids for s in chosen], [[place[i] for i in row] for row in layout])
-            batch["packed"] = send_to_device(packed, self.accelerator.device, non_blocking=True)
+            rows = [[place[i] for i in row] for row in layout]
+            self._pack(batch, [s.ids for s in chosen], rows)
+            if teacher_prompts:
+                self._pack(batch["teacher"], [s.teacher_ids for s in chosen], rows)
         # keep these on the host; reading them from the device would synchronize
         batch |= {"index": [s.index for s in chosen], "lengths": [len(c.ids) for c in completions]}
         batch["num_tokens"] = sum(len(sample.ids) for sample in chosen)
@@ -165,6 +189,10 @@ class RolloutMixin:
         if len(logps) == len(completions):
             batch["sampling_per_token_logps"] = torch.tensor(list(chain(*logps)), device=batch["input_ids"].device)
         return batch
+
+    def _pack(self, batch: Batch, sequences: list[list[int]], rows: Rows) -> None:
+        packed = pack_sequences(sequences, rows)
+        batch["packed"] = send_to_device(packed, self.accelerator.device, non_blocking=True)
 
     def _generate(
         self, model: nn.Module, rows: list[Batch], prompts: list[list[int]], step: int, mode: str

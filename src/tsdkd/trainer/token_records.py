@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from ..config.base import TokenSelectiveConfig
@@ -23,7 +24,7 @@ from ..files import atomic_path
 from ..lm_head.statistics import StatisticsRequest
 from ..losses import Divergence, forward_kl_on, jsd
 from ..selection import token_index
-from .forward import HeadForward
+from .forward import HeadForward, teacher_inputs
 
 RECORDS_DIR = "records"
 NUM_CANDIDATES = 10  # top tokens of the student, recorded with the teacher's log-probabilities
@@ -39,11 +40,23 @@ class RecordedCompletion:
     Attributes:
         index: index of its row in the data set.
         prompt, completion: token ids.
+        teacher_prompt: the teacher's prompt, if it is another.
     """
 
     index: int
     prompt: list[int]
     completion: list[int]
+    teacher_prompt: list[int] | None = None
+
+
+def pad_recorded(samples: Sequence[RecordedCompletion], device: torch.device) -> dict[str, Any]:
+    """Pad completions to a batch for `compute_token_records`."""
+    completions = [s.completion for s in samples]
+    batch: dict[str, Any] = pad_sequences([s.prompt for s in samples], completions)
+    teacher_prompts = [s.teacher_prompt for s in samples if s.teacher_prompt is not None]
+    if teacher_prompts:
+        batch["teacher"] = pad_sequences(teacher_prompts, completions)
+    return send_to_device(batch, device)
 
 
 def recorded_divergence(args: TokenSelectiveConfig) -> Divergence:
@@ -56,14 +69,14 @@ def recorded_divergence(args: TokenSelectiveConfig) -> Divergence:
 
 @torch.no_grad()
 def compute_token_records(
-    head_forward: HeadForward, student: nn.Module, teacher: nn.Module, batch: dict[str, Tensor], divergence: Divergence
+    head_forward: HeadForward, student: nn.Module, teacher: nn.Module, batch: dict[str, Any], divergence: Divergence
 ) -> dict[str, Tensor]:
     """Compute statistics of both models at the N completion tokens of a batch; returns them on the CPU.
 
     Args:
         head_forward: runs the forward passes.
         student, teacher: the models, wrapped for training.
-        batch: a batch from `tsdkd.data.pad_sequences`.
+        batch: a batch from `pad_recorded`.
         divergence: the divergence to record.
 
     Returns:
@@ -76,12 +89,13 @@ def compute_token_records(
     both = StatisticsRequest(
         entropy=True, teacher_entropy=True, divergence=divergence, top_k=NUM_CANDIDATES, ids=sampled
     )
+    of_teacher = teacher_inputs(batch, index)
     student_statistics = head_forward.forward(
-        student, batch, index, both, teacher=head_forward.teacher_forward(teacher, batch, index)
+        student, batch, index, both, teacher=head_forward.teacher_forward(teacher, *of_teacher)
     )
     ids = torch.cat([sampled, student_statistics.topk_ids], dim=-1)
     teacher_statistics = head_forward.compute_statistics(
-        teacher, batch, index, StatisticsRequest(top_k=MASS_TOP_K[-1], ids=ids)
+        teacher, *of_teacher, StatisticsRequest(top_k=MASS_TOP_K[-1], ids=ids)
     )
     top = teacher_statistics.topk_ids[:, :FORWARD_KL_TOP_K]
     student_logps_at_teacher_topk = head_forward.compute_statistics(
@@ -170,9 +184,7 @@ class TokenRecorder:
         """Score some of this process's completions with both models and write the records."""
         self._next = (step // self.args.record_steps + 1) * self.args.record_steps
         chosen = samples[: self.args.record_completions]
-        padded = pad_sequences([s.prompt for s in chosen], [s.completion for s in chosen])
-        device = self.head_forward.accelerator.device
-        batch = {name: values.to(device) for name, values in padded.items()}
+        batch = pad_recorded(chosen, self.head_forward.accelerator.device)
         columns = compute_token_records(self.head_forward, student, teacher, batch, recorded_divergence(self.args))
         if self.head_forward.accelerator.is_main_process:
             write_token_records(Path(str(self.args.output_dir)), step, chosen, columns, self.decode)

@@ -47,7 +47,7 @@ from ..rollout.vllm import require_vllm
 from ..selection import token_index
 from . import model_card
 from .completion_log import CompletionLog
-from .forward import HeadForward, TeacherOutput, get_forward_ids
+from .forward import HeadForward, TeacherOutput, get_forward_ids, teacher_inputs
 from .metrics import MetricAccumulator, term_gradient_norms
 from .micro_batches import MicroBatchPlanner
 from .nonfinite import NonFiniteGuard
@@ -284,7 +284,7 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
         if not self.objective.needs_teacher_distribution:
             return None
         with self._time_teacher(batch, mode):
-            return self.head_forward.teacher_forward(self.teacher_model, batch, index)
+            return self.head_forward.teacher_forward(self.teacher_model, *teacher_inputs(batch, index))
 
     def _count_units(self, batch: Batch) -> int:
         """Count the items that the loss is averaged over: completions, tokens or micro-batches."""
@@ -385,6 +385,7 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
             args.needs_completions,
             source,
             needs_answer=source == "eval_dataset",
+            teacher_tokenizer=self.pair.teacher_tokenizer,
         )
 
     def _set_stop_token_ids(self) -> frozenset[int]:
