@@ -29,6 +29,7 @@ pytest.importorskip("reasoning_gym")
 from reasoning_gym.factory import DATASETS
 
 EASY = "reasoning_gym:chain_sum?min_terms=2&max_terms=2&min_digits=1&max_digits=1"
+FEW = "reasoning_gym:tower_of_hanoi?min_disks=3&max_disks=3&min_pegs=3&max_pegs=3"  # six prompts
 TASKS = ("chain_sum", "gsm_symbolic", "countdown", "caesar_cipher")
 RUNS_PYTHON = ("binary_matrix", "countdown", "n_queens", "spiral_matrix", "string_insertion")
 
@@ -442,6 +443,7 @@ def test_rows_and_grader_in_python(
         ({"dataset_name": "reasoning_gym:chain_sum?min_terms=9"}, "min_terms=9: max_terms must be >= min_terms"),
         ({"dataset_name": "reasoning_gym:time_intervals?min_time=3"}, "min_time: "),
         ({"dataset_name": f"reasoning_gym:time_intervals?task_types={'time,' * 100}date&x=1"}, "unknown option 'x'"),
+        ({"dataset_name": FEW, "eval_on_start": "true"}, "has no problem for the split test"),
         ({"dataset_name": EASY, "dataset_config": "main"}, "dataset_config: 'main' has no effect"),
         ({"dataset_name": EASY, "dataset_train_split": "dev"}, "splits train, validation and test, but not 'dev'"),
         ({"dataset_name": EASY, "eval_dataset_name": f"{EASY}&size=3", "eval_on_start": "true"}, "use test_size here"),

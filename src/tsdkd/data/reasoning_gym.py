@@ -7,6 +7,7 @@ the problem is generated again to grade a completion.
 import hashlib
 import json
 import re
+import time
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -23,6 +24,7 @@ logger = get_logger(__name__)
 GRADER = "tsdkd.data.reasoning_gym:is_correct"
 """The grader of these data sets, as the option `grader` names it."""
 _SPLITS = ("test", "validation", *["train"] * 6)  # of eight different prompts, on average
+_LOG_INTERVAL = 10.0  # seconds
 _PATIENCE = 1000  # problems without a new one among them, after which there are no more
 
 # The verifiers of these tasks evaluate an answer as Python, so that only harmless ones are passed on: arithmetic
@@ -72,7 +74,9 @@ def generate_split(name: str, split: str, field: str = "dataset_name") -> Datase
         rows = _generate_rows(source, split, size)
     except Exception as error:  # with some options, a task can't make a problem, and raises anything
         raise DataError(f"{field}: {name} can't be generated: {first_line(error)[:300]}") from error
-    if 0 < len(rows) < size:
+    if not rows:
+        raise DataError(f"{field}: {name} has no problem for the split {split}; its options allow only a few problems")
+    if len(rows) < size:
         logger.warning(f"{field}: {name} has only {len(rows)} different problems for the split {split}, not {size}")
     return Dataset.from_list(list(rows))
 
@@ -82,8 +86,11 @@ def _generate_rows(source: Source, split: str, size: int) -> Sequence[dict[str, 
     """The first `size` problems of a split, without those that their own verifier gets wrong."""
     rows: list[dict[str, Any]] = []
     seen: set[str] = set()
-    last_new = 0
+    last_new, last_logged = 0, time.monotonic()
     for index in range(NUM_PROBLEMS):
+        if time.monotonic() - last_logged >= _LOG_INTERVAL:
+            last_logged = time.monotonic()
+            logger.info(f"{source}: generated {len(rows)} of {size} problems for the split {split}")
         entry = generate_entry(source, index)
         digest = _digest(entry)
         if digest not in seen:
@@ -150,8 +157,7 @@ def _read_answer(answer: str) -> dict[str, Any] | None:
     return found if is_ours and is_reasoning_gym(found["source"]) and 0 <= found["index"] < NUM_PROBLEMS else None
 
 
-@lru_cache(maxsize=10_000)
-def _find_problem(name: str, index: int, sha256: str) -> tuple[Source, dict[str, Any]]:
+def _find_problem(name: str, index: int, sha256: str) -> tuple[Source, Mapping[str, Any]]:
     source, _ = parse_name(name, "answer")
     entry = generate_entry(source, index)
     if not _digest(entry).startswith(sha256):

@@ -4,7 +4,7 @@ import hashlib
 import io
 import random
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from functools import lru_cache
 from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
@@ -63,8 +63,9 @@ def is_reasoning_gym(name: str | None) -> bool:
     return name is not None and name.startswith(_PREFIX)
 
 
-def generate_entry(source: Source, index: int) -> dict[str, Any]:
-    """Generate a problem: `question`, `answer` (None if there is no single one) and `metadata`."""
+@lru_cache(maxsize=4096)
+def generate_entry(source: Source, index: int) -> Mapping[str, Any]:
+    """Generate a problem: `question`, `answer` (None if there is no single one) and `metadata`. Don't change it."""
     with isolated(index):
         return dict(build_task(source)[index])
 
@@ -104,6 +105,7 @@ def build_task(source: Source) -> Any:
         raise ValueError(f"{given}: {first_line(error)[:300]}") from error
 
 
+@lru_cache
 def _option_types(task: str) -> dict[str, Any]:
     from reasoning_gym.factory import DATASETS
 
