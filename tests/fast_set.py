@@ -44,6 +44,7 @@ SLOW_TESTS = {
     "test_packing.py::test_two_processes",
     "test_packing.py::test_two_processes_with_a_fixed_order",
     "test_records.py::test_the_recorded_divergence_is_the_method_s",
+    "test_reasoning_gym.py::test_problems_depend_on_the_seed_alone",
     "test_rollout.py::test_frequencies_match_the_softmax",
     "test_bad_input.py::test_model_of_the_hub_that_needs_something_else",
     "test_cli.py::test_an_error_that_the_first_process_does_not_have",

@@ -8,6 +8,7 @@ from .errors import ConfigError, first_line
 
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 _BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")  # braces in it, two deep
+_TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _PROSE = re.compile(r"[^\W\d_]{2}|[=⇒→∴\n]|\\(?:implies|therefore|iff|to|[lL]ong|[rR]ightarrow)")
 _COMMAND = re.compile(r"\\[a-zA-Z]+")
 _LETTER = re.compile(r"(?:\\text\{)?\s*\(?([A-Z])\b")
@@ -57,6 +58,38 @@ def extract_boxed(text: str) -> str | None:
     r"""Extract the content of the last `\boxed{...}`, or None."""
     found = _BOXED.findall(text)
     return found[-1] if found else None
+
+
+def extract_final_answer(completion: str, expected: str | None) -> str:
+    r"""Extract the answer that a completion ends with, as text: the first of these that it has.
+
+    1. the content of the last `<answer>...</answer>`
+    2. the content of the last `\boxed{...}`
+    3. what follows the last `####`, up to the end of the line
+    4. if the right answer is a number: the last number
+    5. the last line
+
+    If the right answer has several lines, 3 and 5 are as many. A number loses its commas and dollar signs.
+
+    Args:
+        completion: the text.
+        expected: the right answer, or None if a problem has no single one.
+    """
+    expects_number = expected is not None and _NUMBER.fullmatch(expected) is not None
+    num_lines = len((expected or "").strip().splitlines()) or 1
+    if tagged := _TAGGED.findall(completion):
+        found = tagged[-1]
+    elif (boxed := extract_boxed(completion)) is not None:
+        found = boxed
+    elif "####" in completion:
+        found = "\n".join(completion.rpartition("####")[2].strip().splitlines()[:num_lines])
+    elif expects_number and (numbers := _NUMBER.findall(completion)):
+        found = numbers[-1]
+    else:
+        found = "\n".join(completion.strip().splitlines()[-num_lines:])
+    found = found.strip()
+    number = found.strip("$").replace(",", "")
+    return number if expects_number and _NUMBER.fullmatch(number) else found
 
 
 def _normalize(text: str) -> str:

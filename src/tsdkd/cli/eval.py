@@ -1,6 +1,7 @@
 """`tsdkd eval`."""
 
 import argparse
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ _EPILOG = """examples:
   tsdkd eval before=Qwen/Qwen2.5-1.5B-Instruct after=runs/student --benchmarks my_problems.jsonl
   tsdkd eval before=Qwen/Qwen3-1.7B-Base after=runs/eopd --suite eopd --backend vllm
   tsdkd eval runs/student --benchmarks gsm8k,math
+  tsdkd eval before=Qwen/Qwen3-0.6B after=runs/student --benchmarks reasoning_gym:chain_sum,reasoning_gym:gsm_symbolic
   tsdkd eval tsdkd://demo/student after=runs/demo teacher=tsdkd://demo/teacher --suite demo
 A model is a folder or a hub id. NAME is its name in the table; by default it is the last part of MODEL. If the command
 is interrupted, run it again: items that have results are not evaluated again."""
@@ -32,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
     if args.data_dir is not None and not args.data_dir.is_dir():
         raise ConfigError([f"--data_dir: no such directory: {args.data_dir}"])
 
-    if "," in args.benchmarks and Path(args.benchmarks).is_file():
+    if "," in args.benchmarks and os.path.isfile(args.benchmarks):
         raise ConfigError(
             [f"--benchmarks: {args.benchmarks}: commas separate files, so rename this file to a name without a comma"]
         )
@@ -125,14 +127,15 @@ def _add_benchmark_flags(parser: ArgumentParser) -> None:
         metavar="A,B",
         default="",
         help="names of benchmarks (default: all of the suite), or files of your own problems (.jsonl, .json, .csv, "
-        ".parquet) with a column prompt or messages and a column answer",
+        ".parquet) with a column prompt or messages and a column answer, or reasoning_gym:TASK",
     )
     group.add_argument("--prompt_column", metavar="NAME", help="of your own file; default: prompt, else messages")
     group.add_argument("--answer_column", metavar="NAME", help="of your own file; default: answer")
     group.add_argument(
         "--grader",
         metavar="MODULE:FUNCTION",
-        help="grades completions of your own file: (completion, answer) -> bool; default: math-verify",
+        help="grades completions of your own file: (completion, answer) -> bool; default: math-verify, or "
+        "the verifier of a reasoning_gym task",
     )
     group.add_argument(
         "--data_dir", type=Path, metavar="DIR", help="local copies of a suite's data: DIR/<task>/<split>.jsonl"

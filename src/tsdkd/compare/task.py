@@ -20,7 +20,15 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
 from ..config.user_code import load_grader
-from ..data import load_split, missing_column, prepare_dataset, resolve_columns, split_prompt_completion
+from ..data import (
+    default_grader,
+    is_reasoning_gym,
+    load_split,
+    missing_column,
+    prepare_dataset,
+    resolve_columns,
+    split_prompt_completion,
+)
 from ..errors import ConfigError, DataError, EngineError, OutputDirError, PreemptedError
 from ..evaluation import ProblemSet, evaluate
 from ..evaluation.problem_set import at_temperature
@@ -82,8 +90,10 @@ def _run_task(comparison: Comparison, task: ComparisonTask) -> dict[str, Any]:
     references = {"student": str(arguments.model_args.model_name_or_path), "teacher": teacher_name_or_path(arguments)}
     model = references[task.run] if task.seed is None else str(task.folder)
     writer: Role = "teacher" if task.seed is None and task.run == "teacher" else "student"
-    rows = problems["validation" if task.is_validation else "eval"]
-    metrics = _evaluate(comparison, arguments, rows, model, writer)
+    kind = "validation" if task.is_validation else "eval"
+    shared = comparison.parse_shared_arguments()
+    grader = _load_grader(shared, _problems_name(comparison, shared, kind))
+    metrics = _evaluate(comparison, arguments, problems[kind], grader, model, writer)
     clear_device_cache(garbage_collection=True)
     timing = {"train_seconds": seconds, "eval_seconds": time.perf_counter() - start}
     result = {
@@ -200,25 +210,39 @@ def load_problems(comparison: Comparison) -> dict[str, Dataset]:
         DataError: they are invalid, or one of the validation problems is also a test problem.
     """
     shared = comparison.parse_shared_arguments()
-    name = comparison.eval_dataset_name or shared.data_args.eval_dataset_name
+    name = _problems_name(comparison, shared, "eval")
     if name is None:
         raise DataError("eval_dataset_name: missing; it names the problems to evaluate on")
     problems = {"eval": _load_problems(shared, "eval_dataset_name", name, comparison.eval_limit)}
-    if comparison.validation_dataset_name is not None:
+    name = _problems_name(comparison, shared, "validation")
+    if name is not None:
         field, limit = "validation_dataset_name", comparison.validation_limit
-        problems["validation"] = _load_problems(shared, field, comparison.validation_dataset_name, limit)
+        problems["validation"] = _load_problems(shared, field, name, limit)
         _require_disjoint(shared, problems["validation"], problems["eval"])
     return problems
 
 
+def _problems_name(comparison: Comparison, shared: RunArguments, kind: str) -> str | None:
+    if kind == "validation":
+        return comparison.validation_dataset_name
+    return comparison.eval_dataset_name or shared.data_args.eval_dataset_name
+
+
+def _load_grader(shared: RunArguments, name: str | None) -> Grader:
+    """The user's grader, or else that of these problems, which may not be those of `config`."""
+    return load_grader(shared.explicit_values.get("grader") or default_grader(name))
+
+
 def _load_problems(shared: RunArguments, field: str, name: str, limit: int | None) -> Dataset:
-    split = "train" if Path(name).is_file() else shared.data_args.dataset_test_split
+    split = "train" if os.path.isfile(name) else shared.data_args.dataset_test_split
+    if field == "validation_dataset_name" and is_reasoning_gym(name):
+        split = "validation"  # it shares no prompt with the split that the models are tested on
     rows = load_split(name, None, split, field)
     columns = resolve_columns(rows, shared.training_args, f"{field} {name}", needs_answer=True)
     if columns.answer is None:
         raise missing_column("answer_column", f"{field} {name}", ("answer",), rows.column_names)
     rows = rows.select(range(min(limit or len(rows), len(rows))))
-    _check_answers(load_grader(shared.training_args.grader), rows[columns.answer], f"{field} {name}")
+    _check_answers(_load_grader(shared, name), rows[columns.answer], f"{field} {name}")
     return rows
 
 
@@ -258,7 +282,7 @@ def _prompt_key(prompt: Any) -> str:
 
 
 def _evaluate(
-    comparison: Comparison, arguments: RunArguments, rows: Dataset, model: str, writer: Role
+    comparison: Comparison, arguments: RunArguments, rows: Dataset, grader: Grader, model: str, writer: Role
 ) -> dict[str, Any]:
     """Evaluate a model with the comparison's length limits and the run's chat template."""
     training, shared = arguments.training_args, comparison.parse_shared_arguments().training_args
@@ -280,7 +304,7 @@ def _evaluate(
     require_finite(loaded.to(training.device), field, model)
     result = evaluate(
         loaded,
-        _build_problem_set(pair, prepared, loaded, writer, load_grader(shared.grader)),
+        _build_problem_set(pair, prepared, loaded, writer, grader),
         comparison.eval_samples,
         comparison.eval_batch_size,
         comparison.eval_temperatures,

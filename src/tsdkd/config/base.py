@@ -134,7 +134,8 @@ class TokenSelectiveConfig(GKDConfig):
     grader: str | None = option(
         None,
         "Your own function that grades completions, as package.module:function. None: exact match of the last "
-        "\\boxed{} or number. Used for accuracy in evaluation, by tsdkd compare, and for grpo's reward.",
+        "\\boxed{} or number; for a reasoning_gym data set its task's verifier. Used for accuracy in evaluation, by "
+        "tsdkd compare, and for grpo's reward.",
         IMPORT_PATH,
     )
     num_generations: int = option(
@@ -375,7 +376,9 @@ class DataArguments:
     """The data sets."""
 
     dataset_name: str | None = option(
-        None, "Prompts: hub name, local file (JSON, JSONL, CSV, Parquet), or a folder of such files."
+        None,
+        "Prompts: hub name, local file (JSON, JSONL, CSV, Parquet), a folder of such files, or problems that "
+        "reasoning-gym generates: reasoning_gym:TASK or reasoning_gym:TASK?option=value&...",
     )
     dataset_config: str | None = option(None, "Configuration (subset) of a hub data set.")
     dataset_train_split: str = option("train", "Split to train on.")

@@ -20,6 +20,7 @@ from .packing import (
     split_to_count,
 )
 from .prepare import is_prepared, max_sequence_length, prepare_dataset
+from .reasoning_gym import default_grader, is_reasoning_gym
 from .repeated import RepeatedRows, RepeatSampler
 
 __all__ = [
@@ -30,12 +31,14 @@ __all__ = [
     "append_prompt_suffix",
     "collate",
     "completion_mask",
+    "default_grader",
     "divide",
     "find_longest_sequence",
     "first_fit_decreasing",
     "hash_rows",
     "is_packed",
     "is_prepared",
+    "is_reasoning_gym",
     "load_split",
     "max_sequence_length",
     "missing_column",

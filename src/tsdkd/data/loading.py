@@ -1,4 +1,4 @@
-"""Data sets from the hub, from local files, and from folders of files."""
+"""Data sets from the hub, from local files, from folders of files, and from reasoning-gym."""
 
 import os
 from pathlib import Path
@@ -10,17 +10,22 @@ from datasets.exceptions import DatasetNotFoundError
 from ..errors import DataError
 from ..files import load_in_child_first, require_readable_data
 from ..models.hub import offline_reason
+from .reasoning_gym import generate_split, is_reasoning_gym
 
 _FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 def load_split(name: str, config: str | None, split: str, field: str = "dataset_name") -> Dataset:
-    """A split of a local folder or a hub data set; a local file has only the split "train".
+    """A split of a local folder, a hub data set or a task of reasoning-gym; a local file has only the split "train".
 
     Raises:
         DataError: missing, unreadable, without this split, or empty.
     """
     path = Path(name)
+    if is_reasoning_gym(name):
+        if config is not None:
+            raise DataError(f"dataset_config: {config!r} has no effect, the options of a task are part of its name")
+        return generate_split(name, split, field)
     offline = None
     try:
         if path.exists():

@@ -1,7 +1,8 @@
-"""A user's own problems: a file of prompts and answers, as a benchmark for `tsdkd eval`."""
+"""A user's own problems, or those of a task of reasoning-gym, as a benchmark for `tsdkd eval`."""
 
 import math
 import os
+import re
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 from datasets import Dataset, Features, List, Value
 
 from ..config.coercion import shorten
-from ..data import Columns, load_split, missing_column, split_prompt_completion
+from ..data import Columns, is_reasoning_gym, load_split, missing_column, split_prompt_completion
 from ..errors import DataError
 from ..files import resolve_path
 
@@ -23,7 +24,7 @@ class ProblemFile:
     """A file of problems, one per row.
 
     Attributes:
-        path: a JSON, JSONL, CSV or Parquet file.
+        path: a JSON, JSONL, CSV or Parquet file, or `reasoning_gym:TASK`.
         prompt_column: column with a string or a list of messages; None: `prompt`, or else `messages`.
         answer_column: column with the right answer, text or a number; None: `answer`.
         grader: the `package.module:function` that grades a completion; None: math-verify.
@@ -37,7 +38,7 @@ class ProblemFile:
 
 def is_problem_file(name: str) -> bool:
     """Whether a name on the command line is that of a file rather than of a benchmark."""
-    return "/" in name or name.endswith(_SUFFIXES)
+    return "/" in name or name.endswith(_SUFFIXES) or is_reasoning_gym(name)
 
 
 def load_problems(file: ProblemFile) -> Dataset:
@@ -50,9 +51,9 @@ def load_problems(file: ProblemFile) -> Dataset:
         DataError: the file can't be read, or a row has no usable prompt or answer.
     """
     path = str(resolve_path(file.path))
-    if not os.path.exists(path):  # `load_split` would look for a data set on the hub
+    if not os.path.exists(path) and not is_reasoning_gym(path):  # `load_split` would look for a data set on the hub
         raise DataError(f"--benchmarks: there is no file {file.path!r}")
-    rows = load_split(path, None, "train", "--benchmarks")
+    rows = load_split(path, None, "test" if is_reasoning_gym(path) else "train", "--benchmarks")
     present = rows.column_names
     prompt = file.prompt_column or ("messages" if "prompt" not in present and "messages" in present else "prompt")
     answer = file.answer_column or "answer"
@@ -85,5 +86,7 @@ def _read_row(row: Any, index: int, prompt_column: str, answer_column: str) -> d
 
 
 def problem_file_title(file: ProblemFile) -> str:
-    """The name of the file without its folder and its ending."""
+    """The name of the file without its folder and its ending; of a task, its name and options."""
+    if is_reasoning_gym(file.path):
+        return re.sub(r"[^\w.+]+", "-", file.path.partition(":")[2])[:100]
     return Path(file.path).stem

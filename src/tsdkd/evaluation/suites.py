@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..config.coercion import did_you_mean
+from ..data import default_grader
 from ..errors import ConfigError
 from .problem_file import ProblemFile, is_problem_file, problem_file_title
 
@@ -143,7 +144,8 @@ def resolve_suite(
 
     Args:
         suite: one of `SUITES`; None: the suite that has the benchmarks.
-        benchmarks: names of benchmarks, or files of problems; None: all benchmarks of the suite.
+        benchmarks: names of benchmarks, or files of problems or tasks of reasoning-gym; None: all benchmarks of the
+            suite.
         allow_code_execution: whether programs that models write may be run.
         **file_options: the other fields of `ProblemFile`, for files of problems.
 
@@ -157,7 +159,8 @@ def resolve_suite(
         if suite is not None or others:
             other = f"benchmark {others[0]}" if others else f"--suite {suite}"
             raise ConfigError([f"--benchmarks: {files[0]} can't be combined with {other}; evaluate it separately"])
-        return _build_file_suite([ProblemFile(file, **file_options) for file in files])
+        options = [{**file_options, "grader": file_options.get("grader") or default_grader(file)} for file in files]
+        return _build_file_suite([ProblemFile(file, **given) for file, given in zip(files, options, strict=True)])
     if given := [name for name, value in file_options.items() if value is not None]:
         raise ConfigError([f"--{given[0]}: only with a file of problems as --benchmarks"])
     chosen = SUITES[suite] if suite is not None else _find_suite(names)

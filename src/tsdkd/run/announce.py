@@ -1,7 +1,7 @@
 """Log lines at the start and the end of a run."""
 
+import os
 import shlex
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -9,6 +9,8 @@ from tqdm import tqdm
 
 from ..config.logs import get_logger
 from ..config.options import enum_value
+from ..data import is_reasoning_gym
+from ..data.reasoning_gym import test_name
 from ..files import shorten_path
 from ..trainer.progress import describe_step_time
 from ..trainer.trainer import TokenSelectiveTrainer
@@ -97,11 +99,14 @@ def suggest_next(arguments: RunArguments) -> list[str]:
 
 
 def _evaluation_flags(arguments: RunArguments, student: str) -> list[str]:
-    """The user's own problems, if there is a file of them, or else a suite."""
+    """The user's own problems, if there is a file of them or they are generated, or else a suite."""
     if student.startswith("tsdkd://demo/"):
         return ["--suite", "demo"]
-    file, training = arguments.data_args.eval_dataset_name, arguments.training_args
-    if file and Path(file).is_file():
+    data, training = arguments.data_args, arguments.training_args
+    file = data.eval_dataset_name
+    if file is None and is_reasoning_gym(data.dataset_name):
+        file = test_name(str(data.dataset_name))
+    if file and (os.path.isfile(file) or is_reasoning_gym(file)):
         columns = {"prompt_column": training.prompt_column, "answer_column": training.answer_column}
         return ["--benchmarks", file, *(word for k, v in columns.items() if v for word in (f"--{k}", v))]
     return ["--suite", "eopd" if "opd" in arguments.method else "tsd-kd"]

@@ -20,6 +20,7 @@ from ..config.launch import LaunchArguments
 from ..config.logs import set_log_level
 from ..config.options import get_default
 from ..config.validation import get_rules, validate_options
+from ..data import default_grader, is_reasoning_gym
 from ..errors import ConfigError
 from ..files import resolve_path
 from ..methods import all_methods, find_method
@@ -198,6 +199,8 @@ def _build_run_arguments(run: RunValues, flag_names: set[str]) -> RunArguments:
         culprits = [key for key in explicit_values if all(_can_build(partial(build, cls, key)) for cls in classes)]
         mentioned = [f.name for f in fields(config_class) if f.name in re.findall(r"\w+", text)]
         raise ConfigError([f"{', '.join(culprits or mentioned)}: {text}".removeprefix(": ")]) from error
+    if training_args.grader is None:
+        training_args.grader = _default_grader(data_args, notes)
     if training_args.term_balance:
         check_term_balance(training_args, find_method(run.method).make_objective(training_args))
     if training_args.top_p < 1.0:
@@ -205,6 +208,15 @@ def _build_run_arguments(run: RunValues, flag_names: set[str]) -> RunArguments:
     return RunArguments(
         run.method, training_args, model_args, data_args, launch_args, explicit_values, flag_names, notes
     )
+
+
+def _default_grader(data: DataArguments, notes: list[str]) -> str | None:
+    """The grader of the run's data sets. Notes if one of two isn't graded by it."""
+    names = [name for name in (data.dataset_name, data.eval_dataset_name) if name is not None]
+    grader = default_grader(*names)
+    if grader and not all(map(is_reasoning_gym, names)):
+        notes.append(f"note: grader {grader}, for the answers of reasoning_gym; others must match exactly")
+    return grader
 
 
 def _can_build(build: Callable[[], Any]) -> bool:

@@ -1,6 +1,6 @@
 """Builds the trainer of a run. Everything that can fail early fails here, before anything is written."""
 
-from pathlib import Path
+import os
 from typing import Any
 
 import torch
@@ -96,7 +96,7 @@ def set_model_init_kwargs(arguments: RunArguments) -> None:
 
 def load_datasets(data: DataArguments, training: TokenSelectiveConfig) -> tuple[Dataset, Dataset | None]:
     """Load the training and evaluation rows, and check their columns. Raises `DataError`."""
-    name, is_file = str(data.dataset_name), Path(str(data.dataset_name)).is_file()
+    name, is_file = str(data.dataset_name), os.path.isfile(str(data.dataset_name))  # names may be longer than a path
     if is_file and data.dataset_config:
         raise DataError(f"dataset_config: {data.dataset_config!r} has no effect, dataset_name is a single file")
     field = "dataset_train_split" if is_file and data.dataset_train_split != "train" else "dataset_name"
@@ -105,7 +105,7 @@ def load_datasets(data: DataArguments, training: TokenSelectiveConfig) -> tuple[
     if enum_value(training.eval_strategy) == "no" and not training.eval_on_start:
         return rows, None
     if data.eval_dataset_name:
-        split = "train" if Path(data.eval_dataset_name).is_file() else data.dataset_test_split
+        split = "train" if os.path.isfile(data.eval_dataset_name) else data.dataset_test_split
         eval_rows = load_split(data.eval_dataset_name, None, split, "eval_dataset_name")
         source = f"eval_dataset_name {data.eval_dataset_name}"
     elif is_file:

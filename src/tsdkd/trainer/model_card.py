@@ -59,4 +59,5 @@ def _settings(args: TokenSelectiveConfig) -> list[str]:
 
 
 def _is_hub_id(name: str) -> bool:
-    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()
+    is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
+    return is_id and not name.startswith(".") and not Path(name).exists()
