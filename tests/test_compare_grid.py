@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+import tsdkd
 from conftest import make_rows, on_cpus, write_jsonl
 from tsdkd.cli import main
 from tsdkd.compare.config import read_comparison
@@ -491,3 +492,14 @@ def test_seeds_that_one_run_lacks_are_left_out(comparison: Callable[..., str], t
     with (tmp_path / "out/results.csv").open() as file:
         (row,) = (r for r in csv.DictReader(file) if (r["run"], r["metric"]) == ("ours", "avg@4"))
     assert (row["seeds"], row["paired_seeds"], row["difference"], row["difference_low"]) == ("2", "1", "1.0", "")
+
+
+def test_results_do_not_depend_on_where_the_package_is() -> None:
+    """A comparison that was run in one checkout goes on in another."""
+    from tsdkd.compare.result_file import result_settings
+    from tsdkd.compare.task import load_problems
+
+    comparison = read_comparison("lab/tsdkd")
+    for task in (comparison.grid_tasks[0], comparison.tasks[-1]):
+        assert str(Path(tsdkd.__file__).parent) not in json.dumps(result_settings(comparison, task))
+    assert {name: len(rows) for name, rows in load_problems(comparison).items()} == {"eval": 1024, "validation": 256}

@@ -12,7 +12,6 @@ from ..config.aliases import resolve_aliases
 from ..config.coercion import coerce, did_you_mean, shorten
 from ..config.options import declared_rules, enum_value
 from ..errors import ConfigError
-from ..files import resolve_path
 from ..run.arguments import resolve_run_values
 from ..run.config_file import read_yaml
 from .comparison import REFERENCE_MODELS, Comparison, ComparisonTask, order_temperatures
@@ -73,8 +72,6 @@ def read_comparison(name: str) -> Comparison:
             raise ConfigError([f"runs: {values['runs']} must list runs itself, found {shorten(other)}"])
         values["runs"] = other
     values["runs"] = {str(name): run for name, run in values["runs"].items()}
-    for key in ("eval_dataset_name", "validation_dataset_name"):
-        values[key] = resolve_path(values.get(key))
     comparison = Comparison(**values)
     comparison.eval_temperatures = order_temperatures(comparison.eval_temperatures)
     _validate_comparison(comparison)

@@ -32,7 +32,7 @@ from ..data import (
 from ..errors import ConfigError, DataError, EngineError, OutputDirError, PreemptedError
 from ..evaluation import ProblemSet, evaluate
 from ..evaluation.problem_set import at_temperature
-from ..files import ensure_dir, write_atomically
+from ..files import ensure_dir, resolve_path, write_atomically
 from ..grading import Grader
 from ..launch.accelerate import launch_processes
 from ..launch.children import started_by_this
@@ -234,10 +234,11 @@ def _load_grader(shared: RunArguments, name: str | None) -> Grader:
 
 
 def _load_problems(shared: RunArguments, field: str, name: str, limit: int | None) -> Dataset:
-    split = "train" if os.path.isfile(name) else shared.data_args.dataset_test_split
+    path = resolve_path(name)
+    split = "train" if os.path.isfile(path) else shared.data_args.dataset_test_split
     if field == "validation_dataset_name" and is_reasoning_gym(name):
         split = "validation"  # it shares no prompt with the split that the models are tested on
-    rows = load_split(name, None, split, field)
+    rows = load_split(path, None, split, field)
     columns = resolve_columns(rows, shared.training_args, f"{field} {name}", needs_answer=True)
     if columns.answer is None:
         raise missing_column("answer_column", f"{field} {name}", ("answer",), rows.column_names)
