@@ -251,6 +251,23 @@ def test_completions_are_printed_and_in_tensorboard(logged_run, tmp_path, capsys
     assert "    <user> " in text["completions"]
 
 
+def test_the_folder_keeps_completions_and_the_report_shows_the_newest(logged_run, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    logged_run("none")
+    (folder,) = {path.parent for path in (tmp_path / "out").rglob("*.jsonl")}
+    rows = [json.loads(line) for line in (folder / "eval-00000001.jsonl").read_text().splitlines()]
+    assert len(rows) == 3 and {row["correct"] for row in rows} <= {True, False} and rows[0]["answer"] == "w0"
+    (folder / "train-00000002.jsonl").write_text('{"step": 2, "prompt": "<b>w7", "completion": "</table>"}\n')
+    (tmp_path / "out" / "tsdkd_config.yaml").write_text("method: tsd-kd\nnum_generations: 4\n")
+    assert main(["report", str(tmp_path / "out")]) == 0
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "&lt;b&gt;w7" in page and "&lt;/table&gt;" in page and "Evaluation at step 1" in page
+    assert rows[0]["completion"] in page and "4 completions of each" in page
+    (folder / "eval-00000009.jsonl").write_text("[]\n")
+    assert main(["report", str(tmp_path / "out")]) == 0
+    assert "eval-00000009.jsonl" in (tmp_path / "out" / "report.html").read_text()
+
+
 def test_completions_are_a_table_in_wandb(logged_run, tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     for name, value in {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}.items():

