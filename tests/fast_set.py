@@ -39,7 +39,7 @@ SLOW_TESTS = {
     "test_methods.py::test_trains_the_same_from_hidden_states_and_whole_logits",
     "test_methods.py::test_two_processes_give_the_same_step",
     "test_samples.py::test_completions_are_a_table_in_trackio",
-    "test_samples.py::test_two_processes_take_the_same_steps",
+    "test_samples.py::test_two_processes_take_the_same_steps_and_resume",
     "test_teacher_prompts.py::test_two_processes_take_the_same_steps",
     "test_packing.py::test_two_processes",
     "test_packing.py::test_two_processes_with_a_fixed_order",

@@ -80,6 +80,8 @@ def test_options_are_the_tasks_own() -> None:
         assert len([word for word in prompt.split(": ")[1].split() if word.lstrip("-").isdigit()]) == 3
     styles = problems("basic_arithmetic?operators=%2B,-&min_terms=2&format_style=simple", size=20)["prompt"]
     assert not any("*" in text or "/" in text for text in styles) and any("+" in text for text in styles)
+    names = [f"complex_arithmetic?operations_weights=0.5{comma}0.5{comma}0{comma}0" for comma in (",", "%2C")]
+    assert problems(names[0], size=5)["prompt"] == problems(names[1], size=5)["prompt"]
 
 
 SHOW = """
@@ -193,6 +195,7 @@ def test_worked_solutions_are_completions_that_are_right() -> None:
         ("prime_factorization", "9" * 1900),
         ("propositional_logic", "¬" * 1900),
         ("propositional_logic", "P" + "∧P" * 10_000),
+        ("propositional_logic", "¬a \N{LOGICAL OR} " + " \N{LOGICAL OR} ".join("abcdefghijklmnopqrstuvwxyz")),
         ("complex_arithmetic", "nan"),
         ("rush_hour", "F+99"),
     ],

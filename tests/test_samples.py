@@ -15,11 +15,12 @@ from datasets import Dataset
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import reference
-from conftest import DDP, build_model, build_tokenizer, flags, launch, make_rows, run_to_end, weights
+from conftest import DDP, build_model, build_tokenizer, flags, launch, make_rows, run_to_end, weights, write_jsonl
 from test_trainers import config, first_log, models, on_policy_sequences, response_logits, rows, train
-from tsdkd import ConfigError, EOPDConfig, EOPDTrainer, TSDKDConfig, TSDKDTrainer
+from tsdkd import ConfigError, DataError, EOPDConfig, EOPDTrainer, TSDKDConfig, TSDKDTrainer
 from tsdkd.__main__ import main
 from tsdkd.analysis.load import read_records
+from tsdkd.errors import ResumeError
 from tsdkd.methods import METHODS
 from tsdkd.trainer.rollouts import EVAL_STEP
 
@@ -90,16 +91,23 @@ def test_resumes_bitwise(method, step, saved_model, tmp_path):
     assert (whole == parts).all() and (whole != weights(tmp_path / "whole" / "checkpoint-3")).any()
 
 
-def test_two_processes_take_the_same_steps(saved_model, rows_file, tmp_path):
-    """Also where a prompt's completions are on both processes."""
-    values: dict[str, Any] = {"model_name_or_path": saved_model("qwen3", 0), "dataset_name": rows_file}
-    values |= {"teacher_model_name_or_path": saved_model("qwen3", 1), "num_generations": 4, "max_steps": 3}
+def test_two_processes_take_the_same_steps_and_resume(saved_model, tmp_path):
+    """Also where a prompt's completions are on both processes, and in the middle of the second epoch."""
+    values: dict[str, Any] = {"model_name_or_path": saved_model("qwen3", 0), "max_steps": 7, "save_steps": 6}
+    values |= {"teacher_model_name_or_path": saved_model("qwen3", 1), "num_generations": 4, "resume": "true"}
+    values |= {"dataset_name": write_jsonl(tmp_path / "rows.jsonl", make_rows(4)), "save_strategy": "steps"}
     values |= {"max_new_tokens": 8, "learning_rate": 0.01, "use_cpu": "true", "bf16": "false", "report_to": "none"}
-    values |= {"save_strategy": "no", "optim": "sgd", "gradient_checkpointing": "false"}
+    values |= {"optim": "sgd", "gradient_checkpointing": "false", "lr_scheduler_type": "constant"}
     one, two = tmp_path / "one", tmp_path / "two"
     assert main(["train", *flags(**values, per_device_train_batch_size=4, output_dir=one)]) == 0
-    launch(DDP, ["train", *flags(**values, per_device_train_batch_size=2, output_dir=two)])
-    torch.testing.assert_close(weights(one), weights(two), rtol=1e-5, atol=1e-7)
+    command = ["train", *flags(**values, per_device_train_batch_size=2, output_dir=two)]
+    launch(DDP, command)
+    whole = weights(two)
+    torch.testing.assert_close(weights(one), whole, rtol=1e-5, atol=1e-7)
+    shutil.rmtree(two / "checkpoint-7")
+    (two / "model.safetensors").unlink()
+    launch(DDP, command)
+    assert (weights(two) == whole).all()
 
 
 @pytest.mark.parametrize(
@@ -111,6 +119,8 @@ def test_two_processes_take_the_same_steps(saved_model, rows_file, tmp_path):
         (METHODS["supervised-kd"].config_class, {"num_generations": 2}, ("num_generations", "data set")),
         (METHODS["distillm"].config_class, {"eval_samples": 2}, ("eval_samples", "data set")),
         (METHODS["grpo"].config_class, {"eval_samples": 2}, ("eval_samples", "TRL")),
+        (METHODS["minillm"].config_class, {"eval_samples": 2}, ("eval_samples", "teacher")),
+        (TSDKDConfig, {"eval_samples": 2, "lmbda": 0.5}, ("eval_samples", "lmbda")),
     ],
     ids=str,
 )
@@ -127,6 +137,30 @@ def test_batches_that_would_divide_a_prompts_completions_are_refused(saved_model
     args = config(EOPDConfig, tmp_path, num_generations=3, rollout_batch_size=3)
     with pytest.raises(ConfigError, match=r"rollout_batch_size: .* found 3; the mini-batch is 2 prompts"):
         EOPDTrainer(*pair, args, train_dataset=rows())
+
+
+def test_samples_without_answers_are_refused(saved_model, tmp_path):
+    args = config(TSDKDConfig, tmp_path, eval_samples=2)
+    data = {"graded": answers(2), "not": answers(2).remove_columns("answer")}
+    with pytest.raises(DataError, match="eval_samples: the rows of eval_dataset have no answers"):
+        TSDKDTrainer(saved_model("qwen3", 0), saved_model("qwen3", 1), args, train_dataset=rows(), eval_dataset=data)
+
+
+def test_another_number_does_not_resume(saved_model, tmp_path):
+    pair = saved_model("qwen3", 0), saved_model("qwen3", 1)
+    options = {"save_strategy": "steps", "save_steps": 1, "num_generations": 2}
+    train(TSDKDTrainer, config(TSDKDConfig, tmp_path, **options), *pair, rows())
+    args = config(TSDKDConfig, tmp_path, **{**options, "num_generations": 3, "max_steps": 2})
+    with pytest.raises(ResumeError, match="num_generations was 2, now 3"):
+        TSDKDTrainer(*pair, args, train_dataset=rows()).train(resume_from_checkpoint=True)
+
+
+def test_records_have_different_prompts_first(saved_model, tmp_path):
+    options = {"num_generations": 3, "record_steps": 1, "record_completions": 2}
+    pair = saved_model("qwen3", 0), saved_model("qwen3", 1)
+    train(TSDKDTrainer, config(TSDKDConfig, tmp_path, **options), *pair, rows(2))
+    (record,) = read_records(tmp_path)
+    assert sorted(sample["index"] for sample in record.samples) == [0, 1]
 
 
 def test_the_dry_run_counts_completions(saved_model, rows_file, tmp_path, capsys):
@@ -196,7 +230,7 @@ def test_the_samples_are_those_of_their_seeds(saved_model, tmp_path):
     assert seen == expected * 2 and len(set(expected)) == 6
 
 
-def test_the_best_model_can_be_chosen_by_it(saved_model, rows_file, tmp_path, capsys):
+def test_the_best_model_can_be_chosen_by_it(saved_model, rows_file, tmp_path, monkeypatch, capsys):
     """By the command line, with the name that the log prints."""
     problems = tmp_path / "problems.jsonl"
     answers(4).to_json(problems)
@@ -205,10 +239,32 @@ def test_the_best_model_can_be_chosen_by_it(saved_model, rows_file, tmp_path, ca
     values |= {"use_cpu": "true", "bf16": "false", "report_to": "none", "max_new_tokens": 6, "max_steps": 2}
     values |= {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "save_strategy": "steps"}
     values |= {"eval_samples": 3, "load_best_model_at_end": "true", "metric_for_best_model": "avg@3"}
+    values |= {"grader": "grade_lengths:grade", "learning_rate": 0.1}
+    (tmp_path / "grade_lengths.py").write_text("def grade(text, answer):\n    return len(text) % 2 == 0\n")
+    monkeypatch.chdir(tmp_path)
     assert main(["train", *flags(**values)]) == 0
-    assert "avg@3 0.0 %, pass@3 0.0 %" in capsys.readouterr().out
     state = json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())
-    assert state["best_metric"] == 0.0 and "eval_pass@3" in state["log_history"][1]
+    scores = [
+        [entry[f"eval_{name}"] for name in ("avg@3", "pass@3")]
+        for entry in state["log_history"]
+        if "eval_loss" in entry
+    ]
+    assert state["best_metric"] == max(average for average, _ in scores) < max(share for _, share in scores)
+    printed = capsys.readouterr().out
+    assert all(f"avg@3 {100 * average:.1f} %, pass@3 {100 * share:.1f} %" in printed for average, share in scores)
+
+
+def test_each_evaluation_has_a_table_of_its_own(saved_model, tmp_path, capsys):
+    args = config(TSDKDConfig, tmp_path, log_completions=True, eval_strategy="steps", eval_samples=2)
+    parts = {"a/b": answers(2), "c": answers(3)}
+    pair = saved_model("qwen3", 0), saved_model("qwen3", 1)
+    trainer = TSDKDTrainer(*pair, args, train_dataset=rows(), eval_dataset=parts)
+    trainer.predict(trainer.eval_dataset["c"])  # ends without an evaluation's callback
+    trainer.train()
+    sizes = {p.name: len(p.read_text().splitlines()) for p in (tmp_path / "completions").iterdir()}
+    names = ("eval_a_b-00000001.jsonl", "eval_c-00000001.jsonl", "train-00000001.jsonl")
+    assert sizes == dict(zip(names, (2, 3, 6), strict=True))
+    assert "eval_a/b_avg@2" in trainer.state.log_history[-2] | trainer.state.log_history[-3]
 
 
 @pytest.fixture
@@ -247,7 +303,7 @@ def test_completions_are_printed_and_in_tensorboard(logged_run, tmp_path, capsys
         for name in ("completions", "eval/completions")
     }
     assert text["completions"].count("**prompt**") == 6 and "correct:" not in text["completions"]
-    assert text["eval/completions"].count("correct: ") == 3
+    assert text["eval/completions"].count("correct: ") == 3 == text["eval/completions"].count("**answer**")
     assert "    <user> " in text["completions"]
 
 
@@ -261,7 +317,7 @@ def test_the_folder_keeps_completions_and_the_report_shows_the_newest(logged_run
     (tmp_path / "out" / "tsdkd_config.yaml").write_text("method: tsd-kd\nnum_generations: 4\n")
     assert main(["report", str(tmp_path / "out")]) == 0
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "&lt;b&gt;w7" in page and "&lt;/table&gt;" in page and "Evaluation at step 1" in page
+    assert "&lt;b&gt;w7" in page and "&lt;/table&gt;" in page and "eval, step 1" in page and "train, step 2" in page
     assert rows[0]["completion"] in page and "4 completions of each" in page
     (folder / "eval-00000009.jsonl").write_text("[]\n")
     assert main(["report", str(tmp_path / "out")]) == 0

@@ -1,4 +1,4 @@
-"""A teacher whose prompts are rendered otherwise: `teacher_chat_template_kwargs`."""
+"""A teacher whose prompts are rendered differently: `teacher_chat_template_kwargs`."""
 
 import json
 import shutil
@@ -16,6 +16,7 @@ from test_trainers import config, first_log, models, on_policy_sequences, prompt
 from tsdkd import ConfigError, DataError
 from tsdkd.__main__ import main
 from tsdkd.analysis.load import read_records
+from tsdkd.errors import ModelError
 from tsdkd.methods import METHODS
 
 TEACHER_TEMPLATE = "w55 w54 w53 " + TEMPLATE + "{% if thinking %}w50 {% endif %}"
@@ -158,3 +159,41 @@ def test_the_dry_run_shows_both_prompts_and_the_teacher_writes_after_its_own(pai
         assert main(command) == 0
         texts.append([json.loads(line)["completion"] for line in output.read_text().splitlines()])
     assert texts[0] != texts[1]
+
+
+def test_hooks_that_would_mix_up_the_prompts_are_refused(pair, tmp_path):
+    """A trainer of one's own that trains on other prompts, or on other positions."""
+
+    class Reversed(METHODS["tsd-kd"]):
+        def _select_completions(self, *args: Any) -> Any:
+            prompts, completions = super()._select_completions(*args)
+            return prompts[::-1], completions[::-1]
+
+    class Elsewhere(METHODS["tsd-kd"]):
+        def _position_mask(self, batch: Any) -> Any:
+            return super()._position_mask(batch)
+
+    args = config(Reversed.config_class, tmp_path, teacher_chat_template_kwargs=KWARGS)
+    with pytest.raises(ModelError, match="Reversed trains on other prompts"):
+        Reversed(*pair, args, train_dataset=rows()).train()
+    with pytest.raises(ConfigError, match="teacher_chat_template_kwargs: Elsewhere"):
+        Elsewhere(*pair, args, train_dataset=rows())
+
+
+def test_a_file_of_completions_has_one_kind_of_prompt(pair, rows_file, tmp_path, capsys):
+    values = {"model_name_or_path": pair[0], "teacher_model_name_or_path": pair[1], "dataset_name": rows_file}
+    values |= {"use_cpu": "true", "bf16": "false", "max_new_tokens": 4, "output_file": str(tmp_path / "out.jsonl")}
+    assert main(["generate", *flags(**values), "--limit", "1"]) == 0
+    assert main(["generate", *flags(**values, teacher_chat_template_kwargs="{}"), "--limit", "2"]) == 2
+    assert "chat_template_kwargs was" in capsys.readouterr().err
+
+
+def test_the_teacher_continues_after_its_own_prompt(pair, rows_file, tmp_path):
+    """In `tsdkd analyze --token_roles`, as in the losses."""
+    from tsdkd.analysis.decisive import _Prefix, _sequence
+    from tsdkd.trainer.token_records import RecordedCompletion
+
+    class Record:
+        completions = [RecordedCompletion(0, [1, 2], [3, 4], teacher_prompt=[5])]
+
+    assert _sequence(Record, _Prefix(0, [3])) == [1, 2, 3] and _sequence(Record, _Prefix(0, [3]), "teacher") == [5, 3]

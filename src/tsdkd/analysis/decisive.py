@@ -102,6 +102,7 @@ class _Continuation:
         self.answers, self.limits = list(record.rows["answer"]), list(record.rows["limit"])
         # the student may have ended the completion in its own way
         self.stop_token_ids = record.pair.stop_token_ids() | record.pair.stop_token_ids(name)
+        self.name = name
         model = record.student if name == "student" else record.teacher
         self.step = make_step(model, vocab_size=record.pair.shared_vocab_size, is_greedy=True)
 
@@ -120,7 +121,7 @@ class _Continuation:
         for some in _batches(self.record, prefixes, [i for i, n in enumerate(room) if n > 0 and not has_ended[i]]):
             rest = sample_with_step(
                 self.step,
-                [_sequence(self.record, prefixes[i]) for i in some],
+                [_sequence(self.record, prefixes[i], self.name) for i in some],
                 [room[i] for i in some],
                 None,
                 stop_token_ids=self.stop_token_ids,
@@ -162,6 +163,8 @@ def _batches(record: PairRecord, prefixes: Sequence[_Prefix], indices: Sequence[
         yield ordered[start : start + _BATCH_SIZE]
 
 
-def _sequence(record: PairRecord, prefix: _Prefix) -> list[int]:
-    """The prompt and the prefix."""
-    return [*record.completions[prefix.row].prompt, *prefix.ids]
+def _sequence(record: PairRecord, prefix: _Prefix, name: Role = "student") -> list[int]:
+    """The prompt, as this model reads it, and the prefix."""
+    completion = record.completions[prefix.row]
+    own = completion.teacher_prompt if name == "teacher" else None
+    return [*(completion.prompt if own is None else own), *prefix.ids]

@@ -73,6 +73,11 @@ class TokenSelectiveConfig(GKDConfig):
             "a step on the data set's completions would train on the same completion num_generations times; set "
             "lmbda: 1",
         ),
+        (
+            ("eval_samples", "lmbda"),
+            lambda v: v["eval_samples"] > 1 and 0 < v["lmbda"] < 1,
+            "a random draw decides whether evaluations sample at all; set lmbda: 1",
+        ),
     )
 
     temperature: float = option(1.0, "Divides both models' logits, in rollouts and in the loss.", POSITIVE)

@@ -50,8 +50,8 @@ def prepare_dataset(
 
     Returns:
         Columns `index` (row number in `rows`), `prompt_ids`, `completion_ids` (empty without one), `limit` (the most
-        tokens that the completion may have), where the rows have one, `answer`, and, where the teacher's prompts are
-        others, `teacher_prompt_ids`.
+        tokens that the completion may have), where the rows have one, `answer`, and, where the teacher's prompts
+        differ, `teacher_prompt_ids`.
 
     Raises:
         DataError: a column is missing, a row has no usable prompt, the tokenizer can't represent the prompts, or no
@@ -68,14 +68,14 @@ def prepare_dataset(
         prompt, completion = split_prompt_completion(row, index, columns)
         text, is_rendered = _render(prompt, index, template_tokenizer, args)
         prompt_ids = list(template_tokenizer(text, add_special_tokens=not is_rendered)["input_ids"])
-        if not prompt_ids:
-            raise DataError(f"row {index}: the tokenizer makes no token of the prompt {str(prompt)[:60]!r}")
+        _require_tokens(prompt_ids, index, prompt)
         others = {"answer": row[columns.answer]} if columns.answer else {}
         longest = len(prompt_ids)
         if teacher_tokenizer and teacher_kwargs is not None:
             prompt = append_prompt_suffix(prompt, index, args.prompt_suffix)
             text = _apply_template(prompt, index, teacher_tokenizer, teacher_kwargs)
             others["teacher_prompt_ids"] = list(teacher_tokenizer(text, add_special_tokens=False)["input_ids"])
+            _require_tokens(others["teacher_prompt_ids"], index, prompt)
             longest = max(longest, len(others["teacher_prompt_ids"]))
         if completion is None and needs_completion:
             raise DataError(
@@ -152,6 +152,11 @@ def _render(
     if not has_template:
         raise DataError(f"row {index}: the prompt is a list of messages, but the tokenizer has no chat template")
     return _apply_template(prompt, index, template_tokenizer, args.chat_template_kwargs), True
+
+
+def _require_tokens(ids: list[int], index: int, prompt: Any) -> None:
+    if not ids:
+        raise DataError(f"row {index}: the tokenizer makes no token of the prompt {str(prompt)[:60]!r}")
 
 
 def _apply_template(prompt: Any, index: int, tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any] | None) -> str:

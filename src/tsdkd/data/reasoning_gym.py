@@ -28,11 +28,13 @@ _LOG_INTERVAL = 10.0  # seconds
 _PATIENCE = 1000  # problems without a new one among them, after which there are no more
 
 # The verifiers of these tasks evaluate an answer as Python, so that only harmless ones are passed on: arithmetic
-# without powers; words, digits or boards. No other answer can get the whole score.
+# without powers; words, digits or boards. No other answer can get the whole score. That of propositional_logic tries
+# all values of all names; those of a right answer are capital letters.
 _ARITHMETIC, _WORDS = re.compile(r"(?:[\d\s.+\-/()]|\*(?!\s*\*))*"), re.compile(r"[\w\s]*")
 _HARMLESS = {
     "countdown": _ARITHMETIC,
     **dict.fromkeys(("binary_matrix", "n_queens", "spiral_matrix", "string_insertion"), _WORDS),
+    "propositional_logic": re.compile(r"[A-Z\s()\u00ac\u2227\u2228\u2192\u2194]*"),
 }
 _ODD = re.compile(r"\d[eE]\+?\d{4}|\bnan\b")  # a number that takes forever, or is taken for any other
 _MAX_LENGTH = 2000  # characters of an answer, or twice the right one's: some verifiers take quadratic time

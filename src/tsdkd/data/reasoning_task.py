@@ -3,6 +3,7 @@
 import hashlib
 import io
 import random
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -116,7 +117,7 @@ def _coerce_option(text: str, hint: Any) -> Any:
     """An option's value; of a list, the elements are separated by commas."""
     origin, element = get_origin(hint) or hint, (*get_args(hint), str)[0]
     if origin in (list, tuple, Sequence):
-        values = [coerce(unquote(part), element) for part in text.split(",")]
+        values = [coerce(unquote(part), element) for part in re.split(",|%2[Cc]", text)]
         return values if origin is list else tuple(values)
     return coerce(unquote(text), hint)
 

@@ -70,8 +70,15 @@ class GenerationSetup:
             "model": self.model_name_or_path,
             "revision": get_revision(self.model_name_or_path, self.config),
             "engine": "vllm" if self.args.use_vllm else "transformers",
+            "chat_template_kwargs": self._template_kwargs,
             **{name: getattr(self.args, name) for name in SHARED_OPTIONS},
         }
+
+    @property
+    def _template_kwargs(self) -> str:
+        """What rendered the prompts, as JSON, for which a data set's column has one type."""
+        own = {"teacher": self.args.teacher_chat_template_kwargs} if self.role == "teacher" else {}
+        return json.dumps(own | {"shared": self.args.chat_template_kwargs}, sort_keys=True)
 
     @property
     def sampling(self) -> SamplingConfig:

@@ -13,7 +13,9 @@ from ..files import iter_whole_lines
 
 SHARED_OPTIONS = ("seed", "temperature", "top_p", "max_new_tokens", "prompt_suffix")
 """Options of the run that every row records."""
-_OTHER_COLUMNS = {"index", "sample", "num_tokens", "finish_reason", "model", "revision", "engine"}
+_OTHER_COLUMNS = {
+    *("index", "sample", "num_tokens", "finish_reason", "model", "revision", "engine", "chat_template_kwargs")
+}
 
 
 def output_columns(args: TokenSelectiveConfig) -> Columns:

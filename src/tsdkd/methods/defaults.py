@@ -24,6 +24,7 @@ SELF_SAMPLING_UNSUPPORTED = {
 TEACHER_SAMPLES_UNSUPPORTED = {
     "use_vllm": "the teacher helps to choose every token, but the vLLM engine holds only the student",
     "teacher_chat_template_kwargs": "student and teacher sample together, from one prompt",
+    "eval_samples": "in evaluations, too, the teacher helps to choose every token",
 }
 
 

@@ -1,5 +1,6 @@
 """A run's directory, read for the report."""
 
+import re
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -63,9 +64,10 @@ class RunReport:
 
     @property
     def accuracy(self) -> Curve:
-        """Share of right completions of held-out prompts: of the most completions of each prompt that were sampled."""
-        names = [name for name in self.curves if name.startswith("eval_avg@")]
-        return self.curves.get(names[0] if names else "eval_accuracy", [])
+        """Share of right completions of held-out prompts: of the most completions of each that were sampled."""
+        averages = [name for name in self.curves if re.fullmatch(r"eval_avg@\d{1,6}", name)]
+        name = max(averages, key=lambda name: int(name.partition("@")[2]), default="eval_accuracy")
+        return self.curves.get(name, [])
 
     def format_value(self, key: str) -> str:
         """A setting for people who may have another machine: of a path its last component."""

@@ -108,5 +108,9 @@ def _evaluation_flags(arguments: RunArguments, student: str) -> list[str]:
         file = test_name(str(data.dataset_name))
     if file and (os.path.isfile(file) or is_reasoning_gym(file)):
         columns = {"prompt_column": training.prompt_column, "answer_column": training.answer_column}
-        return ["--benchmarks", file, *(word for k, v in columns.items() if v for word in (f"--{k}", v))]
+        return [
+            "--benchmarks",
+            file.replace(",", "%2C"),
+            *(word for k, v in columns.items() if v for word in (f"--{k}", v)),
+        ]
     return ["--suite", "eopd" if "opd" in arguments.method else "tsd-kd"]

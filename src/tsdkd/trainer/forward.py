@@ -227,7 +227,7 @@ def _select_positions(batch: dict[str, Any], index: Tensor, states: Tensor) -> T
 def teacher_inputs(batch: dict[str, Any], index: Tensor) -> tuple[dict[str, Any], Tensor]:
     """Return the batch that the teacher reads, and where the N positions `index` are in it.
 
-    They are the student's, unless the teacher's prompts are others (`teacher_chat_template_kwargs`).
+    They are the student's, unless the teacher's prompts differ (`teacher_chat_template_kwargs`).
     """
     own = batch.get("teacher")
     return (batch, index) if own is None else (own, token_index(completion_mask(own), len(index)))

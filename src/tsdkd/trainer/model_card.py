@@ -8,8 +8,9 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 
 from ..config.base import TokenSelectiveConfig
-from ..config.options import enum_value
+from ..config.options import enum_value, get_default
 
+_IF_SET = ("num_generations", "chat_template_kwargs", "teacher_chat_template_kwargs", "prompt_suffix")
 _ARXIV_ID = re.compile(r"arXiv (\d{4}\.\d{5})")
 
 
@@ -55,6 +56,7 @@ def _settings(args: TokenSelectiveConfig) -> list[str]:
     names = [name for name in args.method_options() if name not in ("max_length", "warmup_steps")]
     duration = "max_steps" if args.max_steps > 0 else "num_train_epochs"  # max_steps overrides the epochs
     names += ["learning_rate", "lr_scheduler_type", duration, "temperature", "top_p", "lmbda"]
+    names += [name for name in _IF_SET if getattr(args, name) != get_default(type(args), name)]
     return list(dict.fromkeys([*names, "max_completion_length"]))
 
 

@@ -2,7 +2,7 @@
 
 import time
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain, islice, repeat
 from typing import Any
 
 import torch
@@ -137,12 +137,18 @@ class RolloutMixin:
         self.metric_accumulators[mode].add("completions/mean_length", num_tokens, len(completions))
         indices = [i for batch in rows for i in batch["index"]]
         teacher_prompts = [ids for batch in rows for ids in batch.get("teacher_prompt_ids", ())]
+        if teacher_prompts and prompts != [ids for batch in rows for ids in batch["prompt_ids"]]:
+            raise ModelError(
+                f"{type(self).__name__} trains on other prompts than those of the rows, for which it has no teacher's "
+                "prompts; remove teacher_chat_template_kwargs"
+            )
         fields = zip(indices, prompts, completions, teacher_prompts or [None] * len(prompts), strict=True)
         samples = [_Sample(*values) for values in fields]
         if self.token_recorder.is_due(step, mode):
             repeats = self.args.num_generations
             records = [
-                RecordedCompletion(s.index // repeats, s.prompt, s.completion.ids, s.teacher_prompt) for s in samples
+                RecordedCompletion(s.index // repeats, s.prompt, s.completion.ids, s.teacher_prompt)
+                for s in sorted(samples, key=lambda s: s.index % repeats)  # different prompts first
             ]
             self.token_recorder.record(model, self.teacher_model, records, step)
         entries, left = [], iter(samples)
@@ -182,6 +188,8 @@ class RolloutMixin:
             self._pack(batch, [s.ids for s in chosen], rows)
             if teacher_prompts:
                 self._pack(batch["teacher"], [s.teacher_ids for s in chosen], rows)
+        if teacher_prompts:
+            batch["teacher"]["num_tokens"] = sum(len(sample.teacher_ids) for sample in chosen)
         # keep these on the host; reading them from the device would synchronize
         batch |= {"index": [s.index for s in chosen], "lengths": [len(c.ids) for c in completions]}
         batch["num_tokens"] = sum(len(sample.ids) for sample in chosen)
@@ -216,7 +224,10 @@ class RolloutMixin:
         accumulator.add("completions/eos_share", sum(c.stopped for c in completions), len(completions))
         verdicts = self._grade(sampled, list(zip(indices, answers, strict=True))) if answers else []
         if self.args.log_completions:
-            self.completion_log.keep(mode, prompts, completions, verdicts)
+            logged = zip(prompts, completions, verdicts or repeat(None), strict=False)
+            repeats = 1 if mode == "eval" else self.args.num_generations
+            by_repetition = sorted(zip(indices, logged, strict=False), key=lambda pair: pair[0] % repeats)
+            self.completion_log.keep(mode, (completion for _, completion in by_repetition))
         return completions
 
     def _grade(self, sampled: list[Completion], answers: list[tuple[int, Any]]) -> list[Verdict]:

@@ -40,7 +40,7 @@ class RecordedCompletion:
     Attributes:
         index: index of its row in the data set.
         prompt, completion: token ids.
-        teacher_prompt: the teacher's prompt, if it is another.
+        teacher_prompt: the teacher's prompt, if it differs.
     """
 
     index: int

@@ -36,7 +36,7 @@ from ..data import (
     prepare_dataset,
     target_ids,
 )
-from ..errors import ResumeError
+from ..errors import ConfigError, DataError, ResumeError
 from ..files import resolve_path
 from ..grading import Grader
 from ..models.identity import identify_model
@@ -117,6 +117,7 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
         train_dataset = self._tokenize_dataset(train_dataset, args, "train_dataset")
         if eval_dataset is not None:
             eval_dataset = self._tokenize_dataset(eval_dataset, args, "eval_dataset")
+            _require_answers(eval_dataset, args)
         frozen: dict[str, tuple[Any, ...]] = {}
         if peft_config is not None:
             frozen["model_name_or_path"] = (model, self.pair.student_config, args.model_init_kwargs)
@@ -160,6 +161,9 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
         require_config(args, self.config_class, type(self).__name__)
         if args.use_vllm:
             require_vllm()
+        has_positions = type(self)._position_mask is not TokenSelectiveTrainer._position_mask
+        if has_positions and args.teacher_chat_template_kwargs is not None:
+            raise ConfigError([f"teacher_chat_template_kwargs: {type(self).__name__} chooses positions of its own"])
 
     @classmethod
     def make_objective(cls, args: TokenSelectiveConfig) -> Objective:
@@ -326,14 +330,15 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
         return grad_norm
 
     def _time_teacher(self, batch: Batch, mode: str) -> AbstractContextManager[None]:
-        return self.metric_accumulators[mode].time_block("teacher", batch["num_tokens"])
+        return self.metric_accumulators[mode].time_block("teacher", batch.get("teacher", batch)["num_tokens"])
 
     # Hooks that a method's trainer may override
 
     def _position_mask(self, batch: Batch) -> Tensor:
         """`[B, S - 1]` bool, the positions whose statistics the objective requests.
 
-        An objective that requests them outside of the sequences sets `micro_batching = "fixed"`.
+        An objective that requests them outside of the sequences sets `micro_batching = "fixed"`. An override rules
+        out `teacher_chat_template_kwargs`, with which the teacher's positions differ.
         """
         return completion_mask(batch)
 
@@ -368,7 +373,11 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
         rows = RepeatedRows(self.train_dataset, args.num_generations)
         seed = args.seed if args.data_seed is None else args.data_seed
         sampler = RepeatSampler(rows, seed, shuffle=args.train_sampling_strategy == "random")
-        return self._get_dataloader(rows, "Training", self._train_batch_size, lambda _: sampler, is_training=True)
+        loader: Any = self._get_dataloader(
+            rows, "Training", self._train_batch_size, lambda _: sampler, is_training=True
+        )
+        loader.set_sampler(sampler)  # with several processes, a resumed run sets its epoch by this reference
+        return loader
 
     def _tokenize_dataset(
         self, rows: Dataset | dict[str, Dataset], args: TokenSelectiveConfig, source: str
@@ -411,6 +420,7 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """See `Trainer.evaluation_loop`. Adds metrics computed from sums over all processes, divided once."""
+        self.completion_log.start_evaluation(metric_key_prefix)
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         output.metrics.update(
             {f"{metric_key_prefix}_{k}": v for k, v in self.metric_accumulators["eval"].reduce_and_reset().items()}
@@ -448,6 +458,7 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
         return {
             **balance,
             "rows": self._train_dataset_hash,
+            "num_generations": self.args.num_generations,
             "frozen_models": self._frozen_models,
             "skipped": self.nonfinite_guard.num_skipped,
             "objective": self.objective.state_dict(),
@@ -459,6 +470,8 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
             raise ResumeError(
                 "resume: the rows of train_dataset (dataset_name) or their tokens have changed since the checkpoint"
             )
+        if (before := state.get("num_generations", 1)) != self.args.num_generations:
+            raise ResumeError(f"resume: num_generations was {before}, now {self.args.num_generations}")
         self._check_frozen_models(state.get("frozen_models", {}))
         self.nonfinite_guard.num_skipped = state["skipped"]
         self.objective.load_state_dict(state["objective"])
@@ -502,6 +515,13 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
             dataset=dataset_name or getattr(self, "dataset_name", None) or self.train_dataset.info.dataset_name or "",
             tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
         )
+
+
+def _require_answers(rows: Dataset | dict[str, Dataset], args: TokenSelectiveConfig) -> None:
+    """Raise `DataError` if `eval_samples` can't be graded."""
+    for part in rows.values() if isinstance(rows, dict) else [rows]:
+        if args.eval_samples > 1 and "answer" not in part.column_names:
+            raise DataError("eval_samples: the rows of eval_dataset have no answers to grade the samples by")
 
 
 def _as_forward_inputs(batch: Batch) -> Batch:
