@@ -69,7 +69,7 @@ class TokenSelectiveConfig(GKDConfig):
         ),
         (
             ("num_generations", "lmbda"),
-            lambda v: v["num_generations"] > 1 and 0 < v["lmbda"] < 1,
+            lambda v: v["num_generations"] > 1 and v["lmbda"] < 1,
             "a step on the data set's completions would train on the same completion num_generations times; set "
             "lmbda: 1",
         ),
@@ -148,7 +148,6 @@ class TokenSelectiveConfig(GKDConfig):
         "Completions per prompt in each rollout. Batch sizes count completions: the global batch of an optimizer step "
         "must be a multiple of it.",
         AT_LEAST_ONE,
-        _NEVER_SAMPLES,
     )
     eval_samples: int = option(
         1,
