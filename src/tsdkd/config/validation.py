@@ -52,7 +52,8 @@ def validate_options(cls: Any, values: Mapping[str, Any]) -> list[str]:
             remedy = "" if ";" in no_effect[1] else "; remove it"
             problems.append(f"{name}: {shorten(values[name])} has no effect because {no_effect[1]}{remedy}")
     for names, is_violated, text in (*CONFLICTS, *getattr(cls, "conflicts", ())):
-        if rules.keys() >= set(names) and is_violated(values):
+        has_all = rules.keys() >= set(names) and unsupported_options.keys().isdisjoint(names)
+        if has_all and is_violated(values):
             problems.append(f"{', '.join(names)}: {text}")
     return problems
 
