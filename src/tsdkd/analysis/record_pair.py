@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..config.base import TokenSelectiveConfig
-from ..data import prepare_dataset
+from ..data import prepare_for_pair
 from ..files import require_empty_dir, wrap_os_errors
 from ..models.loading import ModelPair, load_frozen_model, resolve_pair
 from ..rollout.hf import make_step, sample_with_step
@@ -72,14 +72,7 @@ def record_pair(arguments: RunArguments, limit: int) -> PairRecord:
     set_model_init_kwargs(arguments)
     names = str(arguments.model_args.model_name_or_path), str(training.teacher_model_name_or_path)
     pair = resolve_pair(*names, training)
-    prepared = prepare_dataset(
-        rows,
-        pair.template_tokenizer,
-        training,
-        pair.context_length,
-        needs_completion=False,
-        teacher_tokenizer=pair.teacher_tokenizer,
-    )
+    prepared = prepare_for_pair(rows, pair, training)
     fields = ("model_name_or_path", "teacher_model_name_or_path")
     student, teacher = (
         load_frozen_model(name, training, field, training.device).eval()

@@ -25,7 +25,7 @@ from ..data import (
     is_reasoning_gym,
     load_split,
     missing_column,
-    prepare_dataset,
+    prepare_for_pair,
     resolve_columns,
     split_prompt_completion,
 )
@@ -91,9 +91,7 @@ def _run_task(comparison: Comparison, task: ComparisonTask) -> dict[str, Any]:
     model = references[task.run] if task.seed is None else str(task.folder)
     writer: Role = "teacher" if task.seed is None and task.run == "teacher" else "student"
     kind = "validation" if task.is_validation else "eval"
-    shared = comparison.parse_shared_arguments()
-    grader = _load_grader(shared, _problems_name(comparison, shared, kind))
-    metrics = _evaluate(comparison, arguments, problems[kind], grader, model, writer)
+    metrics = _evaluate(comparison, arguments, kind, problems[kind], model, writer)
     clear_device_cache(garbage_collection=True)
     timing = {"train_seconds": seconds, "eval_seconds": time.perf_counter() - start}
     result = {
@@ -283,22 +281,16 @@ def _prompt_key(prompt: Any) -> str:
 
 
 def _evaluate(
-    comparison: Comparison, arguments: RunArguments, rows: Dataset, grader: Grader, model: str, writer: Role
+    comparison: Comparison, arguments: RunArguments, kind: str, rows: Dataset, model: str, writer: Role
 ) -> dict[str, Any]:
-    """Evaluate a model with the comparison's length limits and the run's chat template."""
-    training, shared = arguments.training_args, comparison.parse_shared_arguments().training_args
-    training.max_completion_length, training.max_length = shared.max_completion_length, shared.max_length
-    training.answer_column = shared.answer_column
+    """Evaluate a model with the comparison's length limits and the run's chat template, on rows of `load_problems`."""
+    training, shared = arguments.training_args, comparison.parse_shared_arguments()
+    for name in ("max_completion_length", "max_length", "answer_column"):
+        setattr(training, name, getattr(shared.training_args, name))
+    grader = _load_grader(shared, _problems_name(comparison, shared, kind))
     student, teacher = str(arguments.model_args.model_name_or_path), teacher_name_or_path(arguments)
     pair = resolve_pair(student, teacher, training)
-    prepared = prepare_dataset(
-        rows,
-        pair.template_tokenizer,
-        training,
-        pair.context_length,
-        needs_completion=False,
-        teacher_tokenizer=pair.teacher_tokenizer if writer == "teacher" else None,
-    )
+    prepared = prepare_for_pair(rows, pair, training, for_teacher=writer == "teacher")
     dtype = torch.bfloat16 if training.device.type == "cuda" else torch.float32
     field = f"{'teacher_' if writer == 'teacher' else ''}model_name_or_path"
     loaded = load_pretrained(AutoModelForCausalLM.from_pretrained, model, field, "model", dtype=dtype)

@@ -19,7 +19,7 @@ from .packing import (
     pack_sequences,
     split_to_count,
 )
-from .prepare import is_prepared, max_sequence_length, prepare_dataset
+from .prepare import is_prepared, max_sequence_length, prepare_dataset, prepare_for_pair
 from .reasoning_gym import default_grader, is_reasoning_gym
 from .repeated import RepeatedRows, RepeatSampler
 
@@ -48,6 +48,7 @@ __all__ = [
     "pack_sequences",
     "pad_sequences",
     "prepare_dataset",
+    "prepare_for_pair",
     "resolve_columns",
     "split_prompt_completion",
     "split_to_count",

@@ -10,6 +10,7 @@ from ..config.base import TokenSelectiveConfig
 from ..config.logs import get_logger
 from ..errors import DataError
 from ..models.chat_template import render_prompt
+from ..models.loading import ModelPair
 from ..models.round_trip import check_round_trip
 from .columns import Columns, append_prompt_suffix, resolve_columns, split_prompt_completion
 
@@ -24,6 +25,35 @@ class _PreparedInfo(DatasetInfo):
 def is_prepared(rows: Dataset) -> bool:
     """Whether `prepare_dataset` made these rows."""
     return isinstance(rows.info, _PreparedInfo)
+
+
+def prepare_for_pair(
+    rows: Dataset,
+    pair: ModelPair,
+    args: TokenSelectiveConfig,
+    needs_completion: bool = False,
+    source: str = "the data set",
+    needs_answer: bool = False,
+    for_teacher: bool = True,
+) -> Dataset:
+    """`prepare_dataset` with the templates and the context of a run's models.
+
+    Args:
+        rows, args, needs_completion, source, needs_answer: see `prepare_dataset`.
+        pair: the models.
+        for_teacher: whether the teacher reads the rows, too, which may take prompts of its own.
+    """
+    teacher_tokenizer = pair.teacher_tokenizer if for_teacher else None
+    return prepare_dataset(
+        rows,
+        pair.template_tokenizer,
+        args,
+        pair.context_length,
+        needs_completion,
+        source,
+        needs_answer,
+        teacher_tokenizer,
+    )
 
 
 def prepare_dataset(
@@ -60,8 +90,9 @@ def prepare_dataset(
     columns = resolve_columns(rows, args, source, needs_answer)
     total = max_sequence_length(args, context_length)
     _check_tokenizer(rows, template_tokenizer, args, columns)
-    teacher_kwargs = args.teacher_chat_template_kwargs if teacher_tokenizer else None
-    if teacher_tokenizer and teacher_kwargs is not None and teacher_tokenizer.chat_template is None:
+    if args.teacher_chat_template_kwargs is None:
+        teacher_tokenizer = None
+    if teacher_tokenizer is not None and teacher_tokenizer.chat_template is None:
         raise DataError("teacher_chat_template_kwargs: the teacher's tokenizer has no chat template")
 
     def tokenize(row: dict[str, Any], index: int) -> dict[str, Any]:
@@ -71,9 +102,9 @@ def prepare_dataset(
         _require_tokens(prompt_ids, index, prompt)
         others = {"answer": row[columns.answer]} if columns.answer else {}
         longest = len(prompt_ids)
-        if teacher_tokenizer and teacher_kwargs is not None:
+        if teacher_tokenizer is not None:
             prompt = append_prompt_suffix(prompt, index, args.prompt_suffix)
-            text = _apply_template(prompt, index, teacher_tokenizer, teacher_kwargs)
+            text = _apply_template(prompt, index, teacher_tokenizer, args.teacher_chat_template_kwargs)
             others["teacher_prompt_ids"] = list(teacher_tokenizer(text, add_special_tokens=False)["input_ids"])
             _require_tokens(others["teacher_prompt_ids"], index, prompt)
             longest = max(longest, len(others["teacher_prompt_ids"]))
@@ -95,7 +126,7 @@ def prepare_dataset(
     features |= {"limit": Value("int64")}  # given: columns of the same names would impose their types
     if columns.answer:
         features |= {"answer": rows.features[columns.answer]}
-    if teacher_kwargs is not None:
+    if teacher_tokenizer is not None:
         features |= {"teacher_prompt_ids": List(Value("int64"))}
     with PartialState().main_process_first():
         tokenized = rows.map(

@@ -17,7 +17,7 @@ from datasets import Dataset
 from transformers import PretrainedConfig
 
 from ..config.base import TokenSelectiveConfig
-from ..data import Columns, prepare_dataset, resolve_columns, split_prompt_completion
+from ..data import Columns, prepare_for_pair, resolve_columns, split_prompt_completion
 from ..errors import ConfigError
 from ..files import hold_file, open_for_append
 from ..models.finite_weights import require_finite_files
@@ -46,7 +46,7 @@ class GenerationSetup:
         pair: the run's models.
         dataset: all rows of the run's data set, as they were loaded.
         source_columns: the names of its columns.
-        tokenized_dataset: the rows to generate for, as `prepare_dataset` returns them.
+        tokenized_dataset: the rows to generate for, as `prepare_for_pair` returns them.
     """
 
     role: Role
@@ -204,15 +204,7 @@ def _prepare_setup(arguments: RunArguments, role: Role, limit: int | None) -> Ge
     student, teacher = str(arguments.model_args.model_name_or_path), str(args.teacher_model_name_or_path)
     pair = resolve_pair(student, teacher, args)
     rows = dataset.select(range(min(limit or len(dataset), len(dataset))))
-    teacher_tokenizer = pair.teacher_tokenizer if role == "teacher" else None
-    tokenized = prepare_dataset(
-        rows,
-        pair.template_tokenizer,
-        args,
-        pair.context_length,
-        needs_completion=False,
-        teacher_tokenizer=teacher_tokenizer,
-    )
+    tokenized = prepare_for_pair(rows, pair, args, for_teacher=role == "teacher")
     init_kwargs = args.model_init_kwargs if role == "student" else args.teacher_model_init_kwargs
     return GenerationSetup(
         role,

@@ -14,6 +14,7 @@ from ..config.options import AT_LEAST_ONE, FRACTION, NON_NEGATIVE, OPEN_FRACTION
 from ..losses import Divergence, skew_forward_kl, skew_reverse_kl
 from ..rollout.base import Completion
 from ..rollout.seeding import RandomStream, prompt_generator
+from ..trainer.rollouts import column
 from ..trainer.trainer import Batch, TokenSelectiveTrainer
 from .defaults import NUM_GENERATIONS_UNSUPPORTED, SELF_SAMPLING_UNSUPPORTED, TSDKDDefaults
 from .divergence import DivergenceObjective
@@ -91,10 +92,10 @@ class DistiLLMTrainer(TokenSelectiveTrainer):
         then with a probability that decreases over the run, otherwise replayed ones. In all other cases, and always
         in evaluation, use the completions of the data set.
         """
-        prompts = [ids for batch in rows for ids in batch["prompt_ids"]]
+        prompts = column(rows, "prompt_ids")
         coin = float(torch.rand(1, generator=prompt_generator(self.args.seed, step, 0, RandomStream.ON_POLICY)))
         if mode == "eval" or coin >= self.on_policy_share:
-            return prompts, [Completion(ids, True) for batch in rows for ids in batch["completion_ids"]]
+            return prompts, [Completion(ids, True) for ids in column(rows, "completion_ids")]
         if coin < self.on_policy_share * (1 - step / self.state.max_steps) or not self._is_replay_buffer_full():
             completions = self._generate(model, rows, prompts, step, mode)
             self.replay_buffer.extend((prompt, c.ids) for prompt, c in zip(prompts, completions, strict=True))

@@ -13,7 +13,7 @@ from ..config.base import TokenSelectiveConfig
 from ..config.options import enum_value
 from ..config.user_code import load_grader
 from ..config.validation import get_rules
-from ..data import prepare_dataset
+from ..data import prepare_for_pair
 from ..errors import DataError, ModelError, escape_line
 from ..files import shorten_path
 from ..models.loading import ModelPair, resolve_pair
@@ -75,14 +75,7 @@ def _prepare_datasets(arguments: RunArguments) -> tuple[ModelPair, dict[str, Dat
     set_model_init_kwargs(arguments)
     pair = resolve_pair(str(arguments.model_args.model_name_or_path), teacher_name_or_path(arguments), training)
     prepared = {
-        name: prepare_dataset(
-            rows,
-            pair.template_tokenizer,
-            training,
-            pair.context_length,
-            training.needs_completions,
-            teacher_tokenizer=pair.teacher_tokenizer,
-        )
+        name: prepare_for_pair(rows, pair, training, training.needs_completions)
         for name, rows in (("train", train_rows), ("eval", eval_rows))
         if rows is not None
     }

@@ -29,6 +29,11 @@ from .weight_check import check_engine_weights
 EVAL_STEP = 2**62  # for evaluation rollouts: the same random numbers in every evaluation
 
 
+def column(rows: list[Batch], name: str) -> list[Any]:
+    """Return a column of collated rows; empty if they don't have it."""
+    return [value for batch in rows for value in batch.get(name, ())]
+
+
 @dataclass(frozen=True)
 class _Sample:
     """The number that seeds it (`RepeatedRows`), its prompt, and the completion to train on.
@@ -40,16 +45,6 @@ class _Sample:
     prompt: list[int]
     completion: Completion
     teacher_prompt: list[int] | None = None
-
-    @property
-    def ids(self) -> list[int]:
-        """Prompt and completion."""
-        return [*self.prompt, *self.completion.ids]
-
-    @property
-    def teacher_ids(self) -> list[int]:
-        """The teacher's prompt and the completion."""
-        return [*(self.teacher_prompt or ()), *self.completion.ids]
 
     @property
     def num_tokens(self) -> int:
@@ -105,10 +100,10 @@ class RolloutMixin:
     ) -> tuple[list[list[int]], list[Completion]]:
         """Return prompts and completions to train on, from the student or the data set, chosen once per rollout."""
         uniform = torch.rand(1, generator=prompt_generator(self.args.seed, step, 0, RandomStream.ON_POLICY))
-        prompts = [ids for batch in rows for ids in batch["prompt_ids"]]
+        prompts = column(rows, "prompt_ids")
         if bool(uniform < self.args.lmbda):
             return prompts, self._generate(model, rows, prompts, step, mode)
-        return prompts, [Completion(ids, True) for batch in rows for ids in batch["completion_ids"]]
+        return prompts, [Completion(ids, True) for ids in column(rows, "completion_ids")]
 
     def _postprocess_micro_batch(self, model: nn.Module, batch: Batch, step: int, mode: str) -> None:
         """Add data to a micro-batch that must be computed before the student changes."""
@@ -135,15 +130,14 @@ class RolloutMixin:
         prompts, completions = self._select_completions(model, rows, step, mode)
         num_tokens = sum(len(c.ids) for c in completions)
         self.metric_accumulators[mode].add("completions/mean_length", num_tokens, len(completions))
-        indices = [i for batch in rows for i in batch["index"]]
-        teacher_prompts = [ids for batch in rows for ids in batch.get("teacher_prompt_ids", ())]
-        if teacher_prompts and prompts != [ids for batch in rows for ids in batch["prompt_ids"]]:
+        teacher_prompts = column(rows, "teacher_prompt_ids")
+        if teacher_prompts and prompts != column(rows, "prompt_ids"):
             raise ModelError(
                 f"{type(self).__name__} trains on other prompts than those of the rows, for which it has no teacher's "
                 "prompts; remove teacher_chat_template_kwargs"
             )
-        fields = zip(indices, prompts, completions, teacher_prompts or [None] * len(prompts), strict=True)
-        samples = [_Sample(*values) for values in fields]
+        fields = (column(rows, "index"), prompts, completions, teacher_prompts or [None] * len(prompts))
+        samples = [_Sample(*values) for values in zip(*fields, strict=True)]
         if self.token_recorder.is_due(step, mode):
             repeats = self.args.num_generations
             records = [
@@ -177,38 +171,34 @@ class RolloutMixin:
         order = sorted(chain.from_iterable(layout))
         chosen = [samples[i] for i in order]
         completions = [sample.completion for sample in chosen]
-        batch: Batch = pad_sequences([s.prompt for s in chosen], [c.ids for c in completions])
-        teacher_prompts = [s.teacher_prompt for s in chosen if s.teacher_prompt is not None]
-        if teacher_prompts:
-            batch["teacher"] = pad_sequences(teacher_prompts, [c.ids for c in completions])
-        batch = self._prepare_inputs(batch)
-        if is_packed(layout):
-            place = {i: number for number, i in enumerate(order)}
-            rows = [[place[i] for i in row] for row in layout]
-            self._pack(batch, [s.ids for s in chosen], rows)
-            if teacher_prompts:
-                self._pack(batch["teacher"], [s.teacher_ids for s in chosen], rows)
-        if teacher_prompts:
-            batch["teacher"]["num_tokens"] = sum(len(sample.teacher_ids) for sample in chosen)
+        place = {i: number for number, i in enumerate(order)}
+        rows = [[place[i] for i in row] for row in layout]
+        batch = self._model_inputs([s.prompt for s in chosen], completions, rows)
+        if teacher_prompts := [s.teacher_prompt for s in chosen if s.teacher_prompt is not None]:
+            batch["teacher"] = self._model_inputs(teacher_prompts, completions, rows)
         # keep these on the host; reading them from the device would synchronize
         batch |= {"index": [s.index for s in chosen], "lengths": [len(c.ids) for c in completions]}
-        batch["num_tokens"] = sum(len(sample.ids) for sample in chosen)
         logps = [c.logps for c in completions if c.logps is not None]
         if len(logps) == len(completions):
             batch["sampling_per_token_logps"] = torch.tensor(list(chain(*logps)), device=batch["input_ids"].device)
         return batch
 
-    def _pack(self, batch: Batch, sequences: list[list[int]], rows: Rows) -> None:
-        packed = pack_sequences(sequences, rows)
-        batch["packed"] = send_to_device(packed, self.accelerator.device, non_blocking=True)
+    def _model_inputs(self, prompts: list[list[int]], completions: list[Completion], rows: Rows) -> Batch:
+        """Build what a model reads: padded sequences, and packed ones if the layout packs them."""
+        batch: Batch = self._prepare_inputs(pad_sequences(prompts, [c.ids for c in completions]))
+        sequences = [[*prompt, *c.ids] for prompt, c in zip(prompts, completions, strict=True)]
+        if is_packed(rows):
+            packed = pack_sequences(sequences, rows)
+            batch["packed"] = send_to_device(packed, self.accelerator.device, non_blocking=True)
+        batch["num_tokens"] = sum(map(len, sequences))
+        return batch
 
     def _generate(
         self, model: nn.Module, rows: list[Batch], prompts: list[list[int]], step: int, mode: str
     ) -> list[Completion]:
         """Sample a completion for each prompt. In evaluation, also grade them, and `eval_samples` of each prompt."""
-        indices = [i for batch in rows for i in batch["index"]]
-        limits = [limit for batch in rows for limit in batch["limit"]]
-        answers = [a for batch in rows for a in batch.get("answer", [])] if mode == "eval" else []
+        indices, limits = column(rows, "index"), column(rows, "limit")
+        answers = column(rows, "answer") if mode == "eval" else []
         samples = self.args.eval_samples if answers else 1
         accumulator, start = self.metric_accumulators[mode], time.perf_counter()
         if self.sampler.update((self.state.global_step, self._weights_version)):
@@ -224,10 +214,10 @@ class RolloutMixin:
         accumulator.add("completions/eos_share", sum(c.stopped for c in completions), len(completions))
         verdicts = self._grade(sampled, list(zip(indices, answers, strict=True))) if answers else []
         if self.args.log_completions:
-            logged = zip(prompts, completions, verdicts or repeat(None), strict=False)
             repeats = 1 if mode == "eval" else self.args.num_generations
-            by_repetition = sorted(zip(indices, logged, strict=False), key=lambda pair: pair[0] % repeats)
-            self.completion_log.keep(mode, (completion for _, completion in by_repetition))
+            logged = zip(indices, prompts, completions, verdicts or repeat(None), strict=False)
+            by_repetition = sorted(logged, key=lambda fields: fields[0] % repeats)  # different prompts first
+            self.completion_log.keep(mode, (fields[1:] for fields in by_repetition))
         return completions
 
     def _grade(self, sampled: list[Completion], answers: list[tuple[int, Any]]) -> list[Verdict]:

@@ -33,7 +33,7 @@ from ..data import (
     find_longest_sequence,
     hash_rows,
     is_prepared,
-    prepare_dataset,
+    prepare_for_pair,
     target_ids,
 )
 from ..errors import ConfigError, DataError, ResumeError
@@ -386,16 +386,8 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
             return {name: self._tokenize_dataset(part, args, source) for name, part in rows.items()}
         if is_prepared(rows):
             return rows
-        return prepare_dataset(
-            rows,
-            self.pair.template_tokenizer,
-            args,
-            self.pair.context_length,
-            args.needs_completions,
-            source,
-            needs_answer=source == "eval_dataset",
-            teacher_tokenizer=self.pair.teacher_tokenizer,
-        )
+        needs_answer = source == "eval_dataset"
+        return prepare_for_pair(rows, self.pair, args, args.needs_completions, source, needs_answer)
 
     def _set_stop_token_ids(self) -> frozenset[int]:
         """Set the stop token ids and chat template on the student, to save them with it; return the ids."""
