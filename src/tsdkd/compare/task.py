@@ -316,9 +316,9 @@ def _build_problem_set(pair: ModelPair, prepared: Any, model: Any, writer: Role,
 
     stop_token_ids, vocab_size = pair.stop_token_ids(writer, model.generation_config), pair.shared_vocab_size
     prompts = "teacher_prompt_ids" if "teacher_prompt_ids" in prepared.column_names else "prompt_ids"
-    return ProblemSet(
-        prepared[prompts], prepared["answer"], prepared["limit"], stop_token_ids, vocab_size, decode, grader
-    )
+    # as lists: a `Column` reads an element from disk whenever it is asked for
+    prompt_ids, answers, limits = (prepared[name][:] for name in (prompts, "answer", "limit"))
+    return ProblemSet(prompt_ids, answers, limits, stop_token_ids, vocab_size, decode, grader)
 
 
 @contextmanager
