@@ -71,8 +71,6 @@ SLOW_TESTS = {
     "test_launch.py::test_several_gpus_are_taken_without_a_word",
     "test_launch.py::test_the_file_says_how_many",
     "test_methods.py::test_grpo_trains_and_resumes_bitwise",
-    "test_term_balance.py::test_deepspeed_is_refused",
-    "test_term_balance.py::test_two_processes_choose_the_weights_of_one",
     "test_triton.py::test_kernels_compile",
 }
 EVERY_NTH = {

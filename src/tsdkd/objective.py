@@ -5,10 +5,8 @@ trainer divides them once, by a count over the global batch, so that any split i
 the same update.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
-from types import MappingProxyType
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -147,7 +145,6 @@ class Objective:
         needs_teacher_distribution: whether the head needs the teacher's distributions.
         scores_class: class of the rollout scores that the objective uses; None if it uses none.
         teacher_top_k: number of the teacher's most probable tokens in these scores.
-        balanced_weights: weights that the trainer has chosen in place of configured ones (`term_balance`).
     """
 
     unit: ClassVar[str] = "tokens"
@@ -155,22 +152,16 @@ class Objective:
     needs_teacher_distribution: ClassVar[bool] = True
     scores_class: ClassVar[type[RolloutScores] | None] = None
     teacher_top_k: int = 16
-    balanced_weights: Mapping[str, float] = MappingProxyType({})
 
     @property
     def term_weights(self) -> dict[str, float]:
-        """Configured weight of each per-token term in the loss."""
+        """Weight of each per-token term in the loss."""
         raise NotImplementedError
 
     @property
     def loss_weights(self) -> dict[str, float]:
-        """Configured weight of each term in the loss; by default those of the per-token terms."""
+        """Weight of each term in the loss; by default those of the per-token terms."""
         return self.term_weights
-
-    @property
-    def current_weights(self) -> dict[str, float]:
-        """Weight of each term in the loss: the configured one, unless the trainer has chosen another."""
-        return {**self.loss_weights, **self.balanced_weights}
 
     def request(self, completions: CompletionBatch) -> StatisticsRequest:
         """Return the request for the statistics that the terms need."""
@@ -184,12 +175,12 @@ class Objective:
 
     def per_token_loss(self, completions: CompletionBatch) -> PerTokenLoss | None:
         """Return the per-token terms, which a head evaluates chunk by chunk; None if a term needs other tokens."""
-        return PerTokenLoss(self.current_weights, partial(self.per_token_terms, completions))
+        return PerTokenLoss(self.loss_weights, partial(self.per_token_terms, completions))
 
     def loss(self, statistics: TokenStatistics, completions: CompletionBatch) -> ObjectiveOutput:
         """Compute the sums over a micro-batch."""
         metrics = self.metrics(statistics, completions)
-        return ObjectiveOutput(statistics.loss, statistics.loss_terms, self.current_weights, metrics)
+        return ObjectiveOutput(statistics.loss, statistics.loss_terms, self.loss_weights, metrics)
 
     def metrics(self, statistics: TokenStatistics, completions: CompletionBatch) -> Metrics:
         """Compute metrics to log in addition to the loss terms."""

@@ -23,7 +23,6 @@ from .options import (
     PORT,
     POSITIVE,
     POSITIVE_FRACTION,
-    POSITIVE_NUMBERS,
     SEQUENCE_LENGTH,
     TEMPLATE_KWARGS,
     ConflictRule,
@@ -166,13 +165,6 @@ class TokenSelectiveConfig(GKDConfig):
         "Log the gradient norm of each loss term every N optimizer steps, on the first micro-batch. 0: never.",
         NON_NEGATIVE,
     )
-    term_balance: dict[str, float] | None = option(
-        None,
-        "Experimental, not from a paper: choose the weights of these loss terms so that the gradient norm of each "
-        "weighted term is this multiple of the first term's, e.g. {indirect: 0.3, entropy: 0.5}. The configured "
-        "weights are only the start.",
-        POSITIVE_NUMBERS,
-    )
     record_steps: int = option(
         0,
         "Record what both models predict at each token of some completions, every N optimizer steps. 0: never. "
@@ -272,7 +264,7 @@ class TokenSelectiveConfig(GKDConfig):
 
     _VALID_DICT_FIELDS = [
         *GKDConfig._VALID_DICT_FIELDS,
-        *("chat_template_kwargs", "teacher_chat_template_kwargs", "term_balance"),
+        *("chat_template_kwargs", "teacher_chat_template_kwargs"),
     ]
 
     def __post_init__(self) -> None:

@@ -1,6 +1,5 @@
 """Declares options: default, help, and the rules for their values."""
 
-import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, field, fields
@@ -27,10 +26,6 @@ PORT: ValueRule = (lambda v: 0 < v < 2**16, "must be a port, 1 to 65535")
 IMPORT_PATH: ValueRule = (
     lambda v: re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", v) is not None and ".py:" not in v,
     "must be package.module:name, without a folder and without .py",
-)
-POSITIVE_NUMBERS: ValueRule = (
-    lambda v: len(v) > 0 and all(0 < number < math.inf for number in v.values()),
-    "must map names to finite numbers greater than 0",
 )
 _RESERVED_TEMPLATE_KWARGS = (
     *("add_generation_prompt", "continue_final_message", "padding", "return_assistant_tokens_mask", "return_dict"),

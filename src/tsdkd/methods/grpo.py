@@ -31,7 +31,7 @@ class GRPOConfig(TokenSelectiveConfig):
         "eval_samples": "TRL's trainer samples num_generations completions per prompt in evaluation, too",
         **dict.fromkeys(
             (
-                *("fused_head", "head_chunk_gib", "log_term_gradients", "term_balance", "padding_free"),
+                *("fused_head", "head_chunk_gib", "log_term_gradients", "padding_free"),
                 "max_tokens_per_micro_batch",
             ),
             "TRL's trainer computes the loss",

@@ -115,7 +115,7 @@ class TSDKDObjective(TSDKDOptions, Objective):
 
     def loss(self, statistics: TokenStatistics, completions: CompletionBatch) -> ObjectiveOutput:
         """Eq. 13: the direct term, the ranking term on the opener, and the entropy of the most uncertain tokens."""
-        loss, terms, weights = statistics.loss, dict(statistics.loss_terms), self.current_weights
+        loss, terms, weights = statistics.loss, dict(statistics.loss_terms), self.loss_weights
         entropy = completions.scatter(statistics.entropy.detach())
         opener = self.select_for_ranking(entropy, statistics, completions)
         opener_index = completions.gather(opener).nonzero().squeeze(-1)

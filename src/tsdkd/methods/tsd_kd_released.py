@@ -85,7 +85,7 @@ class TSDKDReleasedObjective(TSDKDReleasedOptions, Objective):
         ).sum() / max(len(opener), 1)
         high = entropy >= (torch.quantile(valid, self.threshold) if len(valid) else torch.inf)
         terms["entropy"] = statistics.entropy.where(high, 0.0).sum() / high.sum().clamp(min=1)
-        weights = self.current_weights
+        weights = self.loss_weights
         loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
         return ObjectiveOutput(loss, terms, weights, self.metrics(statistics, completions))
 

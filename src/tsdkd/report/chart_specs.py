@@ -77,10 +77,7 @@ MAIN_CHARTS = (
 FOLDED_CHARTS = (
     (
         "Loss terms and evaluation loss",
-        (
-            ChartSpec("", ("loss/", "eval_loss", "eval_loss/"), shared_by="same loss", together=False),
-            ChartSpec("", ("term_weight/", "term_share/"), shared_by="one run", together=False),
-        ),
+        (ChartSpec("", ("loss/", "eval_loss", "eval_loss/"), shared_by="same loss", together=False),),
     ),
     (
         "Opener, gate and trigger",

@@ -24,7 +24,6 @@ from ..data import default_grader, is_reasoning_gym
 from ..errors import ConfigError
 from ..files import resolve_path
 from ..methods import all_methods, find_method
-from ..trainer.term_balance import check_term_balance
 from .config_file import flags_without_value, read_flags, read_yaml
 
 logger = logging.getLogger(__name__)
@@ -201,8 +200,6 @@ def _build_run_arguments(run: RunValues, flag_names: set[str]) -> RunArguments:
         raise ConfigError([f"{', '.join(culprits or mentioned)}: {text}".removeprefix(": ")]) from error
     if training_args.grader is None:
         training_args.grader = _default_grader(data_args, notes)
-    if training_args.term_balance:
-        check_term_balance(training_args, find_method(run.method).make_objective(training_args))
     if training_args.top_p < 1.0:
         notes.append(f"note: top_p {training_args.top_p}: rollouts come from a nucleus, which the loss doesn't model")
     return RunArguments(

@@ -55,7 +55,6 @@ from .progress import closing_progress, replace_progress_callback
 from .rollout_buffer import Batch, MicroBatches, RolloutBuffer, Window
 from .rollouts import EVAL_STEP, RolloutMixin
 from .step_timer import StepTimer
-from .term_balance import TermBalance, check_term_balance
 from .token_records import TokenRecorder
 
 
@@ -109,7 +108,6 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
         self.grader = load_grader(args.grader) if grader is None else Grader(grader)
         self._tag_names = ["tsdkd", args.method]
         self.objective = self.make_objective(args)
-        check_term_balance(args, self.objective)
         self.rollout_buffer = RolloutBuffer(
             args.gradient_accumulation_steps, args.steps_per_rollout(), args.iterations_per_rollout
         )
@@ -185,10 +183,6 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
         self.nonfinite_guard = NonFiniteGuard(accelerator, args, decode)
         self.metric_accumulators = {mode: MetricAccumulator(accelerator) for mode in ("train", "eval")}
         self.preemption = PreemptionCallback(accelerator)
-        self.term_balance: TermBalance | None = None
-        if args.term_balance:
-            metrics = self.metric_accumulators["train"]
-            self.term_balance = TermBalance(accelerator, self.objective, args.term_balance, metrics)
         self.step_timer = StepTimer(self.metric_accumulators["train"])
         self.completion_log = CompletionLog(decode, self.callback_handler)
         for callback in (self.preemption, self.step_timer, self.completion_log):
@@ -214,8 +208,6 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
             return [], None
         self._is_first_micro_batch = True
         micro_batches = list(chain.from_iterable(window))
-        if self.term_balance is not None:
-            self.term_balance.start_step(step, len(micro_batches))
         self.step_timer.count(sum(sum(batch["lengths"]) for batch in micro_batches))
         num_units = torch.tensor(sum(map(self._count_units, micro_batches))).to(device, non_blocking=True)
         return window, self.accelerator.reduce(num_units, reduction="sum")
@@ -260,7 +252,6 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
         """
         mode = "eval" if num_items_in_batch is None else "train"
         log_term_gradients = mode == "train" and self._should_log_term_gradients()
-        balance = self._find_due_balance(mode)
         completions = self._completion_batch(inputs, mode)
         statistics = self.head_forward.forward(
             model,
@@ -269,7 +260,7 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
             self.objective.request(completions),
             self.objective.per_token_loss(completions),
             self._teacher_forward(inputs, completions.index, mode),
-            loss_in_forward=not (log_term_gradients or balance),
+            loss_in_forward=not log_term_gradients,
         )
         output = self.objective.loss(statistics, completions)
         num_units = self._count_units(inputs)
@@ -280,8 +271,6 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
         if log_term_gradients:
             for name, norm in term_gradient_norms(output, num_units, model).items():
                 self.metric_accumulators["train"].add(f"grad_norm/{name}", norm, 1)
-        if balance:
-            balance.add(output, num_items_in_batch, model)
         return output.loss * (self.accelerator.num_processes / num_items_in_batch.clamp(min=1))
 
     def _teacher_forward(self, batch: Batch, index: Tensor, mode: str) -> TeacherOutput | None:
@@ -315,10 +304,6 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
         is_first, self._is_first_micro_batch = self._is_first_micro_batch, False
         is_sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled  # no process has the full gradient
         return not is_sharded and is_first and every > 0 and self.state.global_step % every == 0
-
-    def _find_due_balance(self, mode: str) -> TermBalance | None:
-        balance = self.term_balance if mode == "train" else None
-        return balance if balance and balance.is_due else None
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Check the gradient right before the optimizer step. DeepSpeed has already skipped a non-finite step."""
@@ -446,9 +431,7 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
         self._weights_version += 1
 
     def _get_extra_state(self) -> dict[str, Any]:
-        balance = {} if self.term_balance is None else {"term_balance": self.term_balance.state_dict()}
         return {
-            **balance,
             "rows": self._train_dataset_hash,
             "num_generations": self.args.num_generations,
             "frozen_models": self._frozen_models,
@@ -468,8 +451,6 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
         self.nonfinite_guard.num_skipped = state["skipped"]
         self.objective.load_state_dict(state["objective"])
         self.rollout_buffer.load_state_dict(state["rollout_buffer"])
-        if self.term_balance is not None and "term_balance" in state:
-            self.term_balance.load_state_dict(state["term_balance"])
 
     def _check_frozen_models(self, before: dict[str, list[str]]) -> None:
         """Check that frozen models, which checkpoints do not contain, are unchanged. Ignores already loaded models."""
