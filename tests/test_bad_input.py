@@ -294,6 +294,36 @@ CONFIGS: dict[str, tuple[dict[str, Any], tuple[str, ...], list[Say]]] = {
         (),
         [("vllm_gpu_memory_utilization", "0", "(0, 1]")],
     ),
+    "teacher's server without its URL": (
+        {"teacher_placement": "server"},
+        (),
+        [("teacher_placement", "teacher_server_base_url", "missing", "tsdkd serve teacher")],
+    ),
+    "teacher's server by its name": (
+        {"teacher_placement": "server", "teacher_server_base_url": "node7:8001"},
+        (),
+        [("teacher_server_base_url", "http://127.0.0.1:8001", "node7")],
+    ),
+    "teacher's server, unused": (
+        {"teacher_server_base_url": "http://127.0.0.1:8001"},
+        (),
+        [("teacher_server_base_url", "teacher_placement is not server")],
+    ),
+    "teacher's server without patience": (
+        {"teacher_placement": "server", "teacher_server_base_url": ["http://a", "http://b"]},
+        ("--teacher_server_timeout", "0"),
+        [("teacher_server_timeout", "0", "greater than 0")],
+    ),
+    "teacher's server and whole logits": (
+        {"teacher_placement": "server", "teacher_server_base_url": "http://a", "fused_head": False},
+        (),
+        [("teacher_placement", "fused_head: true")],
+    ),
+    "teacher's server and a teacher that samples": (
+        {"method": "minillm", "teacher_placement": "server", "teacher_server_base_url": "http://a"},
+        (),
+        [("teacher_placement", "replica", "minillm samples with the teacher")],
+    ),
     "no port": ({"use_vllm": True, "vllm_mode": "server", "vllm_server_port": 0}, (), [("vllm_server_port", "0")]),
     "vLLM off-policy": ({"use_vllm": True, "lmbda": 0}, (), [("use_vllm", "lmbda")]),
     "importance weights of tsd-kd": (

@@ -92,6 +92,8 @@ def small(words: list[str], folder: Path) -> list[str]:
         return ["train", "--config", "demo.yaml", *rest, "--output_dir", str(folder), "--dry_run"]
     if command in ("plan", "slurm"):
         return [command, *rest, *DEMO]
+    if command == "serve":
+        return [*words, *DEMO, "--output_dir", str(folder), "--dry_run"]
     if command == "generate":
         return ["generate", *rest, *PAIR, "--dataset_name", "prompts.jsonl", "--output_file", str(folder)]
     if command == "compare" and "--output_file" in rest:

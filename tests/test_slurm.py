@@ -1,5 +1,6 @@
 """`tsdkd slurm` on a real SLURM of two nodes on this host: signalled before its limit, requeued, bitwise the same."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -7,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from conftest import flags, on_cpus, weights
@@ -88,6 +90,42 @@ def test_a_comparison_as_an_array(slurm, saved_model, rows_file, tmp_path, long)
     subprocess.run(["sbatch", "--wait", "job.sbatch"], check=True, timeout=500, **run)
     subprocess.run([*command, "--report"], check=True, **run)
     assert len((tmp_path / "out/results.jsonl").read_text().splitlines()) == 4
+
+
+@needs_slurm
+@pytest.mark.vllm
+def test_a_teacher_on_a_node_of_its_own(slurm, saved_model, rows_file, tmp_path, long):
+    """On a slow machine it is signalled before its limit and requeued; the server of each job ends with it."""
+    if not long:
+        pytest.skip("--long runs it: minutes")
+    values = {
+        "model_name_or_path": saved_model("llama", 0, hidden=64, head_dim=32),
+        "teacher_model_name_or_path": saved_model("llama", 1, hidden=64, head_dim=32),
+        "teacher_model_init_kwargs": json.dumps({"dtype": "float32"}),
+        "dataset_name": rows_file,
+        "per_device_train_batch_size": 4,
+        "max_steps": 800,
+        "save_steps": 1000,
+        "max_length": 64,
+        **QUIET,
+        "optim": "sgd",
+        "learning_rate": 1e-4,
+    }
+    script, folder = tmp_path / "job.sbatch", tmp_path / "out"
+    written = ["slurm", "--nodes", "1", "--teacher_nodes", "1", "--gpus_per_node", "0", "--time", "00:04:00"]
+    written += ["--signal_seconds", "100", "--accelerate_config", "single", "--output_file", str(script)]
+    assert main([*written, *flags(**values, output_dir=folder)]) == 0
+    environment = {"VLLM_CPU_CI_ENV": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    run = {"env": on_cpus() | slurm | environment, "cwd": tmp_path, "text": True, "capture_output": True}
+    job = subprocess.run(["sbatch", "--parsable", script], check=True, **run).stdout.strip()
+    state = "PENDING"
+    while state:
+        state = subprocess.run(["squeue", "-h", "-j", job, "-o", "%T"], **run).stdout.strip()
+        time.sleep(1)
+    log = "".join(path.read_text() for path in tmp_path.glob("out-*.out"))
+    assert (folder / "model.safetensors").exists() and "its output layer; the other layers are on" in log, log[-3000:]
+    assert main(["train", *flags(**values, output_dir=tmp_path / "local")]) == 0
+    assert torch.allclose(weights(folder), weights(tmp_path / "local"), rtol=0, atol=1e-4)
 
 
 def test_the_shipped_scripts_are_what_the_command_writes(capsys):

@@ -24,6 +24,7 @@ _COMMANDS = {
     "demo": "watch a tiny student learn from a tiny teacher, on a CPU, in minutes",
     "reproduce": "run the papers' small experiments, and compare the numbers with the papers'",
     "plan": "estimate the memory on each GPU, and find the placement that fits",
+    "serve": "start a vLLM server for a run's teacher",
     "slurm": "write an sbatch script for a configuration",
     "methods": "list the methods with their options and papers",
     "configs": "list the shipped configurations",

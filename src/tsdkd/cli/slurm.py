@@ -19,12 +19,19 @@ example:
 def main(argv: Sequence[str]) -> int:
     """Write the script to a file, or print it."""
     about = "Write an sbatch script that trains with a configuration."
-    usage = "--time HH:MM:SS [--nodes N] [--gpus_per_node N] [--output_file FILE] "
+    usage = "--time HH:MM:SS [--nodes N] [--teacher_nodes N] [--gpus_per_node N] [--output_file FILE] "
     renamed = {"script": "output_file"}
     parser = build_run_parser("slurm", about, _EPILOG, usage, renamed)
     parser.add_argument("--output_file", metavar="FILE", type=Path, help="file to write; by default it is printed")
     parser.add_argument(
         "--nodes", type=int_at_least(1), metavar="N", default=1, help="number of nodes; default: %(default)s"
+    )
+    parser.add_argument(
+        "--teacher_nodes",
+        type=int_at_least(0),
+        metavar="N",
+        default=0,
+        help="number of further nodes, which serve the teacher (`tsdkd serve teacher`); default: 0",
     )
     add_job_flags(parser)
     parser.add_argument("--time", required=True, metavar="HH:MM:SS", help="time limit of one job")

@@ -48,6 +48,15 @@ def main(argv: Sequence[str]) -> int:
         print_keys(read_flags(flags, []).get("method"))
         return 0
     launch.warn_about_compile_locks()
+    if args.teacher_gpus is None or args.dry_run:
+        return _train(argv, args, flags)
+    from ..launch.teacher_server import running_teacher_server  # torch from here on
+
+    with running_teacher_server(args.config, flags, args.teacher_gpus) as server_flags:
+        return _train(argv, args, [*flags, *server_flags])
+
+
+def _train(argv: Sequence[str], args: argparse.Namespace, flags: list[str]) -> int:
     launch_flags = {name: value for name in _LAUNCH_FLAGS if (value := getattr(args, name)) is not None}
     for name in (n for n in _LAUNCH_CONFIG_KEYS if n in launch_flags):
         flags.append(f"--{name}={launch_flags[name]}")
@@ -112,6 +121,12 @@ def _parser() -> argparse.ArgumentParser:
     usage = "[--dry_run] [--accelerate_config NAME --num_processes N] "
     parser = build_run_parser("train", about, _EPILOG, usage)
     parser.add_argument("--dry_run", action="store_true", help="print the configuration and a summary, and exit")
+    parser.add_argument(
+        "--teacher_gpus",
+        type=int_at_least(1),
+        metavar="N",
+        help="run the teacher on a vLLM server on the last N visible GPUs, which ends with the run (`tsdkd serve`)",
+    )
     parser.add_argument("--help_keys", action="store_true", help="list tsdkd's own keys, and stop")
     group = parser.add_argument_group("several processes, started by accelerate")
     for name, (metavar, kind, text) in _LAUNCH_FLAGS.items():

@@ -24,6 +24,7 @@ from .options import (
     POSITIVE,
     POSITIVE_FRACTION,
     SEQUENCE_LENGTH,
+    SERVER_URLS,
     TEMPLATE_KWARGS,
     ConflictRule,
     get_default,
@@ -35,6 +36,7 @@ _NEVER_SAMPLES = (lambda v: v["lmbda"] == 0, "lmbda is 0: nothing is generated")
 _WITHOUT_VLLM = (lambda v: not v["use_vllm"], "use_vllm is false")
 _NOT_COLOCATE = (lambda v: v["vllm_mode"] != "colocate", "vllm_mode is not colocate")
 _NOT_SERVER = (lambda v: v["vllm_mode"] != "server", "vllm_mode is not server")
+_NO_TEACHER_SERVER = (lambda v: v["teacher_placement"] != "server", "teacher_placement is not server")
 
 
 @dataclass
@@ -76,6 +78,16 @@ class TokenSelectiveConfig(GKDConfig):
             ("eval_samples", "lmbda"),
             lambda v: v["eval_samples"] > 1 and 0 < v["lmbda"] < 1,
             "a random draw decides whether evaluations sample at all; set lmbda: 1",
+        ),
+        (
+            ("teacher_placement", "teacher_server_base_url"),
+            lambda v: v["teacher_placement"] == "server" and not v["teacher_server_base_url"],
+            "the URL is missing; `tsdkd serve teacher` starts a server and prints it",
+        ),
+        (
+            ("teacher_placement", "fused_head"),
+            lambda v: v["teacher_placement"] == "server" and not v["fused_head"],
+            "the server sends hidden states, which need the fused head; set fused_head: true",
         ),
     )
 
@@ -201,10 +213,25 @@ class TokenSelectiveConfig(GKDConfig):
         AT_LEAST_ONE,
         (lambda v: v["padding_free"] is False, "padding_free is false"),
     )
-    teacher_placement: Literal["replica", "zero3", "cpu_offload"] | None = option(
+    teacher_placement: Literal["replica", "zero3", "cpu_offload", "server"] | None = option(
         None,
         "Where the teacher's weights are, independent of the student's ZeRO stage: a replica on every device, sharded "
-        "(zero3), or sharded in CPU memory (cpu_offload). None: zero3 if the student is sharded, otherwise replica.",
+        "(zero3), sharded in CPU memory (cpu_offload), or on vLLM servers (server). None: zero3 if the student is "
+        "sharded, otherwise replica.",
+    )
+    teacher_server_base_url: list[str] | None = option(
+        None,
+        "URL of the teacher's vLLM server, or a list of URLs between which requests are balanced "
+        "(`tsdkd serve teacher`).",
+        SERVER_URLS,
+        _NO_TEACHER_SERVER,
+    )
+    teacher_server_timeout: float = option(
+        600.0,
+        "How long requests to the teacher's servers may fail before the run stops, seconds. A server may start, or be "
+        "started again, meanwhile.",
+        POSITIVE,
+        _NO_TEACHER_SERVER,
     )
     resume: bool = option(
         False,
@@ -270,6 +297,8 @@ class TokenSelectiveConfig(GKDConfig):
     def __post_init__(self) -> None:
         problems = self._resolve_aliases() + self._coerce_fields()
         problems = problems or validate_options(type(self), vars(self))
+        if self.teacher_placement == "server" and self.teacher_samples:
+            problems.append(f"teacher_placement: must be replica, because {self.method} samples with the teacher")
         if problems:
             raise ConfigError(problems)
         self.max_new_tokens = self.max_completion_length

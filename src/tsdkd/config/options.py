@@ -23,6 +23,10 @@ OPEN_FRACTION: ValueRule = (lambda v: 0 < v < 1, "must be in (0, 1)")
 BELOW_ONE: ValueRule = (lambda v: 0 <= v < 1, "must be in [0, 1)")
 SEQUENCE_LENGTH: ValueRule = (lambda v: v >= 2, "must be at least 2 (a prompt and a completion token)")
 PORT: ValueRule = (lambda v: 0 < v < 2**16, "must be a port, 1 to 65535")
+SERVER_URLS: ValueRule = (
+    lambda v: bool(v) and all(re.match(r"https?://[^/\s]+", url) for url in v),
+    "must be a URL such as http://127.0.0.1:8001, or a list of URLs",
+)
 IMPORT_PATH: ValueRule = (
     lambda v: re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", v) is not None and ".py:" not in v,
     "must be package.module:name, without a folder and without .py",

@@ -62,6 +62,12 @@ def stop_with_launcher() -> None:
         signal.raise_signal(signal.SIGTERM)
 
 
+def end_with_parent() -> None:
+    """Make the system end this process when its parent dies. For `preexec_fn`; has no effect except on Linux."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
+
+
 def stop_children() -> None:
     """Send SIGTERM to all child processes and wait for them."""
     import psutil

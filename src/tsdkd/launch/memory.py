@@ -62,6 +62,8 @@ def estimate_memory(
         **_student_bytes(student, workload, launch, gpus),
         "teacher": _teacher_bytes(teacher, workload, teacher_placement, gpus),
     }
+    if teacher_placement == "server":
+        teacher = None  # its layers and their activations are elsewhere
     engine = workload.engine or VllmMemoryConfig(memory_bytes=0.0)
     idle = min(engine.memory_bytes, SLEEPING_ENGINE_BYTES) if engine.enable_sleep_mode else engine.memory_bytes
     phases = (
@@ -89,6 +91,8 @@ def _teacher_bytes(teacher: ModelSize | None, workload: Workload, placement: str
         return 0.0
     if placement == "replica":
         return teacher.num_parameters * workload.teacher_bytes_per_parameter
+    if placement == "server":  # the output layer alone
+        return teacher.embedding_parameters * workload.teacher_bytes_per_parameter
     gathered = min(teacher.num_parameters, _MAX_LIVE_PARAMETERS + teacher.embedding_parameters)
     shard = teacher.num_parameters / gpus if placement == "zero3" else 0
     return (gathered + shard) * workload.teacher_bytes_per_parameter

@@ -15,6 +15,7 @@ from ..config.launch import find_launch_config
 from ..errors import ConfigError
 from ..run.arguments import resolve_run_values
 from ..run.config_file import read_flags
+from .teacher_server import resolve_served_values
 
 _TIME_LIMIT = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", re.ASCII)
 
@@ -34,27 +35,35 @@ def build_sbatch_script(
         accelerate_config: a shipped name or a file; default: that of the configuration, or zero2. The script sets the
             numbers of nodes and processes.
         command_line: arguments of the command that created the script, for its header.
-        settings: variables of `slurm.sh.j2`: nodes, gpus_per_node (0: a CPU job with one process per node), time, ….
+        settings: variables of `slurm.sh.j2`: nodes, teacher_nodes (in addition, for the
+            teacher), gpus_per_node (0: a CPU job with one process per node), time, ….
 
     Raises:
         ConfigError: the configuration or the settings are invalid.
     """
     if accelerate_config is not None:
         find_launch_config(accelerate_config)
-    values = resolve_run_values(config, flags).values  # report an invalid value now, not after hours in a queue
+    resolve = resolve_served_values if settings["teacher_nodes"] else _resolve_values
+    values = resolve(config, flags)  # report an invalid value now, not after hours in a queue
     if "num_processes" in read_flags(flags, []):
         raise ConfigError(["--num_processes: the script starts one process per GPU; set --gpus_per_node instead"])
     folder = Path(str(values["output_dir"]))
     launch_config = accelerate_config or values["accelerate_config"] or "zero2"
+    run_flags = [*(["--config", path_operand(config)] if config else []), *flags]
     own = {
         "marker": shlex.quote(path_operand(str(folder / PREEMPTED_FILE))),
-        "command": shlex.join(["train", *(["--config", path_operand(config)] if config else []), *flags]),
+        "command": shlex.join(["train", *run_flags]),
+        "serve_command": shlex.join(["serve", "teacher", *run_flags]),
         "accelerate_config": shlex.quote(path_operand(launch_config)),
         "written_by": shlex.join(command_line),
     }
     return render_job_script(
         "launch/slurm.sh.j2", folder, settings, [*command_line, str(folder), launch_config], **own
     )
+
+
+def _resolve_values(config: str | None, flags: Sequence[str]) -> dict[str, Any]:
+    return resolve_run_values(config, flags).values
 
 
 def path_operand(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Places the teacher independently of the student's ZeRO stage: replicated, sharded, or offloaded to host memory."""
+"""Places the teacher independently of the student's ZeRO stage: replicated, sharded, in host memory, or on servers."""
 
 import os
 from collections.abc import Iterator
@@ -22,6 +22,7 @@ from ..errors import ConfigError, install_hint
 from ..files import shorten_path
 from .finite_weights import require_finite
 from .loading import load_frozen_model
+from .served_teacher import load_served_teacher
 
 logger = get_logger(__name__)
 
@@ -33,8 +34,11 @@ def load_teacher(name: str | PreTrainedModel, config: PretrainedConfig, args: To
 
     Raises:
         ModelError: the teacher can't be loaded, or its weights are not finite.
-        ConfigError: the placement requires DeepSpeed, which is not installed.
+        ConfigError: the placement requires DeepSpeed, which is not installed, or a teacher that isn't loaded yet.
+        EngineError: no teacher server answers.
     """
+    if not isinstance(name, str) and args.teacher_placement == "server":
+        raise ConfigError(["teacher_placement: server needs the teacher's path or hub id, found a loaded model"])
     if not isinstance(name, str):
         require_finite(name, "teacher_model")
         return name
@@ -45,6 +49,8 @@ def load_teacher(name: str | PreTrainedModel, config: PretrainedConfig, args: To
     if sharded:
         _init_process_group(args)
     with _override_hf_deepspeed_config(_zero3_config(config, dtype, args) if sharded else None, args):
+        if args.teacher_placement == "server":
+            return load_served_teacher(name, config, args)
         return load_frozen_model(name, args, device=None if sharded else args.device)
 
 
@@ -65,9 +71,11 @@ def prepare_teacher(teacher: PreTrainedModel, accelerator: Accelerator, args: To
 
 def _is_sharded(args: TokenSelectiveConfig) -> bool:
     placement = args.teacher_placement or ("zero3" if _student_is_sharded(args) else "replica")
-    if placement != "replica" and not is_deepspeed_available():
+    if placement in ("replica", "server"):
+        return False
+    if not is_deepspeed_available():
         raise ConfigError([f"teacher_placement: {placement} requires DeepSpeed; {install_hint('deepspeed')}"])
-    return placement != "replica"
+    return True
 
 
 def _student_is_sharded(args: TokenSelectiveConfig) -> bool:

@@ -29,7 +29,8 @@ def announce_start(arguments: RunArguments, trainer: TokenSelectiveTrainer) -> N
     lines = {
         "method": f"{arguments.method}, on {_describe_completions(training)}",
         "student": _describe_model(str(arguments.model_args.model_name_or_path), trainer.model),
-        "teacher": _describe_model(str(training.teacher_model_name_or_path), getattr(trainer, "teacher_model", None)),
+        "teacher": _describe_model(str(training.teacher_model_name_or_path), getattr(trainer, "teacher_model", None))
+        + _describe_servers(training.teacher_server_base_url),
         "data": f"{prompts} from {shorten_path(str(arguments.data_args.dataset_name))}",
         "evaluate": _describe_evaluation(training, trainer.eval_dataset)
         or ("not during training: eval_strategy is no" if arguments.data_args.eval_dataset_name else ""),
@@ -66,6 +67,10 @@ def _describe_model(name: str, model: nn.Module | None) -> str:
     count = sum(getattr(p, "ds_numel", p.numel()) for p in parameters)  # ds_numel: size of a whole sharded parameter
     number = f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
     return f"{shorten_path(name)}, {number} parameters, {str(parameters[0].dtype).removeprefix('torch.')}"
+
+
+def _describe_servers(urls: list[str] | None) -> str:
+    return f" (its output layer; the other layers are on {', '.join(urls)})" if urls else ""
 
 
 def _describe_evaluation(training: Any, rows: Any) -> str:

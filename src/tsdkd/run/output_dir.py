@@ -55,6 +55,8 @@ _MUTABLE_KEYS = {
     "padding_free",
     "max_tokens_per_micro_batch",
     "teacher_placement",
+    "teacher_server_base_url",
+    "teacher_server_timeout",
     "max_nonfinite_steps",
     "use_vllm",
     "accelerate_config",

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import Any, NamedTuple
 from weakref import WeakSet
 
@@ -21,6 +22,8 @@ from ..lm_head.fused import FusedHead, compute_dtype
 from ..lm_head.projection import get_output_layer, get_projection
 from ..lm_head.statistics import PerTokenLoss, StatisticsRequest, TokenStatistics
 from ..models.loading import unwrap_peft
+from ..models.served_teacher import find_client
+from ..models.teacher_client import TeacherClient
 from ..selection import token_index
 
 _FUSED_HEAD_HINT = "set fused_head: false to compute the full logits"
@@ -122,12 +125,14 @@ class HeadForward:
         return logits if self.args.temperature == 1.0 else logits / self.args.temperature
 
     def _hidden(self, model: PreTrainedModel, batch: dict[str, Tensor], index: Tensor) -> Tensor:
-        """Compute the last hidden states `[N, H]`."""
+        """Compute the last hidden states `[N, H]`, or get them from the servers that have the model's layers."""
         with self.accelerator.autocast():
             if model not in self._verified_models:
                 _verify_output_layer(model, batch["input_ids"][:1, :8])
                 torch.clear_autocast_cache()  # older torch versions reuse weight casts made without gradient
                 self._verified_models.add(model)
+            if (client := find_client(model)) is not None:
+                return _served_states(client, batch, index)
             return _select_positions(batch, index, forward_backbone(model, model_inputs(model, batch)))
 
 
@@ -222,6 +227,21 @@ def _select_positions(batch: dict[str, Any], index: Tensor, states: Tensor) -> T
     else:
         positions = index + row
     return states.flatten(0, 1).index_select(0, positions)
+
+
+def _served_states(client: TeacherClient, batch: dict[str, Any], index: Tensor) -> Tensor:
+    """Get the states `[N, H]` of the positions `index` of the flattened `[B, S - 1]` from servers."""
+    sequences = get_sequences(batch)
+    starts, width = torch.tensor([0, *accumulate(map(len, sequences))]), batch["input_ids"].shape[1] - 1
+    row, position = (index // width).cpu(), (index % width).cpu()
+    states = torch.cat(client.hidden_states(sequences)).index_select(0, starts[row] + position)
+    return states.to(index.device, non_blocking=True)
+
+
+def get_sequences(batch: dict[str, Any]) -> list[list[int]]:
+    """Return the token ids of a batch's sequences without their padding."""
+    lengths = (batch["prompt_lengths"] + batch["completion_lengths"]).tolist()
+    return [ids[:length] for ids, length in zip(batch["input_ids"].tolist(), lengths, strict=True)]
 
 
 def teacher_inputs(batch: dict[str, Any], index: Tensor) -> tuple[dict[str, Any], Tensor]:

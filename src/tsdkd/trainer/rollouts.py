@@ -13,6 +13,7 @@ from ..data import Rows, is_packed, pack_sequences, pad_sequences
 from ..errors import ModelError
 from ..grading import Grader
 from ..models.loading import ModelPair
+from ..models.served_teacher import find_client
 from ..objective import Objective
 from ..rollout.base import Completion, Sampler
 from ..rollout.build import make_sampler
@@ -126,7 +127,9 @@ class RolloutMixin:
         rows = list(chain.from_iterable(parts))
         if not rows:
             return []
-        self.planner.check_models([model, self.teacher_model] if self._needs_teacher else [model])
+        teacher = self.teacher_model if self._needs_teacher else None
+        client = None if teacher is None else find_client(self.accelerator.unwrap_model(teacher))
+        self.planner.check_models([model] if teacher is None or client is not None else [model, teacher])
         prompts, completions = self._select_completions(model, rows, step, mode)
         num_tokens = sum(len(c.ids) for c in completions)
         self.metric_accumulators[mode].add("completions/mean_length", num_tokens, len(completions))
@@ -146,10 +149,12 @@ class RolloutMixin:
             ]
             self.token_recorder.record(model, self.teacher_model, records, step)
         entries, left = [], iter(samples)
-        for part in parts:
-            sizes = [len(row["prompt_ids"]) for row in part]
-            some = list(islice(left, sum(sizes)))
-            some = self.planner.exchange(some, [s.num_tokens for s in some], mode)
+        all_sizes = [[len(row["prompt_ids"]) for row in part] for part in parts]
+        own = [list(islice(left, sum(sizes))) for sizes in all_sizes]
+        own = [self.planner.exchange(some, [s.num_tokens for s in some], mode) for some in own]
+        if client is not None:
+            client.prefetch([[*(s.teacher_prompt or s.prompt), *s.completion.ids] for some in own for s in some])
+        for sizes, some in zip(all_sizes, own, strict=True):
             for layouts in self.planner.plan(sizes, [s.num_tokens for s in some], mode):
                 entries.append([self._micro_batch(some, layout) for layout in layouts])
                 for batch in entries[-1]:
