@@ -58,6 +58,7 @@ def serving(answers: Callable[[int, list[int]], Answer] = lambda number, ids: go
             pass
 
     lock, server = threading.Lock(), ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.handle_error = lambda *_: None  # clients that have given up
     server.requests, server.url = [], f"http://127.0.0.1:{server.server_address[1]}"
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:

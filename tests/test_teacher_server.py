@@ -37,6 +37,9 @@ PAIRS = {
 """Name -> family, number of logits and dtype of the teacher."""
 
 
+ON_CPUS = {"VLLM_CPU_CI_ENV": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+
+
 class TeacherServer:
     """`tsdkd serve teacher` on the loopback."""
 
@@ -45,10 +48,9 @@ class TeacherServer:
         values = {"model_name_or_path": teacher, "teacher_model_name_or_path": teacher, "max_length": 64, **options}
         values |= {"dataset_name": "rows.jsonl", "output_dir": "unused"}
         command = [sys.executable, "-m", "tsdkd", "serve", "teacher", *flags(**values)]
-        environment = {"VLLM_CPU_CI_ENV": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
         self.process = subprocess.Popen(
             [*command, "--port", str(self.port)],
-            env={**os.environ, **environment},
+            env={**os.environ, **ON_CPUS},
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
@@ -148,7 +150,9 @@ def test_prompts_of_the_teachers_own_and_padded_batches(serve, saved_model, tmp_
         assert torch.allclose(found, expected, atol=1e-4)
 
 
-def test_a_run_that_starts_its_server(saved_model, rows_file, tmp_path):
+def test_a_run_that_starts_its_server(saved_model, rows_file, tmp_path, monkeypatch):
+    for name, value in ON_CPUS.items():
+        monkeypatch.setenv(name, value)
     names = {"model_name_or_path": saved_model("llama", 0, **SIZE), "dataset_name": rows_file}
     names |= {"teacher_model_name_or_path": saved_model("llama", 1, 80, **SIZE)}
     before = set(psutil.Process().children(recursive=True))
