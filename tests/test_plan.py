@@ -77,6 +77,14 @@ def test_every_preset_fits_as_it_is(preset, plan):
         assert "offpolicy" in preset or preset.endswith("24gb_lora")
 
 
+def test_a_teacher_on_a_server(plan):
+    """Its output layer is here; each of its hidden states crosses the network as 2 x 5120 bytes."""
+    out = plan("qwen25_14b_to_1p5b", "--teacher_placement", "server", "--teacher_server_base_url", "http://a:1")
+    assert re.search(rf"^ teacher +{152064 * 5120 * 2 / 2**30:.1f} ", out, re.MULTILINE)
+    assert f"{8 * 16 * 1024 * 5120 * 2 / 2**30:.2f} GiB of hidden states" in out
+    assert "(zero1 + server) fits" in out
+
+
 def test_what_does_not_fit(plan):
     """On 2 x 24 GiB the teacher must leave; 4 GiB are nothing."""
     flags = ("--use_vllm", "false", "--accelerate_config", "zero2", "--gradient_accumulation_steps", "16")

@@ -138,6 +138,18 @@ def test_the_shipped_scripts_are_what_the_command_writes(capsys):
         assert capsys.readouterr().out == path.read_text()
 
 
+def test_nodes_for_the_teacher(capsys):
+    command = ["slurm", "--config", "demo.yaml", "--nodes", "2", "--teacher_nodes", "1", "--gpus_per_node", "4"]
+    assert main([*command, "--time", "01:00:00"]) == 0
+    script = capsys.readouterr().out
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    words = script.split()
+    assert "--nodes=3" in words and "--relative=2" in words and "--relative=0" in words
+    assert words[words.index("--num_processes") + 1] == "8" and words[words.index("--tensor_parallel_size") + 1] == "4"
+    assert main([*command, "--time", "01:00:00", "--method", "minillm"]) == 2
+    assert "minillm samples with the teacher" in capsys.readouterr().err
+
+
 def test_a_script_is_never_overwritten(tmp_path, capsys):
     command = ["slurm", "--config", "demo.yaml", "--time", "01:00:00", "--output_dir", "out"]
     assert main([*command, "--output_file", str(tmp_path / "job")]) == 0

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -194,14 +193,16 @@ def test_a_server_that_hangs_dies_or_comes_back(saved_model, rows_file, tmp_path
 
         def watch() -> None:
             while not (tmp_path / folder / "checkpoint-2" / "trainer_state.json").exists():
-                time.sleep(0.01)
+                if is_over.wait(0.01):
+                    return
             then()
 
-        watcher = threading.Thread(target=watch)
+        is_over, watcher = threading.Event(), threading.Thread(target=watch)
         if then is not None:
             watcher.start()
         values = {**names, **RUN, "output_dir": tmp_path / folder, "teacher_server_timeout": timeout, **options}
         code = main(["train", *flags(**values)])
+        is_over.set()
         if then is not None:
             watcher.join()
         return code
@@ -218,7 +219,7 @@ def test_a_server_that_hangs_dies_or_comes_back(saved_model, rows_file, tmp_path
 
         # it hangs; when it answers again, the run can be resumed
         hang = {"max_steps": 500}
-        assert run("hung", 3.0, lambda: os.killpg(running[-1].process.pid, signal.SIGSTOP), **hang) == 2
+        assert run("hung", 30.0, lambda: os.killpg(running[-1].process.pid, signal.SIGSTOP), **hang) == 2
         assert "no answer in time" in error()
         os.killpg(running[-1].process.pid, signal.SIGCONT)
 

@@ -297,8 +297,6 @@ class TokenSelectiveConfig(GKDConfig):
     def __post_init__(self) -> None:
         problems = self._resolve_aliases() + self._coerce_fields()
         problems = problems or validate_options(type(self), vars(self))
-        if self.teacher_placement == "server" and self.teacher_samples:
-            problems.append(f"teacher_placement: must be replica, because {self.method} samples with the teacher")
         if problems:
             raise ConfigError(problems)
         self.max_new_tokens = self.max_completion_length

@@ -51,6 +51,8 @@ def validate_options(cls: Any, values: Mapping[str, Any]) -> list[str]:
         elif no_effect and no_effect[0](values):
             remedy = "" if ";" in no_effect[1] else "; remove it"
             problems.append(f"{name}: {shorten(values[name])} has no effect because {no_effect[1]}{remedy}")
+    if getattr(cls, "teacher_samples", False) and values.get("teacher_placement") == "server":
+        problems.append(f"teacher_placement: must be replica, because {cls.method} samples with the teacher")
     for names, is_violated, text in (*CONFLICTS, *getattr(cls, "conflicts", ())):
         has_all = rules.keys() >= set(names) and unsupported_options.keys().isdisjoint(names)
         if has_all and is_violated(values):

@@ -29,6 +29,7 @@ from .processes import num_visible_gpus
 logger = get_logger(__name__)
 
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8001
+_ALL_ADDRESSES = "0.0.0.0"
 _POLL_INTERVAL = 0.5  # seconds
 _SECONDS_TO_END = 30.0
 _LAST_LINES = 20  # of a server that ended too early
@@ -74,7 +75,7 @@ def serve_teacher(
         The exit code: 0 after a signal, else vLLM's.
 
     Raises:
-        ConfigError: the configuration is invalid, or vLLM isn't installed.
+        ConfigError: the configuration is invalid, the port is in use, or vLLM isn't installed.
         EngineError: vLLM ended before it was ready.
     """
     values = resolve_served_values(config, flags)
@@ -85,8 +86,8 @@ def serve_teacher(
         print(shlex.join(command))
         return 0
     require_vllm()
+    _require_free_port(host, port)
     logger.info(f"starting vLLM: {shlex.join(command)}")
-    url = f"http://{host}:{port}"
     stopped: list[int] = []
     with subprocess.Popen(command, preexec_fn=end_with_parent) as process:
 
@@ -95,7 +96,8 @@ def serve_teacher(
             process.terminate()
 
         with handle_stop_signals(stop):
-            if _wait_until_ready(process, url):
+            if _wait_until_ready(process, f"http://{host}:{port}"):
+                url = f"http://{socket.gethostname() if host == _ALL_ADDRESSES else host}:{port}"
                 print(
                     f"ready: {url} has the layers of {values['teacher_model_name_or_path']}; train with "
                     f"--teacher_placement server --teacher_server_base_url {url}",
@@ -196,6 +198,16 @@ def resolve_served_values(config: str | None, flags: Sequence[str]) -> dict[str,
     url = urls[0] if isinstance(urls, list) else urls
     chosen = ["--teacher_placement=server", f"--teacher_server_base_url={url}"]
     return resolve_run_values(config, [*flags, *chosen]).values
+
+
+def _require_free_port(host: str, port: int) -> None:
+    """Raise `ConfigError` if vLLM couldn't listen there. It would say so after it has loaded the weights."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as vLLM does
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError([f"--host, --port: can't listen at {host}:{port}: {error.strerror}"]) from None
 
 
 def _wait_until_ready(process: "subprocess.Popen[bytes]", url: str) -> bool:
