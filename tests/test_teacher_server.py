@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -56,14 +55,21 @@ class TeacherServer:
             start_new_session=True,
         )
 
+        self.is_ready = threading.Event()
+        threading.Thread(target=self._read, daemon=True).start()  # or its pipe would fill up
+
+    def _read(self) -> None:
+        for line in self.process.stdout:
+            if line.startswith(f"ready: {self.url} "):
+                self.is_ready.set()
+
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
     def wait(self) -> "TeacherServer":
-        lines = iter(self.process.stdout.readline, "")
-        assert any(line.startswith(f"ready: {self.url} ") for line in lines), "the server ended"
-        threading.Thread(target=deque, args=(lines, 0), daemon=True).start()  # or its pipe would fill up
+        while not self.is_ready.wait(1):
+            assert self.process.poll() is None, "the server ended"
         return self
 
     def kill(self) -> None:
