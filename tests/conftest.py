@@ -40,7 +40,7 @@ ENVIRONMENT = dict(os.environ)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--long", action="store_true", help="run the reliability campaigns whole (hours)")
+    parser.addoption("--long", action="store_true", help="run campaigns and matrices whole (hours)")
     parser.addoption("--shuffle", type=int, metavar="SEED", help="run files, and the tests of each, in a random order")
 
 
@@ -55,6 +55,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     mark_slow(items)
+    if not config.getoption("--long"):
+        left_out = [item for item in items if item.get_closest_marker("long")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
     seed = config.getoption("--shuffle")
     if seed is not None:
         rng, files = random.Random(seed), sorted({item.path for item in items})

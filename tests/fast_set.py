@@ -83,15 +83,18 @@ EVERY_NTH = {
     "test_triton.py::test_as_launched_on_a_gpu": 7,
 }
 """Test -> n, for tests with many cases."""
+_LARGE = 7  # n of the largest matrices
 
 
 def mark_slow(items: list[pytest.Item]) -> None:
-    """Mark what isn't in the fast set."""
+    """Mark what isn't in the fast set, and as `long` every second case of the largest matrices."""
     seen: Counter[str] = Counter()
     for item in items:
         test = re.sub(r"\[.*", "", item.nodeid.rpartition("/")[2], flags=re.DOTALL)
         file = test.partition("::")[0]
         nth = seen[test] % EVERY_NTH.get(test, 1)
+        if EVERY_NTH.get(test, 1) >= _LARGE and seen[test] % 2:
+            item.add_marker(pytest.mark.long)
         seen[test] += 1
         if file in SLOW_FILES or test in SLOW_TESTS or nth:
             item.add_marker(pytest.mark.slow)
