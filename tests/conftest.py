@@ -275,6 +275,9 @@ def launch(launcher: list[str], command: list[str]) -> str:
     return result.stdout
 
 
+VLLM_ON_CPUS = {"VLLM_CPU_CI_ENV": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+"""The environment of an engine that starts without a warm-up and takes one GiB."""
+
 DDP = ["--multi_gpu", "--num_machines", "1", "--num_processes", "2"]
 DDP += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
 """`launch` over two processes."""

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from conftest import flags, on_cpus, weights
+from conftest import VLLM_ON_CPUS, flags, on_cpus, weights
 from test_zero import start
 from tsdkd.cli import main
 
@@ -115,8 +115,7 @@ def test_a_teacher_on_a_node_of_its_own(slurm, saved_model, rows_file, tmp_path,
     written = ["slurm", "--nodes", "1", "--teacher_nodes", "1", "--gpus_per_node", "0", "--time", "00:04:00"]
     written += ["--signal_seconds", "100", "--accelerate_config", "single", "--output_file", str(script)]
     assert main([*written, *flags(**values, output_dir=folder)]) == 0
-    environment = {"VLLM_CPU_CI_ENV": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    run = {"env": on_cpus() | slurm | environment, "cwd": tmp_path, "text": True, "capture_output": True}
+    run = {"env": on_cpus() | slurm | VLLM_ON_CPUS, "cwd": tmp_path, "text": True, "capture_output": True}
     job = subprocess.run(["sbatch", "--parsable", script], check=True, **run).stdout.strip()
     state = "PENDING"
     while state:

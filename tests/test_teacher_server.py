@@ -16,9 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from conftest import DDP, QUIET, flags, launch, weights
+from conftest import DDP, QUIET, VLLM_ON_CPUS, flags, launch, weights
 from test_trainers import config, first_log, train
-from test_vllm_server import free_port
+from test_vllm_server import Server, free_port
 from tsdkd.cli import main
 from tsdkd.methods import METHODS
 
@@ -35,10 +35,7 @@ PAIRS = {
 """Name -> family, number of logits and dtype of the teacher."""
 
 
-ON_CPUS = {"VLLM_CPU_CI_ENV": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
-
-
-class TeacherServer:
+class TeacherServer(Server):
     """`tsdkd serve teacher` on the loopback."""
 
     def __init__(self, teacher: str, port: int | None = None, **options: object) -> None:
@@ -48,13 +45,12 @@ class TeacherServer:
         command = [sys.executable, "-m", "tsdkd", "serve", "teacher", *flags(**values)]
         self.process = subprocess.Popen(
             [*command, "--port", str(self.port)],
-            env={**os.environ, **ON_CPUS},
+            env={**os.environ, **VLLM_ON_CPUS},
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
             start_new_session=True,
         )
-
         self.is_ready = threading.Event()
         threading.Thread(target=self._read, daemon=True).start()  # or its pipe would fill up
 
@@ -71,11 +67,6 @@ class TeacherServer:
         while not self.is_ready.wait(1):
             assert self.process.poll() is None, "the server ended"
         return self
-
-    def kill(self) -> None:
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +147,7 @@ def test_prompts_of_the_teachers_own_and_padded_batches(serve, saved_model, tmp_
 
 
 def test_a_run_that_starts_its_server(saved_model, rows_file, tmp_path, monkeypatch):
-    for name, value in ON_CPUS.items():
+    for name, value in VLLM_ON_CPUS.items():
         monkeypatch.setenv(name, value)
     names = {"model_name_or_path": saved_model("llama", 0, **SIZE), "dataset_name": rows_file}
     names |= {"teacher_model_name_or_path": saved_model("llama", 1, 80, **SIZE)}

@@ -16,7 +16,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from conftest import flags
+from conftest import VLLM_ON_CPUS, flags
 from tsdkd.cli import main
 
 pytest.importorskip("vllm")
@@ -39,8 +39,7 @@ class Server:
 
     def __init__(self, model: str, port: int | None = None) -> None:
         self.port = port or free_port()
-        environment = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_CI_ENV": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
-        environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
+        environment = {**VLLM_ON_CPUS, "VLLM_SERVER_DEV_MODE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
         # what `vllm serve` runs; that command itself fails in vllm-cpu, whose distribution isn't called vllm
         serve = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--host", "127.0.0.1"]
         options = ["--port", str(self.port), "--max-model-len", "64", "--logprobs-mode", "processed_logprobs"]

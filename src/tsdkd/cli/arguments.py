@@ -145,10 +145,9 @@ def _without_resume(words: Sequence[str]) -> list[str]:
 def always_on_policy(config: str | None, flags: Sequence[str]) -> list[str]:
     """`flags`, with `--lmbda 1` if the method has that option: the command samples, whatever the run trains on."""
     from ..methods import find_method
-    from ..run.config_file import read_flags, read_yaml  # torch from here on
+    from ..run.config_file import read_raw_values  # torch from here on
 
-    raw_values = {**(read_yaml(config) if config is not None else {}), **read_flags(flags, [])}
-    has_lmbda = find_method(raw_values.get("method", "tsd-kd")).config_class.has_lmbda
+    has_lmbda = find_method(read_raw_values(config, flags).get("method", "tsd-kd")).config_class.has_lmbda
     return [*flags, "--lmbda", "1"] if has_lmbda else [*flags]
 
 

@@ -12,7 +12,7 @@ from ..config.logs import get_logger
 from ..errors import ConfigError, TSDKDError, escape_line
 from ..launch import accelerate as launch
 from ..launch.processes import LaunchSpec, configured_num_processes, resolve_launch
-from ..run.config_file import read_flags, read_yaml
+from ..run.config_file import read_flags, read_raw_values
 from .arguments import LAUNCHER_COMMAND, build_run_parser, int_at_least, say_how_to_continue
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def _train(argv: Sequence[str], args: argparse.Namespace, flags: list[str]) -> i
     launch_flags = {name: value for name in _LAUNCH_FLAGS if (value := getattr(args, name)) is not None}
     for name in (n for n in _LAUNCH_CONFIG_KEYS if n in launch_flags):
         flags.append(f"--{name}={launch_flags[name]}")
-    raw_values = {**(read_yaml(args.config) if args.config is not None else {}), **read_flags(flags, [])}
+    raw_values = read_raw_values(args.config, flags)
     launch_spec = resolve_launch(raw_values, launch_flags, do_train=not args.dry_run) if raw_values else None
 
     from ..launch.requirements import missing_extras

@@ -57,7 +57,7 @@ def stop_with_launcher() -> None:
     is_ours = bool(launcher) and machine == platform.node()
     if sys.platform != "linux" or not (is_ours or _is_launcher(parent)):
         return
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
+    end_with_parent()
     if os.getppid() != parent or (is_ours and not Path("/proc", launcher).exists()):  # the launcher is already dead
         signal.raise_signal(signal.SIGTERM)
 

@@ -95,7 +95,7 @@ def plan(
     yield _describe_fastest(estimates, limit, gpus)
     yield _describe_step_seconds(student, teacher, workload)
     if teacher is not None and current[1] == "server":
-        yield _describe_server_traffic(teacher, workload, gpus)
+        yield _describe_server_traffic(student, teacher, workload, gpus)
 
 
 def _detect_gpus(gpus: int | None, gpu_gib: float | None, processes: int | None) -> tuple[int, float, str]:
@@ -205,10 +205,10 @@ def _describe_engine_memory(
     ), True
 
 
-def _describe_server_traffic(teacher: ModelSize, workload: Workload, gpus: int) -> str:
+def _describe_server_traffic(student: ModelSize, teacher: ModelSize, workload: Workload, gpus: int) -> str:
     tokens = workload.samples_per_step * workload.sequence_length * gpus
     sent = tokens * teacher.hidden_size * workload.teacher_bytes_per_parameter / GIB
-    seconds = gpus * estimate_step_seconds(teacher, teacher, workload)["teacher"]
+    seconds = gpus * estimate_step_seconds(student, teacher, workload)["teacher"]
     return (
         f"the teacher's servers, on other GPUs: about {seconds:.0f} GPU-seconds on A100s for a step of all {gpus} "
         f"GPUs, and {sent:.2f} GiB of hidden states over the network"

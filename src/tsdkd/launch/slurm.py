@@ -43,8 +43,9 @@ def build_sbatch_script(
     """
     if accelerate_config is not None:
         find_launch_config(accelerate_config)
-    resolve = resolve_served_values if settings["teacher_nodes"] else _resolve_values
-    values = resolve(config, flags)  # report an invalid value now, not after hours in a queue
+    has_server = settings["teacher_nodes"] > 0
+    # report an invalid value now, not after hours in a queue
+    values = resolve_served_values(config, flags) if has_server else resolve_run_values(config, flags).values
     if "num_processes" in read_flags(flags, []):
         raise ConfigError(["--num_processes: the script starts one process per GPU; set --gpus_per_node instead"])
     folder = Path(str(values["output_dir"]))
@@ -60,10 +61,6 @@ def build_sbatch_script(
     return render_job_script(
         "launch/slurm.sh.j2", folder, settings, [*command_line, str(folder), launch_config], **own
     )
-
-
-def _resolve_values(config: str | None, flags: Sequence[str]) -> dict[str, Any]:
-    return resolve_run_values(config, flags).values
 
 
 def path_operand(name: str) -> str:

@@ -16,13 +16,15 @@ from typing import IO, Any
 from urllib.parse import urlsplit
 
 import requests
+from accelerate.utils import patch_environment
+from accelerate.utils.other import get_free_port
 
 from ..config.logs import get_logger
 from ..config.stop_signals import handle_stop_signals
 from ..errors import ConfigError, EngineError, escape_line
 from ..rollout.vllm import require_vllm
 from ..run.arguments import resolve_run_values
-from ..run.config_file import read_flags, read_yaml
+from ..run.config_file import read_raw_values
 from .children import end_with_parent, started_by_this
 from .processes import num_visible_gpus
 
@@ -127,38 +129,38 @@ def running_teacher_server(config: str | None, flags: Sequence[str], gpus: int) 
     """
     require_vllm()
     resolve_served_values(config, flags)  # or the server would report the run's problems, too
-    before, port = os.environ.get("CUDA_VISIBLE_DEVICES"), _free_port()
-    visible = before.split(",") if before else [str(i) for i in range(num_visible_gpus())]
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    visible = chosen.split(",") if chosen else [str(i) for i in range(num_visible_gpus())]
     if visible and len(visible) <= gpus:
         raise ConfigError([f"teacher_gpus: {gpus} of {len(visible)} visible GPUs leave none for the student"])
+    port = get_free_port()
     command = [sys.executable, "-m", "tsdkd", "serve", "teacher", *flags, f"--port={port}", f"--host={DEFAULT_HOST}"]
     command += [f"--config={config}"] if config is not None else []
-    environment = {**os.environ, **started_by_this()}
-    if visible:
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible[-gpus:])
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(visible[:-gpus])
     command += [f"--tensor_parallel_size={gpus if visible else 1}"]
-    try:
-        with TemporaryFile() as log:  # also for what vLLM prints when it is ended
-            server = subprocess.Popen(
-                command,
-                env=environment,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                preexec_fn=_outlive_the_run,
-            )
-            is_over = Event()
-            Thread(target=_report_early_end, args=(server, log, is_over), daemon=True).start()
-            try:
-                yield ["--teacher_placement=server", f"--teacher_server_base_url=http://{DEFAULT_HOST}:{port}"]
-            finally:
-                is_over.set()
-                _end(server)
-    finally:
-        if visible:
-            os.environ.pop("CUDA_VISIBLE_DEVICES")
-            os.environ.update({} if before is None else {"CUDA_VISIBLE_DEVICES": before})
+    of_server, of_run = ({"CUDA_VISIBLE_DEVICES": ",".join(part)} for part in (visible[-gpus:], visible[:-gpus]))
+    with patch_environment(**(of_run if visible else {})), _running(command, of_server if visible else {}):
+        yield ["--teacher_placement=server", f"--teacher_server_base_url=http://{DEFAULT_HOST}:{port}"]
+
+
+@contextmanager
+def _running(command: Sequence[str], environment: Mapping[str, str]) -> Iterator[None]:
+    """Run a server beside the run. What it prints is shown only if it ends first."""
+    with TemporaryFile() as log:  # also for what vLLM prints when it is ended
+        server = subprocess.Popen(
+            command,
+            env={**os.environ, **started_by_this(), **environment},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=_outlive_the_run,
+        )
+        is_over = Event()
+        Thread(target=_report_early_end, args=(server, log, is_over), daemon=True).start()
+        try:
+            yield
+        finally:
+            is_over.set()
+            _end(server)
 
 
 def _outlive_the_run() -> None:
@@ -185,16 +187,9 @@ def _end(server: "subprocess.Popen[bytes]") -> None:
         server.wait()
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((DEFAULT_HOST, 0))
-        return int(probe.getsockname()[1])
-
-
 def resolve_served_values(config: str | None, flags: Sequence[str]) -> dict[str, Any]:
     """The values of a run that trains with a teacher's server, which its file needn't say. Raises `ConfigError`."""
-    raw_values = {**(read_yaml(config) if config is not None else {}), **read_flags(flags, [])}
-    urls = raw_values.get("teacher_server_base_url") or f"http://{DEFAULT_HOST}:{DEFAULT_PORT}"
+    urls = read_raw_values(config, flags).get("teacher_server_base_url") or f"http://{DEFAULT_HOST}:{DEFAULT_PORT}"
     url = urls[0] if isinstance(urls, list) else urls
     chosen = ["--teacher_placement=server", f"--teacher_server_base_url={url}"]
     return resolve_run_values(config, [*flags, *chosen]).values

@@ -93,11 +93,10 @@ def _load_output_layer(
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=kwargs["trust_remote_code"])
     layer = get_output_layer(model)
-    names = [n for n, p in model.named_parameters(remove_duplicate=False) if p is layer.weight]
-    layer.weight = nn.Parameter(_read_tensor(name, names, hub_kwargs).to(dtype), requires_grad=False)
-    if layer.bias is not None:
-        names = [n for n, p in model.named_parameters() if p is layer.bias]
-        layer.bias = nn.Parameter(_read_tensor(name, names, hub_kwargs).to(dtype), requires_grad=False)
+    for attribute, parameter in [*layer.named_parameters(recurse=False)]:
+        names = [n for n, p in model.named_parameters(remove_duplicate=False) if p is parameter]
+        tensor = _read_tensor(name, names, hub_kwargs).to(dtype)
+        setattr(layer, attribute, nn.Parameter(tensor, requires_grad=False))
     shape = (config.get_text_config().vocab_size, config.get_text_config().hidden_size)
     if tuple(layer.weight.shape) != shape:
         raise ValueError(f"its output layer is {tuple(layer.weight.shape)}, and config.json says {shape}")
@@ -113,14 +112,13 @@ def _read_tensor(name: str, names: Sequence[str], hub_kwargs: dict[str, Any]) ->
     def find(file: str) -> str | None:
         return cached_file(name, file, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
 
-    index = find("model.safetensors.index.json")
-    weights: Any = {} if index is None else json.loads(Path(index).read_bytes())["weight_map"]
-    if index is None:
-        single = find("model.safetensors")
-        if single is None:
-            raise ValueError("teacher_placement server needs its weights as safetensors")
+    if (index := find("model.safetensors.index.json")) is not None:
+        weights = json.loads(Path(index).read_bytes())["weight_map"]
+    elif (single := find("model.safetensors")) is not None:
         with safe_open(single, framework="pt") as file:
             weights = dict.fromkeys(file.keys(), "model.safetensors")
+    else:
+        raise ValueError("teacher_placement server needs its weights as safetensors")
     found = next((key for n in names for key in weights if key == n or key.endswith(f".{n}")), None)
     if found is None:
         raise ValueError(f"its weights have no {' or '.join(names)}")

@@ -36,6 +36,11 @@ def read_yaml(config: str) -> dict[str, Any]:
     return loaded
 
 
+def read_raw_values(config: str | None, flags: Sequence[str]) -> dict[str, Any]:
+    """The unparsed values of a run's file and of the flags that override it. Raises `ConfigError`."""
+    return {**(read_yaml(config) if config is not None else {}), **read_flags(flags, [])}
+
+
 def flags_without_value(flags: Sequence[str]) -> set[str]:
     """The names of flags that no value follows."""
     return {

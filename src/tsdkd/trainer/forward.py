@@ -231,14 +231,14 @@ def _select_positions(batch: dict[str, Any], index: Tensor, states: Tensor) -> T
 
 def _served_states(client: TeacherClient, batch: dict[str, Any], index: Tensor) -> Tensor:
     """Get the states `[N, H]` of the positions `index` of the flattened `[B, S - 1]` from servers."""
-    sequences = get_sequences(batch)
+    sequences = _unpad(batch)
     starts, width = torch.tensor([0, *accumulate(map(len, sequences))]), batch["input_ids"].shape[1] - 1
     row, position = (index // width).cpu(), (index % width).cpu()
     states = torch.cat(client.hidden_states(sequences)).index_select(0, starts[row] + position)
     return states.to(index.device, non_blocking=True)
 
 
-def get_sequences(batch: dict[str, Any]) -> list[list[int]]:
+def _unpad(batch: dict[str, Any]) -> list[list[int]]:
     """Return the token ids of a batch's sequences without their padding."""
     lengths = (batch["prompt_lengths"] + batch["completion_lengths"]).tolist()
     return [ids[:length] for ids, length in zip(batch["input_ids"].tolist(), lengths, strict=True)]

@@ -127,9 +127,9 @@ class RolloutMixin:
         rows = list(chain.from_iterable(parts))
         if not rows:
             return []
-        teacher = self.teacher_model if self._needs_teacher else None
-        client = None if teacher is None else find_client(self.accelerator.unwrap_model(teacher))
-        self.planner.check_models([model] if teacher is None or client is not None else [model, teacher])
+        client = find_client(self.accelerator.unwrap_model(self.teacher_model)) if self._needs_teacher else None
+        runs_teacher = self._needs_teacher and client is None
+        self.planner.check_models([model, self.teacher_model] if runs_teacher else [model])
         prompts, completions = self._select_completions(model, rows, step, mode)
         num_tokens = sum(len(c.ids) for c in completions)
         self.metric_accumulators[mode].add("completions/mean_length", num_tokens, len(completions))

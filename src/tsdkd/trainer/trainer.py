@@ -160,8 +160,10 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
         if args.use_vllm:
             require_vllm()
         has_positions = type(self)._position_mask is not TokenSelectiveTrainer._position_mask
-        of_own_prompts = {"teacher_chat_template_kwargs": args.teacher_chat_template_kwargs is not None}
-        for option, is_set in {**of_own_prompts, "teacher_placement": args.teacher_placement == "server"}.items():
+        for option, is_set in (
+            ("teacher_chat_template_kwargs", args.teacher_chat_template_kwargs is not None),
+            ("teacher_placement", args.teacher_placement == "server"),
+        ):
             if has_positions and is_set:
                 raise ConfigError([f"{option}: {type(self).__name__} chooses positions of its own"])
 
