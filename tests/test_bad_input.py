@@ -288,6 +288,31 @@ CONFIGS: dict[str, tuple[dict[str, Any], tuple[str, ...], list[Say]]] = {
         (),
         [("vllm_tensor_parallel_size", "2", "vllm_mode")],
     ),
+    "a rollout ahead without a server": (
+        {"use_vllm": True, "rollout_ahead": 1},
+        (),
+        [("rollout_ahead", "1", "vllm_mode: server")],
+    ),
+    "two rollouts ahead": (
+        {"use_vllm": True, "vllm_mode": "server", "rollout_ahead": 2},
+        (),
+        [("rollout_ahead", "0 or 1", "2")],
+    ),
+    "a rollout ahead of a policy that isn't known": (
+        {"method": "eopd", "use_vllm": True, "vllm_mode": "server", "rollout_ahead": 1, "top_p": 0.8},
+        (),
+        [("rollout_ahead", "top_p")],
+    ),
+    "a rollout ahead that may not be the student's": (
+        {"use_vllm": True, "vllm_mode": "server", "rollout_ahead": 1, "lmbda": 0.5},
+        (),
+        [("rollout_ahead", "lmbda: 1")],
+    ),
+    "a rollout ahead of a method that chooses its completions": (
+        {"method": "distillm", "use_vllm": True, "vllm_mode": "server", "rollout_ahead": 1},
+        (),
+        [("rollout_ahead", "distillm")],
+    ),
     "unknown vLLM mode": ({"use_vllm": True, "vllm_mode": "remote"}, (), [("vllm_mode", "remote", "colocate")]),
     "no memory for vLLM": (
         {"use_vllm": True, "vllm_gpu_memory_utilization": 0},

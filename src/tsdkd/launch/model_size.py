@@ -14,6 +14,7 @@ class ModelSize:
 
     Attributes:
         num_parameters: number of all parameters.
+        num_active_parameters: number of parameters that compute a token; fewer than all in a mixture of experts.
         num_trainable_parameters: number of trained parameters.
         parameters_per_layer: parameters of a decoder layer.
         embedding_parameters: parameters of the input embedding, `V x H`.
@@ -27,6 +28,7 @@ class ModelSize:
     """
 
     num_parameters: int
+    num_active_parameters: int
     num_trainable_parameters: int
     parameters_per_layer: int
     embedding_parameters: int
@@ -71,6 +73,7 @@ def compute_model_size(config: PretrainedConfig, lora_r: int = 0) -> ModelSize:
         activation_numbers += 2 * (queries + keys)
     return ModelSize(
         num_parameters=num_parameters,
+        num_active_parameters=num_parameters - _count_idle_parameters(model, text),
         num_trainable_parameters=adapter_parameters if lora_r else num_parameters,
         parameters_per_layer=sum(p.numel() for p in layer.parameters()),
         embedding_parameters=model.get_input_embeddings().weight.numel(),
@@ -84,3 +87,14 @@ def compute_model_size(config: PretrainedConfig, lora_r: int = 0) -> ModelSize:
         kv_cache_numbers=2 * keys,
         max_position_embeddings=getattr(text, "max_position_embeddings", None) or 2**31,
     )
+
+
+def _count_idle_parameters(model: torch.nn.Module, config: PretrainedConfig) -> int:
+    """Count the parameters of the experts that don't compute a token."""
+    chosen = getattr(config, "num_experts_per_tok", None)
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    experts = next((count for name in names if (count := getattr(config, name, None))), None)
+    if not chosen or not experts:
+        return 0
+    in_experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    return in_experts * (experts - chosen) // experts

@@ -22,6 +22,7 @@ from ..run.arguments import resolve_run_values
 from .memory import MEMORY_COMPONENTS, Sharding, estimate_memory
 from .model_size import ModelSize, compute_model_size
 from .processes import num_visible_gpus
+from .split import Split, fastest_split, hidden_state_bytes
 from .step_time import estimate_step_seconds
 from .vllm_memory import split_engine_memory
 from .workload import GIB, VllmMemoryConfig, Workload, build_workload
@@ -93,9 +94,17 @@ def plan(
         asleep = estimate(current, replace(workload, engine=replace(engine, enable_sleep_mode=True)))
         yield f"with --vllm_enable_sleep_mode true, it needs {sum(asleep.values()):.1f} GiB"
     yield _describe_fastest(estimates, limit, gpus)
-    yield _describe_step_seconds(student, teacher, workload)
+    seconds = estimate_step_seconds(student, teacher, workload)
+    yield _describe_step_seconds(seconds, workload)
     if teacher is not None and current[1] == "server":
-        yield _describe_server_traffic(student, teacher, workload, gpus)
+        yield _describe_server_traffic(teacher, workload, gpus, seconds["teacher"])
+    if teacher is not None and not workload.needs_teacher_in_rollout and gpus > 1:
+
+        def fits(of: Workload, students: int) -> bool:
+            parts = estimate_memory(student, teacher, of, read_sharding(current[0]), "server", students)
+            return sum(parts.values()) <= _COMFORTABLE_FRACTION * limit
+
+        yield _describe_split(fastest_split(student, teacher, workload, gpus, gpu_gib, fits), gpus)
 
 
 def _detect_gpus(gpus: int | None, gpu_gib: float | None, processes: int | None) -> tuple[int, float, str]:
@@ -205,18 +214,31 @@ def _describe_engine_memory(
     ), True
 
 
-def _describe_server_traffic(student: ModelSize, teacher: ModelSize, workload: Workload, gpus: int) -> str:
-    tokens = workload.samples_per_step * workload.sequence_length * gpus
-    sent = tokens * teacher.hidden_size * workload.teacher_bytes_per_parameter / GIB
-    seconds = gpus * estimate_step_seconds(student, teacher, workload)["teacher"]
+def _describe_server_traffic(teacher: ModelSize, workload: Workload, gpus: int, seconds: float) -> str:
+    sent = gpus * hidden_state_bytes(teacher, workload) / GIB
     return (
-        f"the teacher's servers, on other GPUs: about {seconds:.0f} GPU-seconds on A100s for a step of all {gpus} "
-        f"GPUs, and {sent:.2f} GiB of hidden states over the network"
+        f"the teacher's servers, on other GPUs: about {gpus * seconds:.0f} GPU-seconds on A100s for a step of all "
+        f"{gpus} GPUs, and {sent:.2f} GiB of hidden states over the network"
     )
 
 
-def _describe_step_seconds(student: ModelSize, teacher: ModelSize | None, workload: Workload) -> str:
-    seconds = estimate_step_seconds(student, teacher, workload)
+def _describe_split(split: Split | None, gpus: int) -> str:
+    if split is None:
+        return f"{gpus} GPUs are too few for a teacher on GPUs of its own"
+    rollouts = f"{split.rollout} for rollouts (vllm_mode: server, rollout_ahead: 1)" if split.rollout else ""
+    uses = [
+        f"{split.student} for the student",
+        f"{split.teacher} for the teacher (teacher_placement: server)",
+        rollouts,
+    ]
+    parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in split.parts.items())
+    return (
+        f"the fastest split of {gpus} GPUs with the teacher on its own: {', '.join(filter(None, uses))}; about "
+        f"{split.step:.1f} s per step ({parts})"
+    )
+
+
+def _describe_step_seconds(seconds: dict[str, float], workload: Workload) -> str:
     if (total := sum(seconds.values())) < 1:
         return "step time: less than 1 s on A100s"
     shares = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())

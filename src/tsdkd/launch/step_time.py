@@ -7,7 +7,7 @@ from .vllm_memory import split_engine_memory
 from .workload import Workload
 
 # What an A100 computes and reads in practice: about 40 % and 60 % of its 312 TFLOP/s and 2 TB/s.
-_GPU_FLOPS, _GPU_BANDWIDTH = 125e12, 1.2e12
+GPU_FLOPS, GPU_BANDWIDTH = 125e12, 1.2e12
 # When a transformers model decodes a token, the GPU waits for the host to launch kernels: about 50 per layer (1,580
 # for 28 layers). Qwen's speed benchmark of Qwen2.5 on an A100 gives 0.9 ms per layer for both 0.5B and 1.5B.
 _KERNELS_PER_LAYER, _KERNEL_LAUNCH_SECONDS = 50, 18e-6
@@ -22,12 +22,12 @@ def estimate_step_seconds(student: ModelSize, teacher: ModelSize | None, workloa
     """Estimate the seconds of each part of a step, for full-length completions, without communication between GPUs."""
     rows = workload.samples_per_step * workload.sequence_length
     passes = 8 if workload.uses_gradient_checkpointing else 6
-    matmul_seconds = passes * student.num_parameters * rows / _GPU_FLOPS
+    matmul_seconds = passes * student.num_active_parameters * rows / GPU_FLOPS
     return {
         "rollout": _estimate_rollout_seconds(student, teacher, workload) / max(1, workload.steps_per_rollout),
-        "teacher": 2 * teacher.num_parameters * rows / _GPU_FLOPS if teacher else 0.0,
+        "teacher": 2 * teacher.num_active_parameters * rows / GPU_FLOPS if teacher else 0.0,
         "student": matmul_seconds,
-        "head": rows * student.vocab_size * _HEAD_BYTES_PER_LOGIT / _GPU_BANDWIDTH,
+        "head": rows * student.vocab_size * _HEAD_BYTES_PER_LOGIT / GPU_BANDWIDTH,
     }
 
 
@@ -43,22 +43,15 @@ def _estimate_rollout_seconds(student: ModelSize, teacher: ModelSize | None, wor
             engine_memory = split_engine_memory(student, engine, workload.sequence_length)
             fits = int(engine_memory.kv_cache // engine_memory.kv_cache_per_sequence)
         concurrent_sequences = max(1, min(workload.rollout_size, fits, engine.max_num_seqs))
-    token = 0.0
-    for model in models:
-        cache = (
-            concurrent_sequences
-            * workload.sequence_length
-            / 2
-            * model.num_hidden_layers
-            * model.kv_cache_numbers
-            * workload.compute_itemsize
-        )
-        reads = (model.num_parameters * workload.compute_itemsize + cache) / _GPU_BANDWIDTH
-        matmul_seconds = 2 * model.num_parameters * concurrent_sequences / _GPU_FLOPS
-        launches = model.num_hidden_layers * _KERNELS_PER_LAYER * _KERNEL_LAUNCH_SECONDS
-        token += (
-            max(reads, matmul_seconds, launches)
-            if engine is None
-            else _VLLM_SECONDS_PER_TOKEN + max(reads, matmul_seconds)
-        )
+    token = sum(decode_seconds(m, workload, concurrent_sequences, workload.sequence_length / 2) for m in models)
     return token * workload.sequence_length * math.ceil(workload.rollout_size / concurrent_sequences)
+
+
+def decode_seconds(model: ModelSize, workload: Workload, sequences: int, context: float) -> float:
+    """Estimate the seconds in which a GPU decodes one token of each of `sequences`, after `context` tokens each."""
+    cache = sequences * context * model.num_hidden_layers * model.kv_cache_numbers * workload.compute_itemsize
+    reads = (model.num_parameters * workload.compute_itemsize + cache) / GPU_BANDWIDTH
+    matmul_seconds = 2 * model.num_active_parameters * sequences / GPU_FLOPS
+    if workload.engine is not None:
+        return _VLLM_SECONDS_PER_TOKEN + max(reads, matmul_seconds)
+    return max(reads, matmul_seconds, model.num_hidden_layers * _KERNELS_PER_LAYER * _KERNEL_LAUNCH_SECONDS)

@@ -19,7 +19,7 @@ OFF_POLICY_UNSUPPORTED = {
 SELF_SAMPLING_UNSUPPORTED = {
     **BETA_UNSUPPORTED,
     **TOP_P_UNSUPPORTED,
-    "lmbda": "the method decides which completions each step trains on",
+    **dict.fromkeys(("lmbda", "rollout_ahead"), "the method decides which completions each step trains on"),
 }
 TEACHER_SAMPLES_UNSUPPORTED = {
     "use_vllm": "the teacher helps to choose every token, but the vLLM engine holds only the student",

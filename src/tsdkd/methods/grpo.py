@@ -37,7 +37,10 @@ class GRPOConfig(TokenSelectiveConfig):
             "TRL's trainer computes the loss",
         ),
         **dict.fromkeys(
-            ("record_steps", "max_nonfinite_steps", "vllm_request_timeout", "vllm_check_every"),
+            (
+                *("record_steps", "max_nonfinite_steps", "rollout_ahead", "vllm_request_timeout"),
+                "vllm_check_every",
+            ),
             "TRL's trainer does not support it",
         ),
         **dict.fromkeys(

@@ -15,6 +15,9 @@ Window = list[MicroBatches]
 RollOut = Callable[[list[list[Batch]]], list[MicroBatches]]
 """Converts collated rows, in parts that are divided into micro-batches separately, to one entry for each batch."""
 
+RollOutAhead = Callable[[list[Batch]], None]
+"""Begins to sample completions for the collated rows of a later rollout."""
+
 
 class RolloutBuffer:
     """Windows of micro-batches with completions. One rollout may fill several windows.
@@ -28,9 +31,17 @@ class RolloutBuffer:
     def __init__(self, window_size: int, steps_per_rollout: int, num_iterations: int = 1) -> None:
         self.window_size, self.steps_per_rollout, self.num_iterations = window_size, steps_per_rollout, num_iterations
         self._windows: deque[Window] = deque()
+        self._rows_ahead: list[Batch] = []
         self._batches_to_skip = 0  # the data loader yields these again after a resume
 
-    def next(self, rows: Iterator[Batch], num_batches: int, steps_left: int, roll_out: RollOut) -> Window:
+    def next(
+        self,
+        rows: Iterator[Batch],
+        num_batches: int,
+        steps_left: int,
+        roll_out: RollOut,
+        roll_out_ahead: RollOutAhead | None = None,
+    ) -> Window:
         """Return the next window, or an empty one at the end of the data.
 
         Args:
@@ -38,14 +49,26 @@ class RolloutBuffer:
             num_batches: number of batches that the trainer requests for one step.
             steps_left: optimizer steps until the end of training.
             roll_out: called if the buffer is empty.
+            roll_out_ahead: called before the last window of a rollout, with the rows of the next one. Not at the end
+                of an epoch, because the rows of the next epoch aren't known yet.
         """
         deque(islice(rows, self._batches_to_skip), maxlen=0)
         self._batches_to_skip = 0
         if not self._windows:
-            steps = max(1, min(self.steps_per_rollout, steps_left))
-            taken = list(islice(rows, num_batches if steps == 1 else self.window_size * steps))
+            taken = self._rows_ahead or self._take(rows, num_batches, steps_left)
+            self._rows_ahead = []
             self._fill(taken, roll_out)
-        return self._windows.popleft() if self._windows else []
+        window = self._windows.popleft() if self._windows else []
+        if roll_out_ahead and not self._windows and steps_left > 1:
+            self._rows_ahead = self._take(rows, self.window_size, steps_left - 1)
+            if self._rows_ahead:
+                roll_out_ahead(self._rows_ahead)
+        return window
+
+    def _take(self, rows: Iterator[Batch], num_batches: int, steps_left: int) -> list[Batch]:
+        """Take the rows of a rollout."""
+        steps = max(1, min(self.steps_per_rollout, steps_left))
+        return list(islice(rows, num_batches if steps == 1 else self.window_size * steps))
 
     def _fill(self, rows: list[Batch], roll_out: RollOut) -> None:
         size = self.window_size
@@ -61,10 +84,10 @@ class RolloutBuffer:
             batch.pop("sampling_per_token_logps", None)  # outdated: the student will have changed
 
     def state_dict(self) -> list[Window]:
-        """Return the remaining windows."""
+        """Return the remaining windows. Rows that were taken ahead are left out: the data loader yields them again."""
         return list(self._windows)
 
     def load_state_dict(self, windows: list[Window]) -> None:
         """Restore the state of `state_dict()`. The data loader will yield the rows of these windows again."""
-        self._windows = deque(windows)
+        self._windows, self._rows_ahead = deque(windows), []
         self._batches_to_skip = sum(len(window) for window in windows)

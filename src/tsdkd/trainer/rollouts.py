@@ -1,7 +1,9 @@
 """Creates the micro-batches of a step: completions from the student or the data set."""
 
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cache
 from itertools import chain, islice, repeat
 from typing import Any
 
@@ -25,14 +27,37 @@ from .metrics import MetricAccumulator
 from .micro_batches import MicroBatchPlanner
 from .rollout_buffer import Batch, MicroBatches
 from .token_records import RecordedCompletion, TokenRecorder
-from .weight_check import check_engine_weights
+from .weight_check import NUM_CHECKED_COMPLETIONS, check_engine_weights
 
+_CHECKED_TOKENS = 16
 EVAL_STEP = 2**62  # for evaluation rollouts: the same random numbers in every evaluation
 
 
 def column(rows: list[Batch], name: str) -> list[Any]:
     """Return a column of collated rows; empty if they don't have it."""
     return [value for batch in rows for value in batch.get(name, ())]
+
+
+class RolloutAhead:
+    """The completions of the next rollout, which are sampled while the student trains.
+
+    Args:
+        wait: returns them; all processes must call it.
+        weights_step: optimizer steps that the policy that samples has taken.
+    """
+
+    def __init__(self, wait: Callable[[], list[Completion]], weights_step: int) -> None:
+        self.completions, self.weights_step = cache(wait), weights_step
+
+    def state_dict(self) -> dict[str, Any]:
+        """Wait for the completions: the weights that sample them are in no checkpoint."""
+        return {"completions": [asdict(c) for c in self.completions()], "weights_step": self.weights_step}
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> "RolloutAhead":
+        """Restore the state of `state_dict()`."""
+        completions = [Completion(**c) for c in state["completions"]]
+        return cls(lambda: completions, state["weights_step"])
 
 
 @dataclass(frozen=True)
@@ -90,6 +115,8 @@ class RolloutMixin:
     metric_accumulators: dict[str, MetricAccumulator]
     _prepare_inputs: Any  # defined by `Trainer`
     _weights_version: int
+    _rollout_ahead: RolloutAhead | None
+    _weights_step: int  # optimizer steps that the policy that sampled the present rollout had taken
 
     # Hooks that a method's trainer may override
 
@@ -205,17 +232,21 @@ class RolloutMixin:
         indices, limits = column(rows, "index"), column(rows, "limit")
         answers = column(rows, "answer") if mode == "eval" else []
         samples = self.args.eval_samples if answers else 1
-        accumulator, start = self.metric_accumulators[mode], time.perf_counter()
-        if self.sampler.update((self.state.global_step, self._weights_version)):
-            accumulator.add("speed/weight_sync_seconds", time.perf_counter() - start, 1)
-        start = time.perf_counter()
         keys = [(self.args.seed, step + sample, i) for sample in range(samples) for i in indices]
-        sampled = self.sampler.generate(model, prompts * samples, limits * samples, keys)
+        ahead = self._rollout_ahead if mode == "train" else None
+        if ahead is None:
+            self._update_engine(mode)
+        accumulator, start = self.metric_accumulators[mode], time.perf_counter()
+        if ahead is None:
+            sampled = self.sampler.generate(model, prompts * samples, limits * samples, keys)
+        else:
+            sampled, self._rollout_ahead = ahead.completions(), None
         num_tokens, completions = sum(len(c.ids) for c in sampled), sampled[: len(prompts)]
         accumulator.add_seconds("rollout", num_tokens, time.perf_counter() - start)
-        if self.sampler.needs_weight_check:
-            check_engine_weights(self.head_forward, self.accelerator, model, prompts, completions, self.args.top_p)
-            self.sampler.needs_weight_check = False
+        if mode == "train":
+            self._weights_step = self.state.global_step if ahead is None else ahead.weights_step
+        if ahead is None:
+            self._check_engine(model, prompts, completions)
         accumulator.add("completions/eos_share", sum(c.stopped for c in completions), len(completions))
         verdicts = self._grade(sampled, list(zip(indices, answers, strict=True))) if answers else []
         if self.args.log_completions:
@@ -224,6 +255,29 @@ class RolloutMixin:
             by_repetition = sorted(logged, key=lambda fields: fields[0] % repeats)  # different prompts first
             self.completion_log.keep(mode, (fields[1:] for fields in by_repetition))
         return completions
+
+    def _roll_out_ahead(self, model: nn.Module, rows: list[Batch], step: int) -> None:
+        """Begin to sample a later step's rollout with the present weights, while the student trains."""
+        prompts, limits = column(rows, "prompt_ids"), column(rows, "limit")
+        keys = [(self.args.seed, step, i) for i in column(rows, "index")]
+        self._update_engine("train")
+        if self.sampler.needs_weight_check:  # when the completions arrive, the student has other weights
+            few = slice(NUM_CHECKED_COMPLETIONS)
+            short = [min(limit, _CHECKED_TOKENS) for limit in limits[few]]
+            self._check_engine(model, prompts[few], self.sampler.generate(model, prompts[few], short, keys[few]))
+        wait = self.sampler.start(prompts, limits, keys)  # type: ignore[attr-defined]
+        self._rollout_ahead = RolloutAhead(wait, self.state.global_step)
+
+    def _update_engine(self, mode: str) -> None:
+        start = time.perf_counter()
+        if self.sampler.update((self.state.global_step, self._weights_version)):
+            seconds = time.perf_counter() - start
+            self.metric_accumulators[mode].add("speed/weight_sync_seconds", seconds, 1)
+
+    def _check_engine(self, model: nn.Module, prompts: list[list[int]], completions: list[Completion]) -> None:
+        if self.sampler.needs_weight_check:
+            check_engine_weights(self.head_forward, self.accelerator, model, prompts, completions, self.args.top_p)
+            self.sampler.needs_weight_check = False
 
     def _grade(self, sampled: list[Completion], answers: list[tuple[int, Any]]) -> list[Verdict]:
         """Log the accuracy, and avg@n and pass@n of several samples; return the verdicts on the first samples.

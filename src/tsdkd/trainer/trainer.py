@@ -53,7 +53,7 @@ from .micro_batches import MicroBatchPlanner
 from .nonfinite import NonFiniteGuard
 from .progress import closing_progress, replace_progress_callback
 from .rollout_buffer import Batch, MicroBatches, RolloutBuffer, Window
-from .rollouts import EVAL_STEP, RolloutMixin
+from .rollouts import EVAL_STEP, RolloutAhead, RolloutMixin
 from .step_timer import StepTimer
 from .token_records import TokenRecorder
 
@@ -166,6 +166,9 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
         ):
             if has_positions and is_set:
                 raise ConfigError([f"{option}: {type(self).__name__} chooses positions of its own"])
+        hooks = ("_make_sampler", "_select_completions")
+        if args.rollout_ahead and any(getattr(type(self), n) is not getattr(RolloutMixin, n) for n in hooks):
+            raise ConfigError([f"rollout_ahead: {type(self).__name__} chooses completions of its own"])
 
     @classmethod
     def make_objective(cls, args: TokenSelectiveConfig) -> Objective:
@@ -193,6 +196,8 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
             self.add_callback(callback)
         replace_progress_callback(self)
         self._is_first_micro_batch = False
+        self._rollout_ahead = None
+        self._weights_step = 0
         self._weights_version = 0  # number of weight changes other than optimizer steps
 
     # A step
@@ -207,9 +212,12 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
             return [], None
         self.step_timer.start()
         roll_out = partial(self._roll_out, self.model_wrapped, step=step, mode="train")
-        window = self.rollout_buffer.next(epoch_iterator, num_batches, steps_left, roll_out)
+        ahead = partial(self._roll_out_ahead, self.model_wrapped, step=step + 1) if self.args.rollout_ahead else None
+        window = self.rollout_buffer.next(epoch_iterator, num_batches, steps_left, roll_out, ahead)
         if not window:
             return [], None
+        if ahead is not None:
+            self.metric_accumulators["train"].add("policy/weights_behind", step - self._weights_step, 1)
         self._is_first_micro_batch = True
         micro_batches = list(chain.from_iterable(window))
         self.step_timer.count(sum(sum(batch["lengths"]) for batch in micro_batches))
@@ -427,6 +435,8 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """See `CheckpointMixin.train`."""
         self._weights_version += 1  # the step count restarts at 0 or at a checkpoint's step
+        self.rollout_buffer.load_state_dict([])  # what is left after a run that was stopped early
+        self._rollout_ahead = None
         with closing_progress(self):
             return super().train(*args, **kwargs)
 
@@ -442,6 +452,8 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
             "skipped": self.nonfinite_guard.num_skipped,
             "objective": self.objective.state_dict(),
             "rollout_buffer": self.rollout_buffer.state_dict(),
+            "rollout_ahead": None if self._rollout_ahead is None else self._rollout_ahead.state_dict(),
+            "weights_step": self._weights_step,
         }
 
     def _set_extra_state(self, state: dict[str, Any]) -> None:
@@ -455,6 +467,9 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
         self.nonfinite_guard.num_skipped = state["skipped"]
         self.objective.load_state_dict(state["objective"])
         self.rollout_buffer.load_state_dict(state["rollout_buffer"])
+        ahead = state.get("rollout_ahead")
+        self._rollout_ahead = None if ahead is None else RolloutAhead.from_state_dict(ahead)
+        self._weights_step = state.get("weights_step", 0)
 
     def _check_frozen_models(self, before: dict[str, list[str]]) -> None:
         """Check that frozen models, which checkpoints do not contain, are unchanged. Ignores already loaded models."""

@@ -17,7 +17,7 @@ from ..rollout.base import Completion
 from ..selection import token_index
 from .forward import HeadForward
 
-_NUM_COMPLETIONS = 4
+NUM_CHECKED_COMPLETIONS = 4
 
 
 def check_engine_weights(
@@ -37,8 +37,8 @@ def check_engine_weights(
     Raises:
         EngineError: the difference exceeds the tolerance on any process.
     """
-    step = max(1, len(completions) // _NUM_COMPLETIONS)
-    chosen = list(zip(prompts, completions, strict=True))[::step][:_NUM_COMPLETIONS]
+    step = max(1, len(completions) // NUM_CHECKED_COMPLETIONS)
+    chosen = list(zip(prompts, completions, strict=True))[::step][:NUM_CHECKED_COMPLETIONS]
     batch = pad_sequences([prompt for prompt, _ in chosen], [completion.ids for _, completion in chosen])
     batch = {name: value.to(accelerator.device) for name, value in batch.items()}
     index = token_index(completion_mask(batch))

@@ -7,6 +7,7 @@ adapters, and timeouts for server requests.
 import random
 import tempfile
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import partial
 from operator import itemgetter
@@ -66,6 +67,8 @@ class VLLMSampler(vllm_generation.VLLMGeneration):
         self.needs_weight_check = False
         self._synced_version: Hashable = None  # version of the engine's weights
         self._sync_count = 0
+        self._requester = ThreadPoolExecutor(max_workers=1)  # of the main process, for a server
+        self._requested: list[Future[list[Completion]]] = []  # what the server is sampling
         self._llm_weights_sleeping = False  # TRL sets it only if the engine can sleep
         super().__init__(
             model=model,
@@ -139,6 +142,7 @@ class VLLMSampler(vllm_generation.VLLMGeneration):
 
     def sync_weights(self) -> None:
         """Copy the student's weights to the engine. All processes must call it, to gather sharded weights."""
+        wait(self._requested)  # all their tokens are sampled from the same weights
         with wrap_engine_errors("copying the weights to vLLM failed"):
             on_cpu = self.accelerator.device.type == "cpu"
             if not on_cpu:
@@ -192,21 +196,32 @@ class VLLMSampler(vllm_generation.VLLMGeneration):
         self, model: nn.Module, prompts: Sequence[Sequence[int]], limits: Sequence[int], seed_keys: Sequence[SeedKey]
     ) -> list[Completion]:
         """See `Sampler`."""
-        requests = [
-            {"prompt": list(prompt), "max_tokens": limit, "seed": prompt_seed(*key)}
-            for prompt, limit, key in zip(prompts, limits, seed_keys, strict=True)
-        ]
-        return self._generate_server(requests) if self.mode == "server" else self._generate_colocate(requests)
+        if self.mode == "server":
+            return self.start(prompts, limits, seed_keys)()
+        return self._generate_colocate(_build_requests(prompts, limits, seed_keys))
 
-    def _generate_server(self, requests: list[dict[str, Any]]) -> list[Completion]:
+    def start(
+        self, prompts: Sequence[Sequence[int]], limits: Sequence[int], seed_keys: Sequence[SeedKey]
+    ) -> Callable[[], list[Completion]]:
+        """Have a server begin what `generate` does. Returns a function that waits; all processes must call it.
+
+        New weights are copied to the server only after it has sampled all completions.
+        """
+        requests = _build_requests(prompts, limits, seed_keys)
         counts = gather_object([len(requests)])
         parameters = shared_sampling_params(self.sampling, self.model.config.get_text_config().vocab_size)
         all_requests = gather_object([request | parameters for request in requests])
-        completions: list[Completion] = self._run_on_main_process(
-            lambda: _sort_by_position(self.vllm_client.complete(all_requests))
-        )
         before = sum(counts[: self.accelerator.process_index])
-        return completions[before : before + len(requests)]
+        if self.accelerator.is_main_process:
+            sample = partial(self.vllm_client.complete, all_requests)
+            self._requested = [self._requester.submit(lambda: _sort_by_position(sample()))]
+        requested = self._requested
+
+        def finish() -> list[Completion]:
+            completions: list[Completion] = self._run_on_main_process(lambda: requested[0].result())
+            return completions[before : before + len(requests)]
+
+        return finish
 
     def _generate_colocate(self, requests: list[dict[str, Any]]) -> list[Completion]:
         local_slice = slice(None)
@@ -226,6 +241,15 @@ class VLLMSampler(vllm_generation.VLLMGeneration):
             self.llm.sleep(level=2)
             self._llm_weights_sleeping = True
         return completions
+
+
+def _build_requests(
+    prompts: Sequence[Sequence[int]], limits: Sequence[int], seed_keys: Sequence[SeedKey]
+) -> list[dict[str, Any]]:
+    return [
+        {"prompt": list(prompt), "max_tokens": limit, "seed": prompt_seed(*key)}
+        for prompt, limit, key in zip(prompts, limits, seed_keys, strict=True)
+    ]
 
 
 def _sort_by_position(completions: Iterable[tuple[int, Completion]]) -> list[Completion]:
