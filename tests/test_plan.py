@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import yaml
+from transformers import Qwen3MoeConfig
 
 from conftest import build_model
 from model_configs import BILLIONS, CONFIGS, save_config
@@ -62,6 +63,19 @@ def test_sizes_without_weights(family):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_presets_models_are_the_published_ones(name):
     assert compute_model_size(CONFIGS[name]).num_parameters / 1e9 == pytest.approx(BILLIONS[name], abs=0.006)
+
+
+def test_a_mixture_of_experts_computes_with_some_of_them():
+    """Qwen3-30B-A3B, of 128 experts 8 at a time: 30.5 and 3.3 billion, says its model card."""
+    experts = {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768}
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128}
+    size = compute_model_size(
+        Qwen3MoeConfig(hidden_size=2048, num_hidden_layers=48, vocab_size=151936, **heads, **experts)
+    )
+    assert size.num_parameters / 1e9 == pytest.approx(30.5, abs=0.05)
+    assert size.num_active_parameters / 1e9 == pytest.approx(3.3, abs=0.06)
+    dense = compute_model_size(CONFIGS[TEACHER])
+    assert dense.num_active_parameters == dense.num_parameters
 
 
 @pytest.mark.parametrize("preset", [name for name in preset_names() if not name.startswith("demo")])
