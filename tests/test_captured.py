@@ -74,6 +74,17 @@ def test_only_a_sliding_window_that_never_slides_is_captured(window: int, monkey
         assert got == roll_out(sampler(), model)
 
 
+def test_an_embedding_with_a_pad_token_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch checks a padding_idx above 0 against the embedding's size."""
+    model = build_model("llama", seed=24)
+    model.get_input_embeddings().padding_idx = 2
+    calls = count_forwards(model)
+    got = roll_out(sampler(), model)
+    assert len(calls) < max(map(len, got)) / 2
+    with without_buffers(monkeypatch):
+        assert got == roll_out(sampler(), model)
+
+
 def test_a_capture_gives_the_tokens_of_its_step_in_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build_model("qwen3", seed=21).to(torch.bfloat16)
     calls = count_forwards(model)

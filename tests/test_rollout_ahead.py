@@ -1,5 +1,6 @@
 """`rollout_ahead: 1` with a live vLLM server: whose samples a step trains on, and that a run can be repeated."""
 
+import json
 import shutil
 import threading
 import time
@@ -12,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from conftest import DDP, QUIET, flags, launch, make_rows, weights, write_jsonl
+from test_teacher_server import TeacherServer
 from test_trainers import config, rows, train
 from test_vllm_server import SIZE, Server, logs_of
 from tsdkd import ConfigError, EOPDConfig, EOPDTrainer
@@ -122,6 +124,18 @@ def test_two_processes(server, saved_model, rows_file, tmp_path):
     assert [entry["policy/weights_behind"] for entry in logs[1]] == [0, 1, 1, 1, 1, 1, 0, 1]
     for one, two in zip(*logs, strict=True):
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-3)
+
+
+def test_with_the_teacher_on_a_server_too(saved_model, run):
+    float32 = json.dumps({"dtype": "float32"})
+    expected = weights(run("local"))
+    teacher = TeacherServer(saved_model("llama", 1, **SIZE), teacher_model_init_kwargs=float32).wait()
+    try:
+        served = {"teacher_placement": "server", "teacher_server_base_url": teacher.url}
+        folder = run("served", **served, teacher_model_init_kwargs=float32)
+    finally:
+        teacher.kill()
+    assert torch.allclose(weights(folder), expected, rtol=0, atol=1e-4)
 
 
 def test_a_server_that_dies_while_the_student_trains(saved_model, run, server, capsys):

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from conftest import DDP, QUIET, VLLM_ON_CPUS, flags, launch, weights
+from conftest import DDP, QUIET, VLLM_ON_CPUS, flags, launch, weights, zero_launcher
 from test_trainers import config, first_log, train
 from test_vllm_server import Server, free_port
 from tsdkd.cli import main
@@ -158,13 +158,15 @@ def test_a_run_that_starts_its_server(saved_model, rows_file, tmp_path, monkeypa
     assert set(psutil.Process().children(recursive=True)) <= before  # the server has ended
 
 
-def test_two_processes_take_the_same_steps(serve, saved_model, rows_file, tmp_path):
+@pytest.mark.parametrize("zero", [False, True], ids=["DDP", "ZeRO-3"])
+def test_two_processes_take_the_same_steps(zero, serve, saved_model, rows_file, tmp_path):
     names = {"model_name_or_path": saved_model("llama", 0, **SIZE), "dataset_name": rows_file}
     names |= {"teacher_model_name_or_path": saved_model("llama", 1, 80, **SIZE)}
     url = serve(names["teacher_model_name_or_path"], teacher_model_init_kwargs=json.dumps(FLOAT32)).url
     server = {"teacher_placement": "server", "teacher_server_base_url": url}
+    launcher = zero_launcher(3, tmp_path) if zero else DDP
     for folder, placement in (("local", {}), ("served", server)):
-        launch(DDP, ["train", *flags(**names, **RUN, **placement, output_dir=tmp_path / folder)])
+        launch(launcher, ["train", *flags(**names, **RUN, **placement, output_dir=tmp_path / folder)])
     assert torch.allclose(weights(tmp_path / "local"), weights(tmp_path / "served"), rtol=0, atol=1e-5)
 
 

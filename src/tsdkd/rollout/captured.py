@@ -14,7 +14,8 @@ from torch import Tensor
 from .step import DecodingStep
 
 _logger = logging.getLogger(__name__)
-_READ_ONLY_SHAPES = ("sdpa_attention.py", "categorical.py")  # of transformers, and ours
+# of transformers, ours, and torch's checks of arguments, such as an embedding's padding_idx
+_READ_ONLY_SHAPES = ("sdpa_attention.py", "categorical.py", "torch/nn/functional.py")
 
 
 class CaptureError(Exception):
