@@ -191,6 +191,19 @@ def test_the_step_is_that_of_the_rollouts_engine(plan):
     assert rollout("--use_vllm", "false", "--lmbda", "0") == 0
 
 
+def test_a_step_whose_rollouts_run_ahead(plan):
+    def seconds(*flags):
+        out = plan("qwen25_14b_to_1p5b", "--vllm_mode", "server", *flags)
+        total, parts = re.search(r"step time: about (\d+) s \(([^);]+)", out).groups()
+        return float(total), dict(re.findall(r"(\w+) ([\d.]+)", parts))
+
+    whole, parts = seconds()
+    ahead, same = seconds("--rollout_ahead", "1")
+    rollout, training = float(parts.pop("rollout")), sum(map(float, parts.values()))
+    assert whole == pytest.approx(rollout + training, abs=1) and ahead == pytest.approx(max(rollout, training), abs=1)
+    assert same.keys() == {"rollout", *parts} and ahead < whole
+
+
 def test_precisions(plan):
     def taken(*flags):
         flags = ("--use_vllm", "false", "--accelerate_config", "ddp", "--log_term_gradients", "0", *flags)

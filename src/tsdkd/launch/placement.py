@@ -22,7 +22,7 @@ from ..run.arguments import resolve_run_values
 from .memory import MEMORY_COMPONENTS, Sharding, estimate_memory
 from .model_size import ModelSize, compute_model_size
 from .processes import num_visible_gpus
-from .split import Split, fastest_split, hidden_state_bytes
+from .split import Split, fastest_split, hidden_state_bytes, pipelined_step
 from .step_time import estimate_step_seconds
 from .vllm_memory import split_engine_memory
 from .workload import GIB, VllmMemoryConfig, Workload, build_workload
@@ -95,7 +95,7 @@ def plan(
         yield f"with --vllm_enable_sleep_mode true, it needs {sum(asleep.values()):.1f} GiB"
     yield _describe_fastest(estimates, limit, gpus)
     seconds = estimate_step_seconds(student, teacher, workload)
-    yield _describe_step_seconds(seconds, workload)
+    yield _describe_step_seconds(seconds, workload, bool(values["rollout_ahead"]))
     if teacher is not None and current[1] == "server":
         yield _describe_server_traffic(teacher, workload, gpus, seconds["teacher"])
     if teacher is not None and not workload.needs_teacher_in_rollout and gpus > 1:
@@ -238,11 +238,15 @@ def _describe_split(split: Split | None, gpus: int) -> str:
     )
 
 
-def _describe_step_seconds(seconds: dict[str, float], workload: Workload) -> str:
-    if (total := sum(seconds.values())) < 1:
+def _describe_step_seconds(seconds: dict[str, float], workload: Workload, is_ahead: bool) -> str:
+    training = sum(value for name, value in seconds.items() if name != "rollout")
+    parts = {"student": training, "teacher": 0.0, "rollout": seconds["rollout"]}
+    total = pipelined_step(parts, 1, workload.steps_per_rollout, is_ahead)
+    if total < 1:
         return "step time: less than 1 s on A100s"
     shares = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())
+    ahead = "; rollouts run ahead" if is_ahead else ""
     return (
-        f"step time: about {total:.0f} s ({shares}) on A100s, if every sequence has "
+        f"step time: about {total:.0f} s ({shares}{ahead}) on A100s, if every sequence has "
         f"{workload.sequence_length} tokens; excludes loading, weight copies and communication between GPUs"
     )
