@@ -31,9 +31,11 @@ EPOCH = 6  # steps, with 24 rows
 
 @pytest.fixture(scope="module")
 def server(saved_model: Callable[..., str]) -> Iterator[Server]:
-    started = Server(saved_model("llama", 0, **SIZE), dtype="float32").wait()
-    yield started
-    started.kill()
+    started = Server(saved_model("llama", 0, **SIZE), dtype="float32")
+    try:
+        yield started.wait()
+    finally:
+        started.kill()
 
 
 @pytest.fixture
