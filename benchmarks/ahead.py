@@ -134,7 +134,7 @@ def compare_time(tokens: int, steps: int, repeats: int) -> None:
 
 
 def accuracy(method: str, seed: int, ahead: int) -> dict[str, float]:
-    """avg@8, pass@8 and greedy-like accuracy of the demo after training, percent."""
+    """avg@8 and pass@8 of the demo after training, percent."""
     import yaml
 
     from tsdkd.data import load_split

@@ -1,7 +1,7 @@
 """Estimates how to divide GPUs between the student, the teacher's servers and the servers that sample."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from .model_size import ModelSize
@@ -17,7 +17,7 @@ class Split:
 
     Attributes:
         student: GPUs that train.
-        teacher: GPUs of the teacher's servers; 0 if the teacher is on the student's GPUs.
+        teacher: GPUs of the teacher's servers.
         rollout: GPUs of the servers that sample, one step ahead; 0 if the rollouts are on the student's GPUs.
         parts: seconds that each part takes on its GPUs.
         step: seconds of a step.
@@ -48,21 +48,11 @@ def fastest_split(
         fits: (workload of one of the student's GPUs, their number) -> whether they have enough memory, without the
             teacher's layers.
     """
-    return min(_splits(student, teacher, workload, gpus, gpu_gib, fits), key=lambda split: split.step, default=None)
-
-
-def _splits(
-    student: ModelSize,
-    teacher: ModelSize,
-    workload: Workload,
-    gpus: int,
-    gpu_gib: float,
-    fits: Callable[[Workload, int], bool],
-) -> Iterator[Split]:
-    """All divisions into whole servers. Every server has as many GPUs as its weights need."""
     usable = gpu_gib * _SERVER_FRACTION * GIB
+    # every server has as many GPUs as its weights need
     per_teacher = math.ceil(teacher.num_parameters * workload.teacher_bytes_per_parameter / usable)
     per_rollout = math.ceil(student.num_parameters * workload.compute_itemsize / usable)
+    found = []
     for teachers in range(per_teacher, gpus, per_teacher):
         for rollouts in range(0, gpus - teachers, per_rollout):
             students = gpus - teachers - rollouts
@@ -72,7 +62,8 @@ def _splits(
             if fits(own, students):
                 parts = estimate_parts(student, teacher, workload, gpus, (students, teachers, rollouts), usable)
                 step = pipelined_step(parts, own.micro_batches_per_step, workload.steps_per_rollout, rollouts > 0)
-                yield Split(students, teachers, rollouts, parts, step)
+                found.append(Split(students, teachers, rollouts, parts, step))
+    return min(found, key=lambda split: split.step, default=None)
 
 
 def hidden_state_bytes(teacher: ModelSize, workload: Workload) -> int:
