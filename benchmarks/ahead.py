@@ -31,13 +31,13 @@ COMMON = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "repo
 
 
 def save_pair(folder: Path) -> None:
-    """Random Qwen2 models with the demo's tokenizer, V 32768."""
+    """Random Qwen3 models with the demo's tokenizer, V 32768."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
+    from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
 
     for name, hidden, layers in (("student", 512, 8), ("teacher", 1024, 12)):
-        heads = {"num_attention_heads": hidden // 64, "num_key_value_heads": hidden // 64}
-        config = Qwen2Config(
+        heads = {"num_attention_heads": hidden // 64, "num_key_value_heads": hidden // 64, "head_dim": 64}
+        config = Qwen3Config(
             vocab_size=32768,
             hidden_size=hidden,
             intermediate_size=4 * hidden,
@@ -86,11 +86,11 @@ def start_server(model: Path, port: int) -> subprocess.Popen[bytes]:
 def step_seconds(folder: Path, port: int, ahead: int, tokens: int, steps: int) -> dict[str, float]:
     """Medians of what a run logs for its steps."""
     values = {**COMMON, "model_name_or_path": folder / "student", "teacher_model_name_or_path": folder / "teacher"}
-    values |= {"dataset_name": "tsdkd://demo/train.jsonl", "output_dir": folder / "run", "max_steps": steps + 2}
+    values |= {"dataset_name": "tsdkd://demo/train.jsonl", "output_dir": tempfile.mkdtemp(dir=folder)}
     values |= {"per_device_train_batch_size": 8, "max_length": 512, "max_completion_length": tokens}
     values |= {"use_vllm": True, "vllm_mode": "server", "vllm_server_port": port, "rollout_ahead": ahead}
     values |= {"logging_steps": 1, "save_strategy": "no", "log_term_gradients": 0, "learning_rate": 1e-6}
-    values |= {"vllm_check_every": 1000, "overwrite_output_dir": True}
+    values |= {"vllm_check_every": 1000, "max_steps": steps + 2}
     script = (
         "import json, sys; from tsdkd import TSDKDConfig, TSDKDTrainer; from tsdkd.data import load_split\n"
         "from tsdkd.files import resolve_path\n"
