@@ -82,7 +82,7 @@ class Pair:
 
     def __init__(self, name: str) -> None:
         student, teacher, self.limit = PAIRS[name]
-        self.name, self.student, self.teacher = name, compute_model_size(student), compute_model_size(teacher)
+        self.student, self.teacher = compute_model_size(student), compute_model_size(teacher)
         self.gpus_per_teacher = self.gpus_for(self.teacher)
         self.gpus_per_engine = self.gpus_for(self.student)
         token = replace(self.workload(1), samples_per_step=1, sequence_length=1)
@@ -199,28 +199,22 @@ def scored_at(pair: Pair, shares: list[list[list[int]]], start: float, teachers:
 def training_end(pair: Pair, lengths: list[int], split: Split, start: float) -> float:
     """When the optimizer step has been taken."""
     shares, nodes = deal(lengths, split.student), math.ceil(split.student / GPUS_PER_NODE)
-    own_teacher, ready = 0.0, [[start] * len(share) for share in shares]
+    link, token, gather = NETWORK if nodes > 1 else NVLINK, pair.student_token, 0.0
     if split.teacher:
         ready = scored_at(pair, shares, start, split.teacher)
     else:
-        own_teacher = pair.teacher_token
-    gather = 0.0
-    if not split.teacher and not is_replica(pair, split.student):  # a sharded teacher is gathered for each micro-batch
-        weights = 2 * pair.teacher.num_parameters
-        gather = weights / (NETWORK / GPUS_PER_NODE * 8 if nodes > 1 else NVLINK)
+        token += pair.teacher_token
+        ready = [[start] * len(share) for share in shares]
+        if not pair.fits(split.student, split.student, "replica", colocated=True):  # sharded, gathered each time
+            gather = 2 * pair.teacher.num_parameters / link
     ends = []
     for share, arrivals in zip(shares, ready, strict=True):
         now = start
         for batch, arrival in zip(share, arrivals, strict=True):
-            now = max(now, arrival) + sum(batch) * (pair.student_token + own_teacher) + gather
+            now = max(now, arrival) + sum(batch) * token + gather
         ends.append(now)
     gradients = 2 * 2 * pair.student.num_parameters
-    return max(ends) + (gradients / NETWORK if nodes > 1 else gradients / NVLINK if split.student > 1 else 0.0)
-
-
-def is_replica(pair: Pair, gpus: int) -> bool:
-    """Whether a copy of the teacher fits beside the student."""
-    return pair.fits(gpus, gpus, "replica", colocated=True)
+    return max(ends) + (gradients / link if split.student > 1 else 0.0)
 
 
 def simulate(pair: Pair, split: Split) -> dict[str, float]:

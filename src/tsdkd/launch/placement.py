@@ -99,9 +99,10 @@ def plan(
     if teacher is not None and current[1] == "server":
         yield _describe_server_traffic(teacher, workload, gpus, seconds["teacher"])
     if teacher is not None and not workload.needs_teacher_in_rollout and gpus > 1:
+        sharding = read_sharding(current[0])
 
         def fits(of: Workload, students: int) -> bool:
-            parts = estimate_memory(student, teacher, of, read_sharding(current[0]), "server", students)
+            parts = estimate_memory(student, teacher, of, sharding, "server", students)
             return sum(parts.values()) <= _COMFORTABLE_FRACTION * limit
 
         yield _describe_split(fastest_split(student, teacher, workload, gpus, gpu_gib, fits), gpus)

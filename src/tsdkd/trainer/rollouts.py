@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import chain, islice, repeat
 from typing import Any
 
@@ -38,8 +38,8 @@ def column(rows: list[Batch], name: str) -> list[Any]:
     return [value for batch in rows for value in batch.get(name, ())]
 
 
-class RolloutAhead:
-    """The completions of the next rollout, which are sampled while the student trains.
+class PendingRollout:
+    """The completions of a rollout, which may be sampled while the student trains.
 
     Args:
         wait: returns them; all processes must call it.
@@ -54,7 +54,7 @@ class RolloutAhead:
         return {"completions": [asdict(c) for c in self.completions()], "weights_step": self.weights_step}
 
     @classmethod
-    def from_state_dict(cls, state: dict[str, Any]) -> "RolloutAhead":
+    def from_state_dict(cls, state: dict[str, Any]) -> "PendingRollout":
         """Restore the state of `state_dict()`."""
         completions = [Completion(**c) for c in state["completions"]]
         return cls(lambda: completions, state["weights_step"])
@@ -115,7 +115,7 @@ class RolloutMixin:
     metric_accumulators: dict[str, MetricAccumulator]
     _prepare_inputs: Any  # defined by `Trainer`
     _weights_version: int
-    _rollout_ahead: RolloutAhead | None
+    _rollout_ahead: PendingRollout | None
     _weights_step: int  # optimizer steps that the policy that sampled the present rollout had taken
 
     # Hooks that a method's trainer may override
@@ -233,20 +233,18 @@ class RolloutMixin:
         answers = column(rows, "answer") if mode == "eval" else []
         samples = self.args.eval_samples if answers else 1
         keys = [(self.args.seed, step + sample, i) for sample in range(samples) for i in indices]
-        ahead = self._rollout_ahead if mode == "train" else None
-        if ahead is None:
+        pending = self._rollout_ahead if mode == "train" else None
+        if pending is None:
             self._update_engine(mode)
+            generate = partial(self.sampler.generate, model, prompts * samples, limits * samples, keys)
+            pending = PendingRollout(generate, self.state.global_step)
         accumulator, start = self.metric_accumulators[mode], time.perf_counter()
-        if ahead is None:
-            sampled = self.sampler.generate(model, prompts * samples, limits * samples, keys)
-        else:
-            sampled, self._rollout_ahead = ahead.completions(), None
+        sampled = pending.completions()
         num_tokens, completions = sum(len(c.ids) for c in sampled), sampled[: len(prompts)]
         accumulator.add_seconds("rollout", num_tokens, time.perf_counter() - start)
         if mode == "train":
-            self._weights_step = self.state.global_step if ahead is None else ahead.weights_step
-        if ahead is None:
-            self._check_engine(model, prompts, completions)
+            self._rollout_ahead, self._weights_step = None, pending.weights_step
+        self._check_engine(model, prompts, completions)  # a rollout ahead was checked when it began
         accumulator.add("completions/eos_share", sum(c.stopped for c in completions), len(completions))
         verdicts = self._grade(sampled, list(zip(indices, answers, strict=True))) if answers else []
         if self.args.log_completions:
@@ -266,7 +264,7 @@ class RolloutMixin:
             short = [min(limit, _CHECKED_TOKENS) for limit in limits[few]]
             self._check_engine(model, prompts[few], self.sampler.generate(model, prompts[few], short, keys[few]))
         wait = self.sampler.start(prompts, limits, keys)  # type: ignore[attr-defined]
-        self._rollout_ahead = RolloutAhead(wait, self.state.global_step)
+        self._rollout_ahead = PendingRollout(wait, self.state.global_step)
 
     def _update_engine(self, mode: str) -> None:
         start = time.perf_counter()

@@ -53,7 +53,7 @@ from .micro_batches import MicroBatchPlanner
 from .nonfinite import NonFiniteGuard
 from .progress import closing_progress, replace_progress_callback
 from .rollout_buffer import Batch, MicroBatches, RolloutBuffer, Window
-from .rollouts import EVAL_STEP, RolloutAhead, RolloutMixin
+from .rollouts import EVAL_STEP, PendingRollout, RolloutMixin
 from .step_timer import StepTimer
 from .token_records import TokenRecorder
 
@@ -468,7 +468,7 @@ class TokenSelectiveTrainer(RolloutMixin, CheckpointMixin, GKDTrainer):
         self.objective.load_state_dict(state["objective"])
         self.rollout_buffer.load_state_dict(state["rollout_buffer"])
         ahead = state.get("rollout_ahead")
-        self._rollout_ahead = None if ahead is None else RolloutAhead.from_state_dict(ahead)
+        self._rollout_ahead = None if ahead is None else PendingRollout.from_state_dict(ahead)
         self._weights_step = state.get("weights_step", 0)
 
     def _check_frozen_models(self, before: dict[str, list[str]]) -> None:
