@@ -31,6 +31,7 @@ from transformers import (
 )
 
 from fast_set import mark_slow
+from preloaded import python
 from tsdkd.methods import METHODS
 from tsdkd.objective import CompletionBatch, PolicyScores
 
@@ -74,6 +75,12 @@ def registered_methods() -> Iterator[None]:
     yield
     METHODS.clear()
     METHODS.update(before)
+
+
+@pytest.fixture
+def preloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that tsdkd and the test start don't import all again."""
+    monkeypatch.setattr(sys, "executable", python())
 
 
 @pytest.fixture(scope="session")
@@ -251,7 +258,7 @@ def on_cpus() -> dict[str, str]:
     """The environment of several processes on the CPU."""
     environment = {"OMP_NUM_THREADS": "1", "ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"}
     # DeepSpeed compiles its communication at the first run, with the ninja beside this Python
-    environment |= {"CUDA_VISIBLE_DEVICES": "", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}"}
     return {**os.environ, **environment}
 
 
@@ -269,7 +276,7 @@ def run_to_end(command: list[str], env: dict[str, str], timeout: float = 600) ->
 
 def launch(launcher: list[str], command: list[str]) -> str:
     """Run `tsdkd command` over CPU processes by `accelerate launch`; returns what it printed."""
-    program = [sys.executable, "-m", "accelerate.commands.launch", *launcher, "-m", "tsdkd", *command]
+    program = [python(), "-m", "accelerate.commands.launch", *launcher, "-m", "tsdkd", *command]
     result = run_to_end(program, on_cpus())
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout

@@ -40,6 +40,7 @@ from conftest import (
     run_to_end,
     write_jsonl,
 )
+from preloaded import python
 from tsdkd.cli import main
 from tsdkd.methods import METHODS
 
@@ -194,7 +195,7 @@ def measure_two_processes() -> dict[str, Any]:
     """`TWO_PROCESSES`, in processes that accelerate starts."""
     with tempfile.TemporaryDirectory() as folder:
         write_inputs(Path(folder, "inputs"))
-        command = [sys.executable, "-m", "accelerate.commands.launch", *DDP, __file__, "--rank-of", folder]
+        command = [python(), "-m", "accelerate.commands.launch", *DDP, __file__, "--rank-of", folder]
         result = run_to_end(command, on_cpus(), timeout=900)
         assert result.returncode == 0, result.stderr[-3000:]
         return json.loads(Path(folder, "results.json").read_text())

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import DDP, flags, launch, make_rows, weights, write_jsonl
+from conftest import DDP, flags, launch, make_rows, on_cpus, weights, write_jsonl
+from preloaded import python
 from tsdkd.cli import main
 from tsdkd.cli.logs import log_to_streams
 from tsdkd.config.logs import set_log_level
@@ -141,7 +142,7 @@ def test_one_of_several_processes_isnt_torn_down(command, code, tmp_path):
 
 def test_an_error_that_the_first_process_does_not_have():
     where = os.environ | {"WORLD_SIZE": "2", "RANK": "1"}
-    program = [sys.executable, "-m", "tsdkd", "train", "--config", "nowhere.yaml"]
+    program = [python(), "-m", "tsdkd", "train", "--config", "nowhere.yaml"]
     result = subprocess.run(program, env=where, capture_output=True, text=True)
     assert result.returncode == 2 and result.stderr.count("nowhere.yaml") == 1
 
@@ -150,9 +151,10 @@ def test_an_error_that_the_first_process_does_not_have():
 @pytest.mark.parametrize("name, value, expected", [("", "", "1000"), ("GOMP_SPINCOUNT", "7", "7")])
 def test_threads_wait_without_spinning_for_long(name, value, expected):
     """As torch's own OpenMP tells it when it is loaded."""
+    code = "import sys; from tsdkd.__main__ import run; sys.argv[1:] = ['configs']; run(); import torch"
     where = {key: text for key, text in os.environ.items() if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
     where |= {"OMP_DISPLAY_ENV": "verbose", **({name: value} if name else {})}
-    result = subprocess.run([sys.executable, "-m", "tsdkd", "methods"], env=where, capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", code], env=where, capture_output=True, text=True)
     told = [line.split()[-1] for line in result.stderr.splitlines() if "GOMP_SPINCOUNT" in line]
     if not told:
         pytest.skip("torch has another OpenMP")
@@ -187,7 +189,7 @@ def test_method_on_the_command_line_leaves_out_the_other_methods_options(saved_m
 
 
 WITHOUT = """
-import sys
+import json, sys
 from importlib.machinery import PathFinder
 
 class Finder(PathFinder):  # as in an environment without the extras
@@ -200,18 +202,23 @@ sys.meta_path[:] = [finder for finder in sys.meta_path if finder is not PathFind
 from tsdkd.cli import main
 from tsdkd.cli.logs import log_to_streams
 from tsdkd.config.logs import set_log_level
-sys.exit(main(sys.argv[1:]))
+print([main(command) for command in json.loads(sys.argv[1])])
 """
+
+
+def without_extras(program: str, *commands: list[str]) -> tuple[list[int], str]:
+    """Exit codes of commands, one after the other in one process, and what they wrote to stderr."""
+    arguments = json.dumps([[str(word) for word in command] for command in commands])
+    result = subprocess.run([sys.executable, "-c", program, arguments], env=on_cpus(), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    return json.loads(result.stdout.splitlines()[-1]), result.stderr
 
 
 def test_nothing_needs_an_extra(saved_model, rows_file, tmp_path):
     command = run_flags(saved_model, rows_file, tmp_path / "out", max_steps=2, save_steps=1, save_strategy="steps")
-    for more in ([], ["--max_steps", "3", "--resume", "true"]):
-        result = subprocess.run([sys.executable, "-c", WITHOUT, *command, *more], capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr[-2000:]
-    command += ["--resume", "true", "--teacher_placement", "zero3"]
-    result = subprocess.run([sys.executable, "-c", WITHOUT, *command], capture_output=True, text=True)
-    assert result.returncode == 2 and "extra 'deepspeed'" in result.stderr
+    longer = [*command, "--max_steps", "3", "--resume", "true"]
+    codes, errors = without_extras(WITHOUT, command, longer, [*longer, "--teacher_placement", "zero3"])
+    assert codes == [0, 0, 2] and "extra 'deepspeed'" in errors
 
 
 # what the command line does with words and messages

@@ -33,6 +33,9 @@ from tsdkd.run.arguments import parse_args_and_config
 
 pytest.importorskip("scipy")
 pytest.importorskip("matplotlib")
+pytestmark = pytest.mark.usefixtures("preloaded")
+PYTHON = sys.executable
+"""As it is, for what a signal is sent to."""
 
 
 def do(name: str, tasks: range) -> None:
@@ -119,7 +122,7 @@ def test_a_signal_ends_the_teacher_s_process_too(comparison: Any, tmp_path: Path
     rows = write_jsonl(tmp_path / "many.jsonl", make_rows(4000))
     settings = {"dataset_name": rows, "per_device_eval_batch_size": 1}
     name = comparison(seeds=[1], runs={"fixed": {"method": "seq-kd"}}, settings=settings, teacher_completions=True)
-    command = [sys.executable, "-m", "tsdkd", "compare", "--config", name, "--task", "2"]
+    command = [PYTHON, "-m", "tsdkd", "compare", "--config", name, "--task", "2"]
     process = subprocess.Popen(command, env=on_cpus(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     end, partial = time.monotonic() + 120, tmp_path / "out/teacher_completions.partial.jsonl"
     while not (partial.exists() and partial.stat().st_size):
@@ -232,7 +235,7 @@ def test_a_signal_stops_the_running_tasks_and_they_continue(number: int, compari
     run = {"method": "gkd", "max_steps": 400, "save_strategy": "steps"}
     name = comparison(seeds=[1], runs={"plain": run, "never begun": run})
     do(name, range(2))
-    command = [sys.executable, "-m", "tsdkd", "compare", "--config", name]
+    command = [PYTHON, "-m", "tsdkd", "compare", "--config", name]
     process = subprocess.Popen(command, env=on_cpus(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     end, folder = time.monotonic() + 120, tmp_path / "out/plain/seed-1"
     while not (folder / "tsdkd_config.yaml").exists():

@@ -21,6 +21,7 @@ from tsdkd.errors import ConfigError
 
 pytest.importorskip("scipy")
 pytest.importorskip("matplotlib")
+pytestmark = pytest.mark.usefixtures("preloaded")
 
 T_QUANTILES = {2: 12.706204736, 3: 4.302652730, 5: 2.776445105}  # 0.975, by number of seeds
 

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from conftest import on_cpus
 from fast_set import EVERY_NTH, SLOW_FILES, SLOW_TESTS
+from preloaded import python
 from tsdkd.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -151,7 +152,7 @@ def test_python_runs(page: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_the_recipe_of_a_method_is_one_file(processes: int, place: Path, tmp_path: Path) -> None:
     """By the program itself, which doesn't have the current directory on its path as `python -m` does."""
     program = [
-        sys.executable,
+        python(),
         "-c",
         "import sys; sys.path.remove(''); from tsdkd.__main__ import run; sys.exit(run())",
     ]
@@ -193,7 +194,7 @@ def test_the_site_is_built(tmp_path: Path) -> None:
 
 def test_the_reference_is_the_dataclasses() -> None:
     """`python scripts/dev/configuration_reference.py > docs/configuration.md` writes it anew."""
-    command = [sys.executable, ROOT / "scripts/dev/configuration_reference.py"]
+    command = [python(), ROOT / "scripts/dev/configuration_reference.py"]
     written = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert (ROOT / "docs/configuration.md").read_text(encoding="utf-8") == written
 

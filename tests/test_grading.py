@@ -3,7 +3,6 @@
 import json
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
@@ -16,6 +15,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from conftest import QUIET, flags, on_cpus, write_jsonl
+from preloaded import python
 from tsdkd import TSDKDConfig, TSDKDTrainer
 from tsdkd.cli import main
 from tsdkd.demo.run_demo import evaluate_saved
@@ -196,7 +196,7 @@ def test_a_grader_that_fails_on_one_process_stops_all(tmp_path: Path) -> None:
     values |= {"dataset_name": rows, "eval_dataset_name": rows, "max_steps": 1, "max_new_tokens": 4}
     values |= {"eval_strategy": "steps", "eval_steps": 1, "output_dir": "run", "per_device_eval_batch_size": 2}
     values |= {"grader": "one_grader:grade", "num_processes": 2}
-    command = [sys.executable, "-m", "tsdkd", "train", *flags(**values)]
+    command = [python(), "-m", "tsdkd", "train", *flags(**values)]
     result = subprocess.run(command, cwd=tmp_path, env=on_cpus(), capture_output=True, text=True)
     assert result.returncode == 2
     assert result.stderr.count("one_grader:grade raised ZeroDivisionError: division by zero, for the completion") == 1

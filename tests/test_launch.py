@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 from conftest import QUIET, on_cpus, run_to_end
-from test_cli import WITHOUT
+from preloaded import python
+from test_cli import WITHOUT, without_extras
 from tsdkd.cli import main
 from tsdkd.compare.config import read_comparison
 from tsdkd.config.launch import LAUNCHED
@@ -88,7 +89,7 @@ GPUS += "sys.exit(main(sys.argv[1:]))"
 
 def train(file: str, *flags: str, gpus: int = 0, **environment: str) -> subprocess.CompletedProcess:
     """`tsdkd train` on a machine of so many GPUs; the processes that it starts compute on the CPU."""
-    program = [sys.executable, "-c", GPUS.format(gpus=gpus), "train", "--config", file, *flags]
+    program = [python(), "-c", GPUS.format(gpus=gpus), "train", "--config", file, *flags]
     return run_to_end(program, on_cpus() | environment)
 
 
@@ -227,15 +228,12 @@ def test_all_that_is_missing_is_told_before_a_process_starts(config, tmp_path):
     wanted = {"accelerate_config": "zero2", "num_processes": 2, "use_vllm": True, "use_peft": True}
     no_vllm = "import tsdkd.rollout.base\ntsdkd.rollout.packages_distributions = dict\n"
     program = WITHOUT.replace("from tsdkd.cli", f"{no_vllm}from tsdkd.cli")
-    command = [sys.executable, "-c", program, "train", "--config", config(**wanted)]
-    result = subprocess.run(command, env=on_cpus(), capture_output=True, text=True)
-    lines = result.stderr.splitlines()
-    assert result.returncode == 2 and len(lines) == 3 and "starting" not in result.stderr
+    command = ["train", "--config", config(**wanted)]
+    less = [*command, "--use_vllm", "false", "--use_peft", "false", "--accelerate_config", "ddp", "--dry_run"]
+    codes, errors = without_extras(program, command, less)  # what needs none of them is fine
+    lines = [line for line in errors.splitlines() if line.startswith("tsdkd")]
+    assert codes == [2, 0] and len(lines) == 3 and "starting" not in errors
     assert [any(text in line for line in lines) for text in ("[vllm]", "[deepspeed]", "[peft]")] == [True] * 3
-    # and what needs none of them is fine
-    less = ["--use_vllm", "false", "--use_peft", "false", "--accelerate_config", "ddp"]
-    result = subprocess.run([*command, *less, "--dry_run"], env=on_cpus(), capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-2000:]
 
 
 VLLM = {"use_vllm": True, "vllm_mode": "colocate", "vllm_enable_sleep_mode": True, "vllm_gpu_memory_utilization": 0.25}

@@ -16,6 +16,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.utils.logging import enable_progress_bar, is_progress_bar_enabled
 
 from conftest import QUIET, flags, make_rows
+from preloaded import python
 from tsdkd import EOPDConfig, EOPDTrainer, TSDKDConfig, TSDKDTrainer
 from tsdkd.cli import main
 from tsdkd.cli.arguments import say_how_to_continue
@@ -78,11 +79,12 @@ def test_log_level(level, is_quiet, command, capsys):
 
 def run_on_terminal(argv: list[str], stdout: Path | None = None) -> tuple[int, str]:
     """Run tsdkd on a terminal of its own, and return its exit code and what the terminal got."""
+    program = [python(), "-m", "tsdkd", *argv]
     process, terminal = pty.fork()
     if process == 0:
         if stdout is not None:
             os.dup2(os.open(stdout, os.O_WRONLY | os.O_CREAT), 1)
-        os.execv(sys.executable, [sys.executable, "-m", "tsdkd", *argv])
+        os.execv(program[0], program)
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
     shown = b""
     while True:

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from conftest import QUIET, SPECIAL, TEMPLATE, build_model, flags
+from preloaded import python
 from tsdkd import TSDKDConfig, TSDKDTrainer
 from tsdkd.cli import main
 from tsdkd.data import load_split
@@ -471,6 +472,6 @@ sys.exit(main(sys.argv[1:]))
 
 def test_without_the_package(tmp_path: Path) -> None:
     command = ["train", *flags(**RUN, dataset_name=EASY, output_dir=tmp_path / "out")]
-    result = subprocess.run([sys.executable, "-c", WITHOUT, *command], capture_output=True, text=True)
+    result = subprocess.run([python(), "-c", WITHOUT, *command], capture_output=True, text=True)
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert "needs reasoning-gym; install the extra 'reasoning-gym'" in result.stderr

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import sqlite3
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import reference
 from conftest import DDP, build_model, build_tokenizer, flags, launch, make_rows, run_to_end, weights, write_jsonl
+from preloaded import python
 from test_trainers import config, first_log, models, on_policy_sequences, response_logits, rows, train
 from tsdkd import ConfigError, DataError, EOPDConfig, EOPDTrainer, TSDKDConfig, TSDKDTrainer
 from tsdkd.__main__ import main
@@ -347,7 +347,7 @@ def test_completions_are_a_table_in_trackio(saved_model, rows_file, tmp_path):
     values |= {"dataset_name": rows_file, "output_dir": str(tmp_path / "out"), "use_cpu": "true", "bf16": "false"}
     values |= {"report_to": "trackio", "log_completions": "true", "max_steps": 1, "logging_steps": 1}
     environment = {**os.environ, "TRACKIO_DIR": str(tmp_path / "trackio")}
-    command = [sys.executable, "-m", "tsdkd", "train", *flags(**values, max_new_tokens=6, save_strategy="no")]
+    command = [python(), "-m", "tsdkd", "train", *flags(**values, max_new_tokens=6, save_strategy="no")]
     assert run_to_end(command, environment).returncode == 0
     (file,) = (tmp_path / "trackio").glob("*.db")
     logged = [json.loads(row[0]) for row in sqlite3.connect(file).execute("select metrics from metrics")]

@@ -13,6 +13,7 @@ import torch
 
 from conftest import flags, on_cpus, run_to_end, weights
 from crash import wait_for
+from preloaded import python
 from tsdkd.cli import main
 from tsdkd.errors import PreemptedError
 
@@ -53,7 +54,7 @@ def launcher(command: list[str], config: str, processes: int = 2) -> list[str]:
 
 def start(command: list[str], config: str, processes: int = 2) -> subprocess.CompletedProcess:
     """It, on the CPU, to its end."""
-    return run_to_end(launcher(command, config, processes), on_cpus())
+    return run_to_end([python(), *launcher(command, config, processes)[1:]], on_cpus())
 
 
 def logged(folder: Path, name: str) -> list[float]:

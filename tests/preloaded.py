@@ -1,0 +1,184 @@
+"""A Python that has already imported what `tsdkd` needs: `[python(), "-m", "tsdkd", ...]` starts at once.
+
+Importing takes 4 to 15 seconds of a core. A server imports once and forks for each start. The program `python()` sends
+it the arguments, environment, folder and streams, passes signals on, and ends as the forked process does. That process
+differs from a fresh one in its parent, in what it has imported, and in its hash seed; a test in which one of these
+matters, or a variable that is read by an import, takes `sys.executable`.
+"""
+
+import atexit
+import contextlib
+import functools
+import gc
+import json
+import os
+import random
+import runpy
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import types
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NoReturn
+
+MODULES = ["tsdkd.cli.train", "tsdkd.run.train", "trl.experimental.gkd"]
+CLIENT = """#!{python} -IS
+import json, os, signal, socket, sys
+
+server = socket.socket(socket.AF_UNIX)
+server.connect({address!r})
+started = json.dumps([sys.argv, dict(os.environ), os.getcwd()]).encode()
+socket.send_fds(server, [len(started).to_bytes(8, "big")], [0, 1, 2])
+server.sendall(started)
+pid = int.from_bytes(server.recv(8), "big")
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2):
+    signal.signal(number, lambda number, _: os.kill(pid, number))
+code = int.from_bytes(server.recv(8), "big", signed=True)
+if code < 0:
+    signal.signal(-code, signal.SIG_DFL) if -code != signal.SIGKILL else None
+    os.kill(os.getpid(), -code)
+sys.exit(code)
+"""
+
+
+@functools.cache
+def python() -> str:
+    """The program; its server ends with this process."""
+    if not hasattr(os, "pidfd_open"):  # not Linux
+        return sys.executable
+    folder = Path(tempfile.mkdtemp(prefix="preloaded-"))
+    client, address = folder / "python", str(folder / "socket")
+    client.write_text(CLIENT.format(python=sys.executable, address=address))
+    client.chmod(0o755)
+    command = [sys.executable, __file__, address]
+    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+    assert server.stdin and server.stdout and server.stdout.readline() == b"ready\n"
+    python.server = server  # type: ignore[attr-defined]  # its input stays open as long as this process lives
+    return str(client)
+
+
+def serve(address: str) -> None:
+    """Fork for each client, until the standard input ends."""
+    gc.disable()
+    for module in MODULES:
+        import_module(module)
+    gc.freeze()  # or each process would copy all of it to look for garbage
+    gc.enable()
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(address)
+    listener.listen(64)
+    selector = selectors.DefaultSelector()
+    selector.register(sys.stdin, selectors.EVENT_READ, None)
+    selector.register(listener, selectors.EVENT_READ, None)
+    print("ready", flush=True)
+    while True:
+        for key, _ in selector.select():
+            if key.fileobj is sys.stdin:
+                os._exit(0)
+            if key.fileobj is listener:
+                client, _ = listener.accept()
+                size, streams, _, _ = socket.recv_fds(client, 8, 3)
+                argv, environment, folder = json.loads(_receive(client, int.from_bytes(size, "big")))
+                pid = os.fork()
+                if pid == 0:
+                    selector.close()
+                    listener.close()
+                    client.close()
+                    _leave(_run(_become, argv, environment, folder, streams))
+                for stream in streams:
+                    os.close(stream)
+                client.sendall(pid.to_bytes(8, "big"))
+                ended = os.pidfd_open(pid)
+                selector.register(ended, selectors.EVENT_READ, (pid, client))
+                selector.register(client, selectors.EVENT_READ, (pid, None))
+            elif key.data[1] is None:  # the client was killed
+                selector.unregister(key.fileobj)
+                os.kill(key.data[0], signal.SIGKILL)
+            else:
+                pid, client = key.data
+                code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+                selector.unregister(key.fileobj)
+                os.close(key.fd)
+                with contextlib.suppress(KeyError):
+                    selector.unregister(client)
+                with contextlib.suppress(OSError):
+                    client.sendall(code.to_bytes(8, "big", signed=True))
+                client.close()
+
+
+def _receive(client: socket.socket, size: int) -> bytes:
+    found = b""
+    while len(found) < size:
+        found += client.recv(size - len(found))
+    return found
+
+
+def _become(argv: list[str], environment: dict[str, str], folder: str, streams: list[int]) -> None:
+    """Be the Python `argv`."""
+    import numpy as np
+
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+        os.close(stream)
+    for output in (sys.stdout, sys.stderr):
+        output.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    random.seed()
+    np.random.seed()
+    os.chdir(folder)
+    known = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    os.environ.clear()
+    os.environ.update(environment)
+    added = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path not in known]
+    sys.path[:] = [folder, *added, *sys.path[1:]]
+    for path in added:
+        if Path(path, "sitecustomize.py").exists():
+            runpy.run_path(str(Path(path, "sitecustomize.py")))
+    sys.executable, *arguments = argv
+    while arguments[0] in ("-u", "-W"):
+        del arguments[: 1 if arguments[0] == "-u" else 2]
+    kind, *rest = arguments
+    if kind == "-c":
+        code, *sys.argv[1:] = rest
+        sys.argv[0] = "-c"
+        main = sys.modules["__main__"] = types.ModuleType("__main__")
+        exec(compile(code, "<string>", "exec"), main.__dict__)
+    elif kind == "-m":
+        module, *sys.argv[1:] = rest
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    else:
+        sys.argv[:] = arguments
+        sys.path[0] = str(Path(kind).resolve().parent)
+        runpy.run_path(kind, run_name="__main__")
+
+
+def _run(program: Callable[..., None], *arguments: Any) -> int:
+    """The exit code of what may end by an exception, as Python reports it."""
+    try:
+        program(*arguments)
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException as error:
+        sys.excepthook(type(error), error, error.__traceback__)
+        return 1
+    return 0
+
+
+def _leave(code: int) -> NoReturn:
+    """End without tearing down all modules, which takes seconds."""
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1])
