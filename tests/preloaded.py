@@ -15,6 +15,7 @@ import os
 import random
 import runpy
 import selectors
+import shutil
 import signal
 import socket
 import subprocess
@@ -47,20 +48,23 @@ sys.exit(code)
 """
 
 
-@functools.cache
 def python() -> str:
-    """The program; its server ends with this process."""
-    if not hasattr(os, "pidfd_open"):  # not Linux
-        return sys.executable
+    """The program."""
+    return _start()[0] if hasattr(os, "pidfd_open") else sys.executable  # Linux has it
+
+
+@functools.cache
+def _start() -> tuple[str, subprocess.Popen]:
+    """The program and its server, which ends with this process: its input does."""
     folder = Path(tempfile.mkdtemp(prefix="preloaded-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     client, address = folder / "python", str(folder / "socket")
     client.write_text(CLIENT.format(python=sys.executable, address=address))
     client.chmod(0o755)
     command = [sys.executable, __file__, address]
     server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
-    assert server.stdin and server.stdout and server.stdout.readline() == b"ready\n"
-    python.server = server  # type: ignore[attr-defined]  # its input stays open as long as this process lives
-    return str(client)
+    assert server.stdout.readline() == b"ready\n"
+    return str(client), server
 
 
 def serve(address: str) -> None:
@@ -84,7 +88,11 @@ def serve(address: str) -> None:
             if key.fileobj is listener:
                 client, _ = listener.accept()
                 size, streams, _, _ = socket.recv_fds(client, 8, 3)
-                argv, environment, folder = json.loads(_receive(client, int.from_bytes(size, "big")))
+                try:
+                    argv, environment, folder = json.loads(_receive(client, int.from_bytes(size, "big")))
+                except ValueError:  # the client was killed
+                    client.close()
+                    continue
                 pid = os.fork()
                 if pid == 0:
                     selector.close()
@@ -93,7 +101,8 @@ def serve(address: str) -> None:
                     _leave(_run(_become, argv, environment, folder, streams))
                 for stream in streams:
                     os.close(stream)
-                client.sendall(pid.to_bytes(8, "big"))
+                with contextlib.suppress(OSError):  # it was killed; reading from it will tell
+                    client.sendall(pid.to_bytes(8, "big"))
                 ended = os.pidfd_open(pid)
                 selector.register(ended, selectors.EVENT_READ, (pid, client))
                 selector.register(client, selectors.EVENT_READ, (pid, None))
@@ -114,8 +123,8 @@ def serve(address: str) -> None:
 
 def _receive(client: socket.socket, size: int) -> bytes:
     found = b""
-    while len(found) < size:
-        found += client.recv(size - len(found))
+    while len(found) < size and (part := client.recv(size - len(found))):
+        found += part
     return found
 
 
@@ -127,7 +136,7 @@ def _become(argv: list[str], environment: dict[str, str], folder: str, streams: 
         os.dup2(stream, number)
         os.close(stream)
     for output in (sys.stdout, sys.stderr):
-        output.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+        output.reconfigure(line_buffering=True)
     random.seed()
     np.random.seed()
     os.chdir(folder)
@@ -173,7 +182,7 @@ def _run(program: Callable[..., None], *arguments: Any) -> int:
 
 def _leave(code: int) -> NoReturn:
     """End without tearing down all modules, which takes seconds."""
-    threading._shutdown()  # type: ignore[attr-defined]
+    threading._shutdown()
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
