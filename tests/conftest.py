@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib import resources
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -177,6 +178,14 @@ def write_jsonl(path: Path, rows: list[dict]) -> str:
 def rows_file(tmp_path_factory: pytest.TempPathFactory) -> str:
     """24 rows as JSONL."""
     return write_jsonl(tmp_path_factory.mktemp("data") / "rows.jsonl", make_rows())
+
+
+@pytest.fixture(scope="session")
+def demo_rows(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """64 of the demo's prompts as JSONL: to tokenize all 24,576 takes up to 30 seconds."""
+    text = resources.files("tsdkd").joinpath("demo/train.jsonl").read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in text.splitlines()[:64]]
+    return write_jsonl(tmp_path_factory.mktemp("demo") / "rows.jsonl", rows)
 
 
 @pytest.fixture

@@ -354,14 +354,17 @@ def test_shipped_comparisons_are_sound(name: str, capsys: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["demo_table1.yaml", "demo_eopd_table2.yaml"])
-def test_every_run_of_a_table_trains(name: str, tmp_path: Path) -> None:
+def test_every_run_of_a_table_trains(name: str, demo_rows: str, tmp_path: Path) -> None:
     """One step on a few of the demo's rows, measured on a few problems."""
     pytest.importorskip("math_verify")
     package = Path(str(resources.files("tsdkd")))
-    lines = (package / "demo/train.jsonl").read_text().splitlines()[:32]
-    few = write_jsonl(tmp_path / "few.jsonl", [json.loads(line) for line in lines])
     values = yaml.safe_load((package / "configs/compare" / name).read_text())
-    values["settings"] |= {"dataset_name": few, "max_steps": 1, "per_device_train_batch_size": 8, "max_new_tokens": 16}
+    values["settings"] |= {
+        "dataset_name": demo_rows,
+        "max_steps": 1,
+        "per_device_train_batch_size": 8,
+        "max_new_tokens": 16,
+    }
     values |= {"output_dir": str(tmp_path / "out"), "seeds": [1], "eval_samples": 1, "eval_limit": 4}
     (tmp_path / name).write_text(yaml.safe_dump(values, sort_keys=False))
     do(str(tmp_path / name), range(2, 2 + len(values["runs"])))

@@ -427,13 +427,13 @@ def test_sequence_kd_loads_no_teacher(saved_model: Any, tmp_path: Any) -> None:
     assert not hasattr(trainer, "teacher_model")
 
 
-def test_grpo_trains_and_resumes_bitwise(tmp_path: Any) -> None:
+def test_grpo_trains_and_resumes_bitwise(demo_rows: str, tmp_path: Any) -> None:
     """On the demo, with two mini-batches a rollout, stopped between them."""
     pytest.importorskip("math_verify")
     values = {"per_device_train_batch_size": 16, "num_generations": 4, "rollout_batch_size": 8, "max_steps": 6}
     values |= {"save_strategy": "steps", "save_steps": 3, "resume": "true", "report_to": "none"}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    command = ["train", "--config", "demo.yaml", "--method", "grpo", *flags(**values)]
+    command = ["train", "--config", "demo.yaml", "--method", "grpo", *flags(**values, dataset_name=demo_rows)]
     for folder in (whole, parts):
         assert main([*command, "--output_dir", str(folder)]) == 0
     shutil.rmtree(parts / "checkpoint-6")

@@ -189,12 +189,13 @@ def test_a_resumed_run_is_bitwise_the_same(method, config, command, tmp_path, lo
     assert torch.equal(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
 
 
-def test_what_grpo_keeps_of_a_rollout_is_not_rounded_by_a_resume(tmp_path):
+def test_what_grpo_keeps_of_a_rollout_is_not_rounded_by_a_resume(demo_rows, tmp_path):
     """On the demo, with two mini-batches a rollout, stopped between them."""
     pytest.importorskip("math_verify")
     values = {"per_device_train_batch_size": 16, "num_generations": 4, "rollout_batch_size": 8, "max_steps": 2}
     values |= {"save_strategy": "steps", "save_steps": 1, "resume": "true", "report_to": "none", "bf16": "true"}
     values |= {"warmup_steps": 0, "learning_rate": 0.1, "optim": "sgd", "output_dir": tmp_path / "out"}
+    values |= {"dataset_name": demo_rows}
     command = ["train", "--config", "demo.yaml", "--method", "grpo", *flags(**values)]
     assert start(command, "zero2", 1).returncode == 0
     expected = weights(tmp_path / "out")
