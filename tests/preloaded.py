@@ -154,7 +154,7 @@ def _become(argv: list[str], environment: dict[str, str], folder: str, streams: 
     kind, *rest = arguments
     if kind == "-c":
         code, *sys.argv[1:] = rest
-        sys.argv[0] = "-c"
+        sys.argv[0], sys.path[0] = "-c", ""
         main = sys.modules["__main__"] = types.ModuleType("__main__")
         exec(compile(code, "<string>", "exec"), main.__dict__)
     elif kind == "-m":
