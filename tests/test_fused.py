@@ -30,6 +30,7 @@ from tsdkd.objective import CompletionBatch, PolicyScores
 
 BACKEND = "torch"  # test_triton.py runs these tests with another one
 CHUNKS = (1, 7, 20, None)  # tokens, None: all
+SMALL_CHUNK = 1
 SAME = {torch.float32: (1e-6, 1e-5), torch.float64: (1e-12, 1e-12)}  # values, gradients
 Row, Rows, Numbers = list[float], list[list[float]], dict[str, Tensor]
 
@@ -780,7 +781,7 @@ def test_logits_are_never_whole(objective: str, loss_in_forward: bool, dtype: to
     with Memory() as whole:
         objective_loss(objective, pair, False, answers, mask).backward()
     assert whole.largest >= logits and whole.peak >= 2 * logits
-    options = {"chunk": 1, "loss_in_forward": loss_in_forward}
+    options = {"chunk": SMALL_CHUNK, "loss_in_forward": loss_in_forward}
     with Memory() as fused:
         objective_loss(objective, pair, True, answers, mask, **options).backward()
     gradient = 4096 * 8 * 4  # of the weight, summed in float32

@@ -17,5 +17,6 @@ def triton_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer and larger operations than on a GPU: the interpreter takes as long for one number as for thousands."""
     monkeypatch.setattr(test_fused, "BACKEND", "triton")
     monkeypatch.setattr(test_fused, "CHUNKS", (7,))  # the loop over chunks is the same for both backends
+    monkeypatch.setattr(test_fused, "SMALL_CHUNK", 4)
     monkeypatch.setattr(triton_kernels, "ROWS", 16)
     monkeypatch.setattr(triton_kernels, "BLOCK", 1024)
