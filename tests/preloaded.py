@@ -37,10 +37,14 @@ server.connect({address!r})
 started = json.dumps([sys.argv, dict(os.environ), os.getcwd()]).encode()
 socket.send_fds(server, [len(started).to_bytes(8, "big")], [0, 1, 2])
 server.sendall(started)
-pid = int.from_bytes(server.recv(8), "big")
+
+def receive():
+    return int.from_bytes(server.recv(8) or sys.exit("the server of preloaded.py has ended"), "big", signed=True)
+
+pid = receive()
 for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2):
     signal.signal(number, lambda number, _: os.kill(pid, number))
-code = int.from_bytes(server.recv(8), "big", signed=True)
+code = receive()
 if code < 0:
     signal.signal(-code, signal.SIG_DFL) if -code != signal.SIGKILL else None
     os.kill(os.getpid(), -code)
@@ -85,40 +89,46 @@ def serve(address: str) -> None:
         for key, _ in selector.select():
             if key.fileobj is sys.stdin:
                 os._exit(0)
-            if key.fileobj is listener:
-                client, _ = listener.accept()
-                size, streams, _, _ = socket.recv_fds(client, 8, 3)
-                try:
-                    argv, environment, folder = json.loads(_receive(client, int.from_bytes(size, "big")))
-                except ValueError:  # the client was killed
-                    client.close()
-                    continue
-                pid = os.fork()
-                if pid == 0:
-                    selector.close()
-                    listener.close()
-                    client.close()
-                    _leave(_run(_become, argv, environment, folder, streams))
-                for stream in streams:
-                    os.close(stream)
-                with contextlib.suppress(OSError):  # it was killed; reading from it will tell
-                    client.sendall(pid.to_bytes(8, "big"))
-                ended = os.pidfd_open(pid)
-                selector.register(ended, selectors.EVENT_READ, (pid, client))
-                selector.register(client, selectors.EVENT_READ, (pid, None))
-            elif key.data[1] is None:  # the client was killed
+            elif key.fileobj is listener:
+                _start_process(listener, selector)
+            elif isinstance(key.fileobj, int):
+                _end_process(key.fileobj, *key.data, selector)
+            elif key.fileobj.fileno() >= 0:  # the client was killed
                 selector.unregister(key.fileobj)
-                os.kill(key.data[0], signal.SIGKILL)
-            else:
-                pid, client = key.data
-                code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-                selector.unregister(key.fileobj)
-                os.close(key.fd)
-                with contextlib.suppress(KeyError):
-                    selector.unregister(client)
-                with contextlib.suppress(OSError):
-                    client.sendall(code.to_bytes(8, "big", signed=True))
-                client.close()
+                os.kill(key.data, signal.SIGKILL)
+
+
+def _start_process(listener: socket.socket, selector: selectors.BaseSelector) -> None:
+    client, _ = listener.accept()
+    size, streams, _, _ = socket.recv_fds(client, 8, 3)
+    try:
+        argv, environment, folder = json.loads(_receive(client, int.from_bytes(size, "big")))
+    except ValueError:  # the client was killed
+        client.close()
+        return
+    pid = os.fork()
+    if pid == 0:
+        selector.close()
+        listener.close()
+        client.close()
+        _leave(_run(_become, argv, environment, folder, streams))
+    for stream in streams:
+        os.close(stream)
+    with contextlib.suppress(OSError):  # it was killed; reading from it will tell
+        client.sendall(pid.to_bytes(8, "big"))
+    selector.register(os.pidfd_open(pid), selectors.EVENT_READ, (pid, client))
+    selector.register(client, selectors.EVENT_READ, pid)
+
+
+def _end_process(pidfd: int, pid: int, client: socket.socket, selector: selectors.BaseSelector) -> None:
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    selector.unregister(pidfd)
+    os.close(pidfd)
+    with contextlib.suppress(KeyError):
+        selector.unregister(client)
+    with contextlib.suppress(OSError):
+        client.sendall(code.to_bytes(8, "big", signed=True))
+    client.close()
 
 
 def _receive(client: socket.socket, size: int) -> bytes:
