@@ -12,8 +12,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from preloaded import MODULES
+
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["tsdkd.run.train", "tsdkd.cli.train", "trl.experimental.gkd", "crash"])
+_CONTEXT.set_forkserver_preload([*MODULES, "crash"])
 # what Python reports of a file that is opened for writing, renamed or removed, before it happens
 _EVENTS = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate"}
 

@@ -61,11 +61,11 @@ def command(method: str, saved_model: Any, folder: Path, **options: Any) -> list
     values |= {"model_name_or_path": saved_model("gemma2", 0), "output_dir": folder, "dataloader_pin_memory": False}
     if METHODS[method].config_class.has_teacher:
         values |= {"teacher_model_name_or_path": saved_model("qwen3", 1, rows=70)}
-    values |= {"max_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "seed": 3}
+    values |= {"max_steps": 2, "per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "seed": 3}
     values |= {"max_new_tokens": 18, "save_strategy": "steps", "save_steps": 1, "logging_steps": 1}
     values |= {"eval_strategy": "steps", "eval_steps": 1, "eval_delay": 2, "learning_rate": 1e-3}
     if hasattr(METHODS[method].config_class, "rollout_batch_size"):
-        values |= {"rollout_batch_size": 8}
+        values |= {"rollout_batch_size": 12}
     return ["train", *flags(**values | options)]
 
 

@@ -102,7 +102,7 @@ def _start_process(listener: socket.socket, selector: selectors.BaseSelector) ->
     client, _ = listener.accept()
     size, streams, _, _ = socket.recv_fds(client, 8, 3)
     try:
-        argv, environment, folder = json.loads(_receive(client, int.from_bytes(size, "big")))
+        argv, environment, folder = json.loads(client.recv(int.from_bytes(size, "big"), socket.MSG_WAITALL))
     except ValueError:  # the client was killed
         client.close()
         return
@@ -129,13 +129,6 @@ def _end_process(pidfd: int, pid: int, client: socket.socket, selector: selector
     with contextlib.suppress(OSError):
         client.sendall(code.to_bytes(8, "big", signed=True))
     client.close()
-
-
-def _receive(client: socket.socket, size: int) -> bytes:
-    found = b""
-    while len(found) < size and (part := client.recv(size - len(found))):
-        found += part
-    return found
 
 
 def _become(argv: list[str], environment: dict[str, str], folder: str, streams: list[int]) -> None:

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -151,10 +152,9 @@ def test_an_error_that_the_first_process_does_not_have():
 @pytest.mark.parametrize("name, value, expected", [("", "", "1000"), ("GOMP_SPINCOUNT", "7", "7")])
 def test_threads_wait_without_spinning_for_long(name, value, expected):
     """As torch's own OpenMP tells it when it is loaded."""
-    code = "import sys; from tsdkd.__main__ import run; sys.argv[1:] = ['configs']; run(); import torch"
     where = {key: text for key, text in os.environ.items() if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
     where |= {"OMP_DISPLAY_ENV": "verbose", **({name: value} if name else {})}
-    result = subprocess.run([sys.executable, "-c", code], env=where, capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-m", "tsdkd", "methods"], env=where, capture_output=True, text=True)
     told = [line.split()[-1] for line in result.stderr.splitlines() if "GOMP_SPINCOUNT" in line]
     if not told:
         pytest.skip("torch has another OpenMP")
@@ -202,23 +202,26 @@ sys.meta_path[:] = [finder for finder in sys.meta_path if finder is not PathFind
 from tsdkd.cli import main
 from tsdkd.cli.logs import log_to_streams
 from tsdkd.config.logs import set_log_level
-print([main(command) for command in json.loads(sys.argv[1])])
+for command in json.loads(sys.argv[1]):
+    print(f"<exit code {main(command)}>", file=sys.stderr)
 """
 
 
-def without_extras(program: str, *commands: list[str]) -> tuple[list[int], str]:
-    """Exit codes of commands, one after the other in one process, and what they wrote to stderr."""
+def without_extras(program: str, *commands: list[str]) -> list[tuple[str, int]]:
+    """What commands write to stderr, and their exit codes: one after the other in one process."""
     arguments = json.dumps([[str(word) for word in command] for command in commands])
     result = subprocess.run([sys.executable, "-c", program, arguments], env=on_cpus(), capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
-    return json.loads(result.stdout.splitlines()[-1]), result.stderr
+    ends = re.findall(r"(.*?)<exit code (\d+)>\n", result.stderr, re.DOTALL)
+    return [(errors, int(code)) for errors, code in ends]
 
 
 def test_nothing_needs_an_extra(saved_model, rows_file, tmp_path):
     command = run_flags(saved_model, rows_file, tmp_path / "out", max_steps=2, save_steps=1, save_strategy="steps")
     longer = [*command, "--max_steps", "3", "--resume", "true"]
-    codes, errors = without_extras(WITHOUT, command, longer, [*longer, "--teacher_placement", "zero3"])
-    assert codes == [0, 0, 2] and "extra 'deepspeed'" in errors
+    ends = without_extras(WITHOUT, command, longer, [*longer, "--teacher_placement", "zero3"])
+    assert [code for _, code in ends] == [0, 0, 2], ends
+    assert "extra 'deepspeed'" in ends[-1][0]
 
 
 # what the command line does with words and messages

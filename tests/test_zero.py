@@ -49,12 +49,12 @@ def command(saved_model, rows_file, tmp_path):
 def launcher(command: list[str], config: str, processes: int = 2) -> list[str]:
     """`tsdkd train` that starts its own processes."""
     several = ["--accelerate_config", config, "--num_processes", str(processes), "--main_process_port", "0"]
-    return [sys.executable, "-m", "tsdkd", *command, *several]
+    return ["-m", "tsdkd", *command, *several]
 
 
 def start(command: list[str], config: str, processes: int = 2) -> subprocess.CompletedProcess:
     """It, on the CPU, to its end."""
-    return run_to_end([python(), *launcher(command, config, processes)[1:]], on_cpus())
+    return run_to_end([python(), *launcher(command, config, processes)], on_cpus())
 
 
 def logged(folder: Path, name: str) -> list[float]:
@@ -254,7 +254,7 @@ def test_a_launcher_that_is_terminated(command, tmp_path):
     """It passes the signal on, and waits until the processes have saved."""
     folder = tmp_path / "out"
     values = {"save_steps": 10_000, "max_steps": 10_000}
-    program = launcher(command("tsd-kd", "out", 2, **values), "ddp")
+    program = [sys.executable, *launcher(command("tsd-kd", "out", 2, **values), "ddp")]
     process = subprocess.Popen(program, env=on_cpus(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     wait_for(folder / "tsdkd_config.yaml")
     process.terminate()
