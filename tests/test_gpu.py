@@ -85,8 +85,10 @@ LAUNCHES = {
     "ddp": ("tsd-kd", "ddp", {"bf16": False}),
     "ddp, bf16": ("eopd", "ddp", {}),
     "zero1": ("eopd", "zero1", {}),
-    "zero2": ("tsd-kd", "zero2", {}),
-    "zero3": ("tsd-kd", "zero3", {}),
+    "zero2": ("tsd-kd", "zero2", {"bf16": False}),
+    "zero2, bf16": ("tsd-kd", "zero2", {}),
+    "zero3": ("tsd-kd", "zero3", {"bf16": False}),
+    "zero3, bf16": ("tsd-kd", "zero3", {}),
     "zero3, eopd": ("eopd", "zero3", {}),
 }
 """Name -> method, launch configuration, changes. All train on given completions, which rounding can't change."""
@@ -213,8 +215,8 @@ def test_a_wrapped_student_takes_the_same_steps(name, launches, unwrapped, saved
         pytest.fail(found.error, pytrace=False)
     start, expected = weights(saved_model("llama", 0)), weights(folder)
     moved = (expected - start).norm()
-    # DeepSpeed's weights are rounded, autocast rounds what it multiplies
-    allowed = 0.15 if changes.get("bf16", True) else 1e-3
+    # DeepSpeed's weights are rounded, autocast rounds what it multiplies; rounded logits can choose other candidates
+    allowed = {"tsd-kd": 0.25, "eopd": 0.15}[method] if changes.get("bf16", True) else 1e-3
     assert (found.first - expected).norm() <= allowed * moved
     assert (found.resumed - found.first).norm() <= 0.01 * moved
     theirs, ours = logged(found.folder, 1), logged(folder, 1)
@@ -236,14 +238,16 @@ def inputs(dtype: torch.dtype, tokens: int = RESPONSES * LENGTH) -> list[torch.T
     return [x.to(dtype) for x in made]
 
 
-def loss_and_gradients(tensors: list[torch.Tensor], fused: bool, **options: Any) -> list[torch.Tensor]:
+def loss_and_gradients(
+    tensors: list[torch.Tensor], fused: bool, alpha: float = 0.1, **options: Any
+) -> list[torch.Tensor]:
     hidden, weight = (x.clone().requires_grad_() for x in tensors[:2])
     if fused:
         head = FusedHead(hidden, Projection(weight), tensors[2], Projection(tensors[3]), **options)
     else:
         head = DenseHead(hidden @ weight.t(), tensors[2] @ tensors[3].t())
     mask = torch.ones(len(hidden) // LENGTH, LENGTH, dtype=torch.bool, device=DEVICE)
-    loss = TSDKDObjective()(head, completions_of(mask)).loss
+    loss = TSDKDObjective(alpha=alpha)(head, completions_of(mask)).loss
     loss.backward()
     return [x.detach().double() for x in (loss, hidden.grad, weight.grad)]
 
@@ -257,17 +261,19 @@ only_compiled = pytest.mark.skipif(not CUDA, reason="takes minutes in Triton's i
 
 @pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=only_compiled)])
 @pytest.mark.parametrize("chunk_gib", [None, 0.01])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_head_is_as_exact_as_whole_logits(dtype, chunk_gib, backend):
+@pytest.mark.parametrize("dtype, alpha", [(torch.float32, 0.1), (torch.bfloat16, 0.1), (torch.bfloat16, 0.0)], ids=str)
+def test_the_head_is_as_exact_as_whole_logits(dtype, alpha, chunk_gib, backend):
     tensors = inputs(dtype)
-    exact = loss_and_gradients([x.double() for x in tensors], fused=False)
-    fused = errors(loss_and_gradients(tensors, fused=True, chunk_gib=chunk_gib, backend=backend), exact)
+    exact = loss_and_gradients([x.double() for x in tensors], fused=False, alpha=alpha)
+    fused = errors(loss_and_gradients(tensors, fused=True, alpha=alpha, chunk_gib=chunk_gib, backend=backend), exact)
     if dtype == torch.float32:
         assert fused[0] <= 1e-6
         assert max(fused[1:]) <= 1e-5
     else:
-        whole = errors(loss_and_gradients(tensors, fused=False), exact)
-        assert all(ours <= 1.1 * theirs + 1e-4 for ours, theirs in zip(fused, whole, strict=True))
+        whole = errors(loss_and_gradients(tensors, fused=False, alpha=alpha), exact)
+        # rounded logits are often equal, and which of them are the candidates is left to each implementation
+        factor, rest = (1.5, 1e-3) if alpha else (1.1, 1e-4)
+        assert all(ours <= factor * theirs + rest for ours, theirs in zip(fused, whole, strict=True)), (fused, whole)
 
 
 def on_device(model: Model) -> Model:

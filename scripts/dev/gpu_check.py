@@ -20,18 +20,18 @@ import psutil
 ROOT = Path(__file__).parents[2]
 _TESTS = "-m pytest -m gpu tests/test_gpu.py -v --tb=short"
 _ROLLOUT = "benchmarks/rollout.py --precisions bfloat16 autocast --lengths equal --repeats 1 --no_vllm"
-_STEP = "benchmarks/step.py --pairs demo --repeats 1"
+_STEP = "benchmarks/step.py --repeats 1"
 # name: seconds it may take on a GPU, what Python runs there, and what on a CPU. The riskiest first.
 PARTS: dict[str, tuple[int, str, str]] = {
-    "tests": (150, _TESTS, _TESTS),
+    "tests": (190, _TESTS, _TESTS),
     "demo": (
-        90,
+        110,
         "scripts/dev/gpu_check_demo.py",
         "scripts/dev/gpu_check_demo.py --steps 40 --batch 8 --problems 16",
     ),
     "head": (
-        55,
-        "benchmarks/head.py --sizes qwen2.5 --tokens 4096 8192 --dtypes bfloat16 --repeats 10",
+        110,
+        "benchmarks/head.py --sizes qwen2.5 --tokens 4096 8192 --dtypes bfloat16 --repeats 5",
         "benchmarks/head.py --sizes tiny --tokens 64 128 --dtypes bfloat16 --repeats 1",
     ),
     "rollout": (
@@ -48,8 +48,8 @@ PARTS: dict[str, tuple[int, str, str]] = {
     "vllm": (120, "scripts/dev/gpu_check_vllm.py", "scripts/dev/gpu_check_vllm.py"),
     "step": (
         60,
-        "benchmarks/step.py --pairs demo --repeats 1",
-        "benchmarks/step.py --pairs demo --repeats 1 --steps 1",
+        f"{_STEP} --pairs large demo",
+        f"{_STEP} --pairs demo --steps 1",
     ),
     "plan": (60, "benchmarks/plan.py", "benchmarks/plan.py --cases short"),
 }

@@ -1,4 +1,4 @@
-"""Estimates the compute time of a step on A100s from the models' configurations. Not validated by measurements."""
+"""Estimates the compute time of a step on A100s from the models' configurations. Not checked on A100s."""
 
 import math
 
@@ -8,14 +8,14 @@ from .workload import Workload
 
 # What an A100 computes and reads in practice: about 40 % and 60 % of its 312 TFLOP/s and 2 TB/s.
 GPU_FLOPS, GPU_BANDWIDTH = 125e12, 1.2e12
-# When a transformers model decodes a token, the GPU waits for the host to launch kernels: about 50 per layer (1,580
-# for 28 layers). Qwen's speed benchmark of Qwen2.5 on an A100 gives 0.9 ms per layer for both 0.5B and 1.5B.
-_KERNELS_PER_LAYER, _KERNEL_LAUNCH_SECONDS = 50, 18e-6
-# vLLM replays a graph instead; its scheduler and sampler take the rest of the time in the same benchmark (3.2 ms per
-# token at 0.5B, 5.5 ms at 1.5B).
+# The CUDA graph of a transformers model's decoding step: on an H200, 1,700 small kernels take 5.4 ms for 28 layers.
+_KERNELS_PER_LAYER, _KERNEL_SECONDS = 61, 3.2e-6
+# What vLLM's scheduler and sampler take in Qwen's speed benchmark of Qwen2.5 on an A100 (in all, 3.2 ms per token at
+# 0.5B and 5.5 ms at 1.5B).
 _VLLM_SECONDS_PER_TOKEN = 2.5e-3
-# Elementwise passes of the fused head, in bytes per (token, vocabulary id).
-_HEAD_BYTES_PER_LOGIT = 400
+# What the fused head's kernels move, in bytes per (token, vocabulary id), counted by benchmarks/device_counts.py. Its
+# matrix products are counted with the models' layers.
+_HEAD_BYTES_PER_LOGIT = 32
 
 
 def estimate_step_seconds(student: ModelSize, teacher: ModelSize | None, workload: Workload) -> dict[str, float]:
@@ -52,6 +52,5 @@ def decode_seconds(model: ModelSize, workload: Workload, sequences: int, context
     cache = sequences * context * model.num_hidden_layers * model.kv_cache_numbers * workload.compute_itemsize
     reads = (model.num_parameters * workload.compute_itemsize + cache) / GPU_BANDWIDTH
     matmul_seconds = 2 * model.num_active_parameters * sequences / GPU_FLOPS
-    if workload.engine is not None:
-        return _VLLM_SECONDS_PER_TOKEN + max(reads, matmul_seconds)
-    return max(reads, matmul_seconds, model.num_hidden_layers * _KERNELS_PER_LAYER * _KERNEL_LAUNCH_SECONDS)
+    own = model.num_hidden_layers * _KERNELS_PER_LAYER * _KERNEL_SECONDS
+    return max(reads, matmul_seconds) + (own if workload.engine is None else _VLLM_SECONDS_PER_TOKEN)
