@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -16,7 +17,7 @@ from conftest import DDP, QUIET, flags, launch, make_rows, weights, write_jsonl
 from test_teacher_server import TeacherServer
 from test_trainers import config, rows, train
 from test_vllm_server import SIZE, Server, logs_of
-from tsdkd import ConfigError, EOPDConfig, EOPDTrainer
+from tsdkd import ConfigError, EOPDConfig, EOPDTrainer, TSDKDConfig, TSDKDTrainer
 from tsdkd.cli import main
 
 pytest.importorskip("vllm")
@@ -27,6 +28,7 @@ RUN = {**QUIET, **AHEAD, "max_length": 64, "max_new_tokens": 12, "per_device_tra
 RUN |= {"optim": "sgd", "learning_rate": 0.3, "lr_scheduler_type": "constant", "warmup_steps": 0, "seed": 3}
 RUN |= {"save_strategy": "steps", "save_steps": 1, "logging_steps": 1}
 EPOCH = 6  # steps, with 24 rows
+ANSWERED = "vllm:e2e_request_latency_seconds_count"
 
 
 @pytest.fixture(scope="module")
@@ -113,9 +115,23 @@ def test_a_run_can_be_repeated_and_resumed(values, steps, run):
         shutil.rmtree(folder.parent / "resumed")
 
 
-def test_two_processes(server, saved_model, rows_file, tmp_path):
+@pytest.fixture(scope="module")
+def teacher(saved_model: Callable[..., str]) -> Iterator[dict[str, str]]:
+    """The options of a teacher on a server."""
+    float32 = json.dumps({"dtype": "float32"})
+    started = TeacherServer(saved_model("llama", 1, **SIZE), teacher_model_init_kwargs=float32)
+    try:
+        url = started.wait().url
+        yield {"teacher_placement": "server", "teacher_server_base_url": url, "teacher_model_init_kwargs": float32}
+    finally:
+        started.kill()
+
+
+@pytest.mark.parametrize("with_servers", [False, True], ids=["local teacher", "teacher on a server"])
+def test_two_processes(with_servers, server, saved_model, rows_file, tmp_path, request):
     names = {"model_name_or_path": saved_model("llama", 0, **SIZE), "dataset_name": rows_file}
     names |= {"teacher_model_name_or_path": saved_model("llama", 1, **SIZE), "vllm_server_port": server.port}
+    names |= request.getfixturevalue("teacher") if with_servers else {}
     for folder, batch, launcher in (("one", 4, None), ("two", 2, DDP)):
         values = {**names, **RUN, "per_device_train_batch_size": batch, "output_dir": tmp_path / folder}
         if launcher is None:
@@ -128,16 +144,46 @@ def test_two_processes(server, saved_model, rows_file, tmp_path):
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-3)
 
 
-def test_with_the_teacher_on_a_server_too(saved_model, run):
-    float32 = json.dumps({"dtype": "float32"})
-    expected = weights(run("local"))
-    teacher = TeacherServer(saved_model("llama", 1, **SIZE), teacher_model_init_kwargs=float32).wait()
-    try:
-        served = {"teacher_placement": "server", "teacher_server_base_url": teacher.url}
-        folder = run("served", **served, teacher_model_init_kwargs=float32)
-    finally:
-        teacher.kill()
-    assert torch.allclose(weights(folder), expected, rtol=0, atol=1e-4)
+@pytest.mark.parametrize("method", ["tsd-kd", "eopd"])
+def test_with_the_teacher_on_a_server_too(method, teacher, run, tmp_path):
+    """Also with evaluations in between, which ask the teacher for other sequences."""
+    expected = weights(run("local", method=method))
+    held_out = write_jsonl(tmp_path / "held_out.jsonl", make_rows(6, seed=5))
+    evaluated = {"eval_strategy": "steps", "eval_steps": 2, "eval_dataset_name": held_out}
+    for folder, values in (("served", {}), ("evaluated", evaluated)):
+        found = weights(run(folder, **teacher, **values, method=method))
+        assert torch.allclose(found, expected, rtol=0, atol=1e-4)
+
+
+def test_the_teacher_scores_while_the_student_trains(server, teacher, saved_model, tmp_path):
+    """When a step begins whose completions were sampled ahead, the teacher's server has answered for all of them."""
+
+    def num_answered() -> float:
+        metrics = requests.get(teacher["teacher_server_base_url"] + "/metrics", timeout=60).text
+        return sum(float(line.split()[-1]) for line in metrics.splitlines() if line.startswith(ANSWERED))
+
+    class Waiting(TSDKDTrainer):
+        steps_ahead = []
+
+        def _roll_out(self, model: Any, parts: Any, step: int, mode: str) -> Any:
+            if self._rollout_ahead is not None:
+                deadline = time.monotonic() + 300
+                while num_answered() < before + 4 * (step + 1):
+                    assert time.monotonic() < deadline, "the teacher hasn't been asked"
+                    time.sleep(0.05)
+                self.steps_ahead.append(step)
+            return super()._roll_out(model, parts, step, mode)
+
+    options = {**RUN, **teacher, "teacher_model_init_kwargs": {"dtype": "float32"}, "vllm_server_port": server.port}
+    trainer = Waiting(
+        model=saved_model("llama", 0, **SIZE),
+        teacher_model=saved_model("llama", 1, **SIZE),
+        args=config(TSDKDConfig, tmp_path, **options),
+        train_dataset=rows(24),
+    )
+    before = num_answered()
+    trainer.train()
+    assert Waiting.steps_ahead == [1, 2, 3, 4, 5, 7]  # six steps are an epoch
 
 
 def test_a_server_that_dies_while_the_student_trains(saved_model, run, server, capsys):

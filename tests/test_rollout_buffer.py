@@ -88,8 +88,8 @@ def test_the_next_rollout_begins_before_the_last_window(
                 buffer.load_state_dict(state)
                 next(islice(data, 2 * step, 2 * step), None)
 
-            def begin(taken: list[dict[str, Any]], into: dict[int, list[int]] = begun, at: int = step) -> None:
-                into[at] = [i for batch in taken for i in batch["index"]]
+            def begin(parts: list[list[dict[str, Any]]], into: dict[int, list[int]] = begun, at: int = step) -> None:
+                into[at] = [i for part in parts for batch in part for i in batch["index"]]
 
             buffer.next(data, 2 if step < 2 else 1, 3 - step, record, begin)
         assert found == rolled_out and begun == ahead

@@ -97,6 +97,20 @@ def test_what_was_prefetched_is_not_sent_again():
         assert len(server.requests) == 6
 
 
+def test_what_was_asked_for_ahead_survives_an_evaluation():
+    with serving() as server:
+        asking = client(server)
+        asking.prefetch_ahead(SEQUENCES)
+        asking.prefetch([[7]])
+        asking.hidden_states([[7]])
+        asking.prefetch(SEQUENCES, takes_ahead=True)
+        assert_right(asking.hidden_states(SEQUENCES))
+        assert len(server.requests) == 4
+        asking.prefetch(SEQUENCES, takes_ahead=True)  # it isn't kept
+        assert_right(asking.hidden_states(SEQUENCES))
+        assert len(server.requests) == 7
+
+
 @pytest.mark.parametrize(
     "bad",
     [

@@ -83,12 +83,25 @@ class TeacherClient:
         self._queue: SimpleQueue[tuple[Future[Tensor], Sequence[int]]] = SimpleQueue()
         self._num_threads = 0
         self._prefetched: dict[tuple[int, ...], Future[Tensor]] = {}
+        self._ahead: dict[tuple[int, ...], Future[Tensor]] = {}
 
-    def prefetch(self, sequences: Sequence[Sequence[int]]) -> None:
-        """Ask for the hidden states of sequences that `hidden_states` will be called with. Forgets earlier ones."""
+    def prefetch(self, sequences: Sequence[Sequence[int]], takes_ahead: bool = False) -> None:
+        """Ask for the hidden states of sequences that `hidden_states` will be called with. Forgets earlier ones.
+
+        Args:
+            sequences: token ids.
+            takes_ahead: whether `prefetch_ahead` may have asked for them already.
+        """
         for future in self._prefetched.values():
             future.cancel()
-        self._prefetched = {key: self._submit(key) for key in dict.fromkeys(map(tuple, sequences))}
+        known: dict[tuple[int, ...], Future[Tensor]] = {}
+        if takes_ahead:
+            known, self._ahead = self._ahead, {}
+        self._prefetched = {key: known.get(key) or self._submit(key) for key in dict.fromkeys(map(tuple, sequences))}
+
+    def prefetch_ahead(self, sequences: Sequence[Sequence[int]]) -> None:
+        """Ask early for what a later `prefetch` will ask for. It may be called from another thread."""
+        self._ahead = {key: self._submit(key) for key in dict.fromkeys(map(tuple, sequences))}
 
     def hidden_states(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
         """Return the last, normed hidden states of token ids, `[T, H]` each, on the CPU.
@@ -111,8 +124,10 @@ class TeacherClient:
         """Queue a request. The threads don't keep a program from ending, unlike those of `ThreadPoolExecutor`."""
         future: Future[Tensor] = Future()
         self._queue.put((future, ids))
-        if self._num_threads < _CONNECTIONS:
-            self._num_threads += 1
+        with self._lock:
+            is_full = self._num_threads == _CONNECTIONS
+            self._num_threads += not is_full
+        if not is_full:
             threading.Thread(target=self._work, name="tsdkd-teacher", daemon=True).start()
         return future
 

@@ -6,7 +6,6 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import nn
 
 from ..config.base import TokenSelectiveConfig
@@ -79,7 +78,7 @@ class MicroBatchPlanner:
         if problem:
             logger.warning(f"micro-batches are padded, because packing isn't possible: {problem}")
 
-    def exchange(self, samples: list[Sample], lengths: Sequence[int], mode: str) -> list[Sample]:
+    def exchange(self, samples: list[Sample], lengths: Sequence[int], mode: str, group: Any = None) -> list[Sample]:
         """Exchange a window's sequences between processes, so that none waits for one with longer sequences.
 
         Deals them out by length, forward and backward in turn. All processes must call it and have the same number of
@@ -89,11 +88,14 @@ class MicroBatchPlanner:
             samples: this process's sequences, with everything that belongs to them.
             lengths: their tokens, prompt plus completion.
             mode: "train" or "eval". Evaluation exchanges nothing.
+            group: the processes that exchange, by default all, in the main thread.
         """
         processes, own = self.accelerator.num_processes, self.accelerator.process_index
         if processes == 1 or mode == "eval" or self.is_fixed or self.objective.micro_batching == "in order":
             return samples
-        everyone: list[tuple[int, Sample]] = gather_object(list(zip(lengths, samples, strict=True)))
+        gathered: list[Any] = [None] * processes
+        torch.distributed.all_gather_object(gathered, list(zip(lengths, samples, strict=True)), group=group)
+        everyone: list[tuple[int, Sample]] = list(chain.from_iterable(gathered))
         order = sorted(range(len(everyone)), key=lambda i: -everyone[i][0])
         rounds = (order[i : i + processes] for i in range(0, len(order), processes))
         dealt = [round_ if number % 2 == 0 else round_[::-1] for number, round_ in enumerate(rounds)]

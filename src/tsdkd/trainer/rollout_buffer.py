@@ -15,8 +15,8 @@ Window = list[MicroBatches]
 RollOut = Callable[[list[list[Batch]]], list[MicroBatches]]
 """Converts collated rows, in parts that are divided into micro-batches separately, to one entry for each batch."""
 
-RollOutAhead = Callable[[list[Batch]], None]
-"""Begins to sample completions for the collated rows of a later rollout."""
+RollOutAhead = Callable[[list[list[Batch]]], None]
+"""Begins to sample completions for the collated rows of a later rollout, in the parts that `RollOut` will get."""
 
 
 class RolloutBuffer:
@@ -62,7 +62,7 @@ class RolloutBuffer:
         if roll_out_ahead and not self._windows and steps_left > 1:
             self._rows_ahead = self._take(rows, self.window_size, steps_left - 1)
             if self._rows_ahead:
-                roll_out_ahead(self._rows_ahead)
+                roll_out_ahead(self._divide(self._rows_ahead))
         return window
 
     def _take(self, rows: Iterator[Batch], num_batches: int, steps_left: int) -> list[Batch]:
@@ -70,16 +70,24 @@ class RolloutBuffer:
         steps = max(1, min(self.steps_per_rollout, steps_left))
         return list(islice(rows, num_batches if steps == 1 else self.window_size * steps))
 
-    def _fill(self, rows: list[Batch], roll_out: RollOut) -> None:
+    def _window_lengths(self, rows: list[Batch]) -> list[int]:
+        """Return the number of batches of each step; the last may be shorter."""
         size = self.window_size
-        lengths = [len(rows[i : i + size]) for i in range(0, len(rows), size)]  # the last may be shorter
-        # roll out only full windows; the remaining rows belong to the steps of later iterations
+        return [len(rows[i : i + size]) for i in range(0, len(rows), size)]
+
+    def _divide(self, rows: list[Batch]) -> list[list[Batch]]:
+        """Return the parts of a rollout. The rows that are left over belong to the steps of later iterations."""
+        lengths = self._window_lengths(rows)
         num_windows = -(-len(lengths) // self.num_iterations)
         # a later iteration may repeat only the beginning of a window, which must then be a part of its own
-        ends = sorted({i % num_windows * size + n for i, n in enumerate(lengths)})
-        entries = roll_out([rows[start:end] for start, end in pairwise([0, *ends])])
+        ends = sorted({i % num_windows * self.window_size + n for i, n in enumerate(lengths)})
+        return [rows[start:end] for start, end in pairwise([0, *ends])]
+
+    def _fill(self, rows: list[Batch], roll_out: RollOut) -> None:
+        size = self.window_size
+        entries = roll_out(self._divide(rows))
         windows = [entries[i : i + size] for i in range(0, len(entries), size)] * self.num_iterations
-        self._windows.extend(window[:n] for window, n in zip(windows, lengths, strict=False))
+        self._windows.extend(window[:n] for window, n in zip(windows, self._window_lengths(rows), strict=False))
         for batch in chain.from_iterable(entries[size:]):
             batch.pop("sampling_per_token_logps", None)  # outdated: the student will have changed
 

@@ -1,9 +1,11 @@
 """Creates the micro-batches of a step: completions from the student or the data set."""
 
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from itertools import chain, islice, repeat
 from typing import Any
 
@@ -16,6 +18,7 @@ from ..errors import ModelError
 from ..grading import Grader
 from ..models.loading import ModelPair
 from ..models.served_teacher import find_client
+from ..models.teacher_client import TeacherClient
 from ..objective import Objective
 from ..rollout.base import Completion, Sampler
 from ..rollout.build import make_sampler
@@ -76,6 +79,25 @@ class _Sample:
     def num_tokens(self) -> int:
         """Tokens of the longer of both sequences."""
         return max(len(self.prompt), len(self.teacher_prompt or ())) + len(self.completion.ids)
+
+    @property
+    def teacher_ids(self) -> list[int]:
+        """The teacher's sequence."""
+        return [*(self.teacher_prompt or self.prompt), *self.completion.ids]
+
+
+def run_in_background(work: Callable[[], Any]) -> Callable[[], Any]:
+    """Start a thread, which doesn't keep the program from ending. Returns a function that waits for its result."""
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:  # for the thread that waits
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="tsdkd-ahead", daemon=True).start()
+    return future.result
 
 
 class RolloutMixin:
@@ -142,6 +164,16 @@ class RolloutMixin:
     def _needs_teacher(self) -> bool:
         return self.objective.needs_teacher_distribution or self.objective.scores_class is not None
 
+    @cached_property
+    def _thread_group(self) -> Any:
+        """All processes, for collective calls from a thread beside the training; None if there is only one."""
+        return torch.distributed.new_group(backend="gloo") if self.accelerator.num_processes > 1 else None
+
+    @property
+    def _teacher_client(self) -> TeacherClient | None:
+        """If the teacher's layers run on servers."""
+        return find_client(self.accelerator.unwrap_model(self.teacher_model)) if self._needs_teacher else None
+
     def _roll_out(self, model: nn.Module, parts: list[list[Batch]], step: int, mode: str) -> list[MicroBatches]:
         """Convert collated rows to micro-batches with completions from the student or the data set.
 
@@ -154,20 +186,13 @@ class RolloutMixin:
         rows = list(chain.from_iterable(parts))
         if not rows:
             return []
-        client = find_client(self.accelerator.unwrap_model(self.teacher_model)) if self._needs_teacher else None
+        client = self._teacher_client
         runs_teacher = self._needs_teacher and client is None
         self.planner.check_models([model, self.teacher_model] if runs_teacher else [model])
         prompts, completions = self._select_completions(model, rows, step, mode)
         num_tokens = sum(len(c.ids) for c in completions)
         self.metric_accumulators[mode].add("completions/mean_length", num_tokens, len(completions))
-        teacher_prompts = column(rows, "teacher_prompt_ids")
-        if teacher_prompts and prompts != column(rows, "prompt_ids"):
-            raise ModelError(
-                f"{type(self).__name__} trains on other prompts than those of the rows, for which it has no teacher's "
-                "prompts; remove teacher_chat_template_kwargs"
-            )
-        fields = (column(rows, "index"), prompts, completions, teacher_prompts or [None] * len(prompts))
-        samples = [_Sample(*values) for values in zip(*fields, strict=True)]
+        samples = self._make_samples(rows, prompts, completions)
         if self.token_recorder.is_due(step, mode):
             repeats = self.args.num_generations
             records = [
@@ -175,18 +200,37 @@ class RolloutMixin:
                 for s in sorted(samples, key=lambda s: s.index % repeats)  # different prompts first
             ]
             self.token_recorder.record(model, self.teacher_model, records, step)
-        entries, left = [], iter(samples)
-        all_sizes = [[len(row["prompt_ids"]) for row in part] for part in parts]
-        own = [list(islice(left, sum(sizes))) for sizes in all_sizes]
-        own = [self.planner.exchange(some, [s.num_tokens for s in some], mode) for some in own]
+        entries = []
+        own = self._exchange(parts, samples, mode)
         if client is not None:
-            client.prefetch([[*(s.teacher_prompt or s.prompt), *s.completion.ids] for some in own for s in some])
-        for sizes, some in zip(all_sizes, own, strict=True):
+            client.prefetch([s.teacher_ids for some in own for s in some], takes_ahead=mode == "train")
+        for part, some in zip(parts, own, strict=True):
+            sizes = [len(row["prompt_ids"]) for row in part]
             for layouts in self.planner.plan(sizes, [s.num_tokens for s in some], mode):
                 entries.append([self._micro_batch(some, layout) for layout in layouts])
                 for batch in entries[-1]:
                     self._run_postprocessing(model, batch, step, mode)
         return entries
+
+    def _make_samples(
+        self, rows: list[Batch], prompts: list[list[int]], completions: list[Completion]
+    ) -> list["_Sample"]:
+        teacher_prompts = column(rows, "teacher_prompt_ids")
+        if teacher_prompts and prompts != column(rows, "prompt_ids"):
+            raise ModelError(
+                f"{type(self).__name__} trains on other prompts than those of the rows, for which it has no teacher's "
+                "prompts; remove teacher_chat_template_kwargs"
+            )
+        fields = (column(rows, "index"), prompts, completions, teacher_prompts or [None] * len(prompts))
+        return [_Sample(*values) for values in zip(*fields, strict=True)]
+
+    def _exchange(
+        self, parts: list[list[Batch]], samples: list["_Sample"], mode: str, group: Any = None
+    ) -> list[list["_Sample"]]:
+        """Return for each part the samples that this process trains on; see `MicroBatchPlanner.exchange`."""
+        left = iter(samples)
+        own = [list(islice(left, sum(len(row["prompt_ids"]) for row in part))) for part in parts]
+        return [self.planner.exchange(some, [s.num_tokens for s in some], mode, group) for some in own]
 
     def _run_postprocessing(self, model: nn.Module, batch: Batch, step: int, mode: str) -> None:
         """Call the hook, which must leave the inputs of a packed forward pass as they are."""
@@ -254,8 +298,12 @@ class RolloutMixin:
             self.completion_log.keep(mode, (fields[1:] for fields in by_repetition))
         return completions
 
-    def _roll_out_ahead(self, model: nn.Module, rows: list[Batch], step: int) -> None:
-        """Begin to sample a later step's rollout with the present weights, while the student trains."""
+    def _roll_out_ahead(self, model: nn.Module, parts: list[list[Batch]], step: int) -> None:
+        """Begin to sample a later step's rollout with the present weights, and to score it, while the student trains.
+
+        Arguments: see `_roll_out`.
+        """
+        rows = list(chain.from_iterable(parts))
         prompts, limits = column(rows, "prompt_ids"), column(rows, "limit")
         keys = [(self.args.seed, step, i) for i in column(rows, "index")]
         self._update_engine("train")
@@ -264,7 +312,25 @@ class RolloutMixin:
             short = [min(limit, _CHECKED_TOKENS) for limit in limits[few]]
             self._check_engine(model, prompts[few], self.sampler.generate(model, prompts[few], short, keys[few]))
         wait = self.sampler.start(prompts, limits, keys)  # type: ignore[attr-defined]
+        client = self._teacher_client
+        if client is not None:
+            wait = run_in_background(partial(self._score_ahead, client, wait, parts, prompts, self._thread_group))
         self._rollout_ahead = PendingRollout(wait, self.state.global_step)
+
+    def _score_ahead(
+        self,
+        client: TeacherClient,
+        wait: Callable[[Any], list[Completion]],
+        parts: list[list[Batch]],
+        prompts: list[list[int]],
+        group: Any,
+    ) -> list[Completion]:
+        """Wait for the completions, and ask the servers for what the teacher says of those to train on."""
+        completions = wait(group)
+        samples = self._make_samples(list(chain.from_iterable(parts)), prompts, completions)
+        own = self._exchange(parts, samples, "train", group)
+        client.prefetch_ahead([s.teacher_ids for some in own for s in some])
+        return completions
 
     def _update_engine(self, mode: str) -> None:
         start = time.perf_counter()

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object, is_peft_model
+from accelerate.utils import gather_object, is_peft_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -101,15 +101,21 @@ class VLLMSampler(vllm_generation.VLLMGeneration):
             with wrap_engine_errors("the vLLM server does not accept weights"):
                 self.vllm_client.init_communicator(device=self.accelerator.device)
 
-    def _run_on_main_process(self, work: Callable[[], Any]) -> Any:
-        """Run `work` on the main process and broadcast its result. Errors are raised on all processes."""
+    def _run_on_main_process(self, work: Callable[[], Any], group: Any = None) -> Any:
+        """Run `work` on the main process and broadcast its result. Errors are raised on all processes.
+
+        Args:
+            work: what to run.
+            group: all processes, for calls from other threads than the main thread.
+        """
         outcome: list[Any] = [None]
         if self.accelerator.is_main_process:
             try:
                 outcome = [(work(), None)]
             except Exception as error:
                 outcome = [(None, first_line(error))]
-        broadcast_object_list(outcome)
+        if self.accelerator.num_processes > 1:
+            torch.distributed.broadcast_object_list(outcome, src=0, group=group)
         value, problem = outcome[0]
         if problem is not None:
             raise EngineError(problem)
@@ -202,10 +208,11 @@ class VLLMSampler(vllm_generation.VLLMGeneration):
 
     def start(
         self, prompts: Sequence[Sequence[int]], limits: Sequence[int], seed_keys: Sequence[SeedKey]
-    ) -> Callable[[], list[Completion]]:
+    ) -> Callable[..., list[Completion]]:
         """Have a server begin what `generate` does. Returns a function that waits; all processes must call it.
 
-        New weights are copied to the server only after it has sampled all completions.
+        In another thread than the main one, give it a group of all processes. New weights are copied to the server
+        only after it has sampled all completions.
         """
         requests = _build_requests(prompts, limits, seed_keys)
         counts = gather_object([len(requests)])
@@ -217,8 +224,8 @@ class VLLMSampler(vllm_generation.VLLMGeneration):
             self._requested = [self._requester.submit(lambda: _sort_by_position(sample()))]
         requested = self._requested
 
-        def finish() -> list[Completion]:
-            completions: list[Completion] = self._run_on_main_process(lambda: requested[0].result())
+        def finish(group: Any = None) -> list[Completion]:
+            completions: list[Completion] = self._run_on_main_process(lambda: requested[0].result(), group)
             return completions[before : before + len(requests)]
 
         return finish
