@@ -187,11 +187,11 @@ def test_a_student_with_adapters(saved_model, tmp_path):
     assert all(entry["sampling/sampling_logp_difference/mean"] < 0.05 for entry in logs)
 
 
-def test_the_demo_learns_as_much_as_with_the_students_own_rollouts(tmp_path):
-    """docs/demo.md has the accuracies; the student has about 30 before."""
-    assert main(["demo", "--use_vllm", "true", "--output_dir", str(tmp_path / "run")]) == 0
+def test_the_demo_learns_as_with_the_students_own_rollouts(tmp_path):
+    """With half of its steps; docs/demo.md has the accuracies. The student has about 30 before."""
+    assert main(["demo", "--use_vllm", "true", "--max_steps", "150", "--output_dir", str(tmp_path / "run")]) == 0
     rows = list(load_split(str(resources.files("tsdkd").joinpath("demo/test.jsonl")), None, "train"))[:256]
-    assert evaluate_saved(str(tmp_path / "run"), rows).metrics["avg@8"] > 50
+    assert evaluate_saved(str(tmp_path / "run"), rows).metrics["avg@8"] > 50  # 64.5 on one machine
 
 
 def test_too_small_a_share_of_memory_is_named(saved_model, tmp_path, monkeypatch):
