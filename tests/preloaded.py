@@ -1,10 +1,10 @@
 """A Python that has already imported what `tsdkd` needs: `[python(), "-m", "tsdkd", ...]` starts at once.
 
 Importing takes 4 to 15 seconds of a core. A server imports once and forks for each start. The program `python()` sends
-it the arguments, environment, folder and streams, passes signals on, and ends as the forked process does, which joins
-its group, unless that is in another session. The forked process
-differs from a fresh one in its parent, in what it has imported, and in its hash seed; a test in which one of these
-matters, or a variable that is read by an import, takes `sys.executable`.
+it the arguments, environment, folder and streams, passes signals on, and ends as the forked process does. That process
+joins the program's group, unless the group is in another session. It differs from a fresh one in its parent, in what
+it has imported, and in its hash seed; a test in which one of these matters, or a variable that is read by an import,
+takes `sys.executable`.
 """
 
 import atexit
