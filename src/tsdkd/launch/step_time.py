@@ -52,5 +52,7 @@ def decode_seconds(model: ModelSize, workload: Workload, sequences: int, context
     cache = sequences * context * model.num_hidden_layers * model.kv_cache_numbers * workload.compute_itemsize
     reads = (model.num_parameters * workload.compute_itemsize + cache) / GPU_BANDWIDTH
     matmul_seconds = 2 * model.num_active_parameters * sequences / GPU_FLOPS
-    own = model.num_hidden_layers * _KERNELS_PER_LAYER * _KERNEL_SECONDS
-    return max(reads, matmul_seconds) + (own if workload.engine is None else _VLLM_SECONDS_PER_TOKEN)
+    overhead = _VLLM_SECONDS_PER_TOKEN
+    if workload.engine is None:
+        overhead = model.num_hidden_layers * _KERNELS_PER_LAYER * _KERNEL_SECONDS
+    return max(reads, matmul_seconds) + overhead

@@ -125,9 +125,9 @@ class TeacherClient:
         future: Future[Tensor] = Future()
         self._queue.put((future, ids))
         with self._lock:
-            is_full = self._num_threads == _CONNECTIONS
-            self._num_threads += not is_full
-        if not is_full:
+            needs_thread = self._num_threads < _CONNECTIONS
+            self._num_threads += needs_thread
+        if needs_thread:
             threading.Thread(target=self._work, name="tsdkd-teacher", daemon=True).start()
         return future
 

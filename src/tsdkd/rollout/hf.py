@@ -23,7 +23,7 @@ from .step import DecodingStep
 _TOKENS_PER_SYNC = 16  # on a GPU, where each check waits for all tokens to be computed
 # Finished rows leave the batch when at most this share of it is unfinished: each time copies the full cache, and on a
 # GPU captures the step again, which takes 0.1 to 0.8 s, while a step takes nearly as long with half of the rows.
-_SHARE_TO_SHRINK = {"cpu": 0.875, "other": 0.5}
+_SHARE_ON_CPU, _SHARE_ON_GPU = 0.875, 0.5
 
 
 class HuggingFaceSampler:
@@ -189,8 +189,7 @@ def _sample(
     completions = [Completion([], False) for _ in prompts]
     longest = max(limits)
     unread: list[Tensor] = []  # tokens that the host hasn't read yet
-    tokens_per_sync = 1 if device.type == "cpu" else _TOKENS_PER_SYNC
-    share = _SHARE_TO_SHRINK.get(device.type, _SHARE_TO_SHRINK["other"])
+    tokens_per_sync, share = (1, _SHARE_ON_CPU) if device.type == "cpu" else (_TOKENS_PER_SYNC, _SHARE_ON_GPU)
     next_sync = min(tokens_per_sync, longest)
     for t in range(longest):
         unread.append(batch.next_tokens())
