@@ -95,7 +95,7 @@ def test_a_comparison_as_an_array(slurm, saved_model, rows_file, tmp_path, long)
 @needs_slurm
 @pytest.mark.vllm
 def test_a_teacher_on_a_node_of_its_own(slurm, saved_model, rows_file, tmp_path, long):
-    """On a slow machine it is signalled before its limit and requeued; the server of each job ends with it."""
+    """In a partition of its own. Signalled as before a time limit, and requeued; the servers end with their jobs."""
     if not long:
         pytest.skip("--long runs it: minutes")
     values = {
@@ -112,17 +112,23 @@ def test_a_teacher_on_a_node_of_its_own(slurm, saved_model, rows_file, tmp_path,
         "learning_rate": 1e-4,
     }
     script, folder = tmp_path / "job.sbatch", tmp_path / "out"
-    written = ["slurm", "--nodes", "1", "--teacher_nodes", "1", "--gpus_per_node", "0", "--time", "00:04:00"]
-    written += ["--signal_seconds", "100", "--accelerate_config", "single", "--output_file", str(script)]
+    written = ["slurm", "--nodes", "1", "--teacher_nodes", "1", "--gpus_per_node", "0", "--time", "01:00:00"]
+    written += ["--partition", "main", "--teacher_partition", "teacher"]
+    written += ["--accelerate_config", "single", "--output_file", str(script)]
     assert main([*written, *flags(**values, output_dir=folder)]) == 0
     run = {"env": on_cpus() | slurm | VLLM_ON_CPUS, "cwd": tmp_path, "text": True, "capture_output": True}
     job = subprocess.run(["sbatch", "--parsable", script], check=True, **run).stdout.strip()
-    state = "PENDING"
-    while state:
-        state = subprocess.run(["squeue", "-h", "-j", job, "-o", "%T"], **run).stdout.strip()
+    partitions, log, signalled = {""}, "", False
+    while partitions:
+        partitions = set(subprocess.run(["squeue", "-h", "-j", job, "-o", "%P"], **run).stdout.split())
+        assert partitions in ({"main", "teacher"}, set())
+        log = "".join(path.read_text() for path in tmp_path.glob("out-*.out"))
+        if "step 10/" in log and not signalled:
+            subprocess.run(["scancel", "--signal=USR1", job], check=True, **run)
+            signalled = True
         time.sleep(1)
-    log = "".join(path.read_text() for path in tmp_path.glob("out-*.out"))
     assert (folder / "model.safetensors").exists() and "its output layer; the other layers are on" in log, log[-3000:]
+    assert "stopped by a signal" in log, log[-3000:]
     assert main(["train", *flags(**values, output_dir=tmp_path / "local")]) == 0
     assert torch.allclose(weights(folder), weights(tmp_path / "local"), rtol=0, atol=1e-4)
 
@@ -138,14 +144,24 @@ def test_the_shipped_scripts_are_what_the_command_writes(capsys):
 
 
 def test_nodes_for_the_teacher(capsys):
-    command = ["slurm", "--config", "demo.yaml", "--nodes", "2", "--teacher_nodes", "1", "--gpus_per_node", "4"]
-    assert main([*command, "--time", "01:00:00"]) == 0
+    """A heterogeneous job: the second component has its own nodes, GPUs and partition."""
+    command = ["slurm", "--config", "demo.yaml", "--nodes", "2", "--teacher_nodes", "1", "--gpus_per_node", "8"]
+    command += ["--partition", "train", "--time", "01:00:00"]
+    assert main([*command, "--teacher_partition", "serve", "--teacher_gpus_per_node", "4"]) == 0
     script = capsys.readouterr().out
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    students, teachers = [
+        {line.removeprefix("#SBATCH ") for line in part.splitlines() if line.startswith("#SBATCH ")}
+        for part in script.split("#SBATCH hetjob")
+    ]
+    assert students >= {"--nodes=2", "--gpus-per-node=8", "--partition=train", "--time=01:00:00"}
+    assert teachers == {"--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=4", "--partition=serve"}
     words = script.split()
-    assert "--nodes=3" in words and "--relative=2" in words and "--relative=0" in words
-    assert words[words.index("--num_processes") + 1] == "8" and words[words.index("--tensor_parallel_size") + 1] == "4"
-    assert main([*command, "--time", "01:00:00", "--method", "minillm"]) == 2
+    assert "--het-group=1" in words and words[words.index("--tensor_parallel_size") + 1] == "4"
+    assert main(command) == 0
+    same = capsys.readouterr().out
+    assert same.count("--partition=train") == same.count("--gpus-per-node=8") == 2
+    assert main([*command, "--method", "minillm"]) == 2
     assert "minillm samples with the teacher" in capsys.readouterr().err
 
 
@@ -169,6 +185,12 @@ def test_a_script_is_never_overwritten(tmp_path, capsys):
         (["--time", "1-00", "--nodes", "0"], ["--nodes", "0", "at least 1"]),
         (["--time", "30:00", "--gpus_per_node", "-1"], ["--gpus_per_node", "-1"]),
         (["--time", "01:00:00", "--partition", "a b; rm"], ["partition", "a b; rm"]),
+        (
+            ["--time", "01:00:00", "--teacher_nodes", "1", "--teacher_partition", "a b; rm"],
+            ["teacher_partition", "a b; rm"],
+        ),
+        (["--time", "01:00:00", "--teacher_partition", "serve"], ["teacher_partition", "--teacher_nodes"]),
+        (["--time", "01:00:00", "--teacher_gpus_per_node", "0"], ["teacher_gpus_per_node", "--teacher_nodes"]),
         (["--time", "01:00:00", "--run_name", "a\ntouch b"], ["line break"]),
         (["--time", "01:00:00", "--learnin_rate", "1"], ["learnin_rate", "learning_rate"]),
         (["--time", "01:00:00", "--beta", "7"], ["beta", "7"]),

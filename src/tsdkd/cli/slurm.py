@@ -33,6 +33,18 @@ def main(argv: Sequence[str]) -> int:
         default=0,
         help="number of further nodes, which serve the teacher (`tsdkd serve teacher`); default: 0",
     )
+    parser.add_argument(
+        "--teacher_partition",
+        metavar="NAME",
+        default="",
+        help="partition of these nodes; default: that of --partition",
+    )
+    parser.add_argument(
+        "--teacher_gpus_per_node",
+        type=int_at_least(0),
+        metavar="N",
+        help="GPUs on each of these nodes; default: that of --gpus_per_node",
+    )
     add_job_flags(parser)
     parser.add_argument("--time", required=True, metavar="HH:MM:SS", help="time limit of one job")
     parser.add_argument(

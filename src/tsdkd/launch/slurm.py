@@ -35,8 +35,8 @@ def build_sbatch_script(
         accelerate_config: a shipped name or a file; default: that of the configuration, or zero2. The script sets the
             numbers of nodes and processes.
         command_line: arguments of the command that created the script, for its header.
-        settings: variables of `slurm.sh.j2`: nodes, teacher_nodes (in addition, for the
-            teacher), gpus_per_node (0: a CPU job with one process per node), time, ….
+        settings: variables of `slurm.sh.j2`: nodes, gpus_per_node (0: a CPU job with one process per node),
+            teacher_nodes (in addition, for the teacher), teacher_gpus_per_node, teacher_partition, time, ….
 
     Raises:
         ConfigError: the configuration or the settings are invalid.
@@ -44,6 +44,12 @@ def build_sbatch_script(
     if accelerate_config is not None:
         find_launch_config(accelerate_config)
     has_server = settings["teacher_nodes"] > 0
+    if not has_server:
+        unused = [name for name in ("teacher_partition", "teacher_gpus_per_node") if settings[name] not in ("", None)]
+        if unused:
+            raise ConfigError([f"{name}: is for the nodes of --teacher_nodes, which is 0" for name in unused])
+    if settings["teacher_gpus_per_node"] is None:
+        settings["teacher_gpus_per_node"] = settings["gpus_per_node"]
     # report an invalid value now, not after hours in a queue
     values = resolve_served_values(config, flags) if has_server else resolve_run_values(config, flags).values
     if "num_processes" in read_flags(flags, []):
@@ -99,8 +105,8 @@ def _validate_settings(settings: Mapping[str, Any], words: Sequence[str]) -> lis
         for word in words
         if "\n" in word or "\r" in word or not is_plain_text(word)
     ]
-    for name in ("partition", "account"):
-        if not re.fullmatch(r"[\w.,@-]*", settings[name], re.ASCII):
+    for name in ("partition", "teacher_partition", "account"):
+        if not re.fullmatch(r"[\w.,@-]*", settings.get(name, ""), re.ASCII):
             problems.append(f"{name}: must contain only letters, digits and . , @ - _, found {settings[name]!r}")
     seconds = _parse_time_limit(settings["time"])
     if seconds is None:
