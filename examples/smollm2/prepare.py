@@ -22,8 +22,9 @@ def main() -> None:
     """Write `models/teacher` and `models/student` beside this file."""
     rows = load_split(f"{TASK}&seed=1&size={TEACHER_STEPS * BATCH_SIZE}", None, "train").map(add_solution)
     for name, steps in (("teacher", TEACHER_STEPS), ("student", STUDENT_STEPS)):
-        model, tokenizer = load_smollm2()
-        tune(model, tokenizer, rows, steps, MODELS / name)
+        if not (MODELS / name / "model.safetensors").exists():
+            model, tokenizer = load_smollm2()
+            tune(model, tokenizer, rows, steps, MODELS / name)
 
 
 def add_solution(row: dict[str, str]) -> dict[str, list[dict[str, str]]]:
