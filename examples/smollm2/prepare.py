@@ -32,8 +32,8 @@ def add_solution(row: dict[str, str]) -> dict[str, list[dict[str, str]]]:
     first, *others = re.findall(r"[+-]? ?\d+", row["prompt"])
     total, lines = int(first), []
     for term in others:
-        lines.append(f"{total} {term} = {total + int(term.replace(' ', ''))}")
-        total += int(term.replace(" ", ""))
+        before, total = total, total + int(term.replace(" ", ""))
+        lines.append(f"{before} {term} = {total}")
     solution = "\n".join([*lines, f"#### {total}"])
     assert is_correct(solution, row["answer"]), (row, solution)
     return {

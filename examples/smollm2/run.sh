@@ -6,7 +6,7 @@ cd "$(dirname "$0")/../.."
 models=examples/smollm2/models config=examples/smollm2/smollm2.yaml
 problems='reasoning_gym:chain_sum?min_terms=2&max_terms=3&min_digits=2&max_digits=2&seed=3&test_size=128'
 
-[ -e "$models/student/model.safetensors" ] || python examples/smollm2/prepare.py
+python examples/smollm2/prepare.py
 tsdkd plan --config "$config" "$@"
 tsdkd train --config "$config" --resume true "$@"
 tsdkd report runs/smollm2

@@ -44,12 +44,14 @@ def build_sbatch_script(
     if accelerate_config is not None:
         find_launch_config(accelerate_config)
     has_server = settings["teacher_nodes"] > 0
-    if not has_server:
-        unused = [name for name in ("teacher_partition", "teacher_gpus_per_node") if settings[name] not in ("", None)]
-        if unused:
-            raise ConfigError([f"{name}: is for the nodes of --teacher_nodes, which is 0" for name in unused])
-    if settings["teacher_gpus_per_node"] is None:
-        settings["teacher_gpus_per_node"] = settings["gpus_per_node"]
+    unused = []
+    for name in ("partition", "gpus_per_node"):
+        if settings[f"teacher_{name}"] in ("", None):
+            settings[f"teacher_{name}"] = settings[name]
+        elif not has_server:
+            unused.append(f"teacher_{name}: is for the nodes of --teacher_nodes, which is 0")
+    if unused:
+        raise ConfigError(unused)
     # report an invalid value now, not after hours in a queue
     values = resolve_served_values(config, flags) if has_server else resolve_run_values(config, flags).values
     if "num_processes" in read_flags(flags, []):
