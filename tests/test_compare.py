@@ -300,6 +300,37 @@ def test_a_temperature_divides_the_logits(saved_model: Any) -> None:
     assert "entropy T=0.5" not in metrics and metrics["entropy"] == alone.metrics["entropy"]
 
 
+def test_top_p_keeps_the_nucleus(saved_model: Any) -> None:
+    """Of each temperature's distribution: the fewest tokens whose probabilities reach top-p. One token is greedy."""
+    model = AutoModelForCausalLM.from_pretrained(saved_model("qwen3", 0), dtype=torch.float32)
+    prompts = [build_tokenizer()(row["prompt"])["input_ids"] for row in make_rows(6)]
+    said: list[list[int]] = []
+
+    def decode(ids: list[int]) -> str:
+        said.append(ids)
+        return "7"
+
+    def num_outside(top_p: float, temperatures: tuple[float, ...]) -> int:
+        """The sampled tokens that aren't in the nucleus of 0.5."""
+        said.clear()
+        problems = ProblemSet(prompts, ["7"] * 6, [7] * 6, {1}, 64, decode)
+        evaluate(model, problems, num_samples=4, temperatures=temperatures, top_p=top_p)
+        found = 0
+        for index, completion in enumerate(said[6:]):
+            prompt, temperature = prompts[index % 6], temperatures[index // 24]
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1].double()
+            for token, probabilities in zip(completion, (logits / temperature).softmax(-1).tolist(), strict=True):
+                before = sum(p for p in probabilities if p > probabilities[token])
+                found += before >= 0.5
+        return found
+
+    assert num_outside(0.5, (1.0, 0.4)) == 0 < num_outside(1.0, (1.0,))
+    assert num_outside(0.5, (1.0,)) == 0 and said[6:12] != said[:6]
+    num_outside(1e-6, (1.0,))
+    assert said == said[:6] * 5
+
+
 def test_pass_at_k_of_a_result_counts_subsets() -> None:
     """For the powers of two and the number of samples, over all subsets of k samples."""
     counts, n = [0, 1, 3, 6, 2], 6
@@ -396,6 +427,7 @@ def test_every_run_of_a_table_trains(name: str, demo_rows: str, tmp_path: Path) 
         ({"runs": {"student": {}}}, ["student", "choose another name"]),
         ({"runs": "qwen3_table5.yaml"}, ["qwen3_table5.yaml", "must list runs itself"]),
         ({"eval_samples": 0}, ["eval_samples", "at least 1"]),
+        ({"eval_top_p": 0.0}, ["eval_top_p", "(0, 1]", "0.0"]),
         ({"eval_problems": 4}, ["eval_problems: is called eval_limit"]),
         ({"config": "none.yaml"}, ["none.yaml"]),
         ({"output_dir": None}, ["output_dir", "missing"]),

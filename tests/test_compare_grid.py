@@ -78,7 +78,7 @@ def test_the_best_on_the_validation_problems_is_trained(
     grid_comparison: Callable[..., str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """With other seeds; of the grid's runs, only the results are kept; what is finished isn't done again."""
-    name, out = grid_comparison(eval_temperatures=[1.0, 0.5]), tmp_path / "out"
+    name, out = grid_comparison(eval_temperatures=[1.0, 0.5], eval_top_p=0.9), tmp_path / "out"
     for task in range(5):
         assert main(["compare", "--config", name, "--task", str(task)]) == 0
     folders = [out / f"plain/grid/learning_rate={value}/seed-101" for value in (0.001, 0.01, 0.02)]
@@ -397,7 +397,8 @@ def test_results_of_an_earlier_version_go_on(
 ) -> None:
     """They have neither the other k of pass@k, which follow from their counts, nor the new settings."""
     name = comparison(eval_samples=4)
-    for path in by_hand(name).values():
+    files = by_hand(name)
+    for path in files.values():
         result = json.loads(path.read_text())
         assert not result.keys() & {"pass@1", "pass@2", "greedy_right"}
         assert not result["settings"].keys() & {"eval_temperatures", "grid", "validation_limit", "validation_seeds"}
@@ -410,6 +411,13 @@ def test_results_of_an_earlier_version_go_on(
     comparison(eval_samples=4, eval_temperatures=[0.6, 1.0])
     assert main(["compare", "--config", name, "--report"]) == 2
     assert "eval_temperatures was None, now [1.0, 0.6]" in capfd.readouterr().err
+    comparison(eval_samples=4, eval_top_p=0.8)
+    assert main(["compare", "--config", name, "--report"]) == 2
+    assert "eval_top_p was None, now 0.8" in capfd.readouterr().err
+    for path in files.values():
+        change(path, settings=json.loads(path.read_text())["settings"] | {"eval_top_p": 0.8})
+    assert main(["compare", "--config", name, "--report"]) == 0
+    assert "at temperature 1, top-p 0.8 | pass@1" in (tmp_path / "out/results.md").read_text()
 
 
 def test_the_order_of_temperatures_does_not_matter(comparison: Callable[..., str], tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..config.aliases import resolve_aliases
 from ..config.coercion import shorten
-from ..config.options import AT_LEAST_ONE, ValueRule, enum_value, option
+from ..config.options import AT_LEAST_ONE, POSITIVE_FRACTION, ValueRule, enum_value, option
 from ..errors import ConfigError
 from ..evaluation.pass_at_k import default_ks
 from ..evaluation.problem_set import at_temperature
@@ -90,6 +90,7 @@ class Comparison:
         "Temperatures of these completions. Length, entropy and the test over problems are those at 1.0.",
         _TEMPERATURES,
     )
+    eval_top_p: float = option(1.0, "Nucleus mass of these completions (EOPD, Sec. 5.1: 0.8).", POSITIVE_FRACTION)
     eval_batch_size: int = option(256, "Completions per batch.", AT_LEAST_ONE)
     grid: dict[str, Any] = option(
         dict,

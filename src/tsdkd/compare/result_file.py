@@ -57,8 +57,9 @@ def result_settings(comparison: Comparison, task: ComparisonTask) -> dict[str, A
     run_values = {} if task.seed is None else {**comparison.runs[task.run], **task.grid_values, "seed": task.seed}
     problems = "validation" if task.is_validation else "eval"
     names = ["config", f"{problems}_dataset_name", f"{problems}_limit", "eval_samples", "teacher_completions"]
-    if comparison.eval_temperatures != [1.0]:  # earlier versions had no other
-        names.append("eval_temperatures")
+    # earlier versions had no others
+    names += ["eval_temperatures"] if comparison.eval_temperatures != [1.0] else []
+    names += ["eval_top_p"] if comparison.eval_top_p != 1 else []
     eval_values = {name: getattr(comparison, name) for name in names}
     values = {**read_yaml(comparison.config), **comparison.settings, **run_values, **eval_values}
     return _normalize(values)

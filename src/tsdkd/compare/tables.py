@@ -105,7 +105,9 @@ def _format_difference(summary: RunSummary, base: RunSummary | None) -> str:
 def _format_pass_at_k(comparison: Comparison, summaries: Sequence[RunSummary], temperature: float) -> str:
     names = [at_temperature(f"pass@{k}", temperature) for k in default_ks(comparison.eval_samples)]
     rows = [[s.run_name, *(f"{s.means[name]:.1f}" for name in names)] for s in summaries]
-    return format_table([f"at temperature {temperature:g}", *(name.partition(" ")[0] for name in names)], rows)
+    title = f"at temperature {temperature:g}"
+    title += f", top-p {comparison.eval_top_p:g}" if comparison.eval_top_p != 1 else ""
+    return format_table([title, *(name.partition(" ")[0] for name in names)], rows)
 
 
 def _format_paired(comparison: Comparison, summaries: Sequence[RunSummary], base: RunSummary) -> str:

@@ -301,6 +301,7 @@ def _evaluate(
         comparison.eval_samples,
         comparison.eval_batch_size,
         comparison.eval_temperatures,
+        comparison.eval_top_p,
     )
     counts = {1.0: result.num_correct, **{t: some.num_correct for t, some in result.by_temperature.items()}}
     return {

@@ -115,6 +115,7 @@ def evaluate(
     num_samples: int = 8,
     batch_size: int = 256,
     temperatures: Sequence[float] = (1.0,),
+    top_p: float = 1.0,
 ) -> EvalResult:
     """Solve every problem once greedily and `num_samples` times at each temperature, from fixed seeds.
 
@@ -124,26 +125,27 @@ def evaluate(
         num_samples: samples per problem, at least 1.
         batch_size: completions per batch.
         temperatures: temperatures of the samples; 1 is always one of them.
+        top_p: probability mass of the samples' nucleus, at every temperature.
     """
     model.eval()
     greedy = make_step(model, vocab_size=problems.vocab_size, is_greedy=True)
     is_greedy_correct = _grade(problems, _sample_completions(greedy, problems, None, batch_size))
-    counts, first = _count_correct(model, problems, num_samples, batch_size, 1.0)
+    counts, first = _count_correct(model, problems, num_samples, batch_size, 1.0, top_p)
     return EvalResult(
         **vars(counts),
         is_greedy_correct=is_greedy_correct,
         mean_entropy=_mean_entropy(model, problems, first),
         by_temperature={
-            t: _count_correct(model, problems, num_samples, batch_size, t)[0] for t in temperatures if t != 1
+            t: _count_correct(model, problems, num_samples, batch_size, t, top_p)[0] for t in temperatures if t != 1
         },
     )
 
 
 def _count_correct(
-    model: PreTrainedModel, problems: ProblemSet, num_samples: int, batch_size: int, temperature: float
+    model: PreTrainedModel, problems: ProblemSet, num_samples: int, batch_size: int, temperature: float, top_p: float
 ) -> tuple[SampleCounts, list[Completion]]:
     """The samples at one temperature, and the first completion of each problem."""
-    step = make_step(model, vocab_size=problems.vocab_size, temperature=temperature)
+    step = make_step(model, vocab_size=problems.vocab_size, temperature=temperature, top_p=top_p)
     num_correct, length = [0] * len(problems.prompts), 0
     first: list[Completion] = []
     for sample_index in range(num_samples):
