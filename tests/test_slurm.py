@@ -118,13 +118,15 @@ def test_a_teacher_on_a_node_of_its_own(slurm, saved_model, rows_file, tmp_path,
     assert main([*written, *flags(**values, output_dir=folder)]) == 0
     run = {"env": on_cpus() | slurm | VLLM_ON_CPUS, "cwd": tmp_path, "text": True, "capture_output": True}
     job = subprocess.run(["sbatch", "--parsable", script], check=True, **run).stdout.strip()
-    partitions, listed, log, signalled = set(), [job], "", False
-    while listed:  # of a job that ends, one component may be gone before the other
+    partitions, listed, log, signalled = set(), ["main", "teacher"], "", False
+    while listed:
         queue = subprocess.run(["squeue", "-h", "-j", job, "-o", "%P"], **run)
         if queue.returncode == 0:  # it fails when the controller is too busy to answer
             listed = queue.stdout.split()
             partitions.update(listed)
         log = "".join(path.read_text() for path in tmp_path.glob("out-*.out"))
+        # of a job that ends, one component may be gone before the other
+        assert len(listed) != 1 or (folder / "model.safetensors").exists(), (listed, log[-3000:])
         if "step 10/" in log and not signalled:
             subprocess.run(["scancel", "--signal=USR1", job], check=True, **run)
             signalled = True

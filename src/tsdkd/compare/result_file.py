@@ -18,6 +18,7 @@ _MAX_FILE_MIB = 16
 _MAX_PROBLEMS = 100_000
 _ROUNDING = 1e-6  # percent
 _REMEDY = "delete it to evaluate the task again"
+_LATER_SETTINGS = {"eval_temperatures": [1.0], "eval_top_p": 1.0}  # what earlier versions did, and didn't write
 _PERCENT, _LENGTH = (0.0, 100.0), (0.0, 1e9)
 
 
@@ -57,9 +58,7 @@ def result_settings(comparison: Comparison, task: ComparisonTask) -> dict[str, A
     run_values = {} if task.seed is None else {**comparison.runs[task.run], **task.grid_values, "seed": task.seed}
     problems = "validation" if task.is_validation else "eval"
     names = ["config", f"{problems}_dataset_name", f"{problems}_limit", "eval_samples", "teacher_completions"]
-    # earlier versions had no others
-    names += ["eval_temperatures"] if comparison.eval_temperatures != [1.0] else []
-    names += ["eval_top_p"] if comparison.eval_top_p != 1 else []
+    names += [name for name, value in _LATER_SETTINGS.items() if getattr(comparison, name) != value]
     eval_values = {name: getattr(comparison, name) for name in names}
     values = {**read_yaml(comparison.config), **comparison.settings, **run_values, **eval_values}
     return _normalize(values)
